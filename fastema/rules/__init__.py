@@ -1,6 +1,6 @@
-"""How much of the new value an average takes in at each step: pure maths, no arrays.
+"""Rules for the weight of the new value in an average at each step: pure maths, no arrays.
 
-Profiles of averages and their synthesis from snapshots are in :mod:`fastema.rules.posthoc`.
+For profiles of averages and their synthesis from snapshots, see :mod:`fastema.rules.posthoc`.
 """
 
 from fastema.rules import units

@@ -1,4 +1,4 @@
-"""Checks of numbers: each returns a float or an int, or raises :class:`ArgumentError`."""
+"""Argument checks that return a float or an int, or raise :class:`ArgumentError`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = [
 ]
 
 MOST = 2**63 - 1
-"""The largest count of steps: kernels and checkpoints hold it in 64 bits."""
+"""The largest step count: kernels and checkpoints store it in a signed 64-bit integer."""
 
 
 def _number(value: Any) -> float:
-    """A real number as a float; NaN for anything else, so that every comparison fails."""
+    """Return a real number as a float, and NaN for anything else so that comparisons fail."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return math.nan
     try:
@@ -33,7 +33,7 @@ def _number(value: Any) -> float:
 
 
 def checked_decay(decay: Any, name: str = "decay") -> float:
-    """A decay, in [0, 1)."""
+    """Return ``decay`` as a float; raise an ArgumentError unless it is in [0, 1)."""
     value = _number(decay)
     if not 0.0 <= value < 1.0:
         raise no_decay(decay, name)
@@ -41,7 +41,7 @@ def checked_decay(decay: Any, name: str = "decay") -> float:
 
 
 def no_decay(found: Any, name: str = "decay") -> ArgumentError:
-    """The error for what is neither a decay nor a rule."""
+    """Return the error for a value that is neither a decay nor a rule."""
     expected = "a number in [0, 1); it is the weight of the old average, for example 0.999"
     if callable(found):
         expected = (
@@ -53,7 +53,7 @@ def no_decay(found: Any, name: str = "decay") -> ArgumentError:
 
 
 def checked_positive(number: Any, name: str) -> float:
-    """A finite number above 0."""
+    """Return ``number`` as a float; raise an ArgumentError unless it is finite and above 0."""
     value = _number(number)
     if not 0.0 < value < math.inf:
         raise ArgumentError(f"{name}={number!r}: expected a finite number above 0")
@@ -61,7 +61,7 @@ def checked_positive(number: Any, name: str) -> float:
 
 
 def checked_least(number: Any, name: str, least: float) -> float:
-    """A finite number of at least ``least``."""
+    """Return ``number`` as a float; raise an ArgumentError unless it is finite and >= ``least``."""
     value = _number(number)
     if not least <= value < math.inf:
         raise ArgumentError(f"{name}={number!r}: expected a finite number of at least {least:g}")
@@ -69,7 +69,10 @@ def checked_least(number: Any, name: str, least: float) -> float:
 
 
 def checked_whole(number: Any, name: str, least: int, most: int = MOST) -> int:
-    """A whole number from ``least`` to ``most``; a float is none, whatever its value."""
+    """Return ``number`` as an int; raise an ArgumentError unless it is in [``least``, ``most``].
+
+    Floats are rejected, also whole ones.
+    """
     if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
         raise ArgumentError(f"{name}={number!r}: expected a whole number of at least {least}")
     if int(number) > most:
@@ -78,8 +81,11 @@ def checked_whole(number: Any, name: str, least: int, most: int = MOST) -> int:
 
 
 def checked_weight(weight: Any, rule: object, step: int) -> float:
-    """A weight of the new value, in [0, 1]; the error names the rule and the step."""
-    # The first line is the one that runs at every step of a training run.
+    """Return a rule's weight of the new value as a float; raise an ArgumentError if not in [0, 1].
+
+    The error names the rule and the step.
+    """
+    # Fast path, taken at every training step.
     if type(weight) is float and 0.0 <= weight <= 1.0:
         return weight
     value = _number(weight)

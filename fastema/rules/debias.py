@@ -1,4 +1,4 @@
-"""Bias correction: the average of what was seen, without the value that it began with."""
+"""Bias correction, which removes the initial value from an average."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastema.rules.rule import GONE, Rule
 
 __all__ = ["Debiased", "debiased"]
 
-# Updates between two sums that are kept: 8 bytes for so many updates, and as many steps of the
-# recursion when a run goes back.
+# Updates between two cached sums. A cached sum takes 8 bytes; when a run goes back, at most this
+# many updates are recomputed.
 _BLOCK = 256
 
 
@@ -22,10 +22,10 @@ def _decayed(log_decay: float, weight: float) -> float:
 
 
 class _EvenRun:
-    """The sum of the logarithms of a rule's decays, where every update was of the same length.
+    """The sum of the logarithms of a rule's decays in a run whose updates all have one length.
 
-    A pure function: what is kept only saves time. Threads need no lock, since each only ever writes
-    what another one would.
+    The sum is a pure function of the update; the cache only saves time. Threads need no lock, since
+    all of them write the same values.
     """
 
     __slots__ = ("_every", "_full", "_last", "_marks", "_rule")
@@ -34,10 +34,10 @@ class _EvenRun:
         self._rule, self._every = rule, every
         self._last = 0, 0.0
         self._marks = {0: 0.0}  # after every _BLOCK-th update, without gaps
-        self._full = MOST  # from this update on nothing is left of the beginning
+        self._full = MOST  # from this update on, no initial value remains
 
     def after(self, count: int) -> float:
-        """The sum after so many updates; takes time in proportion at the first call only."""
+        """Return the sum after ``count`` updates; only the first call takes time linear in it."""
         if count >= self._full:
             return GONE
         block = min(count // _BLOCK, len(self._marks) - 1)
@@ -61,7 +61,7 @@ class _EvenRun:
 
 @dataclass(frozen=True, slots=True)
 class Debiased(Rule):
-    """See :func:`debiased`."""
+    """Bias-corrected version of a rule; see :func:`debiased`."""
 
     inner: Rule
     _runs: dict[int, _EvenRun] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -69,24 +69,24 @@ class Debiased(Rule):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Rule):
             raise ArgumentError(f"debiased({self.inner!r}): expected a rule of fastema.rules")
-        if isinstance(self.inner, Debiased):  # corrected twice is corrected once
+        if isinstance(self.inner, Debiased):  # a second correction has no effect
             object.__setattr__(self, "inner", self.inner.inner)
 
     @property
     def phase(self) -> int | None:  # type: ignore[override]
-        """The decay of the rule inside."""
+        """Phase of the inner rule."""
         return self.inner.phase
 
     def decay(self, n: int) -> float:
-        """``1 - weight(n)``."""
+        """Return ``1 - weight(n)``."""
         return 1.0 - self.weight(n)
 
     def weight(self, n: int, every: int = 1) -> float:
-        """``w_n / (1 - prod decays)``, where every update is of ``every`` steps."""
+        """Return ``w_n / (1 - prod decays)``, for a run whose updates all span ``every`` steps."""
         return self.weigh(n, every, self.log_decay(n - every, every))[0]
 
     def log_decay(self, n: int, every: int = 1) -> float:
-        """``sum of log(decay)``, at least -64."""
+        """Return ``sum of log(decay)`` over the updates up to ``n``, at least -64."""
         count = max(n // every, 0)
         if isinstance(self.inner, Constant):
             decay = self.inner.value
@@ -99,31 +99,35 @@ class Debiased(Rule):
         return run.after(count)
 
     def weigh(self, n: int, every: int, log_decay: float) -> tuple[float, float]:
-        """``w / (1 - exp(log_decay after it))``, where ``w`` is the weight of the rule inside."""
+        """Return ``w / (1 - exp(after))`` and ``after``, ``log_decay`` after this update.
+
+        ``w`` is the weight of the inner rule.
+        """
         weight = checked_weight(self.inner.weight(n, every), self.inner, n)
         after = _decayed(log_decay, weight)
-        # As long as the rule has taken nothing in, the average is the weights themselves.
+        # Until the rule has averaged something, the average equals the weights.
         return (min(weight / -math.expm1(after), 1.0) if log_decay else 1.0), after
 
 
 def debiased(rule: Rule) -> Debiased:
-    """A rule without the value that its average began with.
+    """Return ``rule`` with bias correction: the initial value does not count in the average.
 
-    The average that starts from zero, ``z_n = z_(n-1) + w_n * (x_n - z_(n-1))``, divided by the
-    share of the weights seen, ``c_n = 1 - prod_k (1 - w_k)``: the zero debiasing of TensorFlow and
-    the bias correction of Adam. ``z_n / c_n`` is computed as an average itself,
+    Start an average at zero, ``z_n = z_(n-1) + w_n * (x_n - z_(n-1))``, and divide it by the total
+    weight so far, ``c_n = 1 - prod_k (1 - w_k)``. This is the zero debiasing of TensorFlow and the
+    bias correction of Adam. ``z_n / c_n`` is computed as an average itself,
     ``avg_n = avg_(n-1) + (w_n / c_n) * (x_n - avg_(n-1))``; the first update copies the weights.
 
     Parameters
     ----------
     rule : Rule
-        Such as ``constant(0.999)``, for which ``c_n = 1 - 0.999**n``. For other rules the first
-        call at step n takes a time proportional to n, below a second for a million.
+        The rule to correct, such as ``constant(0.999)``, for which ``c_n = 1 - 0.999**n``. For
+        rules that are not constant, the first call at step n takes time proportional to n, below
+        a second for a million steps.
 
     Raises
     ------
     ArgumentError
-        If it is no rule.
+        If ``rule`` is not a rule.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Exponential moving averages: a constant decay, and decays that grow while a run begins."""
+"""Exponential moving averages: constant decay, and decays that grow early in a run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Constant(Rule):
-    """See :func:`constant`."""
+    """Constant decay; see :func:`constant`."""
 
     value: float
 
@@ -33,25 +33,25 @@ class Constant(Rule):
         object.__setattr__(self, "value", checked_decay(self.value))
 
     def decay(self, n: int) -> float:
-        """The same at every step."""
+        """Return the constant decay."""
         return self.value
 
 
 @dataclass(frozen=True)
 class Aligned(Constant):
-    """A constant decay whose updates fall on given steps, as some trainers count them.
+    """Constant decay whose updates fall on fixed steps, to match how some trainers count.
 
     Parameters
     ----------
     value : float
         Decay per step, in [0, 1).
     phase : int
-        At least 0: with ``update_every=k``, steps ``phase``, ``phase + k``, ``phase + 2 * k``, ...
-        update the average, wherever ``start_after`` lets it begin. Each has the weight of k steps,
-        also the first after the beginning, where fewer have passed.
+        At least 0, default 0. With ``update_every=k``, steps ``phase``, ``phase + k``,
+        ``phase + 2 * k``, ... update the average, whatever ``start_after`` is. Every update has the
+        weight of k steps, even the first one, when fewer steps have passed.
     """
 
-    phase: int = 0  # type: ignore[misc]  # of an instance, where Rule has one of the class
+    phase: int = 0  # type: ignore[misc]  # an instance attribute; Rule has a class variable
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,7 +60,7 @@ class Aligned(Constant):
 
 @dataclass(frozen=True, slots=True)
 class Warmup(Rule):
-    """See :func:`warmup`."""
+    """Growing decay with a limit; see :func:`warmup`."""
 
     limit: float
 
@@ -68,13 +68,13 @@ class Warmup(Rule):
         object.__setattr__(self, "limit", checked_decay(self.limit))
 
     def decay(self, n: int) -> float:
-        """``min(limit, (1 + n) / (10 + n))``."""
+        """Return ``min(limit, (1 + n) / (10 + n))``."""
         return min(self.limit, (1 + n) / (10 + n))
 
 
 @dataclass(frozen=True, slots=True)
 class InverseGamma(Rule):
-    """See :func:`inverse_gamma`."""
+    """Decay that grows by an inverse power of the step; see :func:`inverse_gamma`."""
 
     limit: float
     inv_gamma: float
@@ -90,14 +90,14 @@ class InverseGamma(Rule):
             raise ArgumentError(f"minimum={self.minimum} is above decay={self.limit}")
 
     def decay(self, n: int) -> float:
-        """``1 - (1 + (n - 1) / inv_gamma) ** -power``, between ``minimum`` and ``limit``."""
+        """Return ``1 - (1 + (n - 1) / inv_gamma) ** -power``, clamped to [minimum, limit]."""
         grown = 1.0 - float((1 + (n - 1) / self.inv_gamma) ** -self.power)
         return max(self.minimum, min(grown, self.limit))
 
 
 @dataclass(frozen=True, slots=True)
 class HalfLifeFraction(Rule):
-    """See :func:`half_life_fraction`."""
+    """Half-life proportional to the step; see :func:`half_life_fraction`."""
 
     fraction: float
 
@@ -105,21 +105,21 @@ class HalfLifeFraction(Rule):
         object.__setattr__(self, "fraction", checked_positive(self.fraction, "fraction"))
 
     def decay(self, n: int) -> float:
-        """``2 ** (-1 / (fraction * n))``."""
+        """Return ``2 ** (-1 / (fraction * n))``."""
         return float(2.0 ** (-1.0 / (self.fraction * n)))
 
     def weight(self, n: int, every: int = 1) -> float:
-        """One minus the product of the decays of the ``every`` steps up to ``n``."""
+        """Return one minus the product of the decays of the ``every`` steps up to ``n``."""
         half_lives = _harmonic(max(n - every, 0), n) / self.fraction
         return -math.expm1(-math.log(2.0) * half_lives)
 
 
 _SUMMED = 64
-"""Up to so many reciprocals are added one by one."""
+"""The number of reciprocals that are added one by one, before a series takes over."""
 
 
 def _harmonic(begin: int, end: int) -> float:
-    """``1 / (begin + 1) + ... + 1 / end``, to the last digits."""
+    """Return ``1 / (begin + 1) + ... + 1 / end``, accurate to the last digits."""
     first = min(end, begin + _SUMMED)
     found = math.fsum(1.0 / i for i in range(begin + 1, first + 1))
     if first == end:
@@ -128,22 +128,27 @@ def _harmonic(begin: int, end: int) -> float:
 
 
 def _remainder(n: int) -> float:
-    """``1 + 1/2 + ... + 1/n`` beyond ``ln n`` and Euler's constant, for n of at least 64."""
+    """Return ``1 + 1/2 + ... + 1/n`` minus ``ln n`` and Euler's constant, for n of at least 64."""
     square = float(n) * n
     return 0.5 / n - 1.0 / (12.0 * square) + 1.0 / (120.0 * square * square)
 
 
 def constant(decay: float = 0.999) -> Constant:
-    """The same decay at every step.
+    """Return the rule with the same decay at every step: an exponential moving average.
 
     ``avg_n = decay * avg_(n-1) + (1 - decay) * x_n``, in closed form
     ``decay**n * avg_0 + (1 - decay) * sum_k decay**(n-k) * x_k``. It averages over about
-    ``1 / (1 - decay)`` steps; :mod:`fastema.rules.units` converts.
+    ``1 / (1 - decay)`` steps; :mod:`fastema.rules.units` converts to other units.
 
     Parameters
     ----------
     decay : float
-        In [0, 1).
+        Weight of the old average, in [0, 1); 0.999 by default.
+
+    Raises
+    ------
+    ArgumentError
+        If ``decay`` is out of range.
 
     Examples
     --------
@@ -154,15 +159,20 @@ def constant(decay: float = 0.999) -> Constant:
 
 
 def warmup(decay: float = 0.999) -> Warmup:
-    """A decay that grows as ``min(decay, (1 + n) / (10 + n))``: early weights are soon forgotten.
+    """Return the rule ``min(decay, (1 + n) / (10 + n))``, which soon forgets early weights.
 
-    Step 1 has decay 2/11; ``decay = 0.999`` is reached at step 8,990. The schedule of
-    ``tf.train.ExponentialMovingAverage`` with ``num_updates`` and of torch_ema.
+    The decay is 2/11 at step 1, and reaches 0.999 at step 8,990. This is the schedule of torch_ema,
+    and of ``tf.train.ExponentialMovingAverage`` with ``num_updates``.
 
     Parameters
     ----------
     decay : float
-        The limit, in [0, 1).
+        The largest decay, in [0, 1); 0.999 by default.
+
+    Raises
+    ------
+    ArgumentError
+        If ``decay`` is out of range.
 
     Examples
     --------
@@ -175,22 +185,27 @@ def warmup(decay: float = 0.999) -> Warmup:
 def inverse_gamma(
     decay: float = 0.9999, inv_gamma: float = 1.0, power: float = 2 / 3, minimum: float = 0.0
 ) -> InverseGamma:
-    """A decay that grows as ``1 - (1 + (n - 1) / inv_gamma) ** -power`` up to ``decay``.
+    """Return a rule that grows as ``1 - (1 + (n - 1) / inv_gamma) ** -power`` up to ``decay``.
 
-    Step 1 copies the weights. With ``inv_gamma = power = 1`` it is the running mean. Power 2/3
-    reaches 0.999 at step 31,623, power 3/4 at 10,000. The warm-up of timm, diffusers and
-    ema_pytorch, after K. Crowson.
+    Step 1 copies the weights, unless ``minimum`` is above 0. With ``inv_gamma = power = 1`` the
+    average is the running mean. Power 2/3 reaches 0.999 at step 31,623, power 3/4 at 10,000. This
+    is the warm-up of timm, diffusers and ema_pytorch, after K. Crowson.
 
     Parameters
     ----------
     decay : float
-        The upper limit, in [0, 1).
+        The largest decay, in [0, 1); 0.9999 by default.
     inv_gamma : float
-        Steps after which the growth sets in, above 0.
+        Time scale of the growth in steps, above 0; 1 by default. Larger values grow later.
     power : float
-        Its exponent, above 0.
+        Exponent of the growth, above 0; 2/3 by default.
     minimum : float
-        The lower limit, in [0, decay].
+        The smallest decay, in [0, decay]; 0 by default.
+
+    Raises
+    ------
+    ArgumentError
+        If an argument is out of range.
 
     Examples
     --------
@@ -201,17 +216,21 @@ def inverse_gamma(
 
 
 def half_life_fraction(fraction: float = 0.05) -> HalfLifeFraction:
-    """A half-life that is a share of the run so far: ``decay(n) = 2 ** (-1 / (fraction * n))``.
+    """Return the rule ``2 ** (-1 / (fraction * n))``: the half-life grows with the run.
 
-    The average looks back over the same share of the run at any length, so that a
-    longer run needs no other setting. Nearly the power-function average with
-    ``gamma = ln 2 / fraction - 1``; ``fraction = 0.05`` has a relative width of
-    0.063. The default of torchtitan.
+    The average looks back over the same fraction of a run of any length, so a longer run needs no
+    other setting. It is nearly the power-function average with ``gamma = ln 2 / fraction - 1``;
+    ``fraction = 0.05`` has a relative width of 0.063. This is the default of torchtitan.
 
     Parameters
     ----------
     fraction : float
-        Above 0.
+        Half-life divided by the step, above 0; 0.05 by default.
+
+    Raises
+    ------
+    ArgumentError
+        If ``fraction`` is out of range.
 
     References
     ----------
@@ -227,12 +246,18 @@ def half_life_fraction(fraction: float = 0.05) -> HalfLifeFraction:
 
 
 def half_life(steps: float) -> Constant:
-    """The constant decay that halves a weight in this many steps, ``2 ** (-1 / steps)``.
+    """Return the constant rule that halves a weight in ``steps``: ``2 ** (-1 / steps)``.
 
     Parameters
     ----------
     steps : float
-        Above 0. For samples or tokens see :func:`fastema.rules.units.decay_of_half_life`.
+        Half-life in steps, above 0. For a half-life in samples or tokens see
+        :func:`fastema.rules.units.decay_of_half_life`.
+
+    Raises
+    ------
+    ArgumentError
+        If ``steps`` is out of range, or so large that the decay rounds to 1.
 
     Examples
     --------

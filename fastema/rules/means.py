@@ -1,4 +1,4 @@
-"""Plain means: of all weights (stochastic weight averaging), and of the last W of them."""
+"""Plain means of all weights (stochastic weight averaging) and of the last W weights."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ __all__ = ["CumulativeMean", "Window", "cumulative_mean", "window"]
 
 @dataclass(frozen=True, slots=True)
 class CumulativeMean(Rule):
-    """See :func:`cumulative_mean`."""
+    """Mean of all weights; see :func:`cumulative_mean`."""
 
     def decay(self, n: int) -> float:
-        """``1 - 1/n``."""
+        """Return ``1 - 1/n``."""
         return 1.0 - 1.0 / n
 
     def weight(self, n: int, every: int = 1) -> float:
-        """``every / n``: one over the number of updates."""
+        """Return ``every / n``: one over the number of updates, at most 1."""
         return min(every / n, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Window(Rule):
-    """See :func:`window`."""
+    """Mean of the weights of the last ``size`` updates; see :func:`window`."""
 
     size: int
 
@@ -33,28 +33,28 @@ class Window(Rule):
         object.__setattr__(self, "size", checked_whole(self.size, "window", 1))
 
     def decay(self, n: int) -> float:
-        """``1 - 1/min(n, size)``: the share that the mean keeps of its last value."""
+        """Return ``1 - 1/min(n, size)``: the total weight of the older values."""
         return 1.0 - 1.0 / min(n, self.size)
 
     def weight(self, n: int, every: int = 1) -> float:
-        """``1 / min(n / every, size)``: one over the number of values in the window."""
+        """Return ``1 / min(n / every, size)``: one over the number of values in the window."""
         return 1.0 / self.filled(n, every)
 
     def filled(self, n: int, every: int = 1) -> int:
-        """Number of values in the window after the update at a step, from 1 to ``size``."""
+        """Return the number of values in the window after the update at ``n``: 1 to ``size``."""
         return min(max(n // every, 1), self.size)
 
     def slot(self, n: int, every: int = 1) -> int:
-        """Slot of the ring, from 0, that the update at a step overwrites: the oldest value's."""
+        """Return the ring slot, from 0, that the update at ``n`` overwrites: the oldest one."""
         return (max(n // every, 1) - 1) % self.size
 
 
 def cumulative_mean() -> CumulativeMean:
-    """The mean of all weights since the average began, each counted once.
+    """Return the rule for the mean of all weights since the average began.
 
     ``avg_n = avg_(n-1) + (x_n - avg_(n-1)) / n``, in closed form ``sum_k x_k / n``. The first
-    update copies the weights. Where only every k-th step updates, it is the mean of those it saw;
-    weights that are taken in for several steps at once count as many times.
+    update copies the weights. With ``update_every=k`` it is the mean of the weights at every k-th
+    step; weights that are averaged in for several updates at once count that many times.
 
     Examples
     --------
@@ -72,16 +72,21 @@ def cumulative_mean() -> CumulativeMean:
 
 
 def window(size: int = 10) -> Window:
-    """The mean of the weights of the last ``size`` updates, all that there are until then.
+    """Return the rule for the mean of the weights of the last ``size`` updates.
 
     ``avg_n = avg_(n-1) + (x_n - x_(n-size)) / size`` with a ring of the last ``size`` weights, and
-    the cumulative mean while the ring fills. The rule's ``weight`` is that of each value in the
-    window; the value that leaves it has to be taken out of the ring, which a decay cannot say.
+    the cumulative mean while the ring fills. The rule's ``weight`` is the weight of each value in
+    the window. A decay alone cannot express the mean, since the oldest value leaves the window.
 
     Parameters
     ----------
     size : int
-        Updates, at least 1.
+        Updates in the window, at least 1; 10 by default.
+
+    Raises
+    ------
+    ArgumentError
+        If ``size`` is not a whole number of at least 1.
 
     Examples
     --------

@@ -1,14 +1,15 @@
 """Averages chosen after the run: any profile, synthesized from snapshots.
 
-The profile of an average at a step is how its weight is spread over the steps before, as a density
-that integrates to 1. A sum of snapshots has the sum of their profiles, so the coefficients whose
-sum comes nearest to the wanted profile give the wanted average, of any width and at any earlier
-step, and the same for every tensor (T. Karras et al., Analyzing and Improving the Training Dynamics
-of Diffusion Models, 2023, section 3.2, https://arxiv.org/abs/2312.02696).
+The profile of an average is the density of its weight over the earlier steps; it integrates to 1. A
+linear combination of snapshots has the same combination of their profiles. So the coefficients that
+best approximate a target profile also give the target average, of any width and at any earlier
+step. They are the same for every tensor (T. Karras et al., Analyzing and Improving the Training
+Dynamics of Diffusion Models, 2023, section 3.2, https://arxiv.org/abs/2312.02696).
 
-Time is continuous and runs from 0 to the step of the average, in steps or in any other unit, the
-same for all profiles. That is exact for averages that are updated at every k-th step, for any k:
-the share of an update is the integral of the profile over the k steps before it.
+Time is continuous and runs from 0 to the step of the average. Its unit is a step or anything else,
+but must be the same for all profiles. Continuous time is exact for averages that are updated at
+every k-th step, for any k: the share of an update is the integral of the profile over the k steps
+before it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__ = ["ExponentialProfile", "PowerProfile", "Profile", "Synthesis", "dot", 
 
 Array = npt.NDArray[np.float64]
 
-_MOST_HALVINGS = 1e100  # so that all products of densities are finite
+_MOST_HALVINGS = 1e100  # keeps all products of densities finite
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
 
@@ -41,9 +42,14 @@ class PowerProfile:
     Parameters
     ----------
     step : float
-        When the average was taken, above 0.
+        Step of the average, above 0.
     gamma : float
-        The exponent, in [0, 1e100]; :func:`fastema.rules.gamma_of` gives it for a ``sigma_rel``.
+        Exponent, in [0, 1e100]; :func:`fastema.rules.gamma_of` converts a ``sigma_rel``.
+
+    Raises
+    ------
+    ArgumentError
+        If a number is out of range.
     """
 
     step: float
@@ -59,7 +65,7 @@ class PowerProfile:
         return sigma_rel_of(self.gamma)
 
     def density(self, times: npt.ArrayLike) -> Array:
-        """``(gamma + 1) / step * (s / step)**gamma`` at some times; 0 outside ``[0, step]``."""
+        """Return ``(gamma + 1) / step * (s / step)**gamma`` at ``times``; 0 outside [0, step]."""
         part = np.asarray(times, np.float64) / self.step
         inside = (part >= 0) & (part <= 1)
         values = (self.gamma + 1) / self.step * np.where(inside, part, 0.0) ** self.gamma
@@ -68,18 +74,24 @@ class PowerProfile:
 
 @dataclass(frozen=True, slots=True)
 class ExponentialProfile:
-    """Profile of an exponential average, ``2 ** (-(step - s) / half_life)``, normalised.
+    """Profile of an exponential average, ``2 ** (-(step - s) / half_life)``, normalized.
 
-    It is exactly that of a bias-corrected average (:func:`fastema.rules.debiased`); one that is not
-    corrected also keeps :attr:`initial_share` of the weights at step 0, which no density equals.
+    The profile is exact for a bias-corrected average (:func:`fastema.rules.debiased`). Without bias
+    correction an average also keeps :attr:`initial_share` of the weights at step 0, which a density
+    cannot represent.
 
     Parameters
     ----------
     step : float
-        When the average was taken, above 0.
+        Step of the average, above 0.
     half_life : float
-        In the unit of ``step``, above ``step / 1e100``; :mod:`fastema.rules.units` gives it for a
+        In the unit of ``step``, above ``step / 1e100``; :mod:`fastema.rules.units` converts a
         decay.
+
+    Raises
+    ------
+    ArgumentError
+        If a number is out of range.
     """
 
     step: float
@@ -101,23 +113,23 @@ class ExponentialProfile:
 
     @property
     def rate(self) -> float:
-        """``log(2) / half_life``."""
+        """Decay rate, ``log(2) / half_life``."""
         return math.log(2.0) / self.half_life
 
     @property
     def peak(self) -> float:
-        """Density at the step itself, ``rate / (1 - initial_share)``."""
+        """Density at ``step``, ``rate / (1 - initial_share)``."""
         return self.rate / -math.expm1(-self.rate * self.step)
 
     def density(self, times: npt.ArrayLike) -> Array:
-        """``peak * exp(-rate * (step - s))`` at some times; 0 outside ``[0, step]``."""
+        """Return ``peak * exp(-rate * (step - s))`` at ``times``; 0 outside [0, step]."""
         age = self.step - np.asarray(times, np.float64)
         inside = (age >= 0) & (age <= self.step)
         return np.where(inside, self.peak * np.exp(-self.rate * np.where(inside, age, 0.0)), 0.0)
 
 
 Profile: TypeAlias = PowerProfile | ExponentialProfile
-"""Distribution of an average's weight at ``step`` over ``[0, step]``."""
+"""How the weight of an average at ``step`` is distributed over ``[0, step]``."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +139,12 @@ class Synthesis:
     Attributes
     ----------
     coefficients : tuple of float
-        One for each snapshot, in their order; they sum to 1.
+        One per snapshot, in the order of the snapshots; they sum to 1.
     error : float
-        L2 distance of the synthesised profile from the target's, relative to the norm of that: the
-        error of the average relative to its spread, if the weights were independent noise. Weights
-        that move slowly are averaged far better. Below about 1e-7 it is rounding.
+        L2 distance between the synthesized profile and the target, relative to the norm of the
+        target. If the weights were independent noise, it would be the error of the average relative
+        to its spread. Weights that move slowly are averaged far better. Values below about 1e-7 are
+        rounding errors.
     """
 
     coefficients: tuple[float, ...]
@@ -139,19 +152,20 @@ class Synthesis:
 
 
 def _power_power(step: Array, gamma: Array, other_step: Array, other_gamma: Array) -> Array:
-    """Dot products of power profiles, broadcast."""
+    """Return the dot products of power profiles; the arguments broadcast."""
     later = np.maximum(step, other_step)
     part = np.minimum(step, other_step) / later
-    outer = np.where(step < other_step, other_gamma, gamma)  # that of the later one
+    outer = np.where(step < other_step, other_gamma, gamma)  # exponent of the later profile
     return (gamma + 1) * (other_gamma + 1) / (gamma + other_gamma + 1) * part**outer / later
 
 
 def _exponential_moment(gamma: float, rate: float) -> float:
-    """``(gamma + 1) * integral of u**gamma * exp(-rate * (1 - u))`` over [0, 1].
+    """Return ``(gamma + 1) * integral of u**gamma * exp(-rate * (1 - u))`` over [0, 1].
 
-    The confluent hypergeometric function 1F1(1; gamma + 2; -rate). With ``u = exp(-s)`` the
+    This is the confluent hypergeometric function 1F1(1; gamma + 2; -rate). With ``u = exp(-s)`` the
     integrand is smooth and falls from 1 at ``s = 0``, first like ``exp(-(rate + gamma + 1) * s)``,
-    at last like ``exp(-(gamma + 1) * s)``: Gauss and Legendre on panels that double in length.
+    finally like ``exp(-(gamma + 1) * s)``. Gauss-Legendre quadrature on panels that double in
+    length fits this shape.
     """
     first, last = 4.0 / (rate + gamma + 1.0), 44.0 / (gamma + 1.0)
     panels = max(math.ceil(math.log2(last / first)), 1)
@@ -177,9 +191,10 @@ def _exponential_exponential(one: ExponentialProfile, other: ExponentialProfile)
 
 
 def dot(one: Profile, other: Profile) -> float:
-    """Integral of the product of two profiles, per step; an ArgumentError for anything else.
+    """Return the integral of the product of two profiles, in units of 1 / step.
 
-    In closed form for two of a kind, by quadrature to a relative 1e-12 for two of different kinds.
+    Two profiles of the same class have a closed form; for two different classes, quadrature gives a
+    relative error of 1e-12. Raise an ArgumentError for an argument that is not a profile.
 
     Examples
     --------
@@ -199,11 +214,11 @@ def dot(one: Profile, other: Profile) -> float:
 
 
 def _no_profile(found: object) -> ArgumentError:
-    return ArgumentError(f"{found!r} is no profile; expected PowerProfile or ExponentialProfile")
+    return ArgumentError(f"{found!r} is not a profile: expected PowerProfile or ExponentialProfile")
 
 
 def _products(profiles: Sequence[Profile]) -> Array:
-    """All dot products, those of power profiles at once."""
+    """Return the matrix of all dot products. Products of power profiles are vectorized."""
     found = np.empty((len(profiles), len(profiles)))
     powers = [i for i, p in enumerate(profiles) if isinstance(p, PowerProfile)]
     pairs = [(p.step, p.gamma) for p in profiles if isinstance(p, PowerProfile)]
@@ -224,35 +239,41 @@ def _checked(snapshots: Sequence[Profile], target: Profile) -> None:
         first = seen.setdefault(profile, index)
         if first != index:
             raise ArgumentError(
-                f"snapshots {first} and {index} have the same profile, {profile!r}; give one of "
-                "them: their coefficients could not be told apart"
+                f"snapshots {first} and {index} have the same profile, {profile!r}; pass only one "
+                "of them: their coefficients would not be unique"
             )
 
 
 def solve(snapshots: Sequence[Profile], target: Profile, *, noise: float = 1e-4) -> Synthesis:
-    """Coefficients of snapshots whose sum has the profile nearest to a target's.
+    """Return the coefficients of snapshots whose combined profile is closest to ``target``.
 
-    Minimises ``|sum_i c_i * p_i - p|**2 / |p|**2 + noise**2 * sum_i c_i**2`` over the coefficients
-    that sum to 1, in float64. With ``d_i = p_i - p`` the solution is proportional to
+    Minimize ``|sum_i c_i * p_i - p|**2 / |p|**2 + noise**2 * sum_i c_i**2`` over coefficients that
+    sum to 1, in float64. With ``d_i = p_i - p`` the solution is proportional to
     ``(D + noise**2)**-1 * 1``, where D holds the dot products of the ``d_i``.
 
     Parameters
     ----------
     snapshots : sequence of Profile
-        Of the averages that were kept. Those newer than the target get coefficient 0: they hold
-        weights that it has not seen.
+        Profiles of the saved averages. Snapshots newer than the target get coefficient 0, since
+        they contain weights that the target does not.
     target : Profile
-        Of the average wanted, best at a step at which snapshots were taken: between two, the
-        weights since the last one are missing, and count in the error.
+        Profile of the average to synthesize, preferably at the step of a snapshot. At a step
+        between two snapshots, the weights since the earlier one are missing, which counts in the
+        error.
     noise : float
-        Cost of a coefficient of 1, at least 0: large ones magnify the rounding of the snapshots.
-        For snapshots in 16 bits 1e-2 is reasonable.
+        Strength of the penalty on coefficients, at least 0; 1e-4 by default. Large coefficients
+        magnify the rounding errors of the snapshots; 1e-2 is reasonable for 16-bit snapshots.
+
+    Returns
+    -------
+    Synthesis
+        The coefficients and the error.
 
     Raises
     ------
     ArgumentError
-        If no snapshot is as old as the target or older, two have the same profile, or something is
-        no profile.
+        If every snapshot is newer than the target, two snapshots have the same profile, an argument
+        is not a profile, or ``noise`` is out of range.
 
     Examples
     --------
@@ -271,7 +292,7 @@ def solve(snapshots: Sequence[Profile], target: Profile, *, noise: float = 1e-4)
     used = [i for i, snapshot in enumerate(snapshots) if snapshot.step <= target.step]
     if not used:
         steps = sorted({snapshot.step for snapshot in snapshots})
-        oldest = f"the oldest is of step {steps[0]:g}" if steps else "there are none"
+        oldest = f"the oldest is at step {steps[0]:g}" if steps else "there are none"
         raise ArgumentError(f"no snapshot at or before step {target.step:g}: {oldest}")
     coefficients = np.zeros(len(snapshots))
     if target in snapshots:
@@ -289,9 +310,9 @@ def solve(snapshots: Sequence[Profile], target: Profile, *, noise: float = 1e-4)
 
 
 def _normalised(matrix: Array) -> Array:
-    """The vector that sums to 1 and makes ``c @ matrix @ c`` smallest."""
-    # Early snapshots have a far greater norm than late ones; on a diagonal of ones rounding is the
-    # same for all. Eigenvalues below it say nothing, and must not be divided by.
+    """Return the vector that minimizes ``c @ matrix @ c`` and sums to 1."""
+    # Early snapshots have a far greater norm than late ones: scale the diagonal to 1, so that
+    # rounding affects all alike. Eigenvalues below the rounding error are noise: clamp them.
     rounding = float(np.finfo(np.float64).eps)
     scale = 1.0 / np.sqrt(np.maximum(matrix.diagonal(), rounding))
     values, vectors = np.linalg.eigh(matrix * scale[:, None] * scale)

@@ -1,4 +1,4 @@
-"""Age of the weights in an average at a step of a run."""
+"""The age of the weights that an average contains at a step of a run."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from fastema.rules.rule import Rule
 
 __all__ = ["Reach", "effective_steps"]
 
-# So many of the newest updates are gone through one by one; before them a rule is looked at once
-# in so many parts of the way that is left to either end.
+# The newest _EXACT updates are evaluated one by one. For older ones a rule is evaluated once per
+# part; a part is 1 / _PARTS of the distance to the nearer end of this range of updates.
 _EXACT = 1 << 17
 _PARTS = 512
-# What is older is not counted once so little is left to it.
+# Older updates are ignored once their total share is below this.
 _NEGLIGIBLE = 1e-18
-# Powers of so many integers are summed before a series says the rest.
+# The number of powers that are summed one by one, before a series takes over.
 _FIRST = 16
 
 
 class Reach(NamedTuple):
-    """Composition of an average at a step.
+    """The age and the initial share of the weights in an average at a step.
 
     Attributes
     ----------
     mean_age : float
-        Mean age of the averaged weights in steps: the average lags behind the weights by so much.
-        The initial weights are as old as the average.
+        Mean age of the averaged weights, in steps: the average lags behind the weights by this
+        many. The initial weights are as old as the average.
     std_age : float
         Standard deviation of the age, in steps.
     initial_share : float
-        Share of the weights that the average began with, in [0, 1].
+        Share of the initial weights in the average, in [0, 1].
     """
 
     mean_age: float
@@ -45,21 +45,21 @@ class Reach(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """Values taken in during some steps on end, and what is left to everything before them."""
+    """The values of consecutive updates, and the share that remains for older values."""
 
-    rest: float  # share of everything before
+    rest: float  # share of all older values
     length: float  # steps
-    mass: float  # share of the values
-    mean: float  # of their ages, counted from the end of the span
-    spread: float  # sum of share times squared distance from that mean
+    mass: float  # share of the values in the span
+    mean: float  # their mean age, counted from the end of the span
+    spread: float  # sum of share times squared distance from the mean
 
     def then(self, older: _Span) -> _Span:
-        """The span and the one before it, as one."""
+        """Return this span merged with the ``older`` span before it."""
         mass = self.rest * older.mass
         whole = self.mass + mass
         part = mass / whole if whole else 0.0
         gap = older.mean + self.length - self.mean
-        # Only positive terms: nothing cancels, however many spans are put together.
+        # All terms are positive: nothing cancels, however many spans are merged.
         return _Span(
             self.rest * older.rest,
             self.length + older.length,
@@ -74,7 +74,7 @@ _INITIAL = _Span(0.0, 0.0, 1.0, 0.0, 0.0)
 
 
 def _steady(weight: float, updates: int, every: int) -> _Span:
-    """Join equal updates by doubling."""
+    """Return the span of ``updates`` updates with equal weights, merged by doubling."""
     if weight == 1.0:
         return _Span(0.0, float(updates * every), 1.0, 0.0, 0.0)
     rate = math.log1p(-weight)
@@ -84,13 +84,13 @@ def _steady(weight: float, updates: int, every: int) -> _Span:
             span = span.then(power)
         if length * 2 > updates:
             return span
-        # The product of rounded factors would drift; the exponential does not.
+        # A product of rounded factors would drift; the exponential does not.
         power, length = power.then(power), length * 2
         power = power._replace(rest=math.exp(length * rate))
 
 
 def _walked(rule: Rule, updates: int, every: int) -> _Span:
-    """The updates of a rule from the newest back to the first, or until they no longer count."""
+    """Return the span of a rule's updates, from the newest back to the first that still counts."""
     span, left = _NOTHING, updates
     while left and span.rest > _NEGLIGIBLE:
         part = max(min(updates - left - _EXACT, left) // _PARTS, 1)
@@ -105,13 +105,13 @@ def _walked(rule: Rule, updates: int, every: int) -> _Span:
 
 
 def _power_ages(gamma: float, updates: int) -> tuple[float, float]:
-    """Mean and standard deviation of the ages in a power average, in updates, to 1e-12.
+    """Return the mean and standard deviation of the ages in a power average, in updates, to 1e-12.
 
-    The share of what is at least k updates old is ``(1 - k / updates) ** (gamma + 1)``.
+    Values at least k updates old have the share ``(1 - k / updates) ** (gamma + 1)``.
     """
 
     def total(exponent: float) -> float:
-        """Sum of ``(j / updates) ** exponent`` for j below updates, by Euler and Maclaurin."""
+        """Return the Euler-Maclaurin sum of ``(j / updates) ** exponent`` for j < ``updates``."""
 
         def until(j: int) -> float:
             third = exponent * (exponent - 1) * (exponent - 2) / j**3
@@ -127,33 +127,35 @@ def _power_ages(gamma: float, updates: int) -> tuple[float, float]:
 
 
 def effective_steps(rule: Rule, n: int, every: int = 1) -> Reach:
-    """Compute mean age and initial share of a rule's average at a step.
+    """Return the mean age, its standard deviation and the initial share of an average at a step.
 
-    With ``w`` the weight of the new value, the mean age after an update is
-    ``(1 - w) * (mean age before + every)``: in the long run ``1 / (1 - decay) - 1`` steps for a
-    constant decay, ``(n - 1) / 2`` for the cumulative mean, ``n / (gamma + 2)`` for the power
+    Let ``w`` be the weight of the new value. The mean age after an update is
+    ``(1 - w) * (mean age before + every)``. In the long run it is ``1 / (1 - decay) - 1`` steps for
+    a constant decay, ``(n - 1) / 2`` for the cumulative mean and ``n / (gamma + 2)`` for the power
     function.
 
     Parameters
     ----------
     rule : Rule
-        For a debiased rule its values alone count; for a :class:`~fastema.rules.Window` it is the
-        windowed mean that is kept with a ring.
+        The rule of the average. A debiased rule has no initial share; a
+        :class:`~fastema.rules.Window` stands for the windowed mean, computed with a ring.
     n : int
         Steps since the average began as a copy of the weights, at least 0.
     every : int
-        Steps from one update to the next; between two the average ages.
+        Steps from one update to the next, at least 1; 1 by default. The average ages between
+        updates.
 
     Raises
     ------
     ArgumentError
-        If it is no rule, or a number is out of range.
+        If ``rule`` is not a rule, or a number is out of range.
 
     Notes
     -----
-    In closed form, or by doubling, for the averages above. Any other rule is asked for the newest
-    131,072 updates one by one, and for older ones, should they still count, about 500 times in each
-    factor of e; that assumes that it changes smoothly there. A call takes below a second for any n.
+    The averages above use a closed form or doubling. Other rules are evaluated at each of the
+    newest 131,072 updates. If older updates still count, the rule is evaluated there about 500
+    times per factor of e, which assumes that it changes smoothly. A call takes less than a second
+    for any n.
 
     Examples
     --------
@@ -174,7 +176,7 @@ def effective_steps(rule: Rule, n: int, every: int = 1) -> Reach:
         values = rule.filled(n, every) if isinstance(rule, Window) else updates
         mean, std = every * (values - 1) / 2, every * math.sqrt((values * values - 1) / 12)
         return Reach(mean + since, std, 0.0)
-    # A narrower profile is soon gone through: its values stop counting after 2,700 updates.
+    # For a narrower profile the loop below is quick: it ends after 2,700 updates.
     if isinstance(rule, Power) and (rule.gamma + 2) * 64 < updates:
         mean, std = _power_ages(rule.gamma, updates)
         return Reach(every * mean + since, every * std, 0.0)

@@ -1,8 +1,8 @@
-"""What every average is made of: a rule, which maps a step to the weight of the new value.
+"""The base class of rules, which map a step to the weight of the new value in an average.
 
-The average does ``avg += w * (x - avg)``. A rule gives the ``decay`` per step, the weight of the
-*old* average (what mmengine and optax call momentum or step size is ``1 - decay``), and from it the
-weight ``w`` of the new value where only every k-th step updates the average.
+An average does ``avg += w * (x - avg)``. A rule defines ``decay``, the weight of the *old* average
+per step; the momentum of mmengine and the step size of optax are ``1 - decay``. From the decay
+follows the weight ``w`` of the new value, also when only every k-th step updates the average.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from fastema.errors import ArgumentError
 __all__ = ["GONE", "Rule", "described", "plain_value", "rule_from_dict"]
 
 GONE = -64.0
-"""Logarithm of a share that no longer counts: 1 - exp(-64) is 1 in float64, many times over."""
+"""Logarithm of a negligible share: 1 - exp(-64) rounds to 1 in float64, by a wide margin."""
 
 _RULES: dict[str, type[Rule]] = {}
 
 
 class Rule(ABC):
-    """Base of every rule; subclass it for a schedule of your own.
+    """Base class of rules; subclass it to write your own schedule.
 
-    A rule is a pure function of the step. Make it a frozen dataclass whose fields are plain values,
-    tuples of them or other rules: then checkpoints hold it, by :meth:`to_dict` and
-    :func:`rule_from_dict`. :meth:`decay` is all that has to be written.
+    A rule is a pure function of the step. Implement :meth:`decay`; every other method has a
+    default. Make the class a frozen dataclass whose fields are plain values, tuples of plain values
+    or other rules: :meth:`to_dict` and :func:`rule_from_dict` then save it in checkpoints and load
+    it.
 
     Examples
     --------
@@ -51,7 +52,7 @@ class Rule(ABC):
 
     phase: ClassVar[int | None] = None
     """With ``update_every=k``, steps ``phase``, ``phase + k``, ``phase + 2 * k``, ... update the
-    average. None: every k-th step counted from ``start_after``."""
+    average. If None, every k-th step counted from ``start_after`` does."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -59,45 +60,47 @@ class Rule(ABC):
 
     @abstractmethod
     def decay(self, n: int) -> float:
-        """Weight of the old average, in [0, 1], in step ``n >= 1`` since the average began."""
+        """Return the weight of the old average, in [0, 1], at step ``n >= 1`` of the average."""
 
     def weight(self, n: int, every: int = 1) -> float:
-        """Weight of the new value, in [0, 1], in a step: ``1 - decay(n) ** every``.
+        """Return the weight of the new value, in [0, 1], at step ``n``: ``1 - decay(n) ** every``.
 
-        A rule overrides it where the product of the decays of the ``every`` steps since the
-        previous update is known better. ``n`` is a multiple of ``every``.
+        ``n`` is a multiple of ``every``, the number of steps since the previous update. Override
+        this method if the exact product of the decays of these steps has a formula.
         """
         decay = self.decay(n)
         if every == 1:
             return 1.0 - decay
-        # Near 1 the power is too close to 1 for the difference to keep its digits.
+        # For a decay near 1, subtracting the power from 1 would lose digits.
         return -math.expm1(every * math.log(decay)) if decay > 0.0 else 1.0 - decay**every
 
     def log_decay(self, n: int, every: int = 1) -> float:
-        """Logarithm of the share of the initial weights still to be corrected at step ``n >= 0``.
+        """Return the log of the initial share that bias correction must remove at step ``n >= 0``.
 
-        Each update so far was of ``every`` steps. From -64, which stands for nothing, to 0; always
-        -64 for a rule without bias correction.
+        All updates so far spanned ``every`` steps. The result is from -64, which stands for a share
+        of 0, to 0. A rule without bias correction returns -64.
         """
         return GONE
 
     def weigh(self, n: int, every: int, log_decay: float) -> tuple[float, float]:
-        """Weight of the new value in a run whose updates need not be of one length.
+        """Return the weight of the new value at ``n``, and ``log_decay`` after this update.
 
-        Takes :meth:`log_decay` after the updates so far, and returns it after this one as well.
+        The updates of the run may span different numbers of steps: this one spans ``every`` steps,
+        and the ``log_decay`` passed in is the result of the previous call.
         """
         return self.weight(n, every), log_decay
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that :func:`rule_from_dict` rebuilds the rule from.
+        """Return the plain values from which :func:`rule_from_dict` rebuilds the rule.
 
-        ``{"rule": name}`` and the dataclass fields that the constructor takes; rules among them are
-        described in turn, tuples become lists. The name is the class's own for rules of fastema
-        and ``module.qualified_name`` for others. An ArgumentError for what this cannot describe.
+        The dict has an entry ``"rule"``, the name, and the dataclass fields that the constructor
+        takes. Rules among the fields become dicts as well, and tuples become lists. The name is the
+        class name for rules of fastema and ``module.qualified_name`` for others. Raise an
+        ArgumentError if the rule cannot be described this way.
         """
         if not is_dataclass(self):
             raise ArgumentError(
-                f"{type(self).__name__} cannot be described: make it a frozen dataclass, or "
+                f"{type(self).__name__} cannot be saved: make it a frozen dataclass, or "
                 "override to_dict() to return {'rule': ..., and the constructor's arguments}"
             )
         own = type(self).__name__
@@ -108,8 +111,7 @@ class Rule(ABC):
         }
         if "rule" in plain:
             raise ArgumentError(
-                f"{own}: rename the field 'rule'; a description holds the name of "
-                "the class under it"
+                f"{own}: rename the field 'rule'; a saved rule stores its class name in this entry"
             )
         return {"rule": _name_of(type(self)), **plain}
 
@@ -120,13 +122,16 @@ def _name_of(kind: type[Rule]) -> str:
 
 
 def described(rule: Rule) -> dict[str, Any]:
-    """Call :meth:`Rule.to_dict`; an error names the rule if no checkpoint can hold it."""
+    """Return :meth:`Rule.to_dict`; raise an ArgumentError if a checkpoint cannot store the rule."""
     plain: dict[str, Any] = plain_value(rule.to_dict(), f"{type(rule).__name__}.to_dict()")
     return plain
 
 
 def plain_value(value: Any, place: str) -> Any:
-    """A value as a checkpoint holds it: NumPy's numbers become Python's, and tuples lists."""
+    """Return ``value`` in the types that a checkpoint stores; ``place`` names it in errors.
+
+    NumPy numbers become Python numbers, and tuples become lists.
+    """
     if isinstance(value, Rule):
         return value.to_dict()
     if isinstance(value, Mapping):
@@ -139,8 +144,8 @@ def plain_value(value: Any, place: str) -> Any:
         return int(value) if isinstance(value, Integral) else float(value)
     kind = type(value)
     raise ArgumentError(
-        f"{place} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: a "
-        "rule is described by strings, numbers, tuples and dicts of them, and other rules"
+        f"{place} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot store: "
+        "the fields of a rule must be strings, numbers, other rules, or tuples and dicts of them"
     )
 
 
@@ -153,17 +158,25 @@ def _rebuilt(value: Any) -> Any:
 
 
 def rule_from_dict(plain: Mapping[str, Any]) -> Rule:
-    """The rule that :meth:`Rule.to_dict` described; lists become tuples.
+    """Return the rule that :meth:`Rule.to_dict` described. Lists become tuples.
 
-    A class of your own has to be defined, under the name it had, before it is loaded. An
-    ArgumentError for an unknown rule, or wrong parameters.
+    Parameters
+    ----------
+    plain : mapping
+        A dict that :meth:`Rule.to_dict` returned. If the rule is your own class, define or import
+        the class, under its old name, before this call.
+
+    Raises
+    ------
+    ArgumentError
+        If the rule is unknown, or its parameters are wrong.
     """
     values = dict(plain) if isinstance(plain, Mapping) else {}
     name = values.pop("rule", None)
     if not isinstance(name, str) or name not in _RULES:
         raise ArgumentError(
-            f"unknown rule {name!r}; known are {', '.join(sorted(_RULES))}. A rule of your own has "
-            "to be defined, or imported, before it is loaded"
+            f"unknown rule {name!r}; known rules: {', '.join(sorted(_RULES))}. Define or import "
+            "your own rule before loading it"
         )
     try:
         return _RULES[name](**{key: _rebuilt(value) for key, value in values.items()})

@@ -1,4 +1,4 @@
-"""When averages are updated and with what weights: rules, every ``k`` steps, from a step on."""
+"""Schedules: at which steps averages are updated, and with what weights."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ __all__ = ["Schedule"]
 
 @dataclass(frozen=True, slots=True, init=False)
 class Schedule:
-    """Weights of a run, one for each of K averages, as a pure function of the step.
+    """The weight of the new value for each of K averages, as a pure function of the step.
 
     Parameters
     ----------
     rules : Rule or iterable of Rule
-        One for each average of the same weights.
+        One rule for each average of the same weights.
     update_every : int
-        Touch memory at every k-th step only; a rule gives the weight that keeps its horizon in
-        steps, such as ``1 - decay ** k``, at 1/k of the cost.
+        Update at every k-th step only, at 1/k of the cost; 1 by default. The rule returns the
+        weight that keeps its horizon in steps, such as ``1 - decay ** k``.
     start_after : int
-        Up to and including this step the averages are the weights themselves; they begin there.
+        Up to and including this step, the averages equal the weights. Averaging begins after it;
+        0 by default.
 
     Raises
     ------
     ArgumentError
-        For no rule, one that a checkpoint could not describe, or a number out of range.
+        If there is no rule, a checkpoint cannot store a rule, the rules have different phases, or a
+        number is out of range.
     """
 
     rules: tuple[Rule, ...]
@@ -54,7 +56,7 @@ class Schedule:
             raise ArgumentError("decay=(): expected at least one number or rule")
         if len({rule.phase for rule in given if isinstance(rule, Rule)}) > 1:
             raise ArgumentError(
-                f"decay={given!r}: averages that are updated together need rules of one phase"
+                f"decay={given!r}: averages that are updated together need rules of the same phase"
             )
         object.__setattr__(self, "rules", given)
         object.__setattr__(self, "update_every", checked_whole(update_every, "update_every", 1))
@@ -62,34 +64,39 @@ class Schedule:
 
     @property
     def phase(self) -> int:
-        """Remainder of the steps that update the averages, divided by ``update_every``."""
+        """Remainder modulo ``update_every`` of the steps that update the averages."""
         phase = self.rules[0].phase
         return (self.start_after if phase is None else phase) % self.update_every
 
     @property
     def offset(self) -> int:
-        """Steps from such a step to ``start_after``."""
+        """Steps from the last step with remainder :attr:`phase` to ``start_after``."""
         return (self.start_after - self.phase) % self.update_every
 
     def log_decays(self, step: int) -> tuple[float, ...]:
-        """Return what :meth:`weigh` needs to know of a run in which every step was a call."""
+        """Return ``log_decays`` for :meth:`weigh` at ``step``, if every step so far was a call."""
         m, every = max(step - self.start_after, 0), self.update_every
         taken = m + self.offset if m else 0
         return tuple([rule.log_decay(taken - taken % every, every) for rule in self.rules])
 
     def weights(self, step: int, steps: int = 1) -> tuple[float, ...]:
-        """Weights in [0, 1] of the new value at a step from 1; empty where nothing is to be done.
+        """Return the weights in [0, 1] of the new value at ``step >= 1``; () if no update is due.
 
-        With ``m = step - start_after``: none for ``m < 0``; 1 (a copy) for ``m = 0``, if there is
-        a start to wait for; else ``rule.weight(m, k)`` where ``m`` is a multiple of
-        ``k = update_every`` (for a rule with a phase, where ``step - phase`` is one), and none
-        between. Of several ``steps`` since the previous call, those multiples count together. Each
-        step before was a call of its own; use :meth:`weigh` where that is unknown.
+        Let ``m = step - start_after`` and ``k = update_every``:
+
+        - ``m < 0``: no update.
+        - ``m = 0``, if ``start_after`` is above 0: 1, a copy.
+        - ``m`` a multiple of ``k``: ``rule.weight(m, k)``. For rules with a phase, ``step - phase``
+          must be the multiple.
+        - otherwise: no update.
+
+        If ``steps`` have passed since the previous call, all multiples among them count together.
+        Every earlier step is assumed to have been a call of its own; use :meth:`weigh` otherwise.
 
         Raises
         ------
         ArgumentError
-            If a rule gives anything else.
+            If a rule returns a weight outside [0, 1].
 
         Examples
         --------
@@ -103,19 +110,19 @@ class Schedule:
     def weigh(
         self, step: int, steps: int, log_decays: tuple[float, ...]
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """:meth:`weights` at a step of any run, and ``log_decays`` for the next call.
+        """Return :meth:`weights` at a step of any run, and ``log_decays`` for the next call.
 
-        ``log_decays`` are what the previous call returned, ``log_decays(0)`` at the first: for each
-        average the logarithm of the share of the beginning that is left, see
+        Pass the ``log_decays`` that the previous call returned, and ``log_decays(0)`` to the first
+        call. They are the logarithm of the remaining initial share of each average, see
         :meth:`Rule.log_decay`.
         """
         m, every = step - self.start_after, self.update_every
         if m < 0 or not step:
             return (), log_decays
         last = m - (m + self.offset) % every
-        if m < steps and self.start_after:  # they begin here, or did since the previous call
+        if m < steps and self.start_after:  # averaging began since the previous call
             begun = self.log_decays(self.start_after)
-            if last > 0:  # these weights are the first that are averaged
+            if last > 0:  # these weights are also the first that are averaged
                 begun = self._weighed(step, last, last, begun)[1]
             return (1.0,) * len(self.rules), begun
         counted = m + self.offset
@@ -135,18 +142,18 @@ class Schedule:
         return tuple(weights), tuple(after)
 
     def decays(self, step: int) -> tuple[float, ...]:
-        """Decay per step of each rule that is in force at a step; 0 until the averages begin."""
+        """Return the decay per step of each rule at a step; 0 until averaging begins."""
         m = step - self.start_after
         if m <= 0 and self.start_after:
             return (0.0,) * len(self.rules)
         return tuple([rule.decay(max(m, 1)) for rule in self.rules])
 
     def follows(self, step: int) -> bool:
-        """Return whether the averages are still the weights themselves at this step."""
+        """Return whether ``step`` is before ``start_after``: the averages equal the weights."""
         return step < self.start_after
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
+        """Return the schedule as plain values for a checkpoint."""
         return {
             "rules": [described(rule) for rule in self.rules],
             "update_every": self.update_every,
@@ -155,11 +162,11 @@ class Schedule:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Schedule:
-        """The schedule that :meth:`to_dict` described; an ArgumentError if an entry is wrong."""
+        """Return the schedule that :meth:`to_dict` described; raise ArgumentError if invalid."""
         try:
             rules, every, start = plain["rules"], plain["update_every"], plain["start_after"]
         except (KeyError, TypeError, IndexError) as error:
-            raise ArgumentError(f"no description of a schedule: {error}") from None
+            raise ArgumentError(f"not a saved schedule: {error}") from None
         if not isinstance(rules, list | tuple):
-            raise ArgumentError(f"no description of a schedule: rules={rules!r}, expected a list")
+            raise ArgumentError(f"not a saved schedule: rules={rules!r}, expected a list")
         return cls([rule_from_dict(rule) for rule in rules], every, start)

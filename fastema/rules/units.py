@@ -1,6 +1,6 @@
-"""What a decay means: how far back it looks, in steps, samples or tokens.
+"""Conversions between decays and horizons in steps, samples or tokens.
 
-A decay is per step, and averages over about ``1 / (1 - decay)`` steps:
+A decay is per step and averages over about ``1 / (1 - decay)`` steps:
 
 ======  ===============
 decay   averages over
@@ -11,14 +11,14 @@ decay   averages over
 0.9999  10,000 steps
 ======  ===============
 
-Every function here takes ``per_step``, the units in a step, above 0: 1 for steps, the batch size
-(over all devices) for samples, the tokens of a batch for tokens. Decays are per step, in [0, 1). A
-horizon given in samples or tokens stays what it is when the batch size changes, one in steps does
-not; :func:`rescaled` converts a decay. :func:`effective_steps` measures what any rule averages over
-at a step of a run.
+The conversions take ``per_step``, the units per step, above 0: 1 for steps, the batch size (over
+all devices) for samples, the tokens per batch for tokens. Decays are per step, in [0, 1). If the
+batch size changes, a horizon in samples or tokens keeps its meaning, a horizon in steps does not;
+:func:`rescaled` converts a decay. :func:`effective_steps` measures what any rule averages over at a
+step of a run.
 
-All of them raise an :class:`~fastema.errors.ArgumentError` for a number out of range, and for what
-would need a decay so near to 1 that float64 has no number for it.
+All functions raise an :class:`~fastema.errors.ArgumentError` if a number is out of range, or if the
+decay would round to 1 in float64.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ __all__ = [
 
 
 def effective_window(decay: float, per_step: float = 1) -> float:
-    """Length that a constant decay averages over: ``per_step / (1 - decay)``.
+    """Return the length that a constant decay averages over: ``per_step / (1 - decay)``.
 
-    The mean age of what is in the average is one step less, and about 63 % of its weight is
-    younger than this.
+    The mean age of the averaged values is one step less. About 63 % of the weight belongs to values
+    that are younger than this length.
 
     Examples
     --------
@@ -57,7 +57,7 @@ def effective_window(decay: float, per_step: float = 1) -> float:
 
 
 def decay_of_window(window: float, per_step: float = 1) -> float:
-    """The decay that averages over a length of at least one step: ``1 - per_step / window``.
+    """Return the decay that averages over ``window``, at least a step: ``1 - per_step / window``.
 
     Examples
     --------
@@ -71,7 +71,7 @@ def decay_of_window(window: float, per_step: float = 1) -> float:
 
 
 def decay_of_half_life(half_life: float, per_step: float = 1) -> float:
-    """The decay that halves a weight in a time above 0: ``2 ** (-per_step / half_life)``.
+    """Return the decay that halves a weight in ``half_life > 0``: ``2 ** (-per_step / half_life)``.
 
     Examples
     --------
@@ -84,7 +84,7 @@ def decay_of_half_life(half_life: float, per_step: float = 1) -> float:
 
 
 def half_life_of_decay(decay: float, per_step: float = 1) -> float:
-    """Time in which a decay halves a weight: ``per_step * log(1/2) / log(decay)``; 0 for decay 0.
+    """Return the half-life of a decay: ``per_step * log(1/2) / log(decay)``, and 0 for decay 0.
 
     Examples
     --------
@@ -96,10 +96,10 @@ def half_life_of_decay(decay: float, per_step: float = 1) -> float:
 
 
 def rescaled(decay: float, factor: float) -> float:
-    """The decay of a step that is ``factor`` times as long: ``decay ** factor``.
+    """Return the decay for a step ``factor`` times as long: ``decay ** factor``.
 
-    With ``factor`` the new batch size over the old one, above 0, the horizon in samples stays what
-    it was.
+    To keep the horizon in samples when the batch size changes, let ``factor`` be the new batch size
+    divided by the old one. It must be above 0.
 
     Examples
     --------
@@ -116,5 +116,5 @@ def rescaled(decay: float, factor: float) -> float:
 
 def _below_one(decay: float, name: str, given: object) -> float:
     if decay >= 1.0:
-        raise ArgumentError(f"{name}={given!r}: the decay would be 1, and the average never move")
+        raise ArgumentError(f"{name}={given!r}: the decay would be 1 and never change the average")
     return decay

@@ -1,4 +1,4 @@
-"""The moving averages that people track losses with.
+"""Moving averages of losses and other metrics.
 
 >>> from fastema.tracking import SimpleMovingAverage
 >>> loss = SimpleMovingAverage(window_size=20)
@@ -7,7 +7,8 @@
 >>> loss.get_average()
 3.0
 
-Names are looked up on first use: drawing needs matplotlib, writing for TensorBoard its package.
+Names are imported on first use. :func:`plot` needs matplotlib, :class:`TensorBoardWriter` the
+tensorboard package.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The exponential moving average of numbers, one by one and as a series."""
+"""The exponential moving average of numbers, one at a time or as a series."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ _State: TypeAlias = "tuple[float, float, float, float]"
 
 
 class ExponentialMovingAverage(MovingAverage):
-    """The average ``avg_n = decay * avg_(n-1) + (1 - decay) * x_n``, which begins at ``x_1``.
+    """Exponential moving average ``avg_n = decay * avg_(n-1) + (1 - decay) * x_n``, from ``x_1``.
 
-    With ``debias=True`` it begins with nothing: ``avg_n = (1 - decay) * sum_k decay**(n-k) x_k /
-    (1 - decay**n)``, the bias correction of Adam (D. Kingma and J. Ba, 2014,
-    https://arxiv.org/abs/1412.6980), in which the first value does not weigh more than others; in
-    pandas these are ``ewm(adjust=False)`` and ``ewm(adjust=True)``. With weights it is the average
-    of ``w_k x_k`` over that of ``w_k``. What each step rounds off is carried to the next, so that
-    no error builds up. To be used by one thread at a time.
+    With ``debias=True`` the average has no initial value: ``avg_n = (1 - decay) * sum_k
+    decay**(n-k) x_k / (1 - decay**n)``. This is the bias correction of Adam (D. Kingma and J. Ba,
+    2014, https://arxiv.org/abs/1412.6980), which gives the first value no extra weight. pandas
+    calls the two variants ``ewm(adjust=False)`` and ``ewm(adjust=True)``. With weights, the average
+    of ``w_k x_k`` is divided by the average of ``w_k``. The rounding error of each step is carried
+    to the next step, so errors do not accumulate. Use an instance from one thread at a time.
 
     Parameters
     ----------
     decay : float
-        Weight of the old average, in [0, 1); it averages over about ``1 / (1 - decay)`` values.
+        Weight of the old average, in [0, 1); 0.9 by default. The average covers about
+        ``1 / (1 - decay)`` values.
     debias : bool
-        Begin with nothing rather than with the first value.
+        Correct the bias toward the first value; False by default.
     on_nonfinite : {"show", "skip", "propagate", "raise"}
-        What a NaN or an infinity does, see :class:`MovingAverage`. With ``"propagate"`` the average
-        never recovers.
+        How to treat a NaN or an infinity, see :class:`MovingAverage`; ``"show"`` by default. With
+        ``"propagate"`` the average never recovers.
 
     Raises
     ------
     ArgumentError
-        If an argument has no valid value.
+        If an argument is invalid.
 
     Examples
     --------
@@ -63,7 +64,7 @@ class ExponentialMovingAverage(MovingAverage):
 
     def _begin(self) -> None:
         super()._begin()
-        # Averages of products and of weights, each with what was rounded off.
+        # The averages of products and of weights, each with its residual.
         self._state: _State = (0.0, 0.0, 0.0, 0.0)
 
     @property
@@ -73,21 +74,22 @@ class ExponentialMovingAverage(MovingAverage):
 
     @property
     def debias(self) -> bool:
-        """Whether it begins with nothing, and is corrected for that."""
+        """Whether the bias toward the first value is corrected."""
         return self._debias
 
     @property
     def count(self) -> int:
-        """Values in the average."""
+        """Number of values in the average."""
         return self.num_updates
 
     def _settings(self) -> dict[str, Any]:
         return {"decay": self._decay, "debias": self._debias, "on_nonfinite": self._on_nonfinite}
 
     def _before(self, x: float, weight: float) -> _State:
-        """Return the past that the next value meets: uncorrected, the first value is all of it.
+        """Return the state to which value ``x`` is added.
 
-        Weights are scaled but for ``weight = 1`` after a past of such alone, whose total is 1.
+        Without bias correction, the first value is the initial average. An unscaled state is scaled
+        by ``SCALE`` if ``weight`` is not 1, since that weight is scaled as well.
         """
         if not (self._num_updates or self._debias):
             return weight * x, 0.0, weight, 0.0
@@ -98,7 +100,7 @@ class ExponentialMovingAverage(MovingAverage):
         return state
 
     def _is_plain(self) -> bool:
-        """Return whether no weight but 1 was seen, and no bias is corrected."""
+        """Return whether all weights so far were 1 and there is no bias correction."""
         return self._state[2] == 1.0 or not (self._num_updates or self._debias)
 
     def _push(self, x: float, weight: float) -> float:
@@ -112,7 +114,7 @@ class ExponentialMovingAverage(MovingAverage):
         average, residual = _step(average, residual, weight * x, self._decay)
         total, rest = _step(total, rest, weight, self._decay)
         self._state = (average, residual, total, rest)
-        # To first order in what was rounded off: without it the quotient would be off by both.
+        # Correct the quotient for both residuals, to first order.
         ratio = average / total
         return ratio + (residual - ratio * rest) / total
 
@@ -141,8 +143,8 @@ class ExponentialMovingAverage(MovingAverage):
 
 
 def _step(average: float, residual: float, x: float, decay: float) -> tuple[float, float]:
-    """``decay (average + residual) + (1 - decay) x``, and what that rounds off."""
-    # From the side that weighs more: 1 - decay is exact then, and the step is the smaller part.
+    """Return ``decay (average + residual) + (1 - decay) x``, rounded, and its residual."""
+    # Start from the operand of larger weight: 1 - decay is then exact, and the step small.
     if decay >= 0.5:
         share, here, here_rest, there, there_rest = 1.0 - decay, average, residual, x, 0.0
     else:
@@ -155,6 +157,6 @@ def _step(average: float, residual: float, x: float, decay: float) -> tuple[floa
     took = after - here
     residual = here_rest + ((here - (after - took)) + (step - took) + share * rest)
     result = after + residual
-    if result - result != 0.0:  # differences of the largest floats, or infinities, are none
+    if result - result != 0.0:  # an infinity, or the difference of the largest floats
         return decay * average + (1.0 - decay) * x, 0.0
     return result, residual - (result - after)

@@ -1,4 +1,4 @@
-"""Several moving averages under the names of what they are of."""
+"""A group of moving averages, each under the name of its metric."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ __all__ = ["MetricAverages"]
 
 
 class MetricAverages(Mapping[str, MovingAverage]):
-    """Moving averages by name, updated together: ``averages["loss"]`` is the average itself.
+    """Mapping of metric names to moving averages that are updated together.
+
+    ``averages["loss"]`` is the moving average object of ``loss``.
 
     Parameters
     ----------
     averages : mapping of str to moving average
-        Each a :class:`~fastema.tracking.SimpleMovingAverage` or an
-        :class:`~fastema.tracking.ExponentialMovingAverage` of its own.
+        A :class:`~fastema.tracking.SimpleMovingAverage` or
+        :class:`~fastema.tracking.ExponentialMovingAverage` for each name, a separate object each.
 
     Raises
     ------
     ArgumentError
-        If there is none, or anything but moving averages, or one of them twice.
+        If the mapping is empty, or contains something else, or one moving average twice.
 
     Examples
     --------
@@ -49,7 +51,7 @@ class MetricAverages(Mapping[str, MovingAverage]):
                     f"averages[{name!r}]={average!r}: expected a moving average under a string"
                 )
         if len({id(average) for average in averages.values()}) < len(averages):
-            raise ArgumentError("averages: one moving average stands under two names")
+            raise ArgumentError("averages: two names share one moving average")
         self._averages = dict(averages)
 
     def __getitem__(self, name: str) -> MovingAverage:
@@ -65,46 +67,51 @@ class MetricAverages(Mapping[str, MovingAverage]):
         return f"{type(self).__name__}({self._averages!r})"
 
     def update(self, values: Mapping[str, Any], weight: float = 1.0) -> dict[str, float]:
-        """Take in a value for each of the names given; the averages of these names now.
+        """Add one value per name and return the new averages of these names.
 
-        ``values`` and ``weight``, one for all of them, are those of :meth:`MovingAverage.update`.
+        Parameters
+        ----------
+        values : mapping of str to number
+            A value for each name to update; see :meth:`MovingAverage.update`.
+        weight : float
+            Weight of all these values, 1 by default; see :meth:`MovingAverage.update`.
 
         Raises
         ------
         ArgumentError
-            For a name without an average, before any value is taken in.
+            If a name has no average. Nothing changes.
         BridgeError, NonFiniteError
-            As in :meth:`MovingAverage.update`; the names before it have taken in theirs.
+            As in :meth:`MovingAverage.update`. The values of earlier names have been added.
         """
         unknown = [name for name in values if name not in self._averages]
         if unknown:
             raise ArgumentError(
-                f"{', '.join(map(repr, unknown))}: there is no average of that name; there are "
+                f"{', '.join(map(repr, unknown))}: no average has this name; there are "
                 + ", ".join(map(repr, self._averages))
             )
         return {name: self._averages[name].update(x, weight) for name, x in values.items()}
 
     @property
     def averages(self) -> dict[str, float]:
-        """All averages now."""
+        """The current averages by name."""
         return {name: average.average for name, average in self._averages.items()}
 
     def reset(self) -> None:
-        """Forget all values."""
+        """Reset all averages to their initial state."""
         for average in self._averages.values():
             average.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of all averages by name."""
+        """Return the states of all averages by name."""
         return {name: average.state_dict() for name, average in self._averages.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where another group of the same names and settings was.
+        """Restore the state of a group with the same names and settings.
 
         Raises
         ------
         CheckpointError
-            For other names, or as in :meth:`MovingAverage.load_state_dict`. Nothing has changed.
+            If the names differ, or as in :meth:`MovingAverage.load_state_dict`. Nothing changes.
         """
         if not isinstance(state, Mapping) or set(state) != set(self._averages):
             raise CheckpointError(
@@ -112,5 +119,5 @@ class MetricAverages(Mapping[str, MovingAverage]):
             )
         for name, average in self._averages.items():
             average.new_like().load_state_dict(state[name])
-        for name, average in self._averages.items():  # now that all of them fit
+        for name, average in self._averages.items():  # after all states were validated
             average.load_state_dict(state[name])

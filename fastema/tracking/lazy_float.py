@@ -1,4 +1,4 @@
-"""A number that is read from its device on first use."""
+"""A float that is read from its device on first use."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ __all__ = ["LazyFloat", "number"]
 
 
 class LazyFloat:
-    """A float that is read when it is used, and kept, with the methods of ``float``.
+    """Float whose value is read on first use and cached, with the methods of ``float``.
 
-    Arrays and tensors calculate with it as with one. ``pickle`` makes a float of it; ``json`` and
-    ``torch.load(weights_only=True)`` do not know it. An Exception of ``read()`` is kept, too.
+    Arithmetic with arrays and tensors works as with a float. ``pickle`` stores a float; ``json``
+    and ``torch.load(weights_only=True)`` do not support the type. An Exception raised by ``read()``
+    is cached and raised again.
     """
 
     __slots__ = ("_read", "_result")
@@ -29,7 +30,7 @@ class LazyFloat:
         self._result: float | Exception = 0.0
 
     def resolve(self, result: float | Exception) -> None:
-        """Set the number, or the error to raise, before anybody asks."""
+        """Set the value, or the error to raise, so that ``read`` is not called."""
         self._result, self._read = result, None
 
     def __float__(self) -> float:
@@ -38,24 +39,24 @@ class LazyFloat:
                 result: float | Exception = self._read()
             except Exception as error:
                 result = error
-            if self._read is not None:  # unless reading settled it
+            if self._read is not None:  # read() may have resolved it
                 self.resolve(result)
         if isinstance(self._result, Exception):
             raise self._result
         return self._result
 
     def item(self) -> float:
-        """The number, as of an array of one element."""
+        """Return the value, like the method of a one-element array."""
         return float(self)
 
     @property
     def real(self) -> float:
-        """The number."""
+        """The value itself."""
         return float(self)
 
     @property
     def imag(self) -> float:
-        """0."""
+        """Imaginary part, always 0."""
         return 0.0
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
@@ -65,7 +66,7 @@ class LazyFloat:
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run a function of PyTorch's that is given a LazyFloat beside a tensor."""
+        """Call a PyTorch function with every LazyFloat argument converted to float."""
         return function(*map(_plain, args), **{k: _plain(v) for k, v in (kwargs or {}).items()})
 
     def __reduce__(self) -> tuple[type[float], tuple[float]]:
@@ -81,7 +82,10 @@ def _float_method(name: str) -> Callable[..., Any]:
 
 
 def _operator(name: str, reflected: bool) -> Callable[..., Any]:
-    """An operator of Python's, which asks the other side too: an array, a Fraction."""
+    """Return a method that applies a Python operator, so that ``other`` can take part.
+
+    ``other`` may be an array or a Fraction, with its own implementation of the operator.
+    """
     apply = divmod if name == "divmod" else getattr(operator, name)
 
     def method(self: LazyFloat, other: Any, *modulo: None) -> Any:
@@ -107,9 +111,9 @@ Real.register(LazyFloat)
 
 
 def number(value: Any) -> float | LazyFloat:
-    """A value of any framework as a float, or as one that is read when it is used.
+    """Return a scalar of any framework as a float, or as a LazyFloat if it is still on a device.
 
-    What is no number, or several, is a BridgeError.
+    Raise a BridgeError if ``value`` is not a single number.
     """
     if isinstance(value, float | LazyFloat):
         return value

@@ -1,4 +1,4 @@
-"""The common base of moving averages of numbers: losses, accuracies, gradient norms."""
+"""The base class of moving averages of numbers such as losses, accuracies and gradient norms."""
 
 from __future__ import annotations
 
@@ -23,29 +23,32 @@ OnNonFinite = Literal["show", "skip", "propagate", "raise"]
 Floats: TypeAlias = NDArray[np.float64]
 Number: TypeAlias = float | LazyFloat
 Run: TypeAlias = tuple[Floats, bool, Callable[[], None]]
-"""Averages of a series, whether all are finite, and a function that takes the series in."""
+"""The averages of a series, whether all are finite, and a function that commits the series."""
 
 LIGHTEST, HEAVIEST = 1e-100, 1e100
-"""Weights between which products and sums of them neither overflow nor vanish."""
+"""The smallest and largest weight whose products and sums neither overflow nor underflow."""
 
 MOST_PENDING: Final = 1024
-"""Values that may wait on a device before they are read, whether asked for or not."""
+"""Values that may stay on a device before all of them are read."""
 
 SCALE: Final = 2.0**-380
-"""Weights are multiplied by this, which rounds nothing: no product of one and a value overflows."""
+"""Power of 2 that scales weights exactly, so that weight times value cannot overflow."""
 
 
 class MovingAverage(ABC):
-    """A moving average of numbers that come one by one.
+    """Base class of moving averages of numbers that arrive one at a time.
 
     Parameters
     ----------
     on_nonfinite : {"show", "skip", "propagate", "raise"}
-        What to do with a NaN or an infinity. ``"show"``: the average reads as that value until the
-        next finite one, and then continues from before; the value is never averaged, so that one
-        bad batch neither hides nor spoils the curve (as in TensorBoard's smoothing). ``"skip"``:
-        leave it out, keep the average. ``"propagate"``: IEEE arithmetic. ``"raise"``: a
-        :class:`~fastema.errors.NonFiniteError`, with nothing changed.
+        How to treat a NaN or an infinity.
+
+        - ``"show"``: report the value as the average until the next finite value, which continues
+          from the old average. The value is never averaged, so one bad batch is visible but does
+          not spoil the curve (as in TensorBoard's smoothing).
+        - ``"skip"``: ignore the value and keep the average.
+        - ``"propagate"``: average the value, by IEEE arithmetic.
+        - ``"raise"``: raise a :class:`~fastema.errors.NonFiniteError` and change nothing.
     """
 
     __slots__ = ("_num_skipped", "_num_updates", "_on_nonfinite", "_pending", "_reading")
@@ -65,47 +68,54 @@ class MovingAverage(ABC):
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
-        """The arguments that it was made with."""
+        """Return the constructor arguments of this average."""
 
     @abstractmethod
     def _push(self, x: float, weight: float) -> float:
-        """Take in a value; return the average."""
+        """Add one value and return the new average."""
 
     @abstractmethod
     def _run(self, x: Floats, weights: Floats | None) -> Run:
-        """Average a series with positive weights, without taking it in yet."""
+        """Average a series with positive weights, without changing this object yet."""
 
     @abstractmethod
     def _memory(self) -> dict[str, Any]:
-        """Return what the next averages depend on, beside the settings and counts."""
+        """Return the state entries besides the settings and counts."""
 
     @abstractmethod
     def _remember(self, memory: Mapping[str, Any]) -> None:
-        """Restore what :meth:`_memory` returned."""
+        """Restore the entries that :meth:`_memory` returned."""
 
     # -- values ------------------------------------------------------------------------------------
 
     def update(self, value: Any, weight: float = 1.0) -> float:
-        """Take in one value; the average now.
+        """Add one value and return the new average.
 
         Parameters
         ----------
         value : float, or scalar or array of one element of NumPy, torch, TensorFlow, JAX, CuPy
-            What lies on an accelerator, or is still being computed, is kept and not waited for. The
-            average after it is a number that is read when it is used, with the methods of a float;
-            ``float(number)`` before it goes into a file. After 1,024 unread ones all are read.
+            A value that is on an accelerator or still being computed is kept, without waiting for
+            it. The result is then a lazy number with the methods of a float, which is read on first
+            use; convert it with ``float(number)`` before writing it to a file. After 1,024 unread
+            values, all of them are read.
         weight : float
-            Of this value beside others, such as the size of its batch or its number of tokens: from
-            1e-100 to 1e100, or 0, which leaves it out.
+            Weight of this value relative to the others, such as the size of its batch or its number
+            of tokens: from 1e-100 to 1e100, or 0, which ignores the value. 1 by default.
+
+        Returns
+        -------
+        float
+            The average after this value.
 
         Raises
         ------
         ArgumentError
-            For any other weight. For what is kept, this and the others are raised when it is read.
+            If the weight is out of range. For values that are kept, all errors are raised when the
+            value is read.
         BridgeError
-            For a value that is no number, or several.
+            If the value is not a single number.
         NonFiniteError
-            For a NaN or an infinity with ``on_nonfinite="raise"``.
+            If the value is not finite and ``on_nonfinite="raise"``.
         """
         x = value if type(value) is float else number(value)
         w = weight if type(weight) is float else number(weight)
@@ -121,7 +131,7 @@ class MovingAverage(ABC):
         if x - x != 0.0 and self._on_nonfinite != "propagate":
             if self._on_nonfinite == "raise":
                 raise NonFiniteError(
-                    f"value {x} after {self._num_updates} values: the average was told to raise"
+                    f"value {x} after {self._num_updates} values, with on_nonfinite='raise'"
                 )
             self._num_skipped += 1
             if self._on_nonfinite == "show":
@@ -139,9 +149,9 @@ class MovingAverage(ABC):
         return cast(float, average)
 
     def _read_pending(self, last: LazyFloat | None = None) -> float:
-        """Read what waits on a device, in order, as far as one of them; the average.
+        """Read the pending values in order, up to ``last``, and return the average.
 
-        What cannot be read, or is refused, is dropped, and its result remembers why.
+        A value that cannot be read or is refused is dropped, and its result stores the error.
         """
         while self._pending:
             value, weight, average = self._pending[0]
@@ -149,7 +159,7 @@ class MovingAverage(ABC):
                 result: float | Exception = self._add(float(value), float(weight))
             except Exception as error:
                 result = error
-            # An interrupt before here leaves it waiting.
+            # After an interrupt before this line, the value is still pending.
             del self._pending[0]
             average.resolve(result)
             if isinstance(result, Exception):
@@ -159,30 +169,34 @@ class MovingAverage(ABC):
         return self._reading
 
     def _read_all_pending(self) -> None:
-        """Read all that waits, whatever is dropped."""
+        """Read all pending values, and ignore errors."""
         while self._pending:
             with suppress(Exception):
                 self._read_pending()
 
     def update_many(self, values: ArrayLike, weights: ArrayLike | None = None) -> Floats:
-        """Take in a series of values, as by :meth:`update` one after the other, but compiled.
+        """Add a series of values, like :meth:`update` for each value but in compiled code.
 
         Parameters
         ----------
-        values, weights : array_like
-            One-dimensional, of any real dtype; a weight for each value, if any.
+        values : array_like
+            One-dimensional, of any real dtype.
+        weights : array_like, optional
+            One weight per value, as in :meth:`update`; by default all are 1.
 
         Returns
         -------
         numpy.ndarray
-            float64, of the same length: the average after each value.
+            The average after each value, in float64.
 
         Raises
         ------
         ArgumentError
-            For anything that is not one-dimensional and real, and for weights that do not fit.
+            If an argument is not one-dimensional and real, the lengths differ, or a weight is out
+            of range.
         NonFiniteError
-            With ``on_nonfinite="raise"``, naming the first such value; nothing is taken in.
+            If a value is not finite and ``on_nonfinite="raise"``. The error names the first one;
+            nothing changes.
         """
         x = _series(values, "values")
         given = None if weights is None else _checked_weights(weights, len(x))
@@ -199,12 +213,12 @@ class MovingAverage(ABC):
         return self._update_some(x, np.ones(len(x)) if given is None else given)
 
     def _update_some(self, x: Floats, weights: Floats) -> Floats:
-        """Take in a series with values that are left out."""
+        """Add a series in which some values have weight 0 or are not finite."""
         weighty = weights > 0.0
         odd = weighty & ~np.isfinite(x) & (self._on_nonfinite != "propagate")
         if odd.any() and self._on_nonfinite == "raise":
             first = int(np.argmax(odd))
-            raise NonFiniteError(f"values[{first}] is {x[first]}: the average was told to raise")
+            raise NonFiniteError(f"values[{first}] is {x[first]}, with on_nonfinite='raise'")
         taken = weighty & ~odd
         shown = x.copy()
         if taken.any():
@@ -222,41 +236,41 @@ class MovingAverage(ABC):
 
     @property
     def average(self) -> float:
-        """The average now; NaN before the first value."""
+        """Current average; NaN before the first value."""
         if self._pending:
             self._read_pending()
         return self._reading
 
     def get_average(self) -> float:
-        """The same as :attr:`average`."""
+        """Return :attr:`average`."""
         return self.average
 
     @property
     def on_nonfinite(self) -> OnNonFinite:
-        """What to do with a NaN or an infinity."""
+        """How a NaN or an infinity is treated."""
         return self._on_nonfinite
 
     @property
     def num_updates(self) -> int:
-        """Values taken in."""
+        """Number of values averaged so far."""
         self._read_pending()
         return self._num_updates
 
     @property
     def num_skipped(self) -> int:
-        """Values that were not finite and not taken in."""
+        """Number of values that were not averaged because they were not finite."""
         self._read_pending()
         return self._num_skipped
 
     # -- state -------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget all values."""
+        """Reset to the initial state, without values."""
         self._read_all_pending()
         self._begin()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to continue: numbers, strings and lists, exact in JSON."""
+        """Return the state as numbers, strings and lists, which JSON stores exactly."""
         self._read_pending()
         return {
             **self._settings(),
@@ -267,12 +281,13 @@ class MovingAverage(ABC):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where another one of the same kind and settings was.
+        """Restore the state of an average with the same class and settings.
 
         Raises
         ------
         CheckpointError
-            For any other state, naming what differs. The average stays as it was.
+            If the state has another class or settings; the error names the difference. Nothing
+            changes.
         """
         check_settings(self, self._settings(), state)
         other = self.new_like()
@@ -289,7 +304,7 @@ class MovingAverage(ABC):
                 setattr(self, name, getattr(other, name))
 
     def new_like(self) -> MovingAverage:
-        """A new one with the same settings, without values."""
+        """Return a new average with the same settings and without values."""
         return type(self)(**self._settings())
 
     def __reduce__(self) -> tuple[Callable[[], MovingAverage], tuple[()], dict[str, Any]]:
@@ -303,16 +318,16 @@ class MovingAverage(ABC):
 
 
 def check_settings(owner: object, settings: Mapping[str, Any], state: Any) -> None:
-    """Refuse the state of something else, or of one with other settings."""
+    """Raise a CheckpointError unless ``state`` belongs to an object with these settings."""
     for name, mine in settings.items():
         if not isinstance(state, Mapping) or name not in state:
             raise CheckpointError(f"not the state of {owner!r}: it has no {name!r}")
         saved = state[name]
-        # An array compares to none.
+        # Comparing an array would not give a bool.
         if not isinstance(saved, Real | str | None) or saved != mine:
             raise CheckpointError(
-                f"this state is of {name}={saved!r}, but {name}={mine!r} here: use the same "
-                "settings"
+                f"this state has {name}={saved!r}, but this object has {name}={mine!r}: use the "
+                "same settings"
             )
 
 

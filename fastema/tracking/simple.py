@@ -1,4 +1,4 @@
-"""The mean of the last numbers, one by one and as a series."""
+"""The mean of the last numbers, one at a time or as a series."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ __all__ = ["SimpleMovingAverage"]
 LARGEST_WINDOW: Final = 10**9
 
 _SMALL: Final = 2.0**-64
-"""What values are multiplied by whose sum would be infinite."""
+"""Factor for values whose sum would overflow."""
 
 
 class SimpleMovingAverage(MovingAverage):
-    """The mean of the last ``window_size`` values, of all of them until there are so many.
+    """Mean of the last ``window_size`` values, or of all values while there are fewer.
 
     ``avg_n = (x_(n-window_size+1) + ... + x_n) / window_size``; with weights
-    ``sum(w_k x_k) / sum(w_k)`` over the same values. A value costs the same for any window, and no
-    error builds up, after ten million values as after ten: without weights each average is the sum
-    of its window, exact to 2**-104 of the sum of their magnitudes and then rounded once, divided by
-    their number. With weights the products are rounded too. To be used by one thread at a time.
+    ``sum(w_k x_k) / sum(w_k)`` over the same values. The cost per value does not depend on the
+    window, and errors do not accumulate. Without weights, each average is the sum of its window,
+    exact to 2**-104 of the sum of the magnitudes and then rounded once, divided by the number of
+    values. With weights, the products are rounded too. Use an instance from one thread at a time.
 
-    Memory: 24 bytes per value of the window, 48 with weights, and twice that for a moment each time
-    that the window has been filled once more, which takes 10 to 20 ns per value; so does
-    :meth:`update_many` at its end.
+    Memory: 24 bytes per value of the window, 48 with weights. Each time the window has been filled
+    once more, twice that is needed temporarily, and the refill takes 10 to 20 ns per value. The
+    same happens at the end of :meth:`update_many`.
 
     Parameters
     ----------
     window_size : int
-        Values, from 1 to 1e9.
+        Largest number of values in the mean, from 1 to 1e9; 20 by default.
     on_nonfinite : {"show", "skip", "propagate", "raise"}
-        What a NaN or an infinity does, see :class:`MovingAverage`.
+        How to treat a NaN or an infinity, see :class:`MovingAverage`; ``"show"`` by default.
 
     Raises
     ------
     ArgumentError
-        If an argument has no valid value.
+        If an argument is invalid.
 
     Examples
     --------
@@ -68,16 +68,16 @@ class SimpleMovingAverage(MovingAverage):
     def _begin(self) -> None:
         super()._begin()
         self._products = WindowSum(self._window_size)
-        self._weights: WindowSum | None = None  # until one is not 1
+        self._weights: WindowSum | None = None  # None until a weight is not 1
 
     @property
     def window_size(self) -> int:
-        """Most values in the window."""
+        """Largest number of values in the window."""
         return self._window_size
 
     @property
     def count(self) -> int:
-        """Values in the window."""
+        """Number of values in the window."""
         self._read_pending()
         return self._products.count
 
@@ -117,13 +117,13 @@ class SimpleMovingAverage(MovingAverage):
         before = self._products.numbers()
         averages, finite, kept = self._roll(before, x, divide=True)
         if not finite and np.isfinite(x).all() and np.isfinite(before).all():
-            # Sums of the largest floats are none.
+            # The sum of the largest floats overflows.
             scaled, finite, _ = self._roll(before * _SMALL, x * _SMALL, divide=True)
             averages = np.where(np.isfinite(averages), averages, scaled / _SMALL)
         return averages, finite, lambda: self._products.refill(kept)
 
     def _scaled(self) -> tuple[Floats, Floats]:
-        """Products and weights in the window, scaled, of weights of 1 too."""
+        """Return the products and weights in the window, scaled, also if all weights are 1."""
         products = self._products.numbers()
         if self._weights is None:
             return products * SCALE, np.full(len(products), SCALE)
@@ -132,7 +132,7 @@ class SimpleMovingAverage(MovingAverage):
     def _roll(
         self, before: Floats, x: Floats, *, divide: bool = False
     ) -> tuple[Floats, bool, Floats]:
-        """Roll over a series after the numbers before it: results, if finite, and what is kept."""
+        """Return rolling sums or means over ``x``, whether they are finite, and the new window."""
         result, finite = series.rolling_mean(x, before, self._window_size, divide=divide)
         return result, finite, np.concatenate([before, x[-self._window_size :]])
 
@@ -147,17 +147,17 @@ class SimpleMovingAverage(MovingAverage):
         count = min(self._num_updates, self._window_size)
         products = np.array(memory["products"], np.float64)
         if products.shape != (count,):
-            raise ValueError(f"a window of shape {products.shape} where {count} were expected")
+            raise ValueError(f"a window of shape {products.shape}, expected ({count},)")
         self._products.refill(products)
         if memory["weights"] is not None:
             weights = np.array(memory["weights"], np.float64)
             if weights.shape != (count,) or not (weights > 0.0).all():
-                raise ValueError("weights that are not one positive number for each value")
+                raise ValueError("weights must be one positive number per value")
             self._weights = WindowSum(self._window_size, weights)
 
 
 def _mean(numbers: Floats, otherwise: float) -> float:
-    """The mean of finite numbers whose sum is not; what is given where one is not finite."""
+    """Return the mean of finite numbers whose sum overflows; ``otherwise`` if any is not finite."""
     if not np.isfinite(numbers).all():
         return otherwise
     return math.fsum(numbers * _SMALL) / len(numbers) / _SMALL

@@ -1,4 +1,4 @@
-"""The curves of a run's metrics: each as it is, and smoothed."""
+"""Curves of metrics, raw and smoothed."""
 
 from __future__ import annotations
 
@@ -26,28 +26,30 @@ Averages: TypeAlias = dict[str, MovingAverage]
 
 
 class MetricSmoother:
-    """Raw value, simple and exponential moving average of every metric it is given.
+    """Raw values and simple and exponential moving averages of any number of metrics.
 
-    For a metric ``loss`` it gives ``loss_raw``, ``loss_sma`` and ``loss_ema``; metrics are taken up
-    as they come.
+    For a metric ``loss`` the smoother returns ``loss_raw``, ``loss_sma`` and ``loss_ema``. A metric
+    is added when it first appears.
 
     Parameters
     ----------
     window_size : int, optional
-        Values in the simple moving average, batches or logs with callbacks; None leaves it out.
+        Number of values (batches or logs in callbacks) in the simple moving average, 20 by default;
+        None to leave out that average.
     decay : float, optional
-        Weight of the old exponential moving average, in [0, 1); None leaves it out.
+        Weight of the old exponential moving average, in [0, 1), 0.9 by default; None to leave out
+        that average.
     raw : bool
-        Give the values themselves, too.
+        Also return the raw values; True by default.
     debias, on_nonfinite
         See :class:`ExponentialMovingAverage` and :class:`MovingAverage`.
     record : bool
-        Keep all curves in :attr:`history`: 8 bytes per number.
+        Keep all curves in :attr:`history`, at 8 bytes per number; False by default.
 
     Raises
     ------
     ArgumentError
-        If an argument has no valid value, or nothing is asked for.
+        If an argument is invalid, or there is nothing to return.
 
     Examples
     --------
@@ -69,12 +71,12 @@ class MetricSmoother:
         self.window_size, self.decay, self.raw = window_size, decay, raw
         self.debias, self.on_nonfinite, self.record = debias, on_nonfinite, record
         self.reset()
-        SimpleMovingAverage(1, on_nonfinite=on_nonfinite)  # that it is one of those known
+        SimpleMovingAverage(1, on_nonfinite=on_nonfinite)  # validates on_nonfinite
         if not (self._new_averages() or raw):
-            raise ArgumentError("window_size=None, decay=None, raw=False: nothing is asked for")
+            raise ArgumentError("window_size=None, decay=None, raw=False: nothing to return")
 
     def _new_averages(self) -> Averages:
-        """The averages of one metric."""
+        """Return new averages for one metric."""
         averages: Averages = {}
         if self.window_size is not None:
             averages["sma"] = SimpleMovingAverage(self.window_size, on_nonfinite=self.on_nonfinite)
@@ -87,16 +89,17 @@ class MetricSmoother:
     def update(
         self, metrics: Mapping[str, Any], weight: float = 1.0, step: int | None = None
     ) -> dict[str, float]:
-        """Take in a value of each metric given; return ``{"loss_raw": ..., "loss_sma": ...}``.
+        """Add one value per metric and return ``{"loss_raw": ..., "loss_sma": ...}``.
 
         Parameters
         ----------
         metrics : mapping of str to number
-            What lies on an accelerator is not waited for, but with ``on_nonfinite="raise"``.
+            One value per metric. A value on an accelerator is not waited for, unless
+            ``on_nonfinite="raise"``.
         weight : float
-            Of these values beside others, such as the size of their batch.
+            Weight of these values relative to others, such as the batch size; 1 by default.
         step : int, optional
-            Of the training, for :attr:`steps`.
+            Training step, recorded in :attr:`steps`; by default one more than the previous step.
 
         Raises
         ------
@@ -112,7 +115,7 @@ class MetricSmoother:
         if self.on_nonfinite == "raise":
             for name, value in values.items():
                 if weight and not math.isfinite(value):
-                    raise NonFiniteError(f"{name} is {value}: the averages were told to raise")
+                    raise NonFiniteError(f"{name} is {value}, with on_nonfinite='raise'")
         found: dict[str, float] = {}
         for name, value in values.items():
             if self.raw:
@@ -136,16 +139,16 @@ class MetricSmoother:
             name, value = self._unwritten[0]
             try:
                 found = float(value)
-            except Exception:  # raised again by reading the number itself
+            except Exception:  # reading the LazyFloat itself raises it again
                 found = math.nan
             del self._unwritten[0]
             self._history.setdefault(name, array("d")).append(found)
 
     @property
     def averages(self) -> dict[str, float]:
-        """The latest of all that :meth:`update` gave, as floats.
+        """Latest result of :meth:`update` for each name, as floats.
 
-        What cannot be read from its device raises its error once, and is NaN from then on.
+        A value that cannot be read from its device raises its error once, and is NaN afterwards.
         """
         errors = []
         for name, value in self._latest.items():
@@ -160,17 +163,17 @@ class MetricSmoother:
 
     @property
     def history(self) -> dict[str, array[float]]:
-        """With ``record=True``: by name, such as ``loss_sma``, one float for each value."""
+        """With ``record=True``, one float per value under each name, such as ``loss_sma``."""
         self._write_down()
         return self._history
 
     @property
     def steps(self) -> dict[str, array[int]]:
-        """With ``record=True``: by metric, the steps of its values, counted if none were given."""
+        """With ``record=True``, the steps of each metric's values, counted if not passed."""
         return self._steps
 
     def reset(self) -> None:
-        """Forget all metrics and what was recorded."""
+        """Remove all metrics and recorded curves."""
         self._metrics: dict[str, Averages] = {}
         self._latest: dict[str, float] = {}
         self._unwritten: list[tuple[str, float]] = []
@@ -187,7 +190,7 @@ class MetricSmoother:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to continue, fit for JSON, without what was recorded."""
+        """Return the state of the averages, in types that JSON supports, without the history."""
         return {
             **self._settings(),
             "latest": self.averages,
@@ -198,12 +201,13 @@ class MetricSmoother:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where another one of the same settings was. What was recorded here stays.
+        """Restore the state of a smoother with the same settings, and keep the recorded history.
 
         Raises
         ------
         CheckpointError
-            For any other state, naming what differs. Nothing has changed.
+            If the state has other settings or entries; the error names the difference. Nothing
+            changes.
         """
         check_settings(self, self._settings(), state)
         metrics: dict[str, Averages] = {}
@@ -219,39 +223,39 @@ class MetricSmoother:
 
 
 class SmoothedMetrics:
-    """Mixin of callbacks that smooth metrics: what their smoother knows, up to the latest batch."""
+    """Mixin for callbacks that smooth metrics: access to the smoother, up to the latest batch."""
 
     _smoother: MetricSmoother
 
     def _process_pending(self) -> None:
-        """Give the smoother what waits; nothing does where each batch is given at once."""
+        """Pass pending batches to the smoother. Do nothing if each batch is passed immediately."""
 
     @property
     def averages(self) -> dict[str, float]:
-        """The latest values, by the names that are logged."""
+        """Latest values by logged name."""
         self._process_pending()
         return self._smoother.averages
 
     @property
     def history(self) -> dict[str, array[float]]:
-        """With ``record=True``: by name, one value per batch, for :func:`fastema.tracking.plot`."""
+        """With ``record=True``, one value per batch for each name, as :func:`plot` draws them."""
         self._process_pending()
         return self._smoother.history
 
     @property
     def steps(self) -> dict[str, array[int]]:
-        """With ``record=True``: by metric, the numbers of its batches, through all epochs."""
+        """With ``record=True``, the batch numbers of each metric, counted across epochs."""
         self._process_pending()
         return self._smoother.steps
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to continue the averages, fit for JSON, without the history."""
+        """Return the state of the averages, in types that JSON supports, without the history."""
         self._process_pending()
         return self._smoother.state_dict()
 
 
 def checked_step(step: Any) -> int:
-    """A step of the training as a whole number of 64 bits."""
+    """Return ``step`` as an int; raise an ArgumentError unless it is a signed 64-bit integer."""
     try:
         found = operator.index(step)
     except TypeError:

@@ -1,4 +1,4 @@
-"""Losses of a training loop of one's own for TensorBoard: as they are, and smoothed, in one chart.
+"""A TensorBoard writer that draws the raw and smoothed values of a metric in one chart.
 
 >>> from fastema.tracking import TensorBoardWriter
 >>> with TensorBoardWriter("runs/first") as writer:                # doctest: +SKIP
@@ -27,37 +27,38 @@ __all__ = ["TensorBoardWriter"]
 
 
 class TensorBoardWriter:
-    """Writes each value and its moving averages to event files.
+    """Writer of TensorBoard event files with each value and its moving averages.
 
-    TensorBoard draws what has one tag in several *runs* into one chart. The values go into the run
-    ``raw``, the simple moving averages into ``sma`` and the exponential ones into ``ema``, folders
-    of these names below ``folder``: the chart of ``loss`` has three lines, which are hidden and
-    shown by their names in the list of runs. Set TensorBoard's own smoothing to 0. Of several
-    experiments in one folder the filter ``ema$`` compares the averages.
+    TensorBoard draws a tag that occurs in several *runs* as one chart. The writer creates three
+    runs, which are subfolders of ``folder``: ``raw`` for the values, ``sma`` for the simple and
+    ``ema`` for the exponential moving averages. So the chart of ``loss`` has three lines, which you
+    can hide and show by name in the list of runs. Set TensorBoard's own smoothing to 0. To compare
+    the averages of several experiments in one folder, filter the runs by ``ema$``.
 
-    Points are kept until they are written out, with the time at which they came, and values on an
-    accelerator are not waited for until then. A process that is killed loses what came since: at
-    most ``flush_secs`` seconds or ``max_queue`` points. A block ``with``, :meth:`close`, the end of
-    the program and an exception that ends it lose nothing.
+    Points are buffered with their wall time until a flush; values on an accelerator are not waited
+    for before that. A killed process loses at most the points of the last ``flush_secs`` seconds,
+    or ``max_queue`` points. Nothing is lost if a ``with`` block, :meth:`close`, the end of the
+    program or an exception ends the run.
 
-    Event files hold float32; the averages are worked out in double precision from the values as
-    they come. To be used by one thread, in one process: with several, by the first.
+    Event files store float32; the averages are computed from the original values in double
+    precision. Use the writer from one thread of one process, the first if there are several.
 
     Parameters
     ----------
     folder : path
-        Of the experiment; made if it is not there. What it holds already is added to.
+        Folder of the experiment, created if missing. Existing event files are kept.
     window_size, decay, raw, debias, on_nonfinite
-        Of the averages, see :class:`fastema.tracking.MetricSmoother`.
+        Settings of the averages, see :class:`fastema.tracking.MetricSmoother`.
     flush_secs : float
-        Seconds after which the next value has everything written out.
+        Seconds since the last flush after which the next value triggers a flush, at least 0; 30 by
+        default.
     max_queue : int
-        Points after which it does so earlier.
+        Number of buffered points that triggers a flush earlier, at least 1; 1,000 by default.
 
     Raises
     ------
     ArgumentError
-        If an argument has no valid value, or the tensorboard package is missing
+        If an argument is invalid, or the tensorboard package is missing
         (``pip install fastema[tracking]``).
     """
 
@@ -83,34 +84,34 @@ class TensorBoardWriter:
         self._points = _Points(self.folder, [kind for kind, wanted in kinds.items() if wanted])
         self._counts: dict[str, int] = {}
         self._written_at = time.monotonic()
-        # Also at exit, and when the writer is no longer referenced.
+        # Runs at exit as well, and when the writer is garbage-collected.
         self._finalizer = weakref.finalize(self, self._points.close)
 
     @property
     def averages(self) -> dict[str, float]:
-        """The latest of each: ``{"loss_raw": ..., "loss_sma": ..., "loss_ema": ...}``."""
+        """Latest values: ``{"loss_raw": ..., "loss_sma": ..., "loss_ema": ...}``."""
         return self._smoother.averages
 
     def add_scalar(
         self, tag: str, value: Any, step: int | None = None, *, weight: float = 1.0
     ) -> dict[str, float]:
-        """Take in one value; ``{"loss_raw": ..., "loss_sma": ...}``, read when they are used.
+        """Add one value and return ``{"loss_raw": ..., "loss_sma": ...}``, read on first use.
 
         Parameters
         ----------
         tag : str
-            Name of the chart. Names with a common part before a ``/`` stand in one section.
+            Name of the chart. TensorBoard groups names with a common prefix before a ``/``.
         value : float, or scalar of NumPy, torch, TensorFlow, JAX, CuPy
-            What lies on an accelerator is kept and not waited for.
+            The value. A value on an accelerator is kept without waiting for it.
         step : int, optional
-            Place on the horizontal axis; by default the number of values of this tag before.
+            Position on the horizontal axis; by default the number of earlier values of this tag.
         weight : float
-            Of this value in the averages, such as the size of its batch.
+            Weight of this value in the averages, such as the batch size; 1 by default.
 
         Raises
         ------
         ArgumentError
-            For a step that is not whole, or a weight that is not a finite number of at least 0.
+            If ``tag`` is not a name, ``step`` is not a whole number, or ``weight`` is out of range.
         BridgeError, NonFiniteError
             As in :meth:`MovingAverage.update`.
         StateError
@@ -121,7 +122,7 @@ class TensorBoardWriter:
     def add_scalars(
         self, values: Mapping[str, Any], step: int | None = None, *, weight: float = 1.0
     ) -> dict[str, float]:
-        """Take in a value for each of several tags, see :meth:`add_scalar`."""
+        """Add one value for each tag in ``values``; see :meth:`add_scalar`."""
         self._points.check_open()
         steps = {tag: self._step(tag, step) for tag in values}
         averages = self._smoother.update(values, weight=weight, step=step)
@@ -142,13 +143,13 @@ class TensorBoardWriter:
         return self._counts.get(tag, 0) if step is None else checked_step(step)
 
     def flush(self) -> None:
-        """Write out everything that came so far."""
+        """Write all buffered points to the event files."""
         self._points.check_open()
         self._written_at = time.monotonic()
         self._points.write()
 
     def close(self) -> None:
-        """Write out everything and close the files; a second time does nothing."""
+        """Write all buffered points and close the files. Do nothing if already closed."""
         self._finalizer()
 
     def __enter__(self) -> TensorBoardWriter:
@@ -158,16 +159,16 @@ class TensorBoardWriter:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to continue the averages, as JSON holds it."""
+        """Return the state of the averages and step counts, in types that JSON supports."""
         return {"averages": self._smoother.state_dict(), "counts": dict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where another writer of the same settings was, for a run that was resumed.
+        """Restore the state of a writer with the same settings, to resume a run.
 
         Raises
         ------
         CheckpointError
-            For anything else; nothing has changed then.
+            If the state has other settings or entries. Nothing changes.
         """
         try:
             counts = {str(tag): int(count) for tag, count in state["counts"].items()}
@@ -179,14 +180,14 @@ class TensorBoardWriter:
 
 
 class _Points:
-    """The files, and what is to be written to them; outlives the writer, to be closed after it."""
+    """Event files and buffered points. They outlive the writer, so that exit can flush them."""
 
     def __init__(self, folder: str, kinds: list[str]) -> None:
         try:
             new_writer = import_module("tensorboard.summary").Writer
         except ImportError:
             raise ArgumentError(
-                "event files are written by the tensorboard package: pip install fastema[tracking]"
+                "writing event files needs the tensorboard package: pip install fastema[tracking]"
             ) from None
         self.folder = folder
         self._process = os.getpid()
@@ -196,16 +197,16 @@ class _Points:
     def check_open(self) -> None:
         if os.getpid() != self._process:
             raise StateError(
-                f"the writer of {self.folder} belongs to the process that made it: make another "
+                f"the writer of {self.folder} belongs to the process that created it: make another "
                 "one after a fork"
             )
         if not self._files:
             raise StateError(f"the writer of {self.folder} is closed: make another one")
 
     def write(self) -> None:
-        """Write all that waits; then raise what the first unreadable value raised."""
+        """Write all buffered points, then raise the error of the first unreadable value."""
         errors = []
-        with np.errstate(over="ignore"):  # of numbers beyond float32
+        with np.errstate(over="ignore"):  # numbers beyond float32
             while self.waiting:
                 kind, tag, value, step, wall_time = self.waiting.popleft()
                 try:
@@ -221,7 +222,7 @@ class _Points:
 
     def close(self) -> None:
         if os.getpid() != self._process:
-            return  # the threads that write are not in a forked process
+            return  # the writer threads do not exist in a forked process
         files = self._files
         try:
             self.write()

@@ -1,10 +1,10 @@
-"""The sum of the last numbers, at a cost that does not grow with how many, and without drift.
+"""The sum of the last numbers, without drift and at a cost that does not depend on their count.
 
-Numbers are never subtracted. They come in blocks as long as the window: the window is the end of
-one block and the beginning of the next, and so its sum is one from behind, worked out once when
-that block was full, plus one from the front. What has left the window is gone without a trace, an
-infinity too. Every sum is kept in two floats, the second of which holds what the first one rounded
-off (D. E. Knuth, The Art of Computer Programming, volume 2, section 4.2.2).
+Numbers are never subtracted. The series is split into blocks as long as the window, so a window is
+a suffix of one block and a prefix of the next. Its sum is a suffix sum, computed once when the
+block was full, plus a running prefix sum. A number that has left the window leaves no trace, not
+even an infinity. Every sum is stored in two floats: the rounded sum and its residual (D. E. Knuth,
+The Art of Computer Programming, volume 2, section 4.2.2).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["WindowSum"]
 Floats: TypeAlias = "array[float]"
 
 _VECTORISED: Final = 128
-"""Numbers from which on NumPy is quicker than a loop."""
+"""Length from which NumPy is faster than a loop."""
 
 
 class WindowSum:
-    """The sum of the last ``size`` numbers pushed, of all of them until then.
+    """Sum of the last ``size`` numbers pushed, or of all numbers while there are fewer.
 
-    ``numbers`` are those pushed before, the last one last. The state is one attribute, which a push
-    assigns at its end: one that is interrupted did not happen.
+    ``numbers`` are the numbers pushed earlier, the latest last. The state is one attribute, which a
+    push assigns at its end, so an interrupted push has no effect.
     """
 
     __slots__ = ("_ring", "_state", "size")
@@ -37,14 +37,14 @@ class WindowSum:
         self.refill(np.empty(0) if numbers is None else numbers)
 
     def refill(self, numbers: NDArray[np.float64]) -> None:
-        """Begin again with these numbers; the last ``size`` count."""
+        """Replace the contents with the last ``size`` of these numbers."""
         kept = numbers[-self.size :]
         self._ring = _floats(np.concatenate([np.zeros(self.size - len(kept)), kept]))
         none = array("d")
         self._state = (self.size, 0.0, 0.0, none, none, len(kept))
 
     def push(self, x: float) -> float:
-        """Take in a number; the sum."""
+        """Add a number and return the sum."""
         at, high, low, back, back_low, count = self._state
         if at == self.size:
             at, high, low, (back, back_low) = 0, 0.0, 0.0, _sums_from_behind(self._ring)
@@ -55,7 +55,7 @@ class WindowSum:
         low += (high - (front - took)) + (x - took)
         behind = back[at]
         total = front + behind
-        if total - total == 0.0:  # finite; otherwise what was rounded off is no number
+        if total - total == 0.0:  # finite; otherwise the residual would be NaN
             took = total - front
             total += ((front - (total - took)) + (behind - took)) + low + back_low[at]
         if count < self.size:
@@ -65,11 +65,11 @@ class WindowSum:
 
     @property
     def count(self) -> int:
-        """Count of the numbers in the sum."""
+        """Number of values in the sum."""
         return self._state[5]
 
     def numbers(self) -> NDArray[np.float64]:
-        """All of them, the latest last."""
+        """Return the numbers in the sum, the latest last."""
         at, ring = self._state[0], np.frombuffer(self._ring)
         return np.concatenate([ring[at:], ring[:at]])[self.size - self.count :]
 
@@ -79,7 +79,7 @@ def _floats(numbers: NDArray[np.float64]) -> Floats:
 
 
 def _sums_from_behind(numbers: Floats) -> tuple[Floats, Floats]:
-    """Sum ``numbers[i:]`` for every i: the sums, and what they round off."""
+    """Return the sum of ``numbers[i:]`` for every i, and the residuals."""
     if len(numbers) >= _VECTORISED:
         return _scan(np.frombuffer(numbers))
     sums, rests = [0.0], [0.0]
@@ -95,7 +95,7 @@ def _sums_from_behind(numbers: Floats) -> tuple[Floats, Floats]:
 
 
 def _scan(numbers: NDArray[Any]) -> tuple[Floats, Floats]:
-    """The same with NumPy, whose running sum adds up one by one."""
+    """Return the sums of ``numbers[i:]`` and residuals, computed by NumPy's sequential cumsum."""
     added = np.concatenate([[0.0], numbers[::-1]])
     with np.errstate(invalid="ignore", over="ignore"):
         after = np.cumsum(added)

@@ -101,7 +101,7 @@ def test_what_is_no_rule() -> None:
     for odd in (0.9, None, "constant", (0.9,), (rules.constant(), None), (), {}, rules.Constant):
         with pytest.raises(ArgumentError, match="rule"):
             Schedule(odd)  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="rules of one phase"):
+    with pytest.raises(ArgumentError, match="rules of the same phase"):
         Schedule([rules.Aligned(0.9), rules.Constant(0.8)], update_every=5)
     for phase in (-1, 0.5, True):
         with pytest.raises(ArgumentError, match="phase="):

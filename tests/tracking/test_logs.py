@@ -153,15 +153,15 @@ def test_metrics_are_those_named_or_what_is_worth_averaging() -> None:
     [
         (" \n\n", "is empty"),
         ("step,loss\n", "no row yet"),
-        ("1,2\n3,4\n", "the first line holds numbers; it has to name the columns"),
+        ("1,2\n3,4\n", "the first line contains numbers; it must name the columns"),
         ("step,loss\n1,2\n2,3,4\n", "line 3: 3 cells, but the first line names 2"),
-        ("loss,loss,acc\n1,2,3\n", "two columns are called loss"),
+        ("loss,loss,acc\n1,2,3\n", "two columns are named loss"),
         ("name,note\na,b\n", "no column of numbers among name, note"),
         ('{"loss": 1}\n{"loss": }\n{"loss": 3}\n', "line 2: neither JSON nor"),
         ('{"loss": 1,\n', "line 1: neither JSON nor"),
         ("[1, 2]", "expected rows that name their values"),
         ("[]", "no column of numbers among none"),
-        ('{"a":' * 3000 + "1" + "}" * 3000, "it is nested deeper than any log"),
+        ('{"a":' * 3000 + "1" + "}" * 3000, "its nesting is too deep for a log"),
     ],
     ids=lambda value: value[:40],
 )
@@ -184,7 +184,7 @@ def test_columns_and_files_that_cannot_be_read(tmp_path: Path) -> None:
         read(tmp_path / "none.csv")
     binary = tmp_path / "weights.bin"
     binary.write_bytes(bytes(range(256)))
-    with pytest.raises(ArgumentError, match=r"weights.bin is no text.*tfevents"):
+    with pytest.raises(ArgumentError, match=r"weights.bin is not a text file.*tfevents"):
         read(binary)
 
 

@@ -1,4 +1,4 @@
-"""Training logs read into curves: CSV files, JSON, JSON lines, TensorBoard event files."""
+"""Readers of training logs: CSV, JSON, JSON Lines and TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -23,18 +23,28 @@ _SAMPLE_LINES: Final = 20
 
 
 def read(source: str | os.PathLike[str] | TextIO, step: str | None = None) -> dict[str, Curve]:
-    """The curves of a training log by name.
+    """Return the curves of a training log by name.
 
-    A log is a path or an opened text: CSV with a line of names (any usual separator), JSON lines,
-    JSON (rows, names with lists, ``trainer_state.json``), an event file or a folder of these.
-    Names begin with the run where there are several, ``train/loss``; `step` counts the steps.
+    Parameters
+    ----------
+    source : path or text file
+        CSV with a header line and any usual separator, JSON Lines, JSON (rows, names with lists,
+        ``trainer_state.json``), an event file, or a folder of event files. If a folder has several
+        runs, names begin with the run, as in ``train/loss``.
+    step : str, optional
+        Column that counts the steps; by default `Table.step_column` finds it.
+
+    Raises
+    ------
+    ArgumentError
+        If the source is not a log, or ``step`` cannot count the steps.
     """
     table = read_table(source)
     return table.curves(table.step_column(step))
 
 
 def read_table(source: str | os.PathLike[str] | TextIO) -> Table:
-    """A training log as a table, see `read`; an ArgumentError if it holds none."""
+    """Return a training log as a table, see `read`; raise an ArgumentError if it is not a log."""
     name = str(getattr(source, "name", "the text"))
     try:
         if isinstance(source, (str, os.PathLike)):
@@ -47,7 +57,7 @@ def read_table(source: str | os.PathLike[str] | TextIO) -> Table:
             text = source.read()
     except UnicodeDecodeError:
         raise ArgumentError(
-            f"{name} is no text; logs are CSV, JSON, JSON lines, or TensorBoard event files "
+            f"{name} is not a text file; logs are CSV, JSON, JSON Lines or TensorBoard event files "
             "(with .tfevents. in their names)"
         ) from None
     if not text.strip():
@@ -57,21 +67,21 @@ def read_table(source: str | os.PathLike[str] | TextIO) -> Table:
 
 def _csv(text: str, source: str) -> Table:
     if "\0" in text:
-        raise ArgumentError(f"{source} is no text; a log has a name per column in its first line")
+        raise ArgumentError(f"{source} is not a text file; the first line must name the columns")
     delimiter = _delimiter(text, source)
     rows = _rows(io.StringIO(text), delimiter, source)
     _, header = next(rows, (0, []))
     if not header:
-        raise ArgumentError(f"{source} has no names of columns: its lines are empty")
+        raise ArgumentError(f"{source} has no column names: its lines are empty")
     names = [name.strip() for name in header]
-    # The index of a data frame has no name of its own.
+    # The index column of a data frame has no name.
     names = [name or (f"column {place}" if place else "index") for place, name in enumerate(names)]
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
-        raise ArgumentError(f"{source}: two columns are called {', '.join(twice)}")
+        raise ArgumentError(f"{source}: two columns are named {', '.join(twice)}")
     if all(parsed([name]) is not None for name in names):
         raise ArgumentError(
-            f"{source}: the first line holds numbers; it has to name the columns, such as "
+            f"{source}: the first line contains numbers; it must name the columns, such as "
             f"{delimiter.join(['step', 'loss'])}"
         )
     columns: list[list[str]] = [[] for _ in names]
@@ -81,21 +91,21 @@ def _csv(text: str, source: str) -> Table:
                 f"{source}, line {line}: {len(row)} cells, but the first line names {len(names)} "
                 "columns"
             )
-        # A run that is still going may be in the middle of its last line.
+        # The last line may be incomplete while the run goes on.
         for column, cell in itertools.zip_longest(columns, row, fillvalue=""):
             column.append(cell)  # type: ignore[union-attr]
     if not columns[0]:
-        raise ArgumentError(f"{source}: names of columns, but no row yet")
+        raise ArgumentError(f"{source}: the columns have names, but there is no row yet")
     return of_cells(dict(zip(names, columns, strict=True)), source, delimiter)
 
 
 def _rows(lines: Iterable[str], delimiter: str, source: str) -> Iterator[tuple[int, list[str]]]:
-    """Each row that is not empty, with the number of its last line from 1."""
+    """Yield each row that is not empty, with the number of its last line, from 1."""
     reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=delimiter == " ")
     try:
         for row in reader:
             if delimiter == " " and row and not row[-1]:
-                row.pop()  # a blank at the end of a line separates nothing
+                row.pop()  # a trailing space is not a separator
             if any(row):
                 yield reader.line_num, row
     except csv.Error as error:
@@ -103,19 +113,19 @@ def _rows(lines: Iterable[str], delimiter: str, source: str) -> Iterator[tuple[i
 
 
 def _delimiter(text: str, source: str) -> str:
-    """The separator that cuts the first lines into the most cells, equally many in each."""
-    # The last line may be in the middle of being written.
+    """Return the separator that splits the first lines into the most cells, equally many each."""
+    # The last line may be incomplete.
     whole = text[: text.rfind("\n") + 1] or text
 
     def cells(delimiter: str) -> tuple[bool, int]:
         sample = itertools.islice(_rows(io.StringIO(whole), delimiter, source), _SAMPLE_LINES)
         try:
             counts = [len(row) for _, row in sample]
-        except ArgumentError:  # a line without this separator is longer than any cell may be
+        except ArgumentError:  # the line has no such separator and is too long for one cell
             return False, 0
         return len(set(counts)) == 1 and counts[0] > 1, max(counts[:1], default=0)
 
-    # Of equals the first; a comma also where nothing separates anything.
+    # In a tie the first wins: a comma if no separator occurs.
     return max(_DELIMITERS, key=cells)
 
 
@@ -142,7 +152,7 @@ def _parsed_json(text: str, source: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
-        raise ArgumentError(f"{source}: it is nested deeper than any log") from None
+        raise ArgumentError(f"{source}: its nesting is too deep for a log") from None
 
 
 def _json_lines(text: str, source: str) -> list[Any]:
@@ -156,7 +166,7 @@ def _json_lines(text: str, source: str) -> list[Any]:
             raise
         except ValueError as error:
             if number == len(lines) and rows and not text.endswith("\n"):
-                break  # the run is in the middle of it
+                break  # the last line is incomplete while the run goes on
             raise ArgumentError(
                 f"{source}, line {number}: neither JSON nor one JSON object per line: {error}"
             ) from None
@@ -164,7 +174,7 @@ def _json_lines(text: str, source: str) -> list[Any]:
 
 
 def from_rows(rows: object, source: str) -> Table:
-    """The table of a list of mappings, such as the ``log_history`` of Hugging Face."""
+    """Return the table of a list of mappings, such as the ``log_history`` of Hugging Face."""
     if not isinstance(rows, Sequence) or not all(isinstance(row, Mapping) for row in rows):
         raise ArgumentError(
             f"{source}: expected rows that name their values, such as "
@@ -173,14 +183,14 @@ def from_rows(rows: object, source: str) -> Table:
     try:
         flat = [dict(_flat(row)) for row in rows]
     except RecursionError:
-        raise ArgumentError(f"{source}: it is nested deeper than any log") from None
+        raise ArgumentError(f"{source}: its nesting is too deep for a log") from None
     names = dict.fromkeys(itertools.chain.from_iterable(flat))
     cells = {name: [row.get(name, "") for row in flat] for name in names}
     return of_cells(cells, source)
 
 
 def _flat(row: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Names and texts of a row; those of a mapping within it as ``outer/inner``."""
+    """Yield the names and cells of a row; a nested mapping yields names ``outer/inner``."""
     for name, value in row.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}/")
@@ -189,7 +199,7 @@ def _flat(row: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]
 
 
 def _printable(text: str) -> str:
-    """The text; a lone half of a surrogate pair, which no file can hold, as its escape."""
+    """Return the text with lone surrogates, which no file can store, as escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -200,5 +210,5 @@ def _cell(value: object) -> str:
         return _printable(value)
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         value = value.item()  # a scalar of NumPy or a framework
-    # float.__repr__ for NumPy's own subclass of float, too.
+    # NumPy's subclass of float has another repr.
     return float.__repr__(value) if isinstance(value, float) else json.dumps(value, default=str)

@@ -1,8 +1,8 @@
-"""Scalars out of TensorBoard's event files.
+"""Reader of scalars from TensorBoard event files.
 
-The tensorboard package knows what an event is. The records around the events are read here: its
-own reader imports TensorFlow where there is one, which takes seconds, and goes through every byte
-of every image in Python where there is none.
+The tensorboard package parses the events, but the records around them are read here. The package's
+own reader imports TensorFlow if it is installed, which takes seconds, and otherwise processes every
+byte of every image in Python.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from fastema.tracking.logs.table import Column, Table
 _OTHER_LOGS: Final = ("*.csv", "*.tsv", "*.jsonl", "trainer_state.json")
 
 _OUR_RUNS: Final = ("raw", "sma", "ema")
-"""Names that TensorBoardWriter gives to an experiment's folders: metrics `loss_raw`, ..."""
+"""Subfolders that TensorBoardWriter creates; their metrics become `loss_raw`, ..."""
 
 _LONGEST_CHECKED: Final = 65_536
-"""Bytes of an event; longer ones are images and the like, and would take long."""
+"""Largest event, in bytes, whose checksum is verified; longer events are images and the like."""
 
 Points = list[tuple[int, float]]
-"""Steps and values of a tag, as they were recorded."""
+"""Steps and values of a tag, in recorded order."""
 
 
 def read(path: Path) -> Table:
-    """The scalars of an event file, or of all the runs in a folder and below it."""
+    """Return the scalars of an event file, or of all runs in a folder and its subfolders."""
     files = sorted(path.rglob("*.tfevents.*"), key=_age) if path.is_dir() else [path]
     runs: dict[Path, list[Path]] = {}
     for file in files:
@@ -48,18 +48,18 @@ def read(path: Path) -> Table:
         scalars = scalars_of(members)
         found.update((f"{prefix}{tag}{suffix}", points) for tag, points in scalars.items())
     if not found:
-        raise ArgumentError(f"{path}: no scalars in the TensorBoard event files there")
+        raise ArgumentError(f"{path}: no scalars in the TensorBoard event files")
     return _aligned(found, str(path))
 
 
 def _age(file: Path) -> list[tuple[int, str]]:
-    """Sorts files by the time, and the writer of a process, that their names say: 10 after 9."""
+    """Return a key that sorts files by the numbers in their names, such as time: 10 after 9."""
     parts = re.split(r"(\d+)", file.name)
     return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
 
 
 def _affixes(run: Path, runs: Iterable[Path], top: Path) -> tuple[str, str]:
-    """Beginnings and endings of the names of a run's metrics."""
+    """Return the prefix and suffix of the metric names of a run."""
     siblings = [other.name for other in runs if other.parent == run.parent]
     suffix = ""
     if run.name in _OUR_RUNS and sum(name in _OUR_RUNS for name in siblings) > 1:
@@ -78,7 +78,7 @@ def _others(folder: Path) -> str:
 
 
 def _scalar_reader() -> Callable[[Sequence[Path]], dict[str, Points]]:
-    """A function from the event files of a run to its scalars by tag."""
+    """Return a function that reads the event files of a run into its scalars by tag."""
     try:
         protocol = import_module("tensorboard.compat.proto.event_pb2")
         as_array = import_module("tensorboard.util.tensor_util").make_ndarray
@@ -87,21 +87,21 @@ def _scalar_reader() -> Callable[[Sequence[Path]], dict[str, Points]]:
         ).masked_crc32c
     except ImportError:
         raise ArgumentError(
-            "reading TensorBoard event files takes the tensorboard package: pip install tensorboard"
+            "reading TensorBoard event files needs the tensorboard package: pip install tensorboard"
         ) from None
 
     def scalars(files: Sequence[Path]) -> dict[str, Points]:
         found: dict[str, Points] = {}
-        plugins: dict[str, str] = {}  # only the first value of a tag says whose it is
+        plugins: dict[str, str] = {}  # only the first value of a tag names the plugin
         for file in files:
             for place, record in _records(file, checksum):
                 try:
                     event = protocol.Event.FromString(record)
-                except Exception as error:  # of a class of protocol buffers
+                except Exception as error:  # the class belongs to protobuf
                     raise _damaged(file, place) from error
                 if event.session_log.status == protocol.SessionLog.START:
-                    # The run was taken up again from an earlier step. As in TensorBoard, what
-                    # had been recorded from there on counts no more.
+                    # The run was resumed from an earlier step. As in TensorBoard, drop the points
+                    # recorded from that step on.
                     for points in found.values():
                         points[:] = [point for point in points if point[0] < event.step]
                 for value in event.summary.value:
@@ -120,9 +120,9 @@ def _scalar_reader() -> Callable[[Sequence[Path]], dict[str, Points]]:
 
 
 def _records(file: Path, checksum: Callable[[bytes], int]) -> Iterator[tuple[int, bytes]]:
-    """Yield where each event begins, and its bytes; an incomplete last one is left out.
+    """Yield the offset and bytes of each event, without an incomplete last event.
 
-    A record is its length in 8 bytes, 4 bytes of checksum of these, the event, and 4 of checksum.
+    A record is the length (8 bytes), its checksum (4), the event, and the event's checksum (4).
     """
     place = 0
     with file.open("rb") as opened:
@@ -140,11 +140,11 @@ def _records(file: Path, checksum: Callable[[bytes], int]) -> Iterator[tuple[int
 
 
 def _damaged(file: Path, place: int) -> ArgumentError:
-    return ArgumentError(f"{file} is no TensorBoard event file, or damaged, at byte {place}")
+    return ArgumentError(f"{file} is not a TensorBoard event file, or damaged, at byte {place}")
 
 
 def _aligned(found: Mapping[str, Points], source: str) -> Table:
-    """One row for each step; a step that a tag has twice gets two."""
+    """Return a table with one row per step, and two rows for a step that a tag has twice."""
     keys: dict[str, list[tuple[int, int]]] = {}
     for tag, points in found.items():
         seen: defaultdict[int, Iterator[int]] = defaultdict(itertools.count)
@@ -156,7 +156,7 @@ def _aligned(found: Mapping[str, Points], source: str) -> Table:
     steps = np.array([step for step, _ in rows], np.float64)
     numbers = {counting: Column(np.arange(len(rows)), steps)}
     for tag, points in found.items():
-        # In the order in which it was recorded, also where the steps go back.
+        # Keep the recorded order, even if the steps go back.
         places = [row_of[key] for key in keys[tag]]
         values = [value for _, value in points]
         by_row = {row: repr(value) for row, value in zip(places, values, strict=True)}

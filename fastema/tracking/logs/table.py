@@ -1,7 +1,7 @@
-"""A training log as a table: the cells as they were written, and the numbers in them as curves.
+"""A training log as a table: the original cells, and their numbers as curves.
 
-A blank cell (also ``NA``, ``None``, ``null``) says that nothing was measured in that row, and the
-curve has no point there; ``nan`` is a measurement that came out so.
+A blank cell (also ``NA``, ``None``, ``null``) means that nothing was measured in that row, so the
+curve has no point there. ``nan`` is a measured value.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastema.errors import ArgumentError, listed
 STEP_COLUMNS: Final = (
     *("step", "global_step", "_step", "steps", "batch", "iteration", "iter", "epoch", "index"),
 )
-"""Names of columns that count, the most telling first."""
+"""Names of columns that count steps, in order of preference."""
 
 _TIMES: Final = ("time", "wall_time", "timestamp", "_timestamp", "_runtime", "elapsed", "created")
 _RATE: Final = re.compile(r"(.*_)?(lr|learning_rate)([-_].*)?")
@@ -29,58 +29,59 @@ _SPEED: Final = re.compile(r"(.*_)?(runtime|\w+_per_second|total_flos)")
 _BLANKS: Final = frozenset(("", "na", "n/a", "<na>", "none", "null"))
 
 _DECIMAL: Final = re.compile(r"\s*[+-]?\d*,?\d+([eE][+-]?\d+)?\s*|\s*[+-]?(nan|inf)\s*", re.I)
-"""A number with a decimal comma, or none."""
+"""A number with a decimal comma, without a decimal separator, or not finite."""
 
 _NAME: Final = re.compile(r"(.+)_(raw|sma|ema)(?:_([0-9.]+))?")
-"""The name of a column that was worked out from another one, or kept beside such a one."""
+"""The name of a column that is an average of a metric, or the raw values beside one."""
 
 
 class Curve(NamedTuple):
-    """Measurements and their steps, in the order in which they were recorded."""
+    """Measurements and their steps, in recorded order."""
 
     steps: NDArray[np.int64] | NDArray[np.float64]  # (n,)
     values: NDArray[np.float64]  # (n,)
 
 
 class Column(NamedTuple):
-    """The numbers in a column and the rows they stand in, counted from 0."""
+    """The numbers in a column and their rows, counted from 0."""
 
     rows: NDArray[np.int64]  # (n,)
     values: NDArray[np.float64]  # (n,)
 
 
 class ColumnRole(NamedTuple):
-    """ColumnRole of a column for a metric."""
+    """The metric that a column belongs to, and its role there."""
 
     metric: str
     kind: Literal["", "raw", "sma", "ema"] = ""  # "" for the metric's own column
-    setting: str = ""  # the window or the decay, where the name says it
+    setting: str = ""  # the window or the decay, if it is in the name
 
 
 @dataclass(frozen=True)
 class Table:
-    """A log: one list of cells per column, all of the same length, and the curves in them."""
+    """A log with one list of cells per column, all of the same length, and their numbers."""
 
-    source: str  # where it was read from
+    source: str  # name for error messages
     numbers: dict[str, Column]
-    """The columns in which nothing but numbers and blanks stand, and at least one number."""
+    """The columns that contain only numbers and blanks, and at least one number."""
     cells: dict[str, list[str]] = field(default_factory=dict)
-    """The columns as they were written, ``""`` for a cell that is not there."""
+    """The original text of the columns, ``""`` for a missing cell."""
     delimiter: str = ","
     counted_by: str | None = None
-    """The column that counts the steps, where that is known."""
+    """The column that counts the steps, if known."""
 
     @cached_property
     def num_rows(self) -> int:
-        """The number of rows, without the names of the columns."""
+        """Number of rows, without the header."""
         return max(map(len, self.cells.values()), default=0)
 
     def step_column(self, name: str | None = None) -> str | None:
-        """The column that counts the steps, or `name`; None where the row's number has to do.
+        """Return the name of the column that counts the steps; None to use row numbers.
 
-        The first of `STEP_COLUMNS` with a number wherever a metric has one that rises from point to
-        point: a batch number that begins again in every epoch does not, nor an epoch's in a log of
-        batches. A `name` that is not there, or lacks such a number, is an ArgumentError.
+        By default this is the first of `STEP_COLUMNS` that has a number wherever a metric has one,
+        and rises from point to point of each metric. A batch number that restarts in every epoch
+        does not rise, nor does the epoch in a log of batches. If `name` is passed, raise an
+        ArgumentError unless that column exists and has a finite number wherever a metric has one.
         """
         if name is None:
             by_name = {_short(column): column for column in reversed(list(self.numbers))}
@@ -89,13 +90,13 @@ class Table:
         self.column(name)
         if not self._counts(name, rising=False):
             raise ArgumentError(
-                f"{self.source}: column {name!r} cannot count the steps, some of its cells are "
+                f"{self.source}: column {name!r} cannot count the steps: some of its cells are "
                 "blank or not finite"
             )
         return name
 
     def _counts(self, name: str, rising: bool = True) -> bool:
-        """Whether a column has a number wherever a metric has one, and rises with each metric."""
+        """Return whether a column has a number wherever a metric has one, and rises there."""
         at, steps = self.numbers[name]
         metrics = [rows for other, (rows, _) in self.numbers.items() if not _is_no_metric(other)]
         if not (np.isfinite(steps).all() and all(np.isin(rows, at).all() for rows in metrics)):
@@ -105,19 +106,19 @@ class Table:
         )
 
     def curves(self, step: str | None = None) -> dict[str, Curve]:
-        """All columns of numbers as curves over a column of steps, or the row's number, from 0."""
+        """Return all columns of numbers as curves over the column `step`, or row numbers from 0."""
         if step is None:
             return {name: Curve(rows, values) for name, (rows, values) in self.numbers.items()}
         at, steps = self.numbers[step]
         return {
-            # At a row without a step there is no point to draw.
+            # A row without a step has no point.
             name: Curve(_whole(steps[np.searchsorted(at, rows[known])]), values[known])
             for name, (rows, values) in self.numbers.items()
             for known in [np.isin(rows, at)]
         }
 
     def column(self, name: str) -> Column:
-        """A column of numbers; if it is not one, an ArgumentError that lists those there are."""
+        """Return a column of numbers; raise an ArgumentError that lists them if it is not one."""
         if name in self.numbers:
             return self.numbers[name]
         if name in self.cells:
@@ -132,16 +133,17 @@ class Table:
         )
 
     def metrics(self, patterns: Sequence[str] | None = None) -> list[str]:
-        """Names of the columns that hold metrics, or that fit names or patterns such as ``val_*``.
+        """Return the columns that contain metrics, or match names or patterns such as ``val_*``.
 
-        Steps, times, learning rates and averages of another column do not count; none is an error.
+        Steps, times, learning rates and averages of other columns are not metrics. Raise an
+        ArgumentError if there is no metric, or a name or pattern matches no column of numbers.
         """
         if patterns is None:
             found = metrics(self.numbers)
             if not found:
                 raise ArgumentError(
                     f"{self.source}: no column of at least two numbers that looks like a metric; "
-                    f"name what you want of\n{listed(self.numbers or self.cells)}"
+                    f"choose among\n{listed(self.numbers or self.cells)}"
                 )
             return found
         chosen: dict[str, None] = {}
@@ -155,7 +157,7 @@ class Table:
 
 
 def metrics(columns: Mapping[str, Column] | Mapping[str, Curve]) -> list[str]:
-    """Names of what is worth averaging."""
+    """Return the names of the columns that are metrics with at least two numbers."""
     return [
         name
         for name, column in columns.items()
@@ -166,9 +168,10 @@ def metrics(columns: Mapping[str, Column] | Mapping[str, Curve]) -> list[str]:
 
 
 def role(name: str, names: Collection[str]) -> ColumnRole:
-    """Split ``loss_ema_0.9`` where `names` has its metric too, as ``loss`` or ``loss_raw``.
+    """Split a column name such as ``loss_ema_0.9`` into metric, kind and setting.
 
-    ``loss_raw`` is split where there is ``loss`` or an average of it. Others are their own metric.
+    A name is split only if `names` contains the metric as ``loss`` or ``loss_raw``; ``loss_raw`` is
+    split if ``loss`` or one of its averages exists. Any other column is a metric of its own.
     """
     part = _NAME.fullmatch(name)
     if part is None:
@@ -201,9 +204,9 @@ def _is_blank(cell: str) -> bool:
 
 
 def parsed(cells: Sequence[str], delimiter: str = ",") -> Column | None:
-    """The numbers of a column, unless something else stands in it or it is all blank.
+    """Return the numbers of a column; None if it contains something else or only blanks.
 
-    Where commas separate no cells, they may be decimal ones, as in ``0,5``.
+    If the delimiter is not a comma, decimal commas such as ``0,5`` are accepted.
     """
     rows = [row for row, cell in enumerate(cells) if not _is_blank(cell)]
     try:
@@ -216,7 +219,7 @@ def parsed(cells: Sequence[str], delimiter: str = ",") -> Column | None:
 
 
 def of_cells(cells: dict[str, list[str]], source: str, delimiter: str = ",") -> Table:
-    """A table of text; without a column of numbers an ArgumentError."""
+    """Return the table of text cells; raise an ArgumentError if no column contains numbers."""
     found = {name: parsed(column, delimiter) for name, column in cells.items()}
     numbers = {name: column for name, column in found.items() if column is not None}
     if not numbers:

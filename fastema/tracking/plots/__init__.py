@@ -1,4 +1,4 @@
-"""Pictures of training runs; matplotlib is imported by the call."""
+"""Plots of training runs; matplotlib is imported on the first call."""
 
 from __future__ import annotations
 
@@ -30,42 +30,50 @@ def plot(
 ) -> Figure:
     """Draw each metric of a training run with its moving averages, one panel per metric.
 
-    Of a long curve, the least and the greatest value of each of 2,000 stretches are drawn: no
-    spike is lost. Where a value is a NaN or infinite, the line has a gap and the panel a mark.
-    The figure is made without pyplot: nothing to close, and no display is needed.
+    A long curve is reduced to the minimum and maximum of each of 2,000 segments, so no spike is
+    lost. At a NaN or an infinity the line has a gap and the panel a mark. The figure is created
+    without pyplot: it need not be closed, and no display is needed.
 
     Parameters
     ----------
     history : object
-        What ``fit()`` of Keras returns, or a model of Keras; a callback of ours, or a
-        `MetricSmoother`, that records; ``log_history`` of Hugging Face, its state or Trainer; a
-        mapping of names to numbers, or of names to curves (`fastema.tracking.logs.read`); a data
-        frame; numbers; the path of a CSV, JSON or event file, or of a folder of TensorBoard's.
-        Averages that it holds (``loss_raw``, ``loss_sma``, ``loss_ema`` of ``loss``) are drawn as
-        they are. Others are computed here, for metrics of at least three times the points
-        that they are over.
+        One of: the result of Keras' ``fit()``, or a Keras model; a fastema callback or
+        `MetricSmoother` with ``record=True``; Hugging Face's ``log_history``, state or Trainer; a
+        mapping of names to numbers or curves (`fastema.tracking.logs.read`); a data frame;
+        numbers; the path of a CSV, JSON or event file, or of a TensorBoard folder. Averages in the
+        history (``loss_raw``, ``loss_sma``, ``loss_ema`` of ``loss``) are drawn unchanged. Other
+        averages are computed here, if the metric has at least three times as many points as the
+        average covers.
     metrics : str or sequence of str, optional
-        Which; by default all but those that count steps, tell times or learning rates.
-    window_size, decay : number or sequence of numbers, optional
-        Of the simple and the exponential averages; None for none.
+        Metrics to draw; by default all except step counters, times and learning rates.
+    window_size : int or sequence of int, optional
+        Windows of the simple moving averages, 20 by default; None to draw none.
+    decay : float or sequence of float, optional
+        Decays of the exponential moving averages, 0.9 by default; None to draw none.
     debias : bool
-        See `ExponentialMovingAverage`.
+        See `ExponentialMovingAverage`; False by default.
     raw : bool
-        Whether the numbers themselves are drawn too.
+        Also draw the raw numbers; True by default.
     log : bool or "auto"
-        A logarithmic scale; ``"auto"`` where all numbers are positive and the greatest is 30
-        times the least or more.
+        Use a logarithmic scale. ``"auto"``, the default, does so if all numbers are positive and
+        the largest is at least 30 times the smallest.
     title : str, optional
-        Above all panels.
+        Title above all panels.
     ax : matplotlib Axes, optional
-        To draw into, for a single metric; its figure is left as it is otherwise.
+        Axes to draw a single metric into; the rest of its figure is unchanged.
     out : path, optional
-        File to write; its ending chooses the format: png, svg, pdf.
+        File to write, with the suffix of a format: png, svg, pdf.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        The figure, or the figure of ``ax``.
 
     Raises
     ------
     ArgumentError
-        If there are no numbers in it, not the metrics asked for, or several for one ``ax``.
+        If the history contains no numbers or lacks a metric, or ``ax`` is passed for several
+        metrics.
     """
     from fastema.tracking.plots.panels import averages, panels
     from fastema.tracking.plots.picture import draw

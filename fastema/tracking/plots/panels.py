@@ -1,4 +1,4 @@
-"""Panels of a picture: for each metric its lines, recorded or computed."""
+"""Panels of a plot: the recorded or computed lines of each metric."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from fastema.tracking.simple import SimpleMovingAverage
 Kind = Literal["raw", "reported", "sma", "ema"]
 
 _LEAST: Final = 3
-"""Horizons of an average in the length of a curve that is drawn averaged."""
+"""Minimum length of a curve, in horizons of an average, for that average to be drawn."""
 
 
 class Line(NamedTuple):
-    """A curve with the name that stands at its end."""
+    """A curve and the label at its end."""
 
     kind: Kind
     label: str
@@ -34,7 +34,7 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """A metric."""
+    """The name, x axis, lines and remark of one metric."""
 
     name: str
     axis: str  # what the steps count
@@ -43,25 +43,25 @@ class Panel(NamedTuple):
 
 
 class AveragedLine(NamedTuple):
-    """One of the averages asked for."""
+    """A moving average to compute and draw."""
 
     kind: Literal["sma", "ema"]
     setting: str  # the window or the decay, in digits
-    horizon: float  # values that it is over
+    horizon: float  # number of values that it covers
     make: Callable[[], MovingAverage]
 
     @property
     def label(self) -> str:
-        """``SMA 20``, ``EMA 0.9``."""
+        """Label of the line, such as ``SMA 20`` or ``EMA 0.9``."""
         return f"{self.kind.upper()} {self.setting}"
 
 
 class History(NamedTuple):
-    """The curves of a history, whatever held them."""
+    """The curves of a history in one format, whatever its source."""
 
     curves: dict[str, Curve]
     axis: str = "step"
-    settings: Mapping[str, str] = {}  # of the averages it holds, by kind
+    settings: Mapping[str, str] = {}  # of the averages in the history, by kind
 
 
 def averages(
@@ -71,11 +71,11 @@ def averages(
     debias: bool = False,
     on_nonfinite: OnNonFinite = "show",
 ) -> list[AveragedLine]:
-    """Averages of each window and each decay given; for one there cannot be, an ArgumentError."""
+    """Return an average per window and per decay; raise an ArgumentError for an invalid one."""
     found = []
     for size in _many(window_size):
         make_sma = partial(SimpleMovingAverage, size, on_nonfinite=on_nonfinite)
-        make_sma()  # refuses what cannot be
+        make_sma()  # validates the window
         found.append(AveragedLine("sma", str(size), float(size), make_sma))
     for weight in _many(decay):
         make_ema = partial(ExponentialMovingAverage, weight, debias, on_nonfinite=on_nonfinite)
@@ -98,7 +98,7 @@ def panels(
     averages: Sequence[AveragedLine],
     raw: bool = True,
 ) -> list[Panel]:
-    """One panel for each metric; `averages` are for metrics whose averages it does not hold."""
+    """Return one panel per metric. `averages` are computed if the history has none for it."""
     found = _read(history)
     found = found._replace(curves={n: c for n, c in found.curves.items() if len(c.values)})
     names = _names(found.curves, [metrics] if isinstance(metrics, str) else metrics)
@@ -106,10 +106,10 @@ def panels(
 
 
 def _names(curves: Mapping[str, Curve], chosen: Sequence[str] | None) -> list[str]:
-    """Names of metrics without the endings of their raw values and averages."""
+    """Return the names of the metrics to draw, without suffixes such as ``_raw`` or ``_ema``."""
     bases = {name: table.role(name, curves).metric for name in curves}
     if chosen is None:
-        # A history of one epoch is short, but all there is.
+        # A history of one epoch has too few numbers for metrics(): draw all its curves.
         names = list(dict.fromkeys(bases[name] for name in table.metrics(curves) or curves))
         if not names:
             raise ArgumentError("the history is empty: nothing has been recorded in it yet")
@@ -149,10 +149,10 @@ def of_series(
     raw: bool = True,
     every: bool = False,
 ) -> Panel:
-    """The panel of a metric and its averages, but for those over more than a third of the values.
+    """Return the panel of a metric with its averages.
 
-    Such an average is most of the time where it began, and would be taken for the metric. With
-    ``every`` they are drawn all the same.
+    An average that covers more than a third of the values is left out unless ``every`` is True: it
+    would stay near its initial value most of the time, and look like the metric.
     """
     lines, short = [], []
     for average, values in series:
@@ -170,7 +170,7 @@ def of_series(
 
 
 def _held_averages(name: str, found: History) -> list[Line]:
-    """The averages that the history itself holds."""
+    """Return the lines of a metric's averages that the history contains."""
     lines = []
     for other, curve in found.curves.items():
         metric, kind, setting = table.role(other, found.curves)
@@ -193,7 +193,7 @@ def _read(history: Any) -> History:
         return _of_mapping(history)
     if hasattr(history, "columns") and hasattr(history, "iloc"):  # a data frame
         return _of_mapping({str(name): history[name] for name in history.columns}, blank_nan=True)
-    state = getattr(history, "state", history)  # of Hugging Face's Trainer
+    state = getattr(history, "state", history)  # Hugging Face's Trainer
     history = getattr(state, "log_history", history)
     if isinstance(history, Sequence) and history and isinstance(history[0], Mapping):
         return _read(logs.from_rows(history, "history"))
@@ -210,7 +210,7 @@ def _read(history: Any) -> History:
 
 
 def _of_recorder(recorder: Any) -> History:
-    """A callback, or what else has a history: Keras' own, ours, a Keras model."""
+    """Return the curves of an object with a ``history``: a callback, or a Keras model."""
     inner = recorder.history
     if inner is None:
         raise ArgumentError(f"{type(recorder).__name__}.history is empty: nothing recorded yet")
@@ -237,7 +237,7 @@ def _of_recorder(recorder: Any) -> History:
 
 
 def _at_epochs(epochs: Sequence[int], values: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Epochs as the progress bar counts them; validation may come at every n-th only."""
+    """Return the epochs of ``values``, from 1; validation may run at every n-th epoch only."""
     every, rest = divmod(len(epochs), max(len(values), 1))
     if rest or not every:
         return np.arange(1, len(values) + 1)
@@ -245,7 +245,7 @@ def _at_epochs(epochs: Sequence[int], values: NDArray[np.float64]) -> NDArray[np
 
 
 def _of_mapping(history: Mapping[Any, Any], *, blank_nan: bool = False) -> History:
-    """Names and their numbers; one of the columns may count the steps."""
+    """Return the curves of a mapping of names to numbers, one of which may count the steps."""
     if history and all(isinstance(curve, Curve) for curve in history.values()):
         return History({str(name): curve for name, curve in history.items()})
     columns = {}
@@ -265,7 +265,7 @@ def _of_mapping(history: Mapping[Any, Any], *, blank_nan: bool = False) -> Histo
 
 
 def _values(column: Any) -> NDArray[np.float64] | None:
-    """Numbers as float64; None for anything else."""
+    """Return a one-dimensional series as float64, and None for anything else."""
     try:
         values = np.asarray(column, np.float64)
     except (TypeError, ValueError):
@@ -274,6 +274,6 @@ def _values(column: Any) -> NDArray[np.float64] | None:
 
 
 def last_finite(values: NDArray[np.float64]) -> float:
-    """The last finite number; NaN where there is none."""
+    """Return the last finite number, and NaN if there is none."""
     finite = values[np.isfinite(values)]
     return float(finite[-1]) if len(finite) else math.nan

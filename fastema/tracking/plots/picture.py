@@ -1,4 +1,4 @@
-"""Curves of a training run: the numbers thin and pale, their averages over them."""
+"""Drawing of panels: raw numbers thin and pale, their averages on top."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ __all__ = ["Log", "draw", "heights_of", "label_end", "spread", "write_title"]
 Log = bool | Literal["auto"]
 
 _MOST_PANELS: Final = 24
-_BUCKETS: Final = 2_000  # of points along a panel that is some hundred pixels wide
-_LOG_SPAN: Final = 30.0  # from the least to the greatest value
-_MOST_LABELLED: Final = 1e3  # wider logarithmic scales have a label per decade only
-_LABEL_POINTS: Final = 27.0  # height of the two lines that name a curve
+_BUCKETS: Final = 2_000  # segments per curve; a panel is a few hundred pixels wide
+_LOG_SPAN: Final = 30.0  # ratio of the largest to the smallest value
+_MOST_LABELLED: Final = 1e3  # logarithmic scales with a larger ratio have one label per decade
+_LABEL_POINTS: Final = 27.0  # height of the two-line label of a curve
 
 # All in inches.
-_WIDE: Final = (7.4, 4.0)  # of a panel that is alone
-_SMALL: Final = (4.5, 2.7)  # of one among others
+_WIDE: Final = (7.4, 4.0)  # a single panel
+_SMALL: Final = (4.5, 2.7)  # one of several panels
 _LEFT: Final = 0.85
-_LABELS: Final = 1.15  # right of a panel
+_LABELS: Final = 1.15  # width of the labels right of a panel
 _ABOVE: Final = 0.55
 _BELOW: Final = 0.65
 _TITLE: Final = 0.5
@@ -53,13 +53,13 @@ class _Style(NamedTuple):
 _LOOKS: Final[dict[Kind, list[_Style]]] = {
     "raw": [_Style("#f3c49c", 0.8, RAW, 2.0)],
     "reported": [_Style(REPORTED, 1.8, REPORTED, 2.4)],
-    # The thinner one above: the two lie close to each other.
+    # The SMA is thinner and on top, since the two are close to each other.
     "sma": [_Style(color, 1.2, color, 2.8) for color in (SMA, "#0c6b50", "#63bfa3")],
     "ema": [_Style(color, 2.4, color, 2.6) for color in (EMA, "#0d3057", "#6fa3d8")],
 }
 _ALONE: Final = _Style(INK, 1.6, INK, 2.0)
-_SPARSE: Final = 100  # points that a thin line would hardly show
-_CROWDED: Final = 400  # points that a thick line cannot show apart
+_SPARSE: Final = 100  # a line with fewer points is drawn thicker
+_CROWDED: Final = 400  # a single line with more points is drawn thinner
 
 
 def draw(
@@ -70,11 +70,11 @@ def draw(
     ax: Axes | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw panels; the parameters are those of `fastema.tracking.plot`."""
+    """Draw panels and return the figure; see `fastema.tracking.plot` for the parameters."""
     if ax is not None:
         if len(found) > 1:
             names = ", ".join(panel.name for panel in found)
-            raise ArgumentError(f"ax= has room for one metric, name it with metrics=: {names}")
+            raise ArgumentError(f"ax= has room for one metric; select one with metrics=: {names}")
         within = ax.figure
         figure = within if isinstance(within, Figure) else within.figure
         _draw_panel(ax, found[0], log)
@@ -98,7 +98,7 @@ def _figure(found: Sequence[Panel], log: Log, title: str | None) -> Figure:
     across, down = _LEFT + width + _LABELS, _ABOVE + height + _BELOW
     size = (columns * across, rows * down + top + note)
     figure = Figure(figsize=size, dpi=150, facecolor="white")
-    FigureCanvasAgg(figure)  # measures texts without drawing everything
+    FigureCanvasAgg(figure)  # measures text without a full draw
     for place, panel in enumerate(shown):
         row, column = divmod(place, columns)
         left = column * across + _LEFT
@@ -118,7 +118,7 @@ def _figure(found: Sequence[Panel], log: Log, title: str | None) -> Figure:
             color=GREY,
             fontsize=9,
         )
-    # Ticks are made when they are first needed, in the style of that moment.
+    # Create the ticks now, within the style context: matplotlib creates them on first use.
     figure.draw_without_rendering()
     return figure
 
@@ -163,7 +163,7 @@ def _draw_panel(axes: Axes, panel: Panel, log: Log) -> None:
 def write_title(
     axes: Axes, title: str, remark: str, *, fontsize: float = 9, pad: float = 10
 ) -> tuple[Text, Text]:
-    """Write a bold title, and a remark in grey behind it."""
+    """Write a bold title and a gray remark after it, and return both texts."""
     bold = axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=pad)
     grey = axes.annotate(
         remark,
@@ -190,7 +190,7 @@ def _draw_curve(axes: Axes, curve: Curve, look: _Style) -> None:
         solid_capstyle="round",
         solid_joinstyle="round",
     )
-    # A line needs two points; what stands alone between gaps would not be seen.
+    # A line needs two points: draw a dot for a single point between gaps.
     finite = np.isfinite(np.concatenate([[np.nan], values, [np.nan]]))
     alone = finite[1:-1] & ~finite[:-2] & ~finite[2:]
     axes.plot(
@@ -205,16 +205,17 @@ def _draw_curve(axes: Axes, curve: Curve, look: _Style) -> None:
 
 
 def thinned(curve: Curve, buckets: int = _BUCKETS) -> tuple[NDArray[np.float64], ...]:
-    """Steps and values with the same outline: the extremes of each stretch, in their order.
+    """Return the steps and values of a curve, reduced to the extremes of each segment.
 
-    The first and last of all are kept, a short curve is as it was; an infinity becomes NaN, a gap.
+    The first and last point are kept, and a short curve keeps all points. An infinity becomes NaN,
+    a gap.
     """
     steps = curve.steps.astype(np.float64)
     values = np.where(np.isfinite(curve.values), curve.values, np.nan)
-    size = -(-len(values) // buckets)  # points of a stretch
+    size = -(-len(values) // buckets)  # points per segment
     if size <= 2:
         return steps, values
-    # To a whole number of stretches, with what is never an extreme.
+    # Pad to a whole number of segments with NaN, which is never an extreme.
     padded = np.full(-(-len(values) // size) * size, np.nan)
     padded[: len(values)] = values
     rows = padded.reshape(-1, size)
@@ -236,7 +237,7 @@ def _wants_log(panel: Panel, log: Log) -> bool:
 
 
 def _mark_nonfinite(axes: Axes, curve: Curve) -> int:
-    """Small triangles at the upper edge where a value is not finite; the number of those."""
+    """Draw a triangle at the top for each value that is not finite, and return their number."""
     places = curve.steps[~np.isfinite(curve.values)]
     if len(places):
         shown = places[:: -(-len(places) // _BUCKETS)]
@@ -256,7 +257,7 @@ def _mark_nonfinite(axes: Axes, curve: Curve) -> int:
 
 
 def _label_ends(axes: Axes, drawn: Iterable[tuple[Line, _Style]], *, named: bool) -> None:
-    """Name each curve, with its last value, beside its end; names do not touch each other."""
+    """Label the end of each curve with its name and last value, without overlaps."""
     tall = axes.get_window_extent().height * 72.0 / axes.figure.dpi
     ends = []
     for line, look in drawn:
@@ -272,7 +273,7 @@ def _label_ends(axes: Axes, drawn: Iterable[tuple[Line, _Style]], *, named: bool
 
 
 def label_end(axes: Axes, text: str, height: float, color: str, **style: Any) -> None:
-    """Write right of the axes, at a fraction of their height."""
+    """Write text right of the axes, at ``height`` as a fraction of their height."""
     axes.annotate(
         text,
         xy=(1.0, height),
@@ -289,14 +290,14 @@ def label_end(axes: Axes, text: str, height: float, color: str, **style: Any) ->
 
 def heights_of(axes: Axes, values: Iterable[float]) -> list[float]:
     """Return the heights of values, as fractions of the height of the axes."""
-    axes.get_ylim()  # settles the limits, which the transformation below takes as they are
+    axes.get_ylim()  # updates the limits, which the transform below does not
     to_fraction = axes.transData + axes.transAxes.inverted()
     return [float(to_fraction.transform((1.0, value))[1]) for value in values]
 
 
 def spread(heights: Sequence[float], apart: float) -> list[float]:
-    """Rising heights moved as little as it takes to be `apart` and, if they can, within 0 to 1."""
-    # Each group stands around the mean of where its members would be; groups that touch are one.
+    """Return sorted heights, moved minimally to be `apart` and, if possible, within [0, 1]."""
+    # Center each group on the mean of its members' heights, and merge groups that touch.
     groups: list[list[float]] = []
 
     def bottom(group: list[float]) -> float:
@@ -313,7 +314,7 @@ def spread(heights: Sequence[float], apart: float) -> list[float]:
 
 
 def _short(step: float) -> str:
-    """A step as one reads it: 500, 20k, 1.5M."""
+    """Return a step in a short form: 500, 20k, 1.5M."""
     for limit, unit, name in ((1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(step) >= limit:
             return f"{step / unit:g}{name}"

@@ -1,4 +1,4 @@
-"""Style of our pictures: colours that all kinds of eyes can tell apart, fonts, frames."""
+"""Style of our plots: fonts, frames and a colorblind-safe palette."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ INK: Final = "#20242a"
 GREY: Final = "#6b7280"
 PALE: Final = "#f2f4f7"
 
-# Any: newer stubs of matplotlib list every key by name, older ones ask for strings.
+# Any: newer stubs of matplotlib require literal keys, older ones strings.
 STYLE: Final[Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
+    "font.family": "DejaVu Sans",  # ships with matplotlib: the same picture everywhere
     "font.size": 10,
     "text.color": INK,
-    "text.parse_math": False,  # a dollar in the name of a metric is one
+    "text.parse_math": False,  # keeps dollar signs in metric names
     "axes.labelcolor": GREY,
     "axes.edgecolor": "#b6bcc4",
     "axes.spines.top": False,
