@@ -6,11 +6,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fastema
-from fastema.errors import ArgumentError
+from fastema.errors import ArgumentError, DTypeError
 
 from .shadow.truth import Loops
 from .support import reference
@@ -99,3 +100,15 @@ def test_an_average_and_its_state_go_on_in_another_framework(first: str, later: 
         assert bits({**other.shadow}) == bits({**ema.shadow})
         other.update(made(later, numbers(7)))
     assert bits(state["shadow"][0]) == bits({**ema.shadow})
+
+
+def test_a_plan_of_integers_copies_and_does_not_average() -> None:
+    avg = [np.arange(5)]
+    plan = fastema.Plan(avg, [np.arange(5) * 2])
+    for x in (None, [np.arange(5) * 3]):
+        with pytest.raises(DTypeError, match="'0' is i64"):
+            plan.lerp_(0.5, x)
+    plan.copy_()
+    np.testing.assert_array_equal(avg[0], np.arange(5) * 2)
+    plan.copy_([torch.arange(5) * 4])
+    np.testing.assert_array_equal(avg[0], np.arange(5) * 4)

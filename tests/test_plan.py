@@ -151,6 +151,27 @@ def test_policy_averages_copies_and_skips_and_is_told_the_role() -> None:
     assert torch.allclose(mine["0.bias"], net[0].bias + 0.5)
 
 
+def test_random_rounding_moves_a_bfloat16_average_by_the_exact_mean() -> None:
+    size, steps, weight = 20_000, 200, 1e-3
+    x = torch.full((size,), 1.0625)
+
+    def run(**options: Any) -> torch.Tensor:
+        avg = torch.ones(size, dtype=torch.bfloat16)
+        plan = fastema.Plan({"w": avg}, {"w": x}, **options)
+        for _ in range(steps):
+            plan.lerp_(weight)
+        return avg
+
+    nearest, random = run(), run(rounding="stochastic", seed=3)
+    assert torch.all(nearest == 1)
+    exact = 1 + 0.0625 * (1 - (1 - weight) ** steps)
+    # Each update adds a variance of at most a quarter of the last place squared.
+    bound = 6 * (steps / size) ** 0.5 * 2.0**-8
+    assert abs(random.double().mean().item() - exact) < bound < (exact - 1) / 2
+    assert torch.equal(run(rounding="stochastic", seed=3), random)
+    assert not torch.equal(run(rounding="stochastic", seed=4), random)
+
+
 def test_options_without_a_valid_value() -> None:
     for options, message in (
         ({"rounding": "up"}, "rounding"),

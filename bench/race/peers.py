@@ -1,7 +1,8 @@
 """The peers: every way to average weights that the benchmarks and the tests compare.
 
-One table, `PEERS`. Each entry sets up from a model and a decay and hands back a call that does one
-update at that constant decay; set-up also spends whatever first call a peer uses up on copying.
+One table, `PEERS`. Each entry sets up from a model and a decay and returns a call that does one
+update at that constant decay. The table that the tests use too, `tests.support.peers`, knows how to
+build, update and read a peer's class.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import ModuleType
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
+
+from tests.support.peers import PEERS as AVERAGES
 
 
 @dataclass(frozen=True)
@@ -109,116 +110,92 @@ def _foreach_cast(model: nn.Module, decay: float, dtype: torch.dtype) -> Running
     return Running(update, lambda: averages)
 
 
-def _averaged_model(model: nn.Module, averaged: AveragedModel, dtype: torch.dtype) -> Running:
-    averaged.module.to(dtype)
-    averaged.update_parameters(model)  # the first call only copies
-    return Running(
-        lambda: averaged.update_parameters(model), lambda: list(averaged.module.parameters())
-    )
+Setup = Callable[[nn.Module, float, torch.dtype], Running]
+"""Averages a model with a decay, in a dtype of the average."""
+
+Options = Callable[[nn.Module, float, torch.dtype], dict[str, Any]]
+"""Options of a peer's class for a model, a decay and a dtype of the average."""
 
 
-def _averaged_model_multi(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-    return _averaged_model(model, averaged, dtype)
+def _averaged_by(
+    name: str, options: Options, *, copies_first: bool = False, swaps: bool = False
+) -> Setup:
+    """Return the set-up of a peer's own class, as the table of the tests knows it.
 
-
-def _averaged_model_single(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
-    averaged = AveragedModel(model, avg_fn=get_ema_avg_fn(decay))
-    return _averaged_model(model, averaged, dtype)
-
-
-def _torch_ema(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
-    from torch_ema import ExponentialMovingAverage
-
-    ema = ExponentialMovingAverage(model.parameters(), decay, use_num_updates=False)
-    ema.to(dtype=dtype)
-
-    # Without an argument it goes by weak references, and nothing else here holds the model.
-    def apply() -> None:
-        ema.store(model.parameters())
-        ema.copy_to(model.parameters())
-
-    return Running(
-        lambda: ema.update(model.parameters()),
-        lambda: ema.shadow_params,
-        apply,
-        lambda: ema.restore(model.parameters()),
-    )
-
-
-def _ema_pytorch(foreach: bool) -> Callable[[nn.Module, float, torch.dtype], Running]:
-    def setup(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
-        from copy import deepcopy
-
-        from ema_pytorch import EMA
-
-        ema = EMA(
-            model,
-            ema_model=deepcopy(model).to(dtype),
-            beta=decay,
-            min_value=decay,  # beta == min_value leaves no room for the warm-up
-            update_every=1,
-            update_after_step=0,
-            use_foreach=foreach,
-            coerce_dtype=any(p.dtype != dtype for p in model.parameters()),
-        )
-        ema.update()  # the first call only copies
-        return Running(ema.update, lambda: list(ema.ema_model.parameters()))
-
-    return setup
-
-
-def timm_model_ema() -> ModuleType:
-    """Load ``timm/utils/model_ema.py`` by itself.
-
-    The file needs nothing but torch, while ``import timm`` needs torchvision as well.
+    Parameters
+    ----------
+    name
+        Row of `tests.support.peers.PEERS`.
+    options
+        Options of the class that keep the decay constant.
+    copies_first
+        Whether its first update only copies the weights; set-up spends that one.
+    swaps
+        Whether it has ``store``, ``copy_to`` and ``restore``.
     """
-    spec = importlib.util.find_spec("timm")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("timm is not installed", name="timm")
-    path = Path(spec.submodule_search_locations[0]) / "utils" / "model_ema.py"
-    file_spec = importlib.util.spec_from_file_location("timm_model_ema", path)
-    assert file_spec is not None
-    assert file_spec.loader is not None
-    module = importlib.util.module_from_spec(file_spec)
-    file_spec.loader.exec_module(module)
-    return module
+    peer = AVERAGES[name]
 
-
-def _timm(stochastic: bool) -> Callable[[nn.Module, float, torch.dtype], Running]:
     def setup(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
-        ema = timm_model_ema().ModelEmaV3(
-            model, decay=decay, dtype=dtype, stochastic_rounding=stochastic
-        )
-        return Running(lambda: ema.update(model), lambda: list(ema.module.parameters()))
+        average = peer.make(peer.module("theirs"), model, **options(model, decay, dtype))
+        peer.convert(average, dtype)
+        names = [name for name, _ in model.named_parameters()]
 
-    return setup
-
-
-def _diffusers(foreach: bool) -> Callable[[nn.Module, float, torch.dtype], Running]:
-    def setup(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
-        from diffusers.training_utils import EMAModel
-
-        # Its decay always warms up; min_decay == decay leaves no room for that.
-        ema = EMAModel(model.parameters(), decay=decay, min_decay=decay, foreach=foreach)
-        ema.to(dtype=dtype)
-        ema.step(model.parameters())  # the first call uses decay 0
+        def averages() -> list[Tensor]:
+            found = peer.averages(average, model)
+            return [found[name] for name in names]
 
         def apply() -> None:
-            ema.store(model.parameters())
-            ema.copy_to(model.parameters())
+            average.store(list(model.parameters()))
+            average.copy_to(list(model.parameters()))
 
-        return Running(
-            lambda: ema.step(model.parameters()),
-            lambda: ema.shadow_params,
-            apply,
-            lambda: ema.restore(list(model.parameters())),
-        )
+        def restore() -> None:
+            average.restore(list(model.parameters()))
+
+        if copies_first:
+            peer.update(average, model, 0)
+        update = partial(peer.update, average, model, 1)
+        return Running(update, averages, *((apply, restore) if swaps else ()))
 
     return setup
 
 
-def our_ema(**options: Any) -> Callable[[nn.Module, float, torch.dtype], Running]:
+def _swa(kind: str) -> Setup:
+    def options(model: nn.Module, decay: float, dtype: torch.dtype) -> dict[str, Any]:
+        return {"kind": kind, "decay": decay}
+
+    return _averaged_by(f"swa_utils {kind}", options, copies_first=True)
+
+
+def _torch_ema(model: nn.Module, decay: float, dtype: torch.dtype) -> dict[str, Any]:
+    return {"decay": decay, "use_num_updates": False}
+
+
+def _ema_pytorch(foreach: bool) -> Setup:
+    def options(model: nn.Module, decay: float, dtype: torch.dtype) -> dict[str, Any]:
+        # beta == min_value leaves no room for the warm-up.
+        constant = {"beta": decay, "min_value": decay, "update_after_step": 0}
+        casts = any(weight.dtype != dtype for weight in model.parameters())
+        return {**constant, "use_foreach": foreach, "coerce_dtype": casts}
+
+    return _averaged_by("ema_pytorch EMA", options, copies_first=True)
+
+
+def _timm(stochastic: bool) -> Setup:
+    def options(model: nn.Module, decay: float, dtype: torch.dtype) -> dict[str, Any]:
+        return {"decay": decay, "dtype": dtype, "stochastic_rounding": stochastic}
+
+    return _averaged_by("timm ModelEmaV3", options)
+
+
+def _diffusers(foreach: bool) -> Setup:
+    def options(model: nn.Module, decay: float, dtype: torch.dtype) -> dict[str, Any]:
+        # Its decay always warms up; min_decay == decay leaves no room for that.
+        return {"decay": decay, "min_decay": decay, "foreach": foreach}
+
+    return _averaged_by("diffusers", options, copies_first=True, swaps=True)
+
+
+def our_ema(**options: Any) -> Setup:
     """Return the set-up of `fastema.EMA` with these options."""
 
     def setup(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
@@ -266,11 +243,16 @@ PEERS: tuple[Peer, ...] = (
     ),
     Peer(
         "AveragedModel multi_avg_fn",
-        _averaged_model_multi,
+        _swa("ema multi"),
         refusals={"bf16/f32": _SAME_DTYPE_ONLY},
     ),
-    Peer("AveragedModel avg_fn", _averaged_model_single, rounds_weights=True),
-    Peer("torch_ema", _torch_ema, module="torch_ema", swap="torch_ema store + copy_to + restore"),
+    Peer("AveragedModel avg_fn", _swa("ema"), rounds_weights=True),
+    Peer(
+        "torch_ema",
+        _averaged_by("torch_ema", _torch_ema, swaps=True),
+        module="torch_ema",
+        swap="torch_ema store + copy_to + restore",
+    ),
     Peer("ema_pytorch", _ema_pytorch(foreach=False), module="ema_pytorch"),
     Peer("ema_pytorch foreach", _ema_pytorch(foreach=True), module="ema_pytorch"),
     Peer("timm ModelEmaV3", _timm(stochastic=False), module="timm"),

@@ -11,6 +11,7 @@ import torch
 
 from fastema.bridges.moving import Locator
 from fastema.bridges.registry import leaves_of
+from fastema.errors import ArgumentError
 
 Point = namedtuple("Point", ["x", "y"])
 
@@ -72,3 +73,18 @@ def test_structures_are_followed_and_told_apart(structure: str, kinds: tuple[str
     rebuilt = leaves.structure.rebuild([leaf.spec.owner for leaf in leaves.items])
     assert leaves_of(rebuilt).names == leaves.names
     assert find.locate(rebuilt) is not None
+
+
+def test_arrays_that_never_change_are_refused_a_second_time() -> None:
+    weights = [array(1), array(2)]
+    where = locator(weights)
+    located = where.locate(weights)
+    assert located is not None
+    where.refuse_used(located, "here")
+    where.notify_used(located)
+    with pytest.raises(ArgumentError, match=r"no new arrays.*here"):
+        where.refuse_used(located, "here")
+    weights[1] = array(3)
+    changed = where.locate(weights)
+    assert changed is not None
+    where.refuse_used(changed, "here")

@@ -20,7 +20,7 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 @pytest.fixture(autouse=True)
-def handlers_put_back() -> Iterator[None]:
+def handlers_restored() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (ONE, TWO, signal.SIGTERM)}
     yield
     for number, handler in before.items():

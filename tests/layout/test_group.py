@@ -83,6 +83,12 @@ def test_overlap_is_refused_exactly_where_it_is(specs: list[TensorSpec], count: 
     assert both in shared
 
 
+def test_overlap_behind_a_long_tensor_that_others_follow_is_refused() -> None:
+    long, ended, after = spec(4096, (1000,)), spec(4200, (3,)), spec(4400, (3,))
+    with pytest.raises(LayoutError, match=r"long .* after .* overlap"):
+        refuse_overlap([("after", after)], [("long", long), ("ended", ended)])
+
+
 def may_overlap(written: Named, read: Named) -> bool:
     """Whether spans meet, gaps included."""
 
