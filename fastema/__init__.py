@@ -1,4 +1,4 @@
-"""Moving averages of model weights at the speed of memory, in place, for a whole model in one call.
+"""Moving averages of model weights, in place, at the speed of memory, a whole model per call.
 
 >>> import fastema
 >>> import numpy as np
@@ -9,7 +9,7 @@
 >>> ema.shadow["w"]
 array([1.1, 1.1, 1.1], dtype=float32)
 
-Names are looked up on first use: importing fastema loads neither Numba nor any framework.
+Names are imported on first use: ``import fastema`` loads neither Numba nor any framework.
 """
 
 from __future__ import annotations
@@ -76,5 +76,5 @@ _HOMES = {
     },
 }
 
-if not TYPE_CHECKING:  # a type checker knows all names, and is to find those that are not there
+if not TYPE_CHECKING:  # without __getattr__, a type checker reports unknown names
     __getattr__, __dir__ = lazy_names(__name__, _HOMES)

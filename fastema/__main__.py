@@ -1,4 +1,4 @@
-"""``python -m fastema`` is the ``fastema`` command."""
+"""Run the ``fastema`` command as ``python -m fastema``."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""The errors fastema raises: one base, each class also the built-in that fits.
+"""Exceptions raised by fastema: one base class; each also derives from a built-in exception.
 
-Every check comes before the first write: a call that raises has changed nothing.
+All checks run before the first write: a call that raises has changed nothing.
 """
 
 from __future__ import annotations
@@ -23,51 +23,51 @@ __all__ = [
 
 
 class FastemaError(Exception):
-    """Base of every error that fastema raises on purpose."""
+    """Base class of every error that fastema raises on purpose."""
 
 
 class ArgumentError(FastemaError, ValueError):
-    """A parameter has no valid value."""
+    """An argument has an invalid value."""
 
 
 class BridgeError(FastemaError, TypeError):
-    """An object that no bridge knows, or that cannot be read or written."""
+    """An object belongs to no supported framework, or cannot be read or written."""
 
 
 class DTypeError(FastemaError, TypeError):
-    """A dtype, or a pair of dtypes, that has no kernel."""
+    """A dtype, or a pair of dtypes, has no kernel."""
 
 
 class DeviceError(FastemaError, RuntimeError):
-    """A GPU, its driver or its compilers that are missing or cannot be used."""
+    """A GPU, its driver or its compiler is missing or cannot be used."""
 
 
 class LayoutError(FastemaError, ValueError):
-    """Tensors that do not match each other, overlap, or are not what they were."""
+    """Tensors do not match each other, overlap, or have changed."""
 
 
 class StateError(FastemaError, RuntimeError):
-    """A call in the wrong state: swapped when it must not be, or the reverse."""
+    """A call was made in the wrong state: while weights are swapped, or while they are not."""
 
 
 class CheckpointError(FastemaError, ValueError):
-    """A saved state that does not fit what it is loaded into."""
+    """A saved state does not fit the object that it is loaded into."""
 
 
 class StorageError(CheckpointError, OSError):
-    """A file that cannot be written; ``errno`` is the system's number, where it gave one."""
+    """A file cannot be written; ``errno`` is the system's error number, if it gave one."""
 
 
 class NonFiniteError(FastemaError, FloatingPointError):
-    """Weights hold a NaN or an infinity, and the average was told to raise."""
+    """Weights hold a NaN or an infinity, and the average is set to raise."""
 
 
 class PeerError(FastemaError, ImportError):
-    """A peer's package is missing, or has an interface that is not known."""
+    """A peer library is missing, or its interface is unknown."""
 
 
 def listed(problems: Iterable[str], limit: int = 20) -> str:
-    """Return problems as the lines of one message, counting those beyond the limit."""
+    """Return problems as a bulleted list for a message; count those beyond ``limit``."""
     lines = list(problems)
     shown = [f"  - {line}" for line in lines[:limit]]
     if len(lines) > limit:

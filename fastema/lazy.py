@@ -1,4 +1,4 @@
-"""Names of a package that are imported on first use."""
+"""Package attributes that are imported on first use."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["lazy_names"]
 def lazy_names(
     package: str, homes: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Make ``__getattr__`` and ``__dir__`` of a package whose names are imported on first use.
+    """Return ``__getattr__`` and ``__dir__`` for a package whose names are imported on first use.
 
-    A name that needs a framework which is not installed is an attribute that is not there, so that
-    ``hasattr``, ``inspect.getmembers`` and ``help`` work everywhere. ``homes`` has the module of
-    each name; of a submodule, that module itself.
+    A name whose framework is not installed raises an AttributeError, so that ``hasattr``,
+    ``inspect.getmembers`` and ``help`` work everywhere. ``homes`` maps each name to the module that
+    defines it, and the name of a submodule to the submodule itself.
     """
     space = sys.modules[package].__dict__
 

@@ -1,4 +1,4 @@
-"""The low-level interface: three operations in place over any two matching sets of arrays."""
+"""Low-level interface: interpolate, swap and copy two matching sets of arrays in place."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from fastema.layout.spec import Leaves, Role
 __all__ = ["Plan", "PolicyOf", "copy_", "lerp_", "mean_between", "swap_"]
 
 PolicyOf: TypeAlias = Callable[[str, Role], Literal["average", "copy", "skip"]]
-"""Decides what to do with a tensor of ``x``, by its name and role in the model."""
+"""``policy(name, role)`` decides what to do with a tensor of ``x``."""
 
 _OPERATIONS: Final = {
     "lerp": {"averaged": "lerp", "copied": "copy"},
     "copy": {"averaged": "copy", "copied": "copy"},
     "swap": {"averaged": "swap", "copied": "swap"},
 }
-"""Kernel operations of a plan's methods, for averaged and for copied tensors."""
+"""Kernel operations of :class:`Plan` methods, for averaged and copied tensors."""
 
 _MARKS = {"nearest": "", "stochastic": "~"}
-"""Marks of the kernel formats that round in a certain way."""
+"""Suffixes of kernel formats, by rounding."""
 
 
 def _without_skipped(leaves: Leaves, policy: PolicyOf, roles: Mapping[str, Role]) -> Leaves:
-    """The leaves that a policy does not skip, by the role that a name has in ``roles``."""
+    """Return the leaves that a policy does not skip; ``roles`` maps names to roles."""
     kept = {name for name in leaves.roles if _decide(policy, name, roles[name]) != "skip"}
     items = [leaf for leaf in leaves.items if leaf.name in kept]
     opaque = [one for one in leaves.opaque if one.name in kept]
@@ -58,18 +58,20 @@ def _decide(policy: PolicyOf, name: str, role: Role) -> str:
 
 
 def matched(dst: Leaves, src: Leaves, called: tuple[str, str]) -> list[Pair]:
-    """Leaves of two containers paired by name, checked.
+    """Return the leaves of two containers paired by name, after checking each pair.
 
     Parameters
     ----------
     dst, src : Leaves
     called : (str, str)
-        What an error calls them.
+        Names of the two containers in errors.
 
     Raises
     ------
     LayoutError
-        Naming every tensor that only one side has.
+        Naming every tensor that only one side has; if shapes or devices of a pair differ.
+    DTypeError
+        If no kernel takes the two dtypes of a pair.
     """
     dst.refuse_opaque()
     src.refuse_opaque()
@@ -96,14 +98,14 @@ def matched(dst: Leaves, src: Leaves, called: tuple[str, str]) -> list[Pair]:
 
 @dataclass(frozen=True)
 class _PairSelection:
-    """Selects the pairs of a plan; holds no reference to the plan, so that there is no cycle."""
+    """Selects the pairs of a plan. Holds no reference to the plan: no cycle."""
 
     policy: PolicyOf | None
     mark: str
     called: tuple[str, str]
 
     def __call__(self, avg: Leaves, x: Leaves) -> Match:
-        """Pair what the policy does not skip; integers are copied where there is a policy."""
+        """Return the pairs that the policy does not skip; with a policy, integers are copied."""
         policy, roles = self.policy, {**avg.roles, **x.roles}
         dst, src = avg, x
         if policy is not None:
@@ -119,7 +121,7 @@ class _PairSelection:
         return Match(parts, dst, src, self._policy_parameters(x))
 
     def _policy_parameters(self, x: Leaves) -> list[Trained]:
-        """Parameters whose policy depends on whether they are trained."""
+        """Return the parameters whose policy depends on ``requires_grad``."""
         policy = self.policy
         if policy is None:
             return []
@@ -136,47 +138,51 @@ class _PairSelection:
 
 
 class Plan:
-    """A cached plan over two parallel containers, for the same operation at every step.
+    """Cached plan to run ``lerp_``, ``swap_`` or ``copy_`` on two containers at every step.
 
-    Where the tensors lie is looked up once; each call checks that it is still so and looks again
-    if not (``p.data = ...``, a replaced dict entry, ``array.resize``). JAX arrays and TensorFlow
-    variables, which lie elsewhere after every step, are looked up at every call.
+    :meth:`lerp_` computes ``avg += weight * (x - avg)`` over all tensors in one pass. The plan
+    locates the tensors once; each call checks for moved or replaced ones (``p.data = ...``, a new
+    dict entry, ``array.resize``) and locates them again. JAX arrays and TensorFlow variables, which
+    move at every step, are located at every call.
 
     Parameters
     ----------
     avg, x : array, list, tuple, dict, JAX pytree, module or model
-        Any mix of frameworks, same names or positions and same shapes. ``avg`` is written; ``x``
-        only by :meth:`swap_`. JAX arrays, TensorFlow tensors and read-only NumPy arrays can only
-        be ``x``. Dtypes may differ: float64, float32, float16, bfloat16, complex64 and complex128
-        with their own kind; integers and booleans only with themselves, and not in :meth:`lerp_`.
+        Containers with the same names or positions and shapes, from any mix of frameworks. ``avg``
+        is written; ``x`` only by :meth:`swap_`. JAX arrays, TensorFlow tensors and read-only NumPy
+        arrays can only be in ``x``. Dtypes may differ among float64, float32, float16 and bfloat16,
+        and between complex64 and complex128. Integers and booleans need equal dtypes, and
+        :meth:`lerp_` rejects them unless there is a ``policy``.
     rounding : {"nearest", "stochastic"}
-        Of 16-bit floats in :meth:`lerp_`. To nearest, what is smaller than half the last place of
-        ``avg`` is lost; at random it is not, on average.
+        Rounding of 16-bit floats in :meth:`lerp_`, to nearest by default. Rounding to nearest loses
+        changes below half of the last place of ``avg``; stochastic rounding keeps them on average.
     seed : int
-        Of the random bits, at least 0. They also depend on the number of the call, the tensor's
-        name and the element's index in it.
+        Seed for stochastic rounding, from 0 (the default) to 2**63 - 1. The random bits also depend
+        on the number of the call, the tensor's name and the element's index in the tensor.
     policy : callable, optional
-        ``policy(name, role)``: ``"average"``, ``"copy"`` or ``"skip"`` for each tensor of ``x``,
-        whose role is ``"weight"``, in a module also ``"frozen"`` or ``"buffer"``. :meth:`lerp_`
-        copies what is to be copied, and integers and booleans; what is skipped may be missing on
-        either side. Asked when the tensors are looked up. Without one all have to be floats.
+        ``policy(name, role)`` returns ``"average"``, ``"copy"`` or ``"skip"`` for each tensor of
+        ``x``. The role is ``"weight"``, in modules also ``"frozen"`` or ``"buffer"``. :meth:`lerp_`
+        copies tensors with ``"copy"``, integers and booleans; skipped ones may be missing on either
+        side. It is called whenever the tensors are matched. Without it all tensors must be floats.
 
     Attributes
     ----------
     calls : int
-        Operations so far; set it when resuming, for the random bits.
+        Operations so far; with stochastic rounding, set it when resuming.
     binding : Binding
-        Where both sides lie.
+        Pairs and current locations of the tensors.
 
     Raises
     ------
+    ArgumentError
+        If ``rounding``, ``seed`` or a result of ``policy`` is invalid.
     LayoutError
         If names, shapes or devices differ, if ``avg`` overlaps ``x`` or itself, or is expanded or
         read-only.
     DTypeError
         For a dtype or a pair of dtypes without a kernel.
     BridgeError
-        For an object of no known framework.
+        For an object of an unknown framework.
 
     Examples
     --------
@@ -228,7 +234,7 @@ class Plan:
             raise DTypeError(
                 "only floats are averaged:\n"
                 + listed(exact)
-                + "\nLeave them out, or give a policy: integers are then copied, as by fastema.EMA."
+                + "\nLeave them out, or pass a policy: integers are then copied, as in fastema.EMA."
             )
         if is_random and self.binding.capturing():
             raise StateError(
@@ -237,7 +243,7 @@ class Plan:
             )
 
     def _lerped(self) -> tuple[list[str], bool]:
-        """List averaged tensors that are no floats, and tell whether random bits are used."""
+        """Return averaged tensors that are not floats, and whether rounding is stochastic."""
         pairs = self.binding.tagged["averaged"]
         exact = [f"{one.name!r} is {one.dst.dtype}" for one in pairs if one.dst.kind.real is None]
         return exact, any(pair.form.endswith("~") for pair in pairs)
@@ -252,32 +258,44 @@ class Plan:
         refuse_overlap([(f"x {pair.name}", pair.src) for pair in pairs])
 
     def lerp_(self, weight: float, x: Any = None) -> None:
-        """``avg += weight * (x - avg)``, computed in float32 (float64 where either side is).
+        """Interpolate in place: ``avg += weight * (x - avg)``.
+
+        Computed in float32, or in float64 if either side is float64, and rounded once.
 
         Parameters
         ----------
         weight : float
-            Of the new value: ``1 - decay``. At 1 the result is ``x`` itself.
+            Weight of the new value, ``1 - decay``; any finite number. At 1 the result is ``x``.
         x : optional
-            Where it is not the one of before, from here on: the same names and shapes. JAX users
-            give it at every step: arrays that never change are used once without it.
+            New source from this call on, with the same names and shapes; by default the previous
+            one. JAX users pass it at every step: immutable arrays are used only once.
 
         Raises
         ------
         ArgumentError
-            If ``weight`` is not a finite number, or ``x`` is left out where its arrays never change
-            and were used by the call before.
+            If ``weight`` is not a finite number, or if ``x`` is left out although the previous call
+            used its immutable arrays.
         DTypeError
-            If a tensor is of an integer or boolean dtype.
+            If a tensor has an integer or boolean dtype and there is no ``policy``.
+        LayoutError, BridgeError
+            If tensors no longer match; nothing was written.
         StateError
             With ``rounding="stochastic"`` while the stream is captured into a CUDA graph.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> avg, x = np.zeros(2), np.ones(2)
+        >>> Plan(avg, x).lerp_(0.25)
+        >>> avg
+        array([0.25, 0.25])
         """
         if not math.isfinite(weight):
             raise ArgumentError(f"weight={weight!r}: expected a finite number, 1 - decay")
         self._run("lerp", self._check_lerp, x, weight)
 
     def check(self, x: Any = None) -> None:
-        """Raise what :meth:`lerp_` would; nothing is written.
+        """Raise the errors that :meth:`lerp_` would raise, without writing anything.
 
         Parameters
         ----------
@@ -289,23 +307,25 @@ class Plan:
 
     @contextmanager
     def swappable(self, x: Any) -> Iterator[Binding]:
-        """Hold the binding, checked for a swap with ``x``, in a block."""
+        """Yield the binding, locked and checked for a swap with ``x``."""
         with self._lock, self.binding.current(x, write=True):
             self._check_swap()
             yield self.binding
 
     def swap_(self) -> None:
-        """Exchange the contents, each rounded to the other's dtype where they differ.
+        """Exchange the contents of ``avg`` and ``x`` in place.
+
+        If the dtypes differ, values are rounded to the dtype of the tensor that receives them.
 
         Raises
         ------
         LayoutError
-            If ``x`` is read-only, expanded or overlaps itself.
+            If ``x`` is read-only, expanded or overlaps itself, or if tensors no longer match.
         """
         self._run("swap", self._check_swap)
 
     def copy_(self, x: Any = None) -> None:
-        """``avg = x``, rounded to the dtype of ``avg``.
+        """Copy ``x`` into ``avg``, rounded to the dtype of ``avg``.
 
         Parameters
         ----------
@@ -316,18 +336,21 @@ class Plan:
 
 
 def lerp_(avg: Any, x: Any, weight: float) -> None:
-    """``avg += weight * (x - avg)`` in place, once; see :class:`Plan` for the same at every step.
+    """Interpolate once in place: ``avg += weight * (x - avg)``.
+
+    To do so at every step, build a :class:`Plan`, which caches the preparation.
 
     Parameters
     ----------
     avg, x : array, list, tuple, dict, JAX pytree, module or model
+        Containers with the same names or positions and shapes; ``avg`` is written.
     weight : float
-        Of the new value, ``1 - decay``.
+        Weight of the new value, ``1 - decay``; any finite number. At 1 the result is ``x``.
 
     Raises
     ------
     LayoutError, DTypeError, BridgeError, ArgumentError
-        As :class:`Plan` and :meth:`Plan.lerp_`; nothing is written then.
+        See :class:`Plan` and :meth:`Plan.lerp_`; nothing was written.
 
     Examples
     --------
@@ -346,12 +369,21 @@ def swap_(a: Any, b: Any) -> None:
     Parameters
     ----------
     a, b : array, list, tuple, dict, JAX pytree, module or model
-        Each takes the other's contents, rounded to its own dtype.
+        Containers with the same names or positions and shapes, both writable. Each receives the
+        other's contents, rounded to its own dtypes.
 
     Raises
     ------
     LayoutError, DTypeError, BridgeError
-        As :class:`Plan`; nothing is written then.
+        See :class:`Plan`; nothing was written.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> a, b = np.array([1.0]), np.array([2.0])
+    >>> swap_(a, b)
+    >>> a, b
+    (array([2.]), array([1.]))
     """
     Plan(a, b).swap_()
 
@@ -362,43 +394,59 @@ def copy_(dst: Any, src: Any) -> None:
     Parameters
     ----------
     dst, src : array, list, tuple, dict, JAX pytree, module or model
-        ``dst`` takes the contents of ``src``, rounded to its own dtype.
+        Containers with the same names or positions and shapes. ``dst`` receives the contents of
+        ``src``, rounded to its own dtypes.
 
     Raises
     ------
     LayoutError, DTypeError, BridgeError
-        As :class:`Plan`; nothing is written then.
+        See :class:`Plan`; nothing was written.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> dst = np.zeros(2, np.float32)
+    >>> copy_(dst, np.array([1.0, 2.0]))
+    >>> dst
+    array([1., 2.], dtype=float32)
     """
     Plan(dst, src).copy_()
 
 
 def mean_between(later: Any, n: int, earlier: Any, m: int) -> dict[str, Any]:
-    """The mean of the weights between two states of a cumulative mean, in float64.
+    """Return the mean of updates ``m + 1`` to ``n`` from two cumulative means, in float64.
 
-    ``(n * later - m * earlier) / (n - m)``, for means of the first ``n`` and ``m`` updates of one
-    run: any window of a run from two saved means. The difference of two long means loses digits:
-    keep them in float64 (``SWA(..., shadow_dtype="float64")``), the error is then about
-    ``2 * n / (n - m)`` units in the last place of a float64.
+    ``(n * later - m * earlier) / (n - m)`` for means of the first ``n`` and the first ``m`` updates
+    of one run: two saved means give the mean of any window between them. The difference of two long
+    means loses digits: keep them in float64 (``SWA(..., shadow_dtype="float64")``). The error is
+    then about ``2 * n / (n - m)`` units in the last place of a float64.
 
     Parameters
     ----------
     later, earlier : array, list, tuple, dict, JAX pytree, module or model
-        Such as ``swa.shadow`` then, and a copy of it earlier (``swa.state_dict()["shadow"][0]``).
+        The two means, such as ``swa.shadow`` and a copy of it saved earlier
+        (``swa.state_dict()["shadow"][0]``).
     n, m : int
-        How many updates each is the mean of, ``n > m >= 1``.
+        Numbers of updates that ``later`` and ``earlier`` average, ``n > m >= 1``.
 
     Returns
     -------
     dict of str to array
-        New arrays in float64 (complex128 for complex weights), by name; without the integers,
-        which have no mean.
+        New arrays by name, in float64 (complex128 for complex weights). Integers and booleans are
+        left out.
 
     Raises
     ------
     ArgumentError
-        If not ``n > m >= 1``.
+        Unless ``n > m >= 1``.
     LayoutError, DTypeError
-        If the two do not match.
+        If the two means do not match.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> mean_between({"w": np.array([3.0])}, 4, {"w": np.array([2.0])}, 2)  # of updates 3 and 4
+    {'w': array([4.])}
     """
     if not (isinstance(n, int) and isinstance(m, int) and n > m >= 1):
         raise ArgumentError(f"n={n!r}, m={m!r}: expected whole numbers with n > m >= 1")

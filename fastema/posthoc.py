@@ -1,7 +1,7 @@
-"""Averages chosen after training: snapshots of power-function averages, and what is made of them.
+"""Choose an average's length after training, from snapshots of power-function averages.
 
-Keep snapshots of two power-function averages during a run, and any other average at any step of it
-can be synthesized afterwards: no length has to be chosen beforehand.
+Save snapshots of two power-function averages during a run. Afterwards, averages of other lengths
+can be synthesized at any step of the run, so no length has to be chosen in advance.
 
 >>> import tempfile, numpy as np, fastema
 >>> weights = {"w": np.zeros(3)}
@@ -56,24 +56,24 @@ __all__ = ["Snapshot", "Synthesized", "find_snapshots", "save_snapshot", "synthe
 _KIND: Final = "fastema power snapshot"
 
 _NOISE: Final = {"f64": 1e-4, "f32": 1e-4, "f16": 1e-2, "bf16": 1e-2}
-"""Large coefficients multiply the rounding of the snapshots: how far they are held down."""
+"""Dtype to the noise level in the fit: it keeps coefficients small, since they amplify rounding."""
 
 _POOR: Final = 0.05
-"""Relative error of a profile from which on a warning is given."""
+"""Relative error of a profile above which to warn."""
 
 
 class Snapshot(NamedTuple):
-    """One average at one step of a run, in a file."""
+    """A file with one power-function average at one step of a run."""
 
     path: Path
     step: int
-    start: int  # step at which it began
+    start: int  # step after which averaging began
     every: int  # steps from one update to the next
-    gamma: float  # exponent of its profile
+    gamma: float  # exponent of the power-function profile
 
     @property
     def profile(self) -> PowerProfile:
-        """Weight of the steps since the start in the average."""
+        """The weights of the steps since the start in the average."""
         return PowerProfile(self.step - self.start, self.gamma)
 
 
@@ -81,9 +81,9 @@ class Synthesized(NamedTuple):
     """An average synthesized from snapshots."""
 
     tensors: dict[str, Any]  # NumPy arrays by name
-    error: float  # L2 distance of the profile from the wanted one, relative to the norm of that
-    coefficients: dict[Path, float]  # what each snapshot was multiplied by; they sum to 1
-    step: int  # of the run
+    error: float  # relative L2 distance of the profile from the target profile
+    coefficients: dict[Path, float]  # snapshot to its coefficient; they sum to 1
+    step: int  # training step of the average
 
     def __repr__(self) -> str:
         size = sum(array.size for array in self.tensors.values())
@@ -99,20 +99,21 @@ class Synthesized(NamedTuple):
 def save_snapshot(
     average: Average, folder: str | os.PathLike[str], *, dtype: Any = None
 ) -> list[Path]:
-    """Write every power-function average of a set to a safetensors file of its own.
+    """Write each power-function average to a safetensors file of its own; return the paths.
 
-    The names in a file are those of the weights: each is also a checkpoint to be used as it is.
+    Each file uses the names of the weights, so it is also a checkpoint that can be loaded directly.
 
     Parameters
     ----------
     average : PowerEMA, or another average with power-function rules
+        The average or averages to save.
     folder : path
-        Made if it does not exist. Files are called by step and sigma_rel (or by gamma, where that
-        has too many digits), and replace older ones of that name; a write that is cut short leaves
-        the old one.
+        The folder to write to; created if it does not exist. File names contain the step and
+        sigma_rel (or gamma, if sigma_rel has too many digits). A file of the same name is replaced
+        atomically.
     dtype : dtype or str, optional
-        Of the averaged tensors in the file; by default that of the average. ``"float16"`` and
-        ``"bfloat16"`` halve a float32 snapshot.
+        Dtype of the averaged tensors in the file; by default that of the average. ``"float16"`` and
+        ``"bfloat16"`` halve the size of a float32 snapshot.
 
     Raises
     ------
@@ -121,13 +122,13 @@ def save_snapshot(
     StateError
         Before the first update.
     CheckpointError
-        If a tensor has a name or dtype that the format does not know.
+        If the format cannot store the name or dtype of a tensor.
     StorageError
         If a file or the folder cannot be written.
 
     Notes
     -----
-    All files are of one moment: updates on other threads wait until they are written.
+    All files belong to the same update: updates on other threads wait until they are written.
     """
     rules = average.schedule.rules
     chosen = [i for i, rule in enumerate(rules) if isinstance(rule, Power)]
@@ -173,7 +174,7 @@ def _save(average: Average, chosen: list[int], folder: Path, wanted: DType | Non
 
 
 def _width(gamma: float) -> str:
-    """Return a width's part of a file name: different for any two widths."""
+    """Return the part of a file name for a width, unique for every gamma."""
     width, widest = sigma_rel_of(gamma), sigma_rel_of(0.0)
     for digits in range(3, 9):
         text = f"{width:.{digits}f}"
@@ -193,7 +194,7 @@ def _tensors_to_write(
     averaged: Container[str],
     wanted: DType | None,
 ) -> dict[str, Memory]:
-    """The tensors row-major and in the wanted dtype: as they lie in memory where they are so."""
+    """Return row-major CPU tensors in the wanted dtype, without a copy where nothing changes."""
     found = {name: _on_the_host(array) for name, array in arrays.items()}
     others: list[tuple[Pair, DType]] = []
     for name, (_, spec) in found.items():
@@ -214,13 +215,15 @@ def _tensors_to_write(
 
 
 def find_snapshots(folder: str | os.PathLike[str]) -> list[Snapshot]:
-    """The snapshots in a folder, by step and width.
+    """Return the snapshots in a folder, sorted by file name.
 
-    A CheckpointError if there is none, or a file is no snapshot.
+    Raise a CheckpointError if there are none, or if a safetensors file is not a snapshot.
     """
     files = sorted(path for path in Path(folder).glob("*.safetensors") if path.is_file())
     if not files:
-        raise CheckpointError(f"no snapshots in {folder}; fastema.posthoc.save_snapshot makes them")
+        raise CheckpointError(
+            f"no snapshots in {folder}; fastema.posthoc.save_snapshot writes them"
+        )
     return [_snapshot(read(path)) for path in files]
 
 
@@ -238,11 +241,11 @@ def _snapshot(file: File) -> Snapshot:
             raise ValueError(f"copied {values['copied'][:100]!r}")
         for name in _averaged(file):
             if file.tensors[name].kind.real is None:
-                raise ValueError(f"{name!r} is of dtype {file.tensors[name].kind.code}")
+                raise ValueError(f"{name!r} has dtype {file.tensors[name].kind.code}")
         return Snapshot(file.path, step, start, every, gamma)
     except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{file.path} is no snapshot of a power-function average ({error})"
+            f"{file.path} is not a snapshot of a power-function average ({error})"
         ) from None
 
 
@@ -260,53 +263,57 @@ def synthesize(
     out: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Synthesized:
-    """Synthesize an average that was not tracked, from snapshots.
+    """Synthesize an average that was not tracked during training, from snapshots.
 
-    The coefficients are those whose sum of profiles is nearest to the wanted profile, least squares
-    in float64 under the condition that they sum to 1; the tensors are summed in float64 while they
-    are read, a few MB at a time whatever the size of the model.
+    The average is ``sum of coefficient * snapshot``. The coefficients sum to 1 and are fitted in
+    float64 by least squares, so that the weighted sum of the snapshots' profiles is closest to the
+    target profile. The tensors are summed in float64 while they are read, a few MB at a time for
+    any model size.
 
     Parameters
     ----------
     snapshots : path, or iterable of paths
-        A folder, or files of :func:`save_snapshot`.
+        A folder of snapshots, or files of :func:`save_snapshot`.
     sigma_rel : float, optional
-        Relative width of a power profile, in (0, 0.288]. Give either this or ``half_life``.
+        Relative width of a power-function average, in (0, 0.288]. Give either this or
+        ``half_life``.
     half_life : float, optional
-        In steps, of an exponential average (without the share of the initial weights).
+        Half-life in steps of an exponential average (without the weight of the initial weights).
     step : int, optional
-        Of the run; the latest snapshot's by default. Best one at which a snapshot was taken: newer
-        ones are left out, and what came after the last before it is missing. Between two updates
-        the average is that of the earlier one.
+        Training step of the average; by default that of the latest snapshot. Best choose the step
+        of a snapshot: later snapshots are not used, and steps after the last earlier snapshot are
+        missing. Between two updates, the average is that of the earlier update.
     dtype : dtype or str, optional
-        Of the averaged tensors in the result; float32 by default, float64 where the snapshots are.
+        Dtype of the averaged tensors in the result. By default float64 for float64 snapshots and
+        float32 for others.
     into : module, list, tuple or dict, optional
-        Where the average is written too, rounded to its dtypes.
+        Weights to overwrite with the average, rounded to their dtypes.
     out : path, optional
-        A safetensors file to write it to.
+        A safetensors file to write the average to.
     progress : bool
-        Show a progress bar (needs rich).
+        Show a progress bar (needs rich). Default False.
 
     Returns
     -------
     Synthesized
-        Where its ``error`` is above 0.05, a warning says what other snapshots would do better.
+        The average, its coefficients and its ``error``. If the error is above 0.05, warn and
+        suggest which snapshots would do better.
 
     Raises
     ------
     ArgumentError
-        If not exactly one width is given, or no snapshot is old enough.
+        If not exactly one width is given, or all snapshots are later than ``step``.
     CheckpointError
-        If the files do not belong together, or one is damaged.
+        If the snapshots do not belong to one run, or one is damaged.
     OSError
-        If a file cannot be read. Where ``out`` cannot be written, it is a StorageError.
+        If a file cannot be read. A StorageError if ``out`` cannot be written.
     """
     found = _checked_snapshots(snapshots)
     start, every = found[0].start, found[0].every
     last = found[-1].step if step is None else checked_whole(step, "step", 0)
     if last < found[0].step:
         raise ArgumentError(f"step={last}: the first snapshot is of step {found[0].step}")
-    last = start + (last - start) // every * every  # the average stands still in between
+    last = start + (last - start) // every * every  # the average is constant between updates
     target = _target(sigma_rel, half_life, last - start)
     latest = read(found[-1].path)
     kinds = {str(latest.tensors[name].kind.real) for name in _averaged(latest)}
@@ -334,20 +341,20 @@ def synthesize(
 
 
 def _advice(found: Sequence[Snapshot], last: int, error: float) -> str:
-    """Return advice about an average that these snapshots cannot give."""
-    text = f"the profile of the synthesised average is off by {error:.2g} (more than {_POOR}): "
+    """Return a warning that suggests other snapshots or steps for a better fit."""
+    text = f"the profile of the synthesized average is off by {error:.2g} (more than {_POOR}): "
     newest = max(one.step for one in found if one.step <= last)
     if newest < last:
         others = [str(newest)]
         others += [f"{one.step} (the next one)" for one in found if one.step > last][:1]
         return text + (
-            f"no snapshot has seen the weights of steps {newest + 1} to {last}; choose step="
+            f"no snapshot contains the weights of steps {newest + 1} to {last}; choose step="
             f"{' or '.join(others)}, or save a snapshot at step {last} in the next run"
         )
     widths = ", ".join(sorted({f"{one.profile.sigma_rel:.3g}" for one in found}))
     return text + (
         f"snapshots at more steps before {last}, or of averages nearer to the wanted width "
-        f"(these have sigma_rel {widths}), would give it"
+        f"(these have sigma_rel {widths}), would be more accurate"
     )
 
 
@@ -361,7 +368,7 @@ def _checked_snapshots(snapshots: Any) -> list[Snapshot]:
         raise ArgumentError("snapshots: no files were given")
     if len({(one.start, one.every) for one in found}) > 1:
         raise CheckpointError(
-            "the snapshots are of runs with different start_after or update_every"
+            "the snapshots come from runs with different start_after or update_every"
         )
     return sorted(found, key=lambda one: (one.step, one.gamma))
 
@@ -375,7 +382,7 @@ def _target(sigma_rel: float | None, half_life: float | None, steps: int) -> Pro
 
 
 def _memory(files: Sequence[File], wanted: DType | None) -> dict[str, Memory]:
-    """NumPy memory for the result, if all files hold the same tensors."""
+    """Allocate NumPy memory for the result; raise a CheckpointError if tensors differ."""
     newest = files[-1]
     problems = []
     for file in files:
@@ -401,7 +408,7 @@ def _averaged(file: File) -> set[str]:
 
 @contextmanager
 def _with_progress(progress: bool, nbytes: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over so many bytes, if it is wanted."""
+    """Yield a function that advances a progress bar by a number of bytes, or does nothing."""
     if not progress:
         yield lambda n: None
         return
@@ -410,5 +417,5 @@ def _with_progress(progress: bool, nbytes: int) -> Iterator[Callable[[int], None
     except ImportError:
         raise ArgumentError("progress=True needs rich: pip install rich") from None
     with bars.Progress(*bars.Progress.get_default_columns(), bars.DownloadColumn()) as bar:
-        task = bar.add_task("synthesising", total=nbytes)
+        task = bar.add_task("synthesizing", total=nbytes)
         yield lambda n: bar.advance(task, n)

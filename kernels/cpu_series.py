@@ -1,7 +1,7 @@
 """Moving averages of a whole series at once: rolling sums and means, exponential averages.
 
-Both work on sums of two floats, the second of which holds what the first one rounded off, so that
-each result is rounded once or twice from the exact one.
+Every sum is kept as two floats, the second of which is the rounding residual of the first. Each
+result is therefore rounded only once or twice from the exact one.
 """
 
 from __future__ import annotations
@@ -44,26 +44,26 @@ from fastema.kernels.words import (
 
 @device_fn
 def _rounded_off(x, y, total):
-    """The rounding error of ``total = x + y``; 0 if not finite."""
+    """Return the rounding error of ``total = x + y``; 0 if it is not finite."""
     took = total - x
     return nan_to_zero((x - (total - took)) + (y - took))
 
 
 @device_fn
 def _added(high, low, more, more_low):
-    """The sum of two sums of two floats each."""
+    """Return the sum of two numbers that are two floats each, as two floats."""
     total = high + more
     return total, low + more_low + _rounded_off(high, more, total)
 
 
-# -- windows put together: the end of one block of values and the beginning of the next ------------
+# -- windows joined from the end of one block of values and the beginning of the next --------------
 
 
 @device_fn
 def _put_together(cells, at, size, divide, scratch):
     """Write the results of any row; return 0 if all are finite, otherwise NaN.
 
-    Nothing is ever subtracted: what has left the window is gone, an infinity too.
+    Nothing is ever subtracted: a value that has left the window, even an infinity, has no effect.
     """
     src, prev = load(cells, at + SRC), load(cells, at + PREV)
     dst, count = pointer_f64(load(cells, at + DST)), load(cells, at + COUNT)
@@ -92,15 +92,15 @@ def _put_together(cells, at, size, divide, scratch):
 
 # -- windows that slide: the value that comes in minus the one that leaves -------------------------
 #
-# Every value is split in two, of which the first is a multiple of a unit so large that sums of all
+# Every value is split in two parts. The first is a multiple of a unit so large that sums of all
 # first parts are exact (S. Rump, T. Ogita and S. Oishi, Accurate floating-point summation, 2008).
-# The second parts are then so small that what their sums round off is out of sight, except where
-# values of very different sizes meet: such rows are put together instead.
+# The second parts are so small that the rounding of their sums is negligible, except where values
+# of very different sizes meet: the windows of such rows are joined instead.
 
 
 @device_fn
 def _sizes(values, first, count):
-    """The sum of absolute values, in any order."""
+    """Return the sum of absolute values, in any order."""
     total = 0.0
     for i in range(first, first + count):
         total = sum_any_order(total, abs(load_src(values, i)))
@@ -109,7 +109,7 @@ def _sizes(values, first, count):
 
 @device_fn
 def _power_above(x):
-    """The least power of two above a positive number; NaN for the largest (after Rump, 2008)."""
+    """Return the least power of two above a positive number; NaN for the largest (Rump, 2008)."""
     scaled = x * 2.0**53
     power = (scaled + x) - scaled
     return power if power > x else x + x
@@ -117,7 +117,7 @@ def _power_above(x):
 
 @device_fn
 def _split_total(values, first, count, shift):
-    """The sum of values as a multiple of the unit, and the rest."""
+    """Return the sum of values as a multiple of the unit, and the residual."""
     whole, rest = 0.0, 0.0
     for i in range(first, first + count):
         x = load_src(values, i)
@@ -137,7 +137,7 @@ def _split_differences(new, old, at, differences, rests, first, count, shift):
 
 @device_fn
 def _running_sums(firsts, rests, count, sums):
-    """Add up both parts of four lanes, in place: each sum of a lane waits for the one before."""
+    """Replace both parts by running sums, in four lanes since each sum waits for the last one."""
     a, a_rest, b, b_rest, c, c_rest, d, d_rest = sums
     for i in range(count):
         a += load_src(firsts, i)
@@ -161,7 +161,7 @@ def _running_sums(firsts, rests, count, sums):
 
 @device_fn
 def _slid(dst, at, sums, rests, first, count, n, inverse, least):
-    """Write sums divided by ``n``; the number of those that may not be exact, or not finite."""
+    """Write sums divided by ``n``; return how many may be inexact or not finite."""
     odd = 0.0
     for i in range(count):
         whole = load_src(sums, first + i) + load_src(rests, first + i)
@@ -173,7 +173,7 @@ def _slid(dst, at, sums, rests, first, count, n, inverse, least):
 
 @device_fn
 def _slide(cells, at, size, divide, scratch):
-    """Write the results of a row that continues ``PREV``, its windows full; 0 if all are exact."""
+    """Write the results of a row that continues full windows; return 0 if all are exact."""
     src, prev = pointer_f64(load(cells, at + SRC)), pointer_f64(load(cells, at + PREV))
     dst, count = pointer_f64(load(cells, at + DST)), load(cells, at + COUNT)
     lane = count // LANES
@@ -211,7 +211,7 @@ def _slide(cells, at, size, divide, scratch):
 
 
 def rolling_mean(table, rows, scratch, control):
-    """Means, or sums, of the last ``SIZE`` values, at every value of every row."""
+    """Write means, or sums, of the last ``SIZE`` values, at every value of every row."""
     cells, settings = pointer_i64(table), pointer_i64(control)
     size, divide = load(settings, SIZE), load(settings, DIVIDE)
     place = fetch_add(control + 8 * ENTERED, 1)
@@ -235,7 +235,7 @@ def rolling_mean(table, rows, scratch, control):
 
 @device_fn
 def _ewm_stretch(src, dst, sums, rests, first, count, decay, w, w_rest, high, low):
-    """Average ``count`` values: one product and one sum each wait for the one before."""
+    """Average ``count`` values; only one product and one sum per value wait for the last value."""
     before = high
     for i in range(count):
         high = decay * high + w * load_src(src, first + i)
@@ -253,10 +253,10 @@ def _ewm_stretch(src, dst, sums, rests, first, count, decay, w, w_rest, high, lo
 
 
 def ewm_mean(source, count, target, numbers, scratch):
-    """``avg = decay avg + (1 - decay) x`` for every value.
+    """Write ``avg = decay avg + (1 - decay) x`` for every value.
 
-    ``numbers``, ``float64[3]``: the decay, the average before and what it rounded off; the last two
-    are written. ``scratch`` is room for two stretches.
+    ``numbers`` is ``float64[3]``: the decay, the average before and its residual; the last two are
+    updated. ``scratch`` has room for two stretches.
     """
     src, dst, values = pointer_f64(source), pointer_f64(target), pointer_f64(numbers)
     decay, high, low = load(values, 0), load(values, 1), load(values, 2)

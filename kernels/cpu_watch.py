@@ -1,8 +1,8 @@
-"""The check before every update: whether all tensors still lie where the table says.
+"""The check before every update that all tensors are still where the table says.
 
-The dictionaries through which a module holds its parameters are read again, and each tensor is
-described by its framework's DLPack exchange function, all in one compiled loop: about 40 ns per
-tensor where Python attributes take 400. The GIL is held throughout.
+One compiled loop reads the dicts in which a module holds its parameters, and describes each tensor
+with its framework's DLPack exchange function. That takes about 40 ns per tensor, where Python
+attributes take 400. The GIL is held throughout.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _DATA, _DEVICE, _RANK_DTYPE, _SHAPE, _STRIDES, _OFFSET = range(6)
 
 
 def check_tensors(task):
-    """Fill in rows of tensors, and their dimensions, or compare: 1 where anything is not as it was.
+    """Record tensors and their dimensions, or compare them; return 1 if anything differs.
 
-    To record, the rows hold already which object each is, its rank, and its first place in the
-    list of dimensions; the result is 1 if a tensor cannot be described.
+    Before recording, each row must hold the tensor's object, its rank, and the index of its first
+    entry in the list of dimensions. Recording returns 1 if a tensor cannot be described.
     """
     words = pointer_i64(task)
     record, n_dicts, n_tensors = load(words, RECORD), load(words, DICTS), load(words, TENSORS)

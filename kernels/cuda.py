@@ -1,6 +1,6 @@
-"""The kernels of a GPU: every operation's step in a grid of threads, compiled without a GPU.
+"""GPU kernels: every operation's step in a grid of threads, compiled without a GPU.
 
-numba-cuda makes PTX, cuda.core links it to a cubin; both are imported when a kernel is compiled.
+numba-cuda generates PTX and cuda.core links it to a cubin; both are imported on first compilation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastema.kernels.variants import CLOCK
 from fastema.kernels.words import load, pointer_f64, pointer_i64, store
 
 _REGISTERS = 32
-"""Registers per thread that let a multiprocessor be full; more where something would spill."""
+"""Registers per thread at full occupancy; a kernel that would spill gets more."""
 
 _MOST_REGISTERS = 128
 
@@ -35,10 +35,10 @@ _FEWER_THREADS = {
     (7, 5): 64,
     **dict.fromkeys(((8, 6), (8, 7), (8, 9), (11, 0), (12, 0), (12, 1)), 40),
 }
-"""The same where a multiprocessor has 1,024 or 1,536 threads, not 2,048, for as many registers."""
+"""Registers at full occupancy of multiprocessors with 1,024 or 1,536 threads instead of 2,048."""
 
 _CONVERTS_BF16 = (8, 0)
-"""The first capability with instructions that make a bfloat16 of a float32."""
+"""The first compute capability with instructions that convert float32 to bfloat16."""
 
 _compiling = threading.Lock()
 if hasattr(os, "register_at_fork"):
@@ -46,14 +46,14 @@ if hasattr(os, "register_at_fork"):
 
 
 class Ptx(NamedTuple):
-    """A kernel in PTX: its name, and the text."""
+    """A kernel in PTX: its name and its text."""
 
     name: str
     text: str
 
 
 class Binary(NamedTuple):
-    """A compiled kernel: its name in the cubin, the cubin, and what the assembler reported."""
+    """A compiled kernel: its name in the cubin, PTX, cubin, and the assembler's report."""
 
     name: str
     ptx: str
@@ -64,10 +64,10 @@ class Binary(NamedTuple):
 
 
 def bodies(operation: str, formats: tuple[str, ...], layout: str, device: str = "cuda"):
-    """``body(cells, at, number, now, thread, threads) -> sums`` of one thread and row.
+    """Return ``body(cells, at, number, now, thread, threads) -> sums`` for one thread and row.
 
-    ``now`` holds the seed, the step, the window, the slot and the turn. The same function runs on
-    host addresses, thread after thread: the test of the GPU's kernels where there is none.
+    ``now`` holds the seed, the step, the window, the slot and the turn. The body also runs on host
+    addresses, thread after thread, which tests GPU kernels without a GPU.
     """
     step = getattr(steps, operation)(*formats, device=device)
     if OPERATIONS[operation].needs_ring:
@@ -93,7 +93,7 @@ def _windowed(parts: steps.Window, start: steps.Step, layout: str):
     def body(cells, at, number, now, thread, threads):
         seed, step, window, slot, turn = now
         run = seed, step, thread, threads
-        if turn == 0:  # where the averages begin: the weights, whatever a ring would keep of them
+        if turn == 0:  # the averages begin: copy the weights, unrounded by a ring's format
             copy(cells, at, real(number), 0, run)
         else:
             update(cells, at, number, window, slot, turn, run)
@@ -104,7 +104,7 @@ def _windowed(parts: steps.Window, start: steps.Step, layout: str):
 
 @device_fn
 def _choice(index, numbers):
-    """One of the numbers that came as parameters, which cannot be indexed by a variable."""
+    """Return ``numbers[index]``; kernel parameters cannot be indexed by a variable."""
     number = numbers[0]
     number = numbers[1] if index == 1 else number
     number = numbers[2] if index == 2 else number
@@ -117,7 +117,7 @@ def _choice(index, numbers):
 
 @device_fn
 def _number(cells, at, clock, numbers):
-    """The number of a row's average: from the clock, where there is one."""
+    """Return the number of a row's average, from the clock if there is one."""
     index = load(cells, at + abi.AVERAGE)
     if clock:
         return load(pointer_f64(clock), abi.WEIGHTS + index)
@@ -126,7 +126,7 @@ def _number(cells, at, clock, numbers):
 
 @device_fn
 def _launch_args(clock, now):
-    """Load what changes from step to step: from the clock, if there is one."""
+    """Return the arguments that change from step to step, from the clock if there is one."""
     if clock:
         cells = pointer_i64(clock)
         seed, step = load(cells, abi.SEED), load(cells, abi.STEP)
@@ -141,19 +141,22 @@ def _all_rows(clock, rows):
 
 @device_fn
 def _rows_unless_idle(clock, rows):
-    """Rows to work on: none where the clock says that nothing is to be done."""
+    """Return the number of rows to work on: 0 if the clock is idle at this step."""
     if clock and load(pointer_i64(clock), abi.IDLE):
         return np.int64(0)
     return rows
 
 
 def rows_to_do(operation: str):
-    """``rows_to_do(clock, rows)``: what looks at weights does so before the clock advances."""
+    """Return the function ``(clock, rows) -> rows`` that counts an operation's rows to work on.
+
+    ``finite`` ignores an idle clock, because it checks the weights before the clock advances.
+    """
     return _all_rows if operation == "finite" else _rows_unless_idle
 
 
 def _kernel(body, finish, to_do):
-    """The kernel that runs a body, and ``finish`` with its sums, for every row of a block."""
+    """Return the kernel that calls a body, then ``finish`` with its sums, for its block's rows."""
     from numba import cuda
 
     def kernel(
@@ -179,7 +182,7 @@ def _measure_nothing(results, clock, row, thread, measures):
 
 
 def _measure():
-    """Adds up what the threads of a block found, and writes it."""
+    """Return the function that adds up the measures of a block's threads and writes the sums."""
     from numba import cuda
 
     @device_fn
@@ -187,7 +190,7 @@ def _measure():
         sums = cuda.shared.array((MEASURES, GPU_THREADS), np.float64)
         sums[DISTANCE, thread], sums[SQUARE, thread], sums[STILL, thread] = measures
         half = GPU_THREADS // 2
-        while half:  # always in the same order, so that a rerun measures the same
+        while half:  # in a fixed order, so that measures are reproducible
             cuda.syncthreads()
             if thread < half:
                 for k in range(MEASURES):
@@ -202,21 +205,21 @@ def _measure():
 
 
 def _flag_or_measure():
-    """Tells the clock, where there is one, that something is not finite; else writes how much."""
+    """Return the function that flags non-finite values on the clock, or counts without a clock."""
     measure = _measure()
 
     @device_fn
     def flag_or_measure(results, clock, row, thread, measures):
         if not clock:
             measure(results, clock, row, thread, measures)
-        elif measures[0] > 0.0:  # any thread that finds something writes the same
+        elif measures[0] > 0.0:  # all such threads write the same value
             cuda_clock.flag(clock)
 
     return flag_or_measure
 
 
 def _finish(operation: str):
-    """What becomes of the sums that a thread has made of a row."""
+    """Return the function that uses the sums of each thread and row."""
     if not OPERATIONS[operation].measures:
         return _measure_nothing
     return _flag_or_measure() if operation == "finite" else _measure()
@@ -229,7 +232,7 @@ def _advance():
         thread, threads = np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
         clock = first + np.int64(cuda.blockIdx.x) * (8 * abi.CLOCK_CELLS)
         before = cuda_clock.read(clock, first)
-        cuda.syncthreads()  # everyone has read what the first thread is going to write
+        cuda.syncthreads()  # all have read what the first thread will overwrite
         cuda_clock.advance(clock, before, thread, threads)
 
     return kernel
@@ -254,7 +257,7 @@ def compile_kernel(
 def translate(
     operation: str, formats: tuple[str, ...], layout: str, capability: tuple[int, int]
 ) -> Ptx:
-    """Translate a kernel to PTX, for GPUs of a compute capability and all newer ones."""
+    """Translate a kernel to PTX for GPUs of a compute capability and newer."""
     if operation == CLOCK:
         return _ptx(operation, _advance(), types.void(types.int64), capability)
     device = "cuda" if capability >= _CONVERTS_BF16 else "cuda, bf16 by integers"
@@ -264,17 +267,17 @@ def translate(
 
 
 def _ptx(operation: str, kernel, signature, capability: tuple[int, int]) -> Ptx:
-    import_module("cuda.core")  # which :func:`assemble` needs next
-    import_module("numba_cuda")  # numba has a GPU target of its own, of long ago: not that one
+    import_module("cuda.core")  # fail early: :func:`assemble` needs it
+    import_module("numba_cuda")  # replaces numba's own, obsolete GPU target
     from numba import cuda
     from numba.cuda import dispatcher
     from numba.cuda.cudadrv import nvvm
 
     with _compiling:
-        # A device function asks which GPU there is, which also would take a context on it.
+        # A device function queries the current GPU, which would also create a context on it.
         asked, compiled = dispatcher.get_current_device, nvvm.compile_ir
         dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability, id=0)
-        # A product and a sum are rounded twice, as on the CPU, unless the kernel says fma.
+        # Round a product and a sum separately, as on the CPU, unless the kernel uses fma.
         nvvm.compile_ir = partial(compiled, fma=False)
         try:
             text, _ = cuda.compile_ptx(kernel, signature, cc=capability)
@@ -282,12 +285,12 @@ def _ptx(operation: str, kernel, signature, capability: tuple[int, int]) -> Ptx:
             dispatcher.get_current_device, nvvm.compile_ir = asked, compiled
     entry = re.search(r"\.entry\s+(\w+)", text)
     assert entry is not None
-    name = f"fastema_{operation}"  # Numba's own has two hundred characters
+    name = f"fastema_{operation}"  # Numba's name has two hundred characters
     return Ptx(name, text.replace(entry.group(1), name))
 
 
 def assemble(ptx: Ptx, capability: tuple[int, int]) -> Binary:
-    """Make machine code of PTX, with as few registers as it takes to spill none."""
+    """Assemble PTX to machine code, with the fewest registers that avoid spilling."""
     least = _FEWER_THREADS.get(capability, _REGISTERS)
     for registers in range(least, _MOST_REGISTERS, 8):
         made = _assembled(ptx, capability, registers)

@@ -1,7 +1,7 @@
-"""A clock on the GPU: the step of a run and the weights of its averages, which advance there.
+"""The step counter on a GPU (a clock): the step of a run, and the weights of its averages.
 
-A captured graph runs the same launches again and again; what changes from step to step has to be
-found in device memory. A block of threads takes a clock to the next update.
+A captured graph repeats the same launches, so they must find values that change from step to step
+in device memory. A block of threads advances a clock to the next update.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from fastema.kernels.words import load, pointer_f64, pointer_i64, store
 
 @device_fn
 def read(clock, first):
-    """Load what all threads have to know before one of them writes.
+    """Load the values that all threads need before one of them writes.
 
-    Returns the updates so far, the number of this call, and whether it is to be left out: the
-    ``first`` of several clocks knows.
+    Returns the number of updates so far, the number of this call, and whether to skip the update,
+    which is flagged in the ``first`` of several clocks.
     """
     cells = pointer_i64(clock)
     call = load(cells, abi.TRIES) + 1
@@ -27,14 +27,14 @@ def read(clock, first):
 
 @device_fn
 def flag(clock):
-    """Have the next call of :func:`advance` leave its update out: a weight is not finite."""
+    """Make the next call of :func:`advance` skip its update: a weight is not finite."""
     cells = pointer_i64(clock)
     store(cells, abi.NOT_FINITE, load(cells, abi.TRIES) + 1)
 
 
 @device_fn
 def _evaluate(table, at, count):
-    """The polynomial of a piece, by Horner's rule."""
+    """Return the polynomial of a piece at an update, by Horner's rule."""
     t = (float(count) - load(table, at + abi.FIRST)) * load(table, at + abi.SCALE) - 1.0
     value = load(table, at + abi.COEFFICIENTS + abi.DEGREE)
     k = np.int64(abi.DEGREE - 1)
@@ -46,7 +46,7 @@ def _evaluate(table, at, count):
 
 @device_fn
 def _look_up(address, rows, count, thread, threads):
-    """The weight of an update, for the thread that finds its piece; -1 for the others."""
+    """Return the weight of an update to the thread that finds its piece; -1 to the others."""
     table = pointer_f64(address)
     found = -1.0
     row = thread
@@ -61,10 +61,11 @@ def _look_up(address, rows, count, thread, threads):
 
 @device_fn
 def advance(clock, before, thread, threads):
-    """Advance the clock to the next update, on one thread; ``before`` is what :func:`read` found.
+    """Advance a clock to the next update; ``before`` is the result of :func:`read`.
 
-    As :meth:`fastema.rules.Schedule.weights`: nothing before ``START`` and between the steps that
-    work; at ``START`` the averages become the weights; then each has the weight of its table.
+    The schedule is that of :meth:`fastema.rules.Schedule.weights`: nothing happens before ``START``
+    and between effective steps; at ``START`` the averages become the weights; then the weight of
+    each average comes from its table.
     """
     cells, numbers = pointer_i64(clock), pointer_f64(clock)
     done, call, flagged = before

@@ -1,7 +1,7 @@
 """The loops of the GPU kernels: a block of threads per row, 128 bits per thread and stream.
 
-A walk is what one thread does with one row; a kernel gives it its number among the block's, and a
-test on the host runs all numbers in turn.
+A walk is the work of one thread on one row. A kernel passes it the thread's index in the block; a
+test on the host runs all indices in turn.
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ def _mapped_index(row, place):
 
 
 _INDICES = {"flat": (_first_index, _next_index), "strided": (index_map, _mapped_index)}
-"""By layout: the columns of a row's indices, and the index of an element."""
+"""By layout: a function that loads a row's index columns, and one that indexes an element."""
 
 
 def _vector(step: Step, n: int, index):
-    """A step on ``n`` adjacent elements: all loads before the first store.
+    """Return a step on ``n`` adjacent elements, with all loads before the first store.
 
-    Written out by name: an index into a tuple that is not a literal would put it into memory.
+    The code is unrolled with one name per element, because indexing a tuple with a variable would
+    move the tuple to memory.
     """
     nothing = (np.uint8(0),) * n
 
@@ -84,13 +85,13 @@ def _vector(step: Step, n: int, index):
 
 
 def walks(steps: Sequence[Step], layout: str):
-    """For every step, ``walk(cells, at, w, slot, run) -> sums`` for one row.
+    """Return for every step ``walk(cells, at, w, slot, run) -> sums``, for one row.
 
-    ``run`` is the seed, the step, the number of this thread and that of all in the block. Steps
-    that follow each other on a row are given together: a thread then has the same elements in all
-    of them, and need not wait for others. A thread takes as many elements at a time as fill 128
-    bits of the widest stream; tails, spaced elements, and addresses that are no multiples of what
-    it moves are done one by one. All slots of a ring must lie alike in this respect.
+    ``run`` is the seed, the step, the index of this thread and the number of threads in the block.
+    Pass all steps that follow each other on a row in one call: a thread then has the same elements
+    in all of them and need not wait for other threads. A thread moves as many elements at a time as
+    fill 128 bits of the widest stream. Tails, and elements that are spaced or unaligned, are
+    processed one by one. All slots of a ring must have the same alignment.
     """
     pointers, sizes = streams(steps)
     return [_walk(step, layout, 16 // max(sizes), sizes, pointers) for step in steps]
@@ -101,12 +102,12 @@ def _walk(step: Step, layout: str, n: int, sizes, pointers):
     vector, element = _vector(step, n, index), single(step)
     to_pointer, residual_pointer, ring_pointer, of_pointer = pointers
     to_size, residual_size, ring_size, of_size = sizes
-    # Bits of an address that must be clear; none for a stream that is not there.
+    # Bits that must be clear in an aligned address; none for an unused stream.
     to_mask, residual_mask, ring_mask, of_mask = (max(size * n - 1, 0) for size in sizes)
 
     @device_fn
     def one_by_one(cells, at, w, slot, run, first, dst_step, src_step):
-        """Single elements from a place on; returns the sums."""
+        """Process elements one by one from index ``first`` on; return the sums."""
         seed, step, thread, threads = run
         dst, beside, kept, src = addresses(cells, at, slot)
         to, residual = to_pointer(dst), residual_pointer(beside)
@@ -162,5 +163,5 @@ def _walk(step: Step, layout: str, n: int, sizes, pointers):
 
     if layout == "flat":
         return adjacent
-    # Only where random bits are used may adjacent elements be in a strided table.
+    # Adjacent elements are in a strided table only if random bits are used.
     return either if step.formats.dst.endswith("~") else spaced

@@ -1,7 +1,7 @@
 """Words that move several adjacent elements at once, up to 128 bits: one instruction on a GPU.
 
-They run on host addresses too, which is how they are tested without a GPU. An address must be a
-multiple of what is moved.
+They run on host addresses too, so that they can be tested without a GPU. An address must be a
+multiple of the bytes moved.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 
 def _vector_pointer(context, builder, pointer, lanes):
-    """The address as one of a vector of words of 32 bits (fewer, if that is all there is)."""
+    """Return the address as a pointer to a vector of 32-bit words, or of one smaller word."""
     size = context.get_abi_sizeof(pointer.type.pointee)
     word = min(4, size * lanes)
     whole = ir.VectorType(ir.IntType(8 * word), size * lanes // word)
@@ -29,9 +29,10 @@ def _vector_pointer(context, builder, pointer, lanes):
 
 
 def _opaque(builder, vector):
-    """The same vector, which the compiler does not see through to the load.
+    """Return a copy of a vector that hides the load behind it from the compiler.
 
-    It would load narrower parts of it, or some twice. The assembler drops the moves.
+    Otherwise the compiler would load narrower parts, or some parts twice. The assembler drops the
+    moves.
     """
     kind = vector.type.element
     if kind.width != 32:
@@ -44,24 +45,24 @@ def _opaque(builder, vector):
 
 
 def _taken_apart(builder, vector, element, size, word, lanes):
-    """The elements of a vector of words."""
+    """Yield the elements of a vector of words."""
     for i in range(lanes):
         at = i * size
         part = builder.extract_element(vector, _I32(at // word))
-        if size > word:  # two words make an element
+        if size > word:  # an element has two words
             low, high = (
                 builder.zext(builder.extract_element(vector, _I32(at // word + k)), _I64)
                 for k in (0, 1)
             )
             part = builder.or_(low, builder.shl(high, _I64(32)))
-        elif size < word:  # by shifts: seen as narrow elements, the load would fall apart
+        elif size < word:  # shift: extracting narrow elements would split the load
             shift = part.type(8 * (at % word))
             part = builder.trunc(builder.lshr(part, shift), ir.IntType(8 * size))
         yield builder.bitcast(part, element)
 
 
 def _put_together(builder, parts, whole, size, word):
-    """A vector of words of elements."""
+    """Return elements packed into a vector of words."""
     vector = ir.Constant(whole, ir.Undefined)
     bits = [builder.bitcast(part, ir.IntType(8 * size)) for part in parts]
     if size > word:
@@ -134,4 +135,4 @@ LANES = (2, 4, 8, 16)
 
 LOADS = {(n, s): _load_word(n, s) for n in LANES for s in words.STREAMS}
 STORES = {(n, s): _store_word(n, s) for n in LANES for s in words.STREAMS}
-"""(elements, stream) to the word that moves them: ``load(pointer)``, ``store(pointer, values)``."""
+"""Words by (elements, stream): ``load(pointer)`` and ``store(pointer, values)``."""

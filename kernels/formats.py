@@ -1,4 +1,4 @@
-"""Element formats: their pointers, and their conversions to and from arithmetic.
+"""Element formats: their pointers, and their conversions to and from arithmetic types.
 
 A new dtype is one row here (and one in ``fastema.layout.dtypes``).
 """
@@ -19,11 +19,12 @@ from fastema.kernels.jit import device_fn
 class Format(NamedTuple):
     """One stored format.
 
-    ``decode(stored)`` gives a float32 (a float64 for f64). ``encode(value, word)`` takes a float32
-    and ``encode_wide(value, word)`` a float64; they round once to nearest even, or, in the formats
-    called ``~``, by the 16 random bits of ``word``. Raw formats are moved, not computed with. A
-    format in two parts has the format of its companion in ``residual``, and
-    ``join(stored, residual)`` and ``rest(value)`` in ``complete``.
+    ``decode(stored)`` returns a float32 (a float64 for f64). ``encode(value, word)`` takes a
+    float32 and ``encode_wide(value, word)`` a float64. Both round once: to nearest even, or, in
+    formats whose name ends in ``~``, stochastically by the 16 random bits of ``word``. Raw formats
+    are moved, never computed with. For a float32 split in two halves, ``residual`` is the format of
+    the second half, and ``complete`` holds ``join(stored, residual)`` and ``rest(value)``, which
+    computes the second half.
     """
 
     itemsize: int
@@ -43,7 +44,7 @@ define float @convert(half %x) {
 
 
 def _converts_half() -> bool:
-    # Numba may compile for another processor than this one (NUMBA_CPU_NAME): its compiler is asked.
+    # Query the compiler: Numba may compile for another processor than this one (NUMBA_CPU_NAME).
     triple, name, features = cpu_target.target_context.codegen().magic_tuple()
     machine = llvmlite.binding.Target.from_triple(triple).create_target_machine(name, features)
     listing = machine.emit_assembly(llvmlite.binding.parse_assembly(_HALF_TO_FLOAT))
@@ -51,9 +52,9 @@ def _converts_half() -> bool:
 
 
 CONVERTS_HALF = _converts_half()
-"""Whether the processor that kernels are compiled for has instructions that convert halves.
+"""Whether the target processor has instructions that convert half precision.
 
-Where it has none, LLVM calls a library that may be missing, and the process ends.
+Without them LLVM calls a library function, and if that is missing the process ends.
 """
 
 _decode_half, _encode_half = (
@@ -84,7 +85,7 @@ def _widen(value, word):
 
 
 def _nearest(encode):
-    """An encoding that needs no random bits."""
+    """Return ``encode`` as an encoding that ignores the random bits."""
 
     @device_fn
     def nearest(value, word):
@@ -94,7 +95,7 @@ def _nearest(encode):
 
 
 def _from_wide(encode):
-    """The encoding of a float64 that rounds as if there were no float32 between."""
+    """Return the encoding of a float64 that rounds once, although it passes through float32."""
 
     @device_fn
     def from_wide(value, word):
@@ -134,7 +135,7 @@ _CHEAPER = {
     "cuda": {"bf16": FORMATS["bf16"]._replace(encode=_GPU_BF16, encode_wide=_from_wide(_GPU_BF16))},
     "cuda, bf16 by integers": {},
 }
-"""Formats for which a device has instructions of its own."""
+"""By device, formats that use its own conversion instructions."""
 
 _FROM_BF16 = {
     "cpu": {
@@ -144,14 +145,14 @@ _FROM_BF16 = {
     "cuda": {"bf16~": scalar.encode_bf16_of_bf16_random_gpu},
     "cuda, bf16 by integers": {"bf16~": scalar.encode_bf16_of_bf16_random_gpu},
 }
-"""Cheaper encodings, by device, for averages of bfloat16 numbers alone."""
+"""By device, cheaper encodings for averages of bfloat16 weights only."""
 
 
 class Access(NamedTuple):
-    """The float type that a pair of formats is computed in, and each side's way to and from it.
+    """The float type in which a pair of formats is computed, and the conversions of each side.
 
-    ``read(d, residual)`` and ``write(value, word) -> (d, residual)`` serve the written side and its
-    companion, ``read_src(s)`` and ``write_src(value)`` the other side.
+    ``read(d, residual)`` and ``write(value, word) -> (d, residual)`` convert the written side with
+    its residual, ``read_src(s)`` and ``write_src(value)`` the other side.
     """
 
     real: Callable[..., Any]
@@ -162,7 +163,10 @@ class Access(NamedTuple):
 
 
 def access(dst: str, src: str, device: str, *others: str) -> Access:
-    """float64 where either side, or what is read besides, is f64, float32 otherwise."""
+    """Return the conversions for a pair of formats on a device.
+
+    They compute in float64 if either side, or any of ``others``, is f64; otherwise in float32.
+    """
     one, other = (_CHEAPER[device].get(name, FORMATS[name]) for name in (dst, src))
     wide = "f64" in (dst, src, *others)
     real = np.float64 if wide else np.float32
@@ -186,7 +190,7 @@ def access(dst: str, src: str, device: str, *others: str) -> Access:
 
 
 def _single(form, as_real, encode):
-    """Access to one stored number."""
+    """Return the ``read`` and ``write`` of a format with one stored number."""
     decode = form.decode
 
     @device_fn
@@ -201,7 +205,7 @@ def _single(form, as_real, encode):
 
 
 def _double(form, as_real, encode):
-    """Access to a float32 in two parts."""
+    """Return the ``read`` and ``write`` of a float32 split in two halves."""
     join, rest = form.complete
 
     @device_fn

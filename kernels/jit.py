@@ -1,4 +1,4 @@
-"""Compilation of kernels to machine code that needs nothing of Numba to run."""
+"""Compilation of kernels to machine code that runs without Numba."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastema.kernels.variants import ENTRY
 
 
 def device_fn(function: Any) -> Any:
-    """Mark scalar maths for use inside kernels; the function stays plain Python outside."""
+    """Mark a function for use inside kernels; it stays plain Python outside."""
     return register_jitable(function)
 
 
@@ -26,7 +26,7 @@ for _function in vars(scalar).values():
         device_fn(_function)
 
 _WRAPPERS = re.compile(r"^define [^\n]*@\"?(_ZN7cpython|cfunc\.).*?^}$", re.MULTILINE | re.DOTALL)
-"""Functions around a compiled one by which Python calls it: they need Numba, and Python's C API."""
+"""Numba's wrappers for calls from Python, which need Numba and Python's C API."""
 
 _CALL = """
 define i64 @{entry}({parameters}) {{
@@ -40,15 +40,15 @@ define i64 @{entry}({parameters}) {{
   ret i64 %value
 }}
 """
-"""A call by Numba's convention: a function is told where to put what it returns, or raises."""
+"""A call by Numba's convention: the caller passes where to store the result and the exception."""
 
 
 def compiled(function: Callable[..., int | None]) -> llvmlite.binding.ModuleRef:
-    """Compile a function of 64-bit integers, for what :func:`target_machine` says.
+    """Compile a function of 64-bit integers for :func:`target_machine`.
 
-    The module has one function that can be called from outside, :data:`ENTRY`, by C's convention;
-    it returns 0 where the Python function returns None. No fast-math: every rounding is written
-    out, so that results do not depend on the vector width.
+    The module exports one function, :data:`ENTRY`, with C's calling convention; it returns 0 if the
+    Python function returns None. No fast-math: every rounding is explicit, so that results do not
+    depend on the vector width.
     """
     signature = (types.int64,) * function.__code__.co_argcount
     made = numba.njit(signature, nogil=True, error_model="numpy")(function).overloads[signature]
@@ -60,7 +60,7 @@ def compiled(function: Callable[..., int | None]) -> llvmlite.binding.ModuleRef:
         name=name,
         result=result,
         exception=exception,
-        pointer="ptr" if result == "ptr" else "i64*",  # of LLVM before 17
+        pointer="ptr" if result == "ptr" else "i64*",  # LLVM before 17
         parameters=", ".join(f"i64 %a{place}" for place in range(len(signature))),
     )
     module = llvmlite.binding.parse_assembly(_WRAPPERS.sub("", text) + call)
@@ -71,7 +71,7 @@ def compiled(function: Callable[..., int | None]) -> llvmlite.binding.ModuleRef:
 
 
 def target_machine() -> llvmlite.binding.TargetMachine:
-    """Return what code is made for: Numba's target, which NUMBA_CPU_NAME can name."""
+    """Return the machine to compile for: Numba's target, which NUMBA_CPU_NAME can set."""
     triple, name, features = cpu_target.target_context.codegen().magic_tuple()
     target = llvmlite.binding.Target.from_triple(triple)
     reloc = "static" if triple.startswith("x86") else "default"

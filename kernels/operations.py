@@ -1,7 +1,7 @@
-"""The operations on pairs of tensors, and what the host has to know of each.
+"""The operations on pairs of tensors, and the facts about each that the host needs.
 
-A name stands for the function in :mod:`fastema.kernels.steps` that makes its step and, with an
-underscore before it, for the stand-in in :mod:`fastema.bridges.torch_foreach`.
+A name is that of the function in :mod:`fastema.kernels.steps` that builds the operation's step and,
+with a leading underscore, that of its substitute in :mod:`fastema.bridges.torch_foreach`.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ __all__ = ["OPERATIONS", "Operation"]
 
 
 class Operation(NamedTuple):
-    """One row of the table.
+    """An operation, as one row of :data:`OPERATIONS`.
 
     Attributes
     ----------
     name : str
     moves_bits : "never", "if equal" or "always"
-        Whether bits are moved, whatever they stand for: between equal dtypes, or between any.
+        Whether the operation moves raw bits: between equal dtypes, or between any dtypes.
     measures : bool
-        It writes measures of every row.
+        Whether it writes measures of every row.
     needs_ring : bool
-        Its pairs have a ring and a companion.
+        Whether its pairs have a ring and a residual.
     in_torch : bool
-        There is a stand-in in PyTorch's own functions.
+        Whether it has a substitute in PyTorch's own functions.
     """
 
     name: str

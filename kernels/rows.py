@@ -1,4 +1,4 @@
-"""Shared by the loops of both devices: columns of a row, a step on memory, a windowed mean."""
+"""Code shared by CPU and GPU loops: columns of a row, a step on memory, a windowed mean."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastema.kernels.words import load, low32
 
 @device_fn
 def row_key(cells, at, seed, step):
-    """Start the random bits of a row."""
+    """Return the key of a row's random bits."""
     return scalar.random_key(seed, step, load(cells, at + abi.KEY), load(cells, at + abi.INDEX))
 
 
 @device_fn
 def index_map(cells, at):
-    """Load what :func:`scalar.index_of` needs for the low halves of a row's indices."""
+    """Return the arguments of :func:`scalar.index_of` for the low halves of a row's indices."""
     step, run = load(cells, at + abi.INDEX_STEP), load(cells, at + abi.INDEX_RUN)
     rise = low32(load(cells, at + abi.INDEX_JUMP) - run * step)
     return low32(load(cells, at + abi.INDEX)), low32(step), rise, np.float32(1) / np.float32(run)
@@ -30,7 +30,7 @@ def index_map(cells, at):
 
 @device_fn
 def addresses(cells, at, slot):
-    """Addresses of a row's streams: written side, companion, slot of the ring, other side."""
+    """Return where a row's streams begin: written side, residual, slot of the ring, other side."""
     ring = load(cells, at + abi.RING) + slot * load(cells, at + abi.RING_STRIDE)
     return (
         load(cells, at + abi.DST),
@@ -41,7 +41,10 @@ def addresses(cells, at, slot):
 
 
 def streams(steps: Sequence[Step]):
-    """Pointers and bytes per element of each stream in :func:`addresses`; 0 for an unused one."""
+    """Return the pointer words and the bytes per element of each stream in :func:`addresses`.
+
+    An unused stream has 0 bytes per element.
+    """
     touched = "".join(step.reads + step.writes for step in steps)
     formats = steps[0].formats
     names = zip("dlrs", (formats.dst, formats.residual, formats.ring, formats.src), strict=True)
@@ -70,7 +73,7 @@ _STORES = {
 
 
 def single(step: Step):
-    """A step on memory: the other side at ``j``, the rest at ``i``."""
+    """Return a step on memory: the other side at index ``j``, all other streams at ``i``."""
     load_d, load_l, load_s, load_r = (
         word if name in step.reads else _skip_load for name, word in _LOADS.items()
     )
@@ -94,21 +97,21 @@ def single(step: Step):
 
 
 def window_body(walks, real):
-    """One update of a row of a windowed mean.
+    """Return the body that updates one row of a windowed mean.
 
     ``walks`` are those of :class:`fastema.kernels.steps.Window`, ``walk(cells, at, n, slot, run)``,
-    and ``run`` is what their device needs besides. At every update one in ``WINDOW`` rows is
-    computed afresh from the whole ring, so that what rounding left behind is forgotten.
+    where ``run`` holds further arguments of the device's walks. Every update recomputes one in
+    ``WINDOW`` rows from the whole ring, so that rounding errors do not accumulate.
 
-    Bytes moved per element, f32 throughout: 4 weights, 8 slot, 8 mean, 8 its companion, and 4 for
-    the rows computed afresh: 32, whatever the window.
+    Bytes moved per element, f32 throughout: 4 for weights, 8 for the slot, 8 for the mean, 8 for
+    its residual, and 4 for recomputed rows: 32, for any window.
     """
     slide, grow, put, begin, fold = walks
 
     @device_fn
     def body(cells, at, number, window, slot, turn, run):
         n = real(number)
-        if turn == 1:  # whatever the mean held before
+        if turn == 1:  # ignore the previous content of the mean
             put(cells, at, n, slot, run)
             begin(cells, at, n, slot, run)
         elif turn <= window:

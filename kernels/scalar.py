@@ -1,4 +1,4 @@
-"""The maths of one element, written in words: no dtype, device or loop here.
+"""The math of one element, written in words, without dtypes, devices or loops.
 
 Each function runs as plain Python on NumPy scalars and, unchanged, inside a kernel.
 """
@@ -32,22 +32,22 @@ from fastema.kernels.words import (
 
 
 def lerp(avg, x, w):
-    """``avg + w * (x - avg)``: two roundings, one in the difference and one in the fma.
+    """Return ``avg + w * (x - avg)``, rounded twice: in the difference and in the fma.
 
     With ``u`` half a unit in the last place of 1, the error is at most
-    ``u * |result| + w * u * |x - avg|`` for the ``w`` given. ``x == avg`` is a fixed point, and
-    ``w == 1`` gives ``x`` itself; otherwise an infinite ``avg`` becomes NaN.
+    ``u * |result| + w * u * |x - avg|`` for the given ``w``. ``x == avg`` is a fixed point, and
+    ``w == 1`` returns ``x`` itself; otherwise an infinite ``avg`` becomes NaN.
     """
     return x if w == 1 else fma(w, x - avg, avg)
 
 
 def decode_bf16(word):
-    """The float32 equal to a bfloat16."""
+    """Return the float32 equal to a bfloat16."""
     return float_of_bits32(shl32(widen16(word), 16))
 
 
 def encode_bf16(value):
-    """The bfloat16 nearest to a float32, ties to even; a NaN stays a (quiet) NaN."""
+    """Return the bfloat16 nearest to a float32, ties to even; a NaN stays a (quiet) NaN."""
     bits = bits32(value)
     odd = and32(shr32(bits, 16), 1)
     nearest = shr32(add32(bits, add32(odd, 0x7FFF)), 16)
@@ -56,9 +56,9 @@ def encode_bf16(value):
 
 
 def decode_f16(word):
-    """The float32 equal to a half-precision number, by integer operations alone.
+    """Return the float32 equal to a half-precision number, by integer operations alone.
 
-    The exponent is re-based by a multiplication, which also takes care of subnormals.
+    A multiplication re-bases the exponent, which also handles subnormals.
     """
     bits = widen16(word)
     magnitude = float_of_bits32(shl32(and32(bits, 0x7FFF), 13)) * np.float32(2.0**112)
@@ -68,14 +68,14 @@ def decode_f16(word):
 
 
 def encode_f16(value):
-    """The half-precision number nearest to a float32, ties to even, by integer operations alone."""
+    """Return the half-precision number nearest to a float32, ties to even, using integers only."""
     bits = bits32(value)
     sign = shr32(and32(bits, 0x80000000), 16)
     magnitude = and32(bits, 0x7FFFFFFF)
     # Normal results: re-base the exponent by 112 and round off 13 bits.
     odd = and32(shr32(magnitude, 13), 1)
     normal = shr32(add32(sub32(magnitude, 0x38000000), add32(odd, 0xFFF)), 13)
-    # Subnormal results: adding 0.5 lines the bits up so that the addition rounds them.
+    # Subnormal results: adding 0.5 aligns the bits so that the addition rounds them.
     aligned = bits32(float_of_bits32(magnitude) + np.float32(0.5))
     subnormal = sub32(aligned, 0x3F000000)
     rounded = select32(above32(0x38800000, magnitude), subnormal, normal)
@@ -85,9 +85,9 @@ def encode_f16(value):
 
 
 def mix32(x):
-    """A permutation of 32-bit words in which every bit depends on every other.
+    """Return a permutation of a 32-bit word in which every bit depends on every other.
 
-    Two rounds of xor-shift and multiply; the constants are C. Wellons' (hash-prospector).
+    Two rounds of xor-shift and multiply; the constants are by C. Wellons (hash-prospector).
     """
     x = mul32(xor32(x, shr32(x, 16)), 0x7FEB352D)
     x = mul32(xor32(x, shr32(x, 15)), 0x846CA68B)
@@ -95,17 +95,18 @@ def mix32(x):
 
 
 def index_of(place, first, step, rise, inverse):
-    """Index of an element, by its place in a row: ``first + place * step + place // run * rise``.
+    """Return an element's index in its tensor: ``first + place * step + place // run * rise``.
 
-    ``inverse`` is ``1 / run`` rounded. The quotient is exact for places below ``2**22``: at least
-    ``0.5 / run`` from a whole number, it is off by less than ``2**-23`` of itself.
+    ``place`` is the position in the row, ``inverse`` is ``1 / run`` rounded. The quotient is exact
+    for places below ``2**22``: it is at least ``0.5 / run`` from a whole number, and its relative
+    error is less than ``2**-23``.
     """
     runs = int_of_float(fma(float_of_int(place), inverse, np.float32(0.5) * inverse))
     return add32(add32(first, mul32(place, step)), mul32(runs, rise))
 
 
 def random_key(seed, step, tensor, index):
-    """Start the random bits of a row; only the high half of the index enters here."""
+    """Return the key of a row's random bits; it uses only the high half of the index."""
     key = xor32(mix32(xor32(low32(seed), 0x9E3779B9)), high32(seed))
     key = xor32(mix32(key), low32(step))
     key = xor32(mix32(key), high32(step))
@@ -114,11 +115,11 @@ def random_key(seed, step, tensor, index):
 
 
 def random_word(index, key, second):
-    """Sixteen random bits for an element, a function of its index and the keys alone.
+    """Return 16 random bits for an element, which depend only on its index and the keys.
 
-    The top half of ``x * (2 * x + 1)``, a permutation whose top bits depend on all others, of ``x``
-    mixed by a multiplication and an xor-shift. The second key enters between them: with the first
-    alone, two steps would use the same words in another order.
+    A multiplication and an xor-shift mix the index into ``x``; the result is the top half of
+    ``x * (2 * x + 1)``, a permutation whose top bits depend on all others. The second key enters
+    after the xor-shift: with the first alone, two steps would use the same words in another order.
     """
     x = mul32(xor32(index, key), 0x7FEB352D)
     x = xor32(xor32(x, shr32(x, 16)), second)
@@ -126,10 +127,11 @@ def random_word(index, key, second):
 
 
 def encode_bf16_random(value, word):
-    """One of the two bfloat16 around a float32, each as likely as the other one is far.
+    """Round a float32 stochastically to one of the two bfloat16 around it.
 
-    ``word`` holds 16 random bits, as many as are rounded off: the expected value is the float32
-    itself. Infinities stay, NaN stays a NaN, and a finite number stays finite.
+    The nearer one is proportionally more likely. ``word`` holds 16 random bits, as many as are
+    rounded off, so the expected value is the float32 itself. Infinities stay, NaN stays a NaN, and
+    a finite number stays finite.
     """
     bits = bits32(value)
     magnitude = and32(bits, 0x7FFFFFFF)
@@ -141,38 +143,38 @@ def encode_bf16_random(value, word):
 
 
 def encode_bf16_of_bf16(value):
-    """:func:`encode_bf16` for what arithmetic on bfloat16 numbers gives on a CPU.
+    """Round as :func:`encode_bf16` does, if the value is computed from bfloat16 numbers on a CPU.
 
-    The low half of a NaN is zero there, so that rounding cannot carry out of it.
+    The low half of a NaN is then zero, so that rounding cannot carry out of it.
     """
     bits = bits32(value)
     return narrow16(shr32(add32(bits, add32(and32(shr32(bits, 16), 1), 0x7FFF)), 16))
 
 
 def encode_bf16_of_bf16_random(value, word):
-    """:func:`encode_bf16_random` for a weighted mean of two bfloat16, which cannot overflow."""
+    """Round stochastically a weighted mean of two bfloat16 numbers, which cannot overflow."""
     return narrow16(shr32(add32(bits32(value), word), 16))
 
 
 def encode_bf16_of_bf16_random_gpu(value, word):
-    """The same for what arithmetic gives on a GPU, where all bits of a NaN are ones."""
+    """Round stochastically as on the CPU, but for a GPU, where all bits of a NaN are ones."""
     rounded = shr32(add32(bits32(value), word), 16)
     return narrow16(select32(value != value, 0x7FFF, rounded))
 
 
 def encode_f16_random(value, word):
-    """One of the two half-precision numbers around a float32, each as likely as the other is far.
+    """Round a float32 stochastically to one of the two half-precision numbers around it.
 
-    Of the 16 random bits it takes 13, as many as are rounded off. Below the normal range the number
-    is first rounded to 2**-37, which shifts the expected value by 2**-14 of the last place at most.
-    Beyond the largest number it rounds to nearest.
+    Uses 13 of the 16 random bits, as many as are rounded off. Below the normal range the number is
+    first rounded to 2**-37, which shifts the expected value by at most 2**-14 of the last place.
+    Above the largest number it rounds to nearest.
     """
     bits = bits32(value)
     sign = shr32(and32(bits, 0x80000000), 16)
     magnitude = and32(bits, 0x7FFFFFFF)
     noise = shr32(word, 3)
     normal = shr32(add32(sub32(magnitude, 0x38000000), noise), 13)
-    # Adding 2**-14 lines the bits of a subnormal result up.
+    # Adding 2**-14 aligns the bits of a subnormal result.
     aligned = bits32(float_of_bits32(magnitude) + np.float32(2.0**-14))
     subnormal = shr32(add32(sub32(aligned, 0x38800000), noise), 13)
     rounded = select32(above32(0x38800000, magnitude), subnormal, normal)
@@ -183,11 +185,11 @@ def encode_f16_random(value, word):
 
 
 def round_to_odd(value):
-    """A float64 as float32, an inexact result forced to an odd last bit: safe to round again."""
+    """Return a float64 as float32, with an odd last bit if inexact: safe to round again."""
     nearest = np.float32(value)
     back = np.float64(nearest)
     bits = bits32(nearest)
-    # The sign bit is apart from the magnitude, so one step of the bits is one step away from zero.
+    # The sign bit is separate, so adding 1 to the bits moves one step away from zero.
     step = select32(abs(back) > abs(value), 0xFFFFFFFF, 1)
     inexact = back != value and value == value
     even = and32(bits, 1) == 0
@@ -195,15 +197,15 @@ def round_to_odd(value):
 
 
 def _rounded_away(bits):
-    """The high half of a float32 rounded to nearest, ties away from zero: what can be undone."""
+    """Return the high half of a float32, rounded to nearest, ties away from zero: reversible."""
     return add32(shr32(bits, 16), and32(shr32(bits, 15), 1))
 
 
 def park_model(avg):
-    """The bits of a bfloat16 model while its float32 average is applied (see :func:`park_shadow`).
+    """Return a bfloat16 model's bits while its float32 average is applied (:func:`park_shadow`).
 
-    The nearest bfloat16; ties go away from zero, because ties to even cannot be undone. A NaN keeps
-    its high half; where that is an infinity's, it becomes a quiet one.
+    They are the nearest bfloat16, ties away from zero, because ties to even cannot be undone. A NaN
+    keeps its high half; if that is the high half of an infinity, the NaN becomes quiet.
     """
     high = shr32(avg, 16)
     nan = above32(and32(avg, 0x7FFFFFFF), 0x7F800000)
@@ -212,16 +214,16 @@ def park_model(avg):
 
 
 def park_shadow(avg, weight):
-    """The other half of an exact swap of a float32 average with a bfloat16 weight.
+    """Return the shadow's half of an exact swap of a float32 average with a bfloat16 weight.
 
-    48 bits go in and 48 come out: the model takes the average rounded to 16 bits, the average's own
-    storage keeps the raw weight in its high half and the average's low half.
+    48 bits go in and 48 come out: the model takes the average rounded to 16 bits. The average's
+    storage takes the raw weight in its high half and keeps the average's low half.
     """
     return or32(shl32(widen16(weight), 16), and32(avg, 0xFFFF))
 
 
 def unpark_shadow(model, parked):
-    """The float32 average again, bit for bit, but for NaNs that :func:`park_model` made quiet."""
+    """Return the float32 average, bit for bit except NaNs that :func:`park_model` made quiet."""
     rounded = widen16(model)
     nan = above32(and32(rounded, 0x7FFF), 0x7F80)
     up = select32(nan, 0, and32(shr32(parked, 15), 1))
@@ -229,27 +231,27 @@ def unpark_shadow(model, parked):
 
 
 def join_halves(high, low):
-    """The float32 that :func:`split_high` and :func:`split_low` took apart."""
+    """Return the float32 that :func:`split_high` and :func:`split_low` have split."""
     return float_of_bits32(unpark_shadow(high, widen16(low)))
 
 
 def split_high(value):
-    """The bfloat16 nearest to a float32, ties away from zero; a NaN becomes quiet."""
+    """Return the bfloat16 nearest to a float32, ties away from zero; a NaN becomes quiet."""
     bits = bits32(value)
     nan = above32(and32(bits, 0x7FFFFFFF), 0x7F800000)
     return narrow16(select32(nan, or32(shr32(bits, 16), 0x40), _rounded_away(bits)))
 
 
 def split_low(value):
-    """The residual that completes it to the float32 (a signalling NaN comes back quiet)."""
+    """Return the residual of :func:`split_high` (joined, a signaling NaN comes back quiet)."""
     return narrow16(bits32(value))
 
 
 def stowed_high(bits):
-    """The high half of 32 bits that an average's two halves keep; compare :func:`split_high`.
+    """Return the high half of 32 raw bits that an average's two halves hold during a swap.
 
-    No pattern is lost, for which there are too many NaNs: of the signalling ones whose high half is
-    an infinity's, those that would be rounded up have the high half of a zero here.
+    No bit pattern is lost, unlike in :func:`split_high`. Signaling NaNs that have the high half of
+    an infinity and would be rounded up are stored with the high half of a zero instead.
     """
     high, rounded = shr32(bits, 16), _rounded_away(bits)
     nan = above32(and32(bits, 0x7FFFFFFF), 0x7F80FFFF)
@@ -258,7 +260,7 @@ def stowed_high(bits):
 
 
 def unstowed(high, low):
-    """The 32 bits again; also those of what :func:`split_high` took apart."""
+    """Return the 32 bits of both halves, also those that :func:`split_high` has split."""
     rounded, rest = widen16(high), widen16(low)
     up = shr32(rest, 15)
     nan = above32(and32(rounded, 0x7FFF), 0x7F80)
@@ -268,22 +270,22 @@ def unstowed(high, low):
 
 
 def unpark_model(parked):
-    """The raw bfloat16 weight again."""
+    """Return the raw bfloat16 weight from the average's storage."""
     return narrow16(shr32(parked, 16))
 
 
 def two_sum(x, y):
-    """``x + y`` rounded, and exactly what the rounding left out (Knuth)."""
+    """Return ``x + y`` rounded, and the exact rounding error (Knuth)."""
     total = x + y
     part = total - x
     return total, (x - (total - part)) + (y - part)
 
 
 def mean_step(avg, rest, x, old, old_rest, n, inverse):
-    """``avg + rest + (x - old - old_rest) / n`` as a sum of two floats.
+    """Return ``avg + rest + (x - old - old_rest) / n`` as a sum of two floats.
 
-    ``inverse`` is ``1 / n`` rounded. With ``u`` half a unit in the last place of 1, the result is
-    off by a few ``u * u`` of the largest number involved. An infinity comes through as one.
+    ``inverse`` is ``1 / n`` rounded. With ``u`` half a unit in the last place of 1, the error is a
+    few ``u * u`` of the largest number involved. An infinity stays an infinity.
     """
     difference, left = two_sum(x, -old)
     quotient = difference * inverse

@@ -1,4 +1,4 @@
-"""The contract between host and the kernels of whole series.
+"""The contract between the host and the kernels of whole series.
 
 A series is cut into rows, which threads take from one cursor. Table, ``int64[rows, COLUMNS]``:
 
@@ -7,13 +7,13 @@ A series is cut into rows, which threads take from one cursor. Table, ``int64[ro
 ``PREV``     address of the ``size`` values before it, zeros where there were none
 ``DST``      address of the row's first result
 ``COUNT``    values in the row
-``SEEN``     values before the row, as far as they are in its first window: at most ``size``
-``ODD``      written: 1 where a result is not finite, else 0
+``SEEN``     values before the row that are in its first window, at most ``size``
+``ODD``      output: 1 if any result is not finite, otherwise 0
 ===========  ====================================================================================
 
-Control, ``int64[CONTROLS]``: ``NEXT``, the next row to take; ``SIZE``, that of the window;
-``DIVIDE``, 1 where sums are to be divided by how many values they are of; ``ENTERED``, threads that
-have begun, and ``PLACES``, how many of them there is room for; ``ROOM``, bytes of each.
+Control, ``int64[CONTROLS]``: ``NEXT``, the next row to take; ``SIZE``, the size of the window;
+``DIVIDE``, 1 to divide sums by their number of values; ``ENTERED``, the number of threads that have
+started; ``PLACES``, the number of threads with scratch memory; ``ROOM``, its bytes per thread.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ ROOM: Final = 5
 CONTROLS: Final = 6
 
 LANES: Final = 4
-"""Running sums that are worked on at a time, since each waits for its last addition."""
+"""Running sums computed in parallel, since each addition waits for the one before."""
 
 STRETCH: Final = 128
-"""Values of a lane worked on in turn where sums slide: what is between stays in the cache."""
+"""Values of a lane per pass of a sliding sum, so that intermediate results stay in the cache."""
 
 
 def scratch_numbers(size: int) -> int:
-    """Return how many float64 of scratch a thread needs for a window of ``size``."""
+    """Return the number of float64 of scratch that a thread needs for a window of ``size``."""
     return max(2 * LANES * STRETCH, 2 * size)

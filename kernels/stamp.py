@@ -1,6 +1,6 @@
-"""The hash of the kernel sources, by which compiled kernels are told from those of other sources.
+"""The hash of the kernel sources, which identifies the sources that compiled kernels belong to.
 
-Standard library only: a build of the wheel reads it without Numba.
+Standard library only: the wheel build reads it without Numba.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def source_stamp() -> str:
-    """Sixteen hex digits that change with any edit to any kernel source."""
+    """Return sixteen hex digits that change with any edit to any kernel source."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode())

@@ -1,12 +1,12 @@
-"""The steps: what each operation does with one element, shared by CPU and GPU.
+"""The steps: the work of each operation on one element, shared by CPU and GPU.
 
-A step is a function of stored values, written in words, without addresses and loops:
+A step is a function of stored values, written in words, without addresses or loops:
 
 ``apply(d, residual, s, r, w, word) -> (d, residual, s, r, measures)``
 
-of the written side, its companion, the other side and the ring's slot, the row's number and 16
-random bits, to what is stored afterwards and three numbers that are summed. What a step does not
-touch is neither loaded nor stored. A function here makes the step of one row of
+It takes the written side, its residual, the other side, the ring's slot, the row's number and 16
+random bits. It returns the values to store and three numbers to sum. Streams that a step does not
+touch are neither loaded nor stored. Each function here builds the step of one entry of
 :data:`fastema.kernels.operations.OPERATIONS`.
 """
 
@@ -36,9 +36,10 @@ class Formats(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One operation on one set of formats, computed in ``real``; ``apply`` as in the module.
+    """One operation on one set of formats, computed in ``real``; the module describes ``apply``.
 
-    ``reads`` and ``writes`` are the streams it touches: letters of ``d``, ``l``, ``s`` and ``r``.
+    ``reads`` and ``writes`` name the streams that it touches: ``d`` for the written side, ``l`` for
+    its residual, ``s`` for the other side and ``r`` for the ring.
     """
 
     formats: Formats
@@ -49,7 +50,7 @@ class Step(NamedTuple):
 
 
 def _step(dst: str, src: str, apply: Any, reads: str, writes: str, real: Any = np.float32) -> Step:
-    """A step on two sides; the companion goes with the written side."""
+    """Return a step on two sides, which also touches the residual of a split written side."""
     residual = FORMATS[dst].residual
     if residual is not None:
         reads, writes = reads.replace("d", "dl"), writes.replace("d", "dl")
@@ -57,9 +58,9 @@ def _step(dst: str, src: str, apply: Any, reads: str, writes: str, real: Any = n
 
 
 def lerp(dst: str, src: str, device: str) -> Step:
-    """``dst += w * (src - dst)``, equal to ``tests.support.reference.lerp``.
+    """Return the step ``dst += w * (src - dst)``, equal to ``tests.support.reference.lerp``.
 
-    Bytes moved per element: the source once, the average twice.
+    Memory traffic per element: the source once, the average twice.
     """
     real, read, write, read_src, _ = access(dst, src, device)
 
@@ -72,7 +73,7 @@ def lerp(dst: str, src: str, device: str) -> Step:
 
 
 def lerp_measured(dst: str, src: str, device: str) -> Step:
-    """:func:`lerp`, and how far the weights are then, and how many elements stood still."""
+    """Return :func:`lerp` with measures: squares of distance and average, unchanged elements."""
     real, read, write, read_src, _ = access(dst, src, device)
 
     @device_fn
@@ -88,7 +89,7 @@ def lerp_measured(dst: str, src: str, device: str) -> Step:
 
 
 def add(dst: str, src: str, device: str) -> Step:
-    """``dst += w * src``: the terms of a weighted sum, one call or row after the other."""
+    """Return the step ``dst += w * src``, for weighted sums, one term per call or row."""
     real, read, write, read_src, _ = access(dst, src, device)
 
     @device_fn
@@ -100,7 +101,7 @@ def add(dst: str, src: str, device: str) -> Step:
 
 
 def copy(dst: str, src: str, device: str) -> Step:
-    """``dst = src`` in the format of ``dst``, equal to ``tests.support.reference.cast``."""
+    """Return the step ``dst = src``, converted as ``tests.support.reference.cast`` does."""
     real, _, write, read_src, _ = access(dst, src, device)
 
     @device_fn
@@ -112,7 +113,7 @@ def copy(dst: str, src: str, device: str) -> Step:
 
 
 def cast_back(dst: str, src: str, device: str) -> Step:
-    """``src = dst`` in the format of ``src``: the way back, where ``dst`` has a companion."""
+    """Return the step ``src = dst``, converted to the format of ``src``; ``dst`` may be split."""
     real, read, _, _, write_src = access(dst, src, device)
 
     @device_fn
@@ -123,9 +124,9 @@ def cast_back(dst: str, src: str, device: str) -> Step:
 
 
 def finite(dst: str, src: str, device: str) -> Step:
-    """Count the NaN and infinite elements of the source, in ``DISTANCE``; write nothing.
+    """Return the step that counts NaN and infinite elements of the source, in ``DISTANCE``.
 
-    Bytes moved: the source once.
+    It writes nothing. Memory traffic: the source once.
     """
     real, _, _, read_src, _ = access(dst, src, device)
     largest = real(np.finfo(np.float64 if "f64" in (dst, src) else np.float32).max)
@@ -140,10 +141,10 @@ def finite(dst: str, src: str, device: str) -> Step:
 
 
 def swap(dst: str, src: str, device: str) -> Step:
-    """Exchange the sides, each rounded to the other's format (nothing is, in raw formats).
+    """Return the step that exchanges the sides, each rounded to the other's format.
 
-    A float32 in two halves changes places with 32 raw bits. Bytes moved per element: both sides
-    read and written.
+    Raw formats are not rounded. A float32 split in two halves is exchanged with 32 raw bits. Memory
+    traffic per element: both sides read and written.
     """
     if FORMATS[dst].residual is not None and src == "raw4":
         return _on_bits(_swapped_halves)(dst, src, device)
@@ -158,7 +159,7 @@ def swap(dst: str, src: str, device: str) -> Step:
 
 
 def _on_bits(moved: Any, writes: str = "ds") -> Callable[[str, str, str], Step]:
-    """Make the step ``moved(d, residual, s) -> (d, residual, s)`` on raw bits."""
+    """Return a maker of steps that apply ``moved(d, residual, s) -> (d, residual, s)`` to bits."""
 
     @device_fn
     def apply(d, residual, s, r, w, word):
@@ -189,30 +190,30 @@ def _mixed(d, residual, s):
 
 
 park = _on_bits(_parked)
-"""Put a float32 average (``raw4``) into bfloat16 weights (``raw2``), losing no bit of either.
+"""The step that puts a float32 average (``raw4``) into bfloat16 weights (``raw2``), losing no bit.
 
-The average's storage holds the raw weights and what the model has no room for until ``unpark``."""
+Until ``unpark`` the average's storage holds the raw weights and the bits that the model lacks."""
 
 unpark = _on_bits(_unparked)
 
 read_read_write = _on_bits(_mixed, writes="d")
-"""``dst ^= src``: the traffic of an update with the least arithmetic there is, a yardstick."""
+"""The step ``dst ^= src``: a yardstick with the traffic of an update and minimal arithmetic."""
 
 
 class Window(NamedTuple):
-    """The steps of a windowed mean; the number of a row is how many values the mean is of."""
+    """The steps of a windowed mean; a row's number is the number of values in the mean."""
 
-    slide: Step  # takes the newest value in and the oldest, which it overwrites, out
-    grow: Step  # takes the newest value in while there is room
-    put: Step  # stores the newest value and leaves the mean alone
-    begin: Step  # the mean afresh, of one slot
-    fold: Step  # and of one more
+    slide: Step  # adds the newest value, subtracts the oldest and overwrites it
+    grow: Step  # adds the newest value while the ring has room
+    put: Step  # stores the newest value, leaves the mean unchanged
+    begin: Step  # restarts the mean from one slot
+    fold: Step  # adds one more slot
 
 
 def window(dst: str, src: str, ring: str, residual: str, device: str) -> Window:
-    """The mean of the last values of ``src``, as they are stored in the ring.
+    """Return the steps of the mean of the last values of ``src``, rounded to the ring's format.
 
-    The mean is a sum of two floats; the companion, f32 or f64, holds the second.
+    The mean is a sum of two floats; the residual, f32 or f64, holds the second.
     """
     real, read, write, read_src, _ = access(dst, src, device, ring)
     recall = FORMATS[ring].decode
@@ -221,7 +222,7 @@ def window(dst: str, src: str, ring: str, residual: str, device: str) -> Window:
 
     @device_fn
     def moved(d, residual, x, old, old_rest, n, word):
-        """``mean += (x - old) / n``; the companion keeps what the mean has no room for."""
+        """Return mean and residual after ``mean += (x - old) / n``."""
         mean, left = scalar.mean_step(
             read(d, residual), real(residual), x, old, old_rest, n, real(1) / n
         )

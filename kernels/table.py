@@ -1,8 +1,8 @@
-"""The contract between host and kernels: what a chunk table and its two blocks hold.
+"""The contract between host and kernels: the contents of a chunk table and its two blocks.
 
-A kernel is called as ``kernel(table, rows, numbers, control)``: four integers; all but ``rows`` are
-addresses. It takes rows from the table until none is left, so any number of threads
-may run the same call at once, and a thread that comes late finds nothing to do.
+A kernel is called as ``kernel(table, rows, numbers, control)``: four integers, all addresses but
+``rows``. It takes rows from the table until none is left, so any number of threads may run the same
+call at once, and a thread that starts late finds nothing to do.
 
 Chunk table, ``int64[rows, COLUMNS]``:
 
@@ -10,66 +10,65 @@ Chunk table, ``int64[rows, COLUMNS]``:
 ``DST``          address of the first element written (the average, for an update)
 ``SRC``          address of the first element read (the weights)
 ``COUNT``        elements in this row
-``DST_STEP``     elements from one to the next on the written side (1 in flat tables)
-``SRC_STEP``     the same on the other side
-``AVERAGE``      which of the weights applies: averages updated together have one each
-``INDEX``        index of the first element in its whole tensor, counted in row-major order, on
-                 which random bits depend (0 where there are none)
-``INDEX_STEP``   from the index of one element to that of the next
-``INDEX_RUN``    elements, at least 1, after which the index jumps
-``INDEX_JUMP``   from the index of one run's first element to that of the next
-``KEY``          32 bits that tell this tensor from others, for random bits
-``RESIDUAL``     address of the written side's companion, which lies as the written side does
-``RING``         address of the first element in slot 0 of a ring, which lies so too
+``DST_STEP``     step between elements on the written side (1 in flat tables)
+``SRC_STEP``     step between elements on the other side
+``AVERAGE``      index of the average, and so of its weight, among those updated together
+``INDEX``        index of the first element in its whole tensor, in row-major order; random bits
+                 depend on it (0 without random bits)
+``INDEX_STEP``   difference between the indices of adjacent elements
+``INDEX_RUN``    number of elements, at least 1, after which the index jumps
+``INDEX_JUMP``   difference between the indices of the first elements of adjacent runs
+``KEY``          32 bits that identify the tensor, for random bits
+``RESIDUAL``     address of the written side's residual, which has the same strides
+``RING``         address of the first element in slot 0 of a ring, with the same strides
 ``RING_STRIDE``  bytes from one slot to the next
 ===============  ==================================================================================
 
 Numbers, ``float64[...]``: by ``AVERAGE``, the weight ``w = 1 - decay`` of the new value (for a
-windowed mean, how many values it is of).
+windowed mean, the number of its values).
 
 Control, ``int64[CONTROLS]``:
 
 ===============  ==================================================================================
 ``NEXT``         the next row to take; every thread advances it atomically
-``CLAIM``        rows taken at once, a divisor of their number: those that read the same chunk
-``SEED, STEP``   what random bits depend on besides the place of the element
+``CLAIM``        rows taken at once, which read the same chunk; it divides the number of rows
+``SEED, STEP``   random bits depend on these and on the index of the element
 ``RESULTS``      address of ``float64[rows, MEASURES]``, for kernels that measure
 ``WINDOW``       slots of the ring
 ``SLOT``         the slot that is overwritten
-``TURN``         values that went into the ring so far, this update's included
+``TURN``         number of values put into the ring so far, including this update's
 ===============  ==================================================================================
 
-On a GPU the numbers, up to ``MAX_AVERAGES``, and what the control block has of the moment are
-parameters of the kernel. Where a captured graph is to run the kernel again at later steps, they
-are in device memory instead and advance there: the *clock*, ``int64[CLOCK_CELLS]``, which begins
-like a control block. More averages than ``MAX_AVERAGES`` have several clocks, one after the other.
+On a GPU the numbers, up to ``MAX_AVERAGES``, and the changing cells of the control block are kernel
+parameters. For a captured graph, which runs the kernel again at later steps, they are in device
+memory instead and advance there. This step counter is the *clock*, ``int64[CLOCK_CELLS]``, which
+begins like a control block. More averages than ``MAX_AVERAGES`` have several adjacent clocks.
 
 ===============  ==================================================================================
-``IDLE``         not 0 where nothing is to be done at this step (in the place of ``NEXT``)
+``IDLE``         not 0 if there is nothing to do at this step (in the cell of ``NEXT``)
 ``WEIGHTS``      the numbers, ``float64[MAX_AVERAGES]``
-``DONE``         updates so far, those that had nothing to do included
-``START``        updates before the averages begin
-``EVERY``        work is done at every so many-th update
-``TRIES``        calls so far, those that were left out included
+``DONE``         number of updates so far, including those with nothing to do
+``START``        number of the update at which the averages begin
+``EVERY``        number of updates from one that changes the averages to the next
+``TRIES``        number of calls so far, including skipped calls
 ``NOT_FINITE``   in the first clock, the latest call at which a weight was not finite
-``SKIPPED``      calls that were left out for it
-``TABLES``       for each of the averages, the address and the number of rows of the table of its
-                 weights
+``SKIPPED``      number of calls skipped because a weight was not finite
+``TABLES``       for each average, the address and the number of rows of its weight table
 ===============  ==================================================================================
 
-That table, ``float64[rows, WEIGHT_COLUMNS]``, is made by :mod:`fastema.engine.weight_table`:
-``FIRST``, the first update of a piece, ``SCALE``, and from ``COEFFICIENTS`` on those of a
-polynomial of ``DEGREE``.
+:mod:`fastema.engine.weight_table` builds the weight table, ``float64[rows, WEIGHT_COLUMNS]``:
+``FIRST``, the first update of a piece, ``SCALE``, and from column ``COEFFICIENTS`` on the
+coefficients of a polynomial of degree ``DEGREE``.
 
 Measures, per row: ``DISTANCE`` and ``SQUARE``, the sums of squares of weights minus average and of
-the average after the update, and ``STILL``, the number of elements that did not change; a kernel
-that only looks for what is not finite leaves its number in ``DISTANCE``.
+the average after the update, and ``STILL``, the number of elements that did not change. A kernel
+that only checks for non-finite elements stores their number in ``DISTANCE``.
 
 Steps and counts are in elements of the kernel's formats (a complex number is two).
 
-A table is of one *layout*: ``flat``, elements adjacent on both sides and, where random bits are
-used, with indices that follow each other; or ``strided``, any steps. A row has no indices on both
-sides of a multiple of ``2**32``.
+A table has one *layout*. In a ``flat`` table elements are adjacent on both sides and, if random
+bits are used, have consecutive indices; a ``strided`` table has any steps. The indices of a row
+never cross a multiple of ``2**32``.
 """
 
 from __future__ import annotations
@@ -98,21 +97,21 @@ DISTANCE, SQUARE, STILL = range(3)
 MEASURES = 3
 
 CHUNK = 1 << 16
-"""Most elements in one row: small enough that the threads finish together, large enough that the
-atomic step on the control block (about 20 ns) is lost in the work."""
+"""Most elements in one row: few enough that threads finish together, many enough that the atomic
+addition to the control block (about 20 ns) is negligible."""
 
 SHARED_CHUNK = 1 << 14
-"""The same where several rows work on one chunk, which must stay in the second-level cache."""
+"""Most elements in one row if several rows share a chunk, which must stay in the L2 cache."""
 
 GPU_THREADS = 256
-"""Threads of a block on a GPU."""
+"""Threads per block on a GPU."""
 
 GPU_CHUNKS = 1 << 12, 1 << 16
-"""Elements in one row for a GPU, at least and at most. A block of threads takes a row: there should
-be many more of them than run at a time (about a thousand), lest the last ones run alone."""
+"""Least and most elements in one row for a GPU. Each block of threads takes a row; there should be
+many more blocks than run at a time (about a thousand), so that the last ones do not run alone."""
 
 GPU_ROWS = 1 << 14
-"""Rows that a GPU's table should have at least."""
+"""Number of rows that a GPU's table should have at least."""
 
 BLOCK = 64
 """Elements in the inner loop of constant length: a whole number of cache lines for every dtype."""
@@ -121,5 +120,5 @@ LINE = 64
 """Bytes of a cache line."""
 
 PREFETCH = 2048
-"""Bytes a flat kernel asks for ahead of its loads. 1-2 KB measured level on an idle machine, 2 KB
-up to 15 % better on a busy one; from 4 KB on it is slower."""
+"""Bytes by which a flat kernel prefetches ahead of its loads. 1-2 KB measured the same on an idle
+machine, 2 KB up to 15 % better on a busy one; from 4 KB on it is slower."""

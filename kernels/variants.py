@@ -1,4 +1,4 @@
-"""The kernels that averages, swaps and copies select: those that a wheel brings compiled."""
+"""The kernels that averages, swaps and copies use, which a wheel ships compiled."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import NamedTuple
 
 FLOATS = ("f64", "f32", "f16", "bf16")
 FORMS = (*FLOATS, "f16~", "bf16~", "bf16+16")
-"""Formats that an average is stored in; that of a windowed mean in all but the last."""
+"""Formats that an average is stored in; a windowed mean is stored in all but the last."""
 
 RAW = ("raw1", "raw2", "raw4", "raw8")
 LAYOUTS = ("flat", "strided")
 ENTRY = "fastema_kernel"
-"""What a kernel of the CPU is called in its machine code."""
+"""The name of every CPU kernel in its machine code."""
 
 FUNCTIONS = ("check_tensors", "rolling_mean", "ewm_mean")
 """CPU functions that do not work on pairs of tensors."""
 
 CLOCK = "advance"
-"""The kernel that takes a clock to the next update, which has no formats and no layout."""
+"""The kernel that advances a clock to the next update; it has no formats and no layout."""
 
 
 _RINGS = {
@@ -27,7 +27,7 @@ _RINGS = {
     "f16": ("f16",),
     "bf16": ("bf16",),
 }
-"""What a window keeps of weights: their own dtype or a narrower one."""
+"""By format of the weights, formats of a window's ring: the same or a narrower one."""
 
 
 class Variant(NamedTuple):
@@ -77,10 +77,10 @@ def _of_pairs() -> list[Variant]:
 
 
 def gpu_variants() -> list[Variant]:
-    """Return every GPU kernel of a wheel, the clock's last."""
+    """Return every GPU kernel of a wheel, with that of the clock last."""
     return [*_of_pairs(), Variant(CLOCK, (), "")]
 
 
 def cpu_variants() -> list[Variant]:
-    """Return every CPU kernel of a wheel, those that are not of pairs last."""
+    """Return every CPU kernel of a wheel, with those that do not work on pairs last."""
     return [*_of_pairs(), *(Variant(name, (), "") for name in FUNCTIONS)]

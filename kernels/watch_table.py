@@ -1,31 +1,32 @@
-"""The contract between host and the check before every update: its task, columns of its tables.
+"""The contract between host and the check before every update: its task and its tables.
 
 Task, ``int64[WORDS]``:
 
 ===============  ==================================================================================
 ``RECORD``       1 to fill in the rows of tensors, 0 to compare with them
-``DICTS``        how many dicts there are, ``TENSORS`` how many tensors
-``DICTS_AT``     addresses of their tables: so are ``ENTRIES_AT`` and ``TENSORS_AT``
-``DIMS_AT``      that of the (extent, stride) pairs of all tensors
-``SCRATCH_AT``   that of room for one DLTensor, or for a position, a key and a value
-``DICT_NEXT``    the function ``PyDict_Next``
-``DESCRIBE``     the framework's DLPack exchange function
-``CLEAR_ERROR``  the function ``PyErr_Clear``
+``DICTS``        number of dicts; ``TENSORS`` is the number of tensors
+``DICTS_AT``     address of the table of dicts; ``ENTRIES_AT`` and ``TENSORS_AT`` are those of the
+                 other tables
+``DIMS_AT``      address of the (extent, stride) pairs of all tensors
+``SCRATCH_AT``   address of scratch memory for one DLTensor, or for a position, a key and a value
+``DICT_NEXT``    address of the function ``PyDict_Next``
+``DESCRIBE``     address of the framework's DLPack exchange function
+``CLEAR_ERROR``  address of the function ``PyErr_Clear``
 ===============  ==================================================================================
 """
 
 from __future__ import annotations
 
 DICT = 5
-"""Columns of a dict: its address, the position of its first entry that counts, the number of those,
-the first of them in the entries, and whether the last of them is the dict's last."""
+"""Columns of a dict: its address, the position of its first checked entry, the number of checked
+entries, the row of the first one in the entries, and whether the last one ends the dict."""
 
 ENTRY = 2
-"""Columns of an entry: address of the key, of the object that it must lead to; 0 for any."""
+"""Columns of an entry: address of the key, and of the required value; 0 for any value."""
 
 TENSOR = 6
-"""Columns of a tensor: object, data address, device word, rank and dtype word, first dimension in
-the list of dimensions, byte offset."""
+"""Columns of a tensor: object, data address, device word, rank and dtype word, index of its first
+dimension in the list of dimensions, byte offset."""
 
 SCRATCH_WORDS = 6
 

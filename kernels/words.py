@@ -1,9 +1,9 @@
-"""The words that kernel maths is written in, each with a Python and a CPU meaning.
+"""The words that kernel math is written in, each with a Python and a CPU meaning.
 
-Numba widens ``uint32 op uint32`` to 64 bits, which halves the lanes of a vector loop, and it knows
-neither bfloat16 nor half precision, fma, prefetch or an atomic add on the CPU. A word closes one of
-these gaps: an ordinary Python function on NumPy scalars, which is its definition and what runs
-under ``NUMBA_DISABLE_JIT=1``, and beside it the one LLVM instruction it stands for in a kernel.
+Numba widens ``uint32 op uint32`` to 64 bits, which halves the lanes of a vector loop. On the CPU
+it lacks bfloat16, half precision, fma, prefetch and an atomic add. A word closes one of these gaps.
+It is an ordinary Python function on NumPy scalars, which defines it and runs under
+``NUMBA_DISABLE_JIT=1``, together with the one LLVM instruction that replaces it in a kernel.
 
 Bits are ``uint16``/``uint32``; floats are ``float32``/``float64`` and keep their type.
 """
@@ -30,9 +30,9 @@ _HALF, _FLOAT = ir.HalfType(), ir.FloatType()
 
 
 def _word(*signatures, llvm):
-    """Give a Python function its typing and its instruction in CPU kernels.
+    """Return a decorator that gives a Python function its typing and its instruction in kernels.
 
-    ``llvm(builder, *values)`` emits the instruction and returns its value, ``None`` for a void.
+    ``llvm(builder, *values)`` emits the instruction and returns its value, or ``None`` for a void.
     """
 
     def register(python):
@@ -45,7 +45,7 @@ def _word(*signatures, llvm):
 
 
 def typed(python, template, **members):
-    """Make a Python function known to Numba's typing, for every target."""
+    """Register a Python function with Numba's typing, for every target."""
     made = type(python.__name__, (template,), {"key": python, **members})
     infer_global(python, types.Function(made))
 
@@ -65,7 +65,7 @@ def _address(builder, value, pointee):
 
 
 def _word32(name, python, llvm):
-    """A binary operation on ``uint32``, modulo 2**32."""
+    """Return the word of a binary operation on ``uint32``, modulo 2**32."""
 
     def word(x, y):
         return np.uint32(python(int(x), int(y)) & 0xFFFFFFFF)
@@ -80,43 +80,43 @@ mul32 = _word32("mul32", operator.mul, ir.IRBuilder.mul)
 and32 = _word32("and32", operator.and_, ir.IRBuilder.and_)
 or32 = _word32("or32", operator.or_, ir.IRBuilder.or_)
 xor32 = _word32("xor32", operator.xor, ir.IRBuilder.xor)
-shl32 = _word32("shl32", operator.lshift, ir.IRBuilder.shl)  # by less than 32 bits
-shr32 = _word32("shr32", operator.rshift, ir.IRBuilder.lshr)  # the same, zeros coming in
+shl32 = _word32("shl32", operator.lshift, ir.IRBuilder.shl)  # by 0 to 31 bits
+shr32 = _word32("shr32", operator.rshift, ir.IRBuilder.lshr)  # by 0 to 31 bits, filled with zeros
 
 
 @_word(_bool(_u32, _u32), llvm=lambda b, x, y: b.icmp_unsigned(">", x, y))
 def above32(x, y):
-    """``x > y``, unsigned."""
+    """Return ``x > y``, unsigned."""
     return int(x) > int(y)
 
 
 @_word(_u32(_bool, _u32, _u32), llvm=lambda b, c, x, y: b.select(c, x, y))
 def select32(condition, x, y):
-    """``x`` where the condition holds, else ``y``; both are evaluated."""
+    """Return ``x`` if the condition holds, otherwise ``y``; both are evaluated."""
     return x if condition else y
 
 
 @_word(_u32(_u16), llvm=lambda b, x: b.zext(x, _I32))
 def widen16(x):
-    """A 16-bit word as a 32-bit one."""
+    """Return a 16-bit word as a 32-bit word."""
     return np.uint32(x)
 
 
 @_word(_u32(_i64), llvm=lambda b, x: b.trunc(x, _I32))
 def low32(x):
-    """The low half of a 64-bit integer."""
+    """Return the low half of a 64-bit integer."""
     return np.uint32(int(x) & 0xFFFFFFFF)
 
 
 @_word(_u32(_i64), llvm=lambda b, x: b.trunc(b.lshr(x, _I64(32)), _I32))
 def high32(x):
-    """The high half of a 64-bit integer."""
+    """Return the high half of a 64-bit integer."""
     return np.uint32((int(x) >> 32) & 0xFFFFFFFF)
 
 
 @_word(_u16(_u32), llvm=lambda b, x: b.trunc(x, _I16))
 def narrow16(x):
-    """The low 16 bits."""
+    """Return the low 16 bits."""
     return np.uint16(int(x) & 0xFFFF)
 
 
@@ -125,45 +125,45 @@ def narrow16(x):
 
 @_word(_u32(_f32), llvm=lambda b, x: b.bitcast(x, _I32))
 def bits32(x):
-    """The bits of a float32."""
+    """Return the bits of a float32."""
     return np.float32(x).view(np.uint32)
 
 
 @_word(_f32(_u32), llvm=lambda b, x: b.bitcast(x, _FLOAT))
 def float_of_bits32(x):
-    """The float32 that has these bits."""
+    """Return the float32 with these bits."""
     return np.uint32(x).view(np.float32)
 
 
 @_word(_f32(_u32), llvm=lambda b, x: b.sitofp(x, _FLOAT))
 def float_of_int(x):
-    """The float32 nearest to a number below 2**31."""
+    """Return the float32 nearest to an integer below 2**31."""
     return np.float32(int(x))
 
 
 @_word(_u32(_f32), llvm=lambda b, x: b.fptosi(x, _I32))
 def int_of_float(x):
-    """A float32 of at least 0 and below 2**31 without its fraction."""
+    """Return the integer part of a float32 in [0, 2**31)."""
     return np.uint32(int(x))
 
 
 @_word(_f32(_u16), llvm=lambda b, x: b.fpext(b.bitcast(x, _HALF), _FLOAT))
 def half_to_float(x):
-    """The float32 equal to the half-precision number with these bits (a hardware conversion)."""
+    """Return the float32 equal to the half-precision number with these bits, by hardware."""
     return np.float32(np.uint16(x).view(np.float16))
 
 
 @_word(_u16(_f32), llvm=lambda b, x: b.bitcast(b.fptrunc(x, _HALF), _I16))
 def float_to_half(x):
-    """The bits of the nearest half-precision number, ties to even (a hardware conversion)."""
+    """Return the bits of the nearest half-precision number, ties to even, by hardware."""
     with np.errstate(over="ignore"):
         return np.float16(np.float32(x)).view(np.uint16)
 
 
 def _round_to_odd_sum(x: float, y: float) -> float:
-    """``x + y`` in float64, an inexact result forced to an odd last bit.
+    """Return ``x + y`` in float64, with an odd last bit if inexact.
 
-    Rounding that once more, to float32, equals rounding the exact sum (53 >= 2 * 24 + 2 bits).
+    Rounding the result again, to float32, equals rounding the exact sum (53 >= 2 * 24 + 2 bits).
     """
     total = x + y
     if not math.isfinite(total):
@@ -190,7 +190,7 @@ def _fma64(x: float, y: float, z: float) -> float:
 
 @_word(_f32(_f32, _f32, _f32), _f64(_f64, _f64, _f64), llvm=lambda b, x, y, z: b.fma(x, y, z))
 def fma(x, y, z):
-    """``x * y + z`` rounded once, in the type of the arguments."""
+    """Return ``x * y + z``, rounded once, in the type of the arguments."""
     if isinstance(x, np.float32):
         with np.errstate(over="ignore", invalid="ignore"):
             return np.float32(_round_to_odd_sum(float(x) * float(y), float(z)))
@@ -203,7 +203,7 @@ def fma(x, y, z):
     llvm=lambda b, x: b.select(b.fcmp_ordered("==", x, x), x, ir.Constant(x.type, 0.0)),
 )
 def nan_to_zero(x):
-    """``x``, or a zero of its type where it is not a number."""
+    """Return ``x``, or a zero of its type if ``x`` is NaN."""
     return x if x == x else type(x)(0)
 
 
@@ -213,18 +213,18 @@ def nan_to_zero(x):
     llvm=lambda b, x, y: b.fadd(x, y, flags=("reassoc", "nsz")),
 )
 def sum_any_order(x, y):
-    """``x + y`` in a sum whose order does not matter: the only place where vectors may regroup."""
+    """Return ``x + y``; unlike all other sums, the compiler may reorder it to use vectors."""
     return x + y
 
 
 # -- memory ---------------------------------------------------------------------------------------
 # The streams of a kernel never overlap (the layout refuses it): the written side, the other side,
-# the written side's companion, and the ring. Saying so on every load and store spares the vector
-# loops a run-time test per block.
+# the written side's residual, and the ring. Saying so on every load and store saves a run-time test
+# per block in vector loops.
 
 
 class _Pointer:
-    """A typed address in the Python meaning of a kernel."""
+    """An address with an element type, for kernels that run as Python."""
 
     def __init__(self, address, c_type, scalar):
         self.cells = ctypes.cast(int(address), ctypes.POINTER(c_type))
@@ -260,7 +260,7 @@ STREAMS = ("dst", "src", "residual", "ring")
 
 
 def tag(builder, instruction, stream):
-    """Say that a load or a store is of one stream and of no other."""
+    """Tell LLVM that a load or a store accesses one stream and no other."""
     module = builder.module
     domain = module.add_metadata(["fastema"])
     scopes = {name: module.add_metadata([name, domain]) for name in STREAMS}
@@ -270,14 +270,15 @@ def tag(builder, instruction, stream):
 
 
 def is_cuda(context):
-    """Return whether code is made for a GPU."""
+    """Return whether code is generated for a GPU."""
     return type(context).__name__ == "CUDATargetContext"
 
 
 def float_to_bf16(x):
-    """The bits of the nearest bfloat16, ties to even, and 0x7FFF for a NaN: one instruction there.
+    """Return the bits of the nearest bfloat16, ties to even, and 0x7FFF for a NaN.
 
-    A GPU's; the CPU takes about eight for it and keeps what a NaN carries (``scalar.encode_bf16``).
+    This is one instruction on a GPU. The CPU needs about eight, and keeps a NaN's payload
+    (``scalar.encode_bf16``).
     """
     bits = int(np.float32(x).view(np.uint32))
     nan = bits & 0x7FFFFFFF > 0x7F800000
@@ -301,7 +302,7 @@ def _(context, builder, sig, args):
 
 
 def _element_of(context, builder, pointer, i):
-    """The address of an element: on a GPU it is said to be in global memory."""
+    """Return the address of an element; on a GPU, as an address in global memory."""
     if is_cuda(context):
         pointer = builder.addrspacecast(pointer, pointer.type.pointee.as_pointer(1))
     return builder.gep(pointer, [i])
@@ -369,7 +370,7 @@ def _prefetch(builder, address):
 
 @_word(types.void(_i64), llvm=_prefetch)
 def prefetch(address):
-    """Ask for the cache line at an address; any address is harmless."""
+    """Prefetch the cache line at an address; any address is harmless."""
 
 
 @_word(
@@ -377,7 +378,7 @@ def prefetch(address):
     llvm=lambda b, address, n: b.atomic_rmw("add", _address(b, address, _I64), n, "monotonic"),
 )
 def fetch_add(address, n):
-    """Add ``n`` to the int64 at an address and return what it was, as one atomic step."""
+    """Add ``n`` atomically to the int64 at an address; return its value before."""
     cell = ctypes.c_int64.from_address(int(address))
     before = cell.value
     cell.value = before + int(n)

@@ -111,7 +111,7 @@ def test_what_the_snapshots_cannot_give_warns(
         found = posthoc.synthesize(run.folder, half_life=1.0, out=out, progress=True)
     assert found.error > 0.05
     assert load_file(out)["w"].tobytes() == found.tensors["w"].tobytes()
-    assert "synthesising" in capsys.readouterr().out
+    assert "synthesizing" in capsys.readouterr().out
     files = [one.path for one in posthoc.find_snapshots(run.folder)]
     chosen, whole = (posthoc.synthesize(one, sigma_rel=0.12) for one in (files[::-1], run.folder))
     assert chosen.tensors["w"].tobytes() == whole.tensors["w"].tobytes()
@@ -157,7 +157,7 @@ def test_a_malformed_snapshot_is_refused_or_gives_finite_numbers(seed: int, tmp_
     whole = path.read_bytes()
     path.write_bytes(with_header(whole, damaged_header(header_of(whole), seed)))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the profile of the synthesised average")
+        warnings.filterwarnings("ignore", "the profile of the synthesized average")
         for wanted in ({"sigma_rel": 0.07}, {"half_life": 3.0}):
             try:
                 found = posthoc.synthesize(tmp_path, **wanted)

@@ -1,1 +1,1 @@
-"""The one place that ties an average to a model: pairing, watching, locating, swapping."""
+"""Bind an average to a model: pair, watch, locate and swap their tensors."""

@@ -1,4 +1,4 @@
-"""An average tied to a model: pairs by name, and a program that runs where both lie now."""
+"""Bind an average to a model: pairs by name, and a program that runs at current addresses."""
 
 from __future__ import annotations
 
@@ -24,11 +24,16 @@ Result = TypeVar("Result")
 
 
 class Match(NamedTuple):
-    """The pairs that a surface selected from the tensors of both sides.
+    """The pairs that a matcher selected from the tensors of average and model.
 
-    ``pairs`` are checked, each memory once, by the tag under which the program knows them; averages
-    that are updated together follow each other, tensor by tensor. ``dst`` and ``src`` are to be
-    watched. Another match is made if a parameter in ``trained`` is frozen or unfrozen.
+    Attributes
+    ----------
+    pairs : mapping of str to sequence of Pair
+        Checked pairs by program tag, tied weights once, all averages of a tensor in a row.
+    dst, src : Leaves
+        Tensors to watch.
+    trained : sequence of Trained
+        Parameters whose freezing or unfreezing requires a new match.
     """
 
     pairs: Mapping[str, Sequence[Pair]]
@@ -38,24 +43,24 @@ class Match(NamedTuple):
 
 
 Matcher: TypeAlias = Callable[[Leaves, Leaves], Match]
-"""``match(average, model)``: the selection of a surface; it raises if the two do not fit."""
+"""``match(average, model)`` selects and checks pairs; it raises if the two do not fit."""
 
 
 def can_be_assigned(spec: TensorSpec) -> bool:
-    """Return whether the owner of a tensor is given another array instead of being written."""
+    """Return whether a tensor's owner takes a new array, since its memory cannot be written."""
     return not spec.writable and hasattr(bridge_of(spec.owner), "assign")
 
 
 def is_fixed(spec: TensorSpec) -> bool:
-    """Return whether a tensor never changes: the next step has another one in its place."""
+    """Return whether a tensor is immutable, so that each step replaces it."""
     return not (spec.writable or can_be_assigned(spec))
 
 
 class Outline(NamedTuple):
-    """The parts of a model that stay while its tensors change.
+    """Properties of a model that stay while its tensors change.
 
-    ``order`` has all names in the container's order. ``fixed`` names tensors in pairs that never
-    change: the next step has others.
+    ``order`` lists all names in the container's order. ``fixed`` lists the immutable tensors among
+    the pairs, which each step replaces.
     """
 
     order: list[str]
@@ -67,7 +72,7 @@ class Outline(NamedTuple):
 
 @dataclass(eq=False)
 class _Bound:
-    """Both sides as they were looked at, and where they were found by the call that runs."""
+    """Both sides as matched, and the addresses that the current call has located."""
 
     containers: tuple[Any, Any]
     match: Matcher
@@ -77,20 +82,20 @@ class _Bound:
     sides: tuple[Side, Side]
     model: Outline
     labels: tuple[str, str]
-    contexts: list[DeviceContext]  # devices of the weights that are not the host
-    guard: OverlapGuard | None  # if one of the sides moves
+    contexts: list[DeviceContext]  # devices of the weights, without the host
+    guard: OverlapGuard | None  # None if neither side moves
     located: tuple[Located, Located] = (STAYED, STAYED)
-    cached: dict[Any, Any] = field(default_factory=dict)  # by others, for these pairs
+    cached: dict[Any, Any] = field(default_factory=dict)  # values derived from these pairs
 
     def find(self, container: Any, write: bool) -> tuple[Located, Located] | None:
-        """Find both sides; None where one has to be looked at again."""
+        """Return the locations of both sides; None if one must be matched again."""
         ours, theirs = self.sides
         dst = STAYED if self.containers[0] is None else ours.find(self.containers[0], write=True)
         src = None if dst is None else theirs.find(container, write=write)
         return None if dst is None or src is None else (dst, src)
 
     def relocate(self, container: Any, located: tuple[Located, Located]) -> None:
-        """Let the program run on what was found, unless a tensor lies where others are written."""
+        """Point the program to the located tensors; raise a LayoutError if written ones overlap."""
         if self.guard is not None:
             dst, src = (one.addresses or None for one in located)
             if self.guard.may_overlap(dst, src):
@@ -116,12 +121,12 @@ def _check_overlap(pairs: Sequence[Pair], labels: tuple[str, str]) -> None:
 
 
 def _without_owner(pair: Pair, fixed: set[str]) -> Pair:
-    """Do not keep a tensor that never changes: all of them are a copy of the model."""
+    """Drop the reference to an immutable tensor: together they would keep a copy of the model."""
     return pair._replace(src=pair.src.with_owner(None)) if pair.name in fixed else pair
 
 
 class _Current:
-    """See :meth:`Binding.current`."""
+    """Context manager that :meth:`Binding.current` returns."""
 
     __slots__ = ("_before", "_binding", "_match", "_once", "_src", "_write")
 
@@ -148,34 +153,36 @@ class _Current:
     ) -> None:
         binding = self._binding
         bound = binding._bound
-        if kind is not None:  # the next call continues with the tensors of the one before
+        if kind is not None:  # the next call continues with the previous tensors
             binding._bound = self._before
         if bound.guard is not None:
             if kind is None and self._once:
                 bound.sides[1].notify_used(bound.located[1])
-            bound.located = STAYED, STAYED  # the memory is the framework's to reuse
+            bound.located = STAYED, STAYED  # let the framework reuse the memory
 
 
 class Binding:
-    """Pairs an average's tensors with a model's, and finds them wherever they lie.
+    """Pairs an average's tensors with a model's, and locates them at every call.
 
-    It knows no roles and no policies: ``match`` selects, and is asked again whenever the tensors
-    are no longer those that were looked at.
+    Roles and policies are up to ``match``, which is called again whenever tensors have moved or
+    were replaced.
 
     Parameters
     ----------
     dst : container, optional
-        What is written; None for memory of ours that stays where it is: ``match`` knows it.
+        The average, which is written; None if fastema owns its memory, known to ``match``.
     src : container
         The model.
     match : callable
+        Selects the pairs; see :data:`Matcher`.
     labels : (str, str)
-        What errors put before the name of a tensor of ``dst`` and of ``src``.
+        Prefixes of tensor names of ``dst`` and ``src`` in errors.
     watch : type of Watched
+        How to watch tensors that stay in place: all at every call, or a sample.
     look : callable
         ``container -> Leaves``.
     leaves : Leaves, optional
-        The model's, if it was just looked at.
+        The model's leaves, if already known.
     """
 
     def __init__(
@@ -195,7 +202,7 @@ class Binding:
     def _bind(
         self, containers: tuple[Any, Any], match: Matcher, leaves: Leaves | None = None
     ) -> _Bound:
-        """Look at both sides and pair them."""
+        """Describe the tensors of both sides and pair them."""
         owned = containers[0] is None
         dst = NOTHING if owned else self._look(containers[0])
         src = self._look(containers[1]) if leaves is None else leaves
@@ -250,29 +257,29 @@ class Binding:
         once: str = "",
         match: Matcher | None = None,
     ) -> _Current:
-        """Find all tensors: ``with binding.current(model) as program``.
+        """Return a context manager that locates all tensors and yields the program for them.
 
-        The program runs where they lie now, in the block. If the block raises, the next call goes
-        on as if there had not been one.
+        ``with binding.current(model) as program``: in the block the program runs at the current
+        addresses. If the block raises, the next call continues with the previous tensors.
 
         Parameters
         ----------
         src : container, optional
-            The model, if it is not the latest one.
+            The model, by default the latest one.
         write : bool
-            It is about to be written.
+            Whether the model is about to be written.
         once : str
-            Arrays that never change are used by one block of this kind alone; the string says how
-            to give others. Empty: they may be used again.
+            If not empty, immutable arrays that an earlier block has used are refused; the string
+            tells the user how to pass new ones.
         match : callable, optional
-            Besides the binding's own, for this call.
+            A matcher to use for this call instead of the binding's own.
 
         Raises
         ------
         LayoutError, DTypeError, BridgeError
-            If they are no longer the same; nothing was written.
+            If the tensors no longer match; nothing was written.
         ArgumentError
-            For used arrays.
+            For immutable arrays that were used already.
         """
         return _Current(self, src, write, once, match)
 
@@ -292,18 +299,18 @@ class Binding:
                     bound.relocate(container, located)
                 return bound
             bound = self._bind((bound.containers[0], container), match)
-        raise LayoutError("the tensors change while they are looked at, by another thread")
+        raise LayoutError("another thread keeps replacing the tensors of the model")
 
-    # -- what the surfaces ask --------------------------------------------------------------------
+    # -- properties -------------------------------------------------------------------------------
 
     @property
     def watched(self) -> tuple[Leaves, Leaves]:
-        """Both sides' tensors as they were looked at, of sides that are watched."""
+        """Watched tensors of average and model, as described at the latest match."""
         dst, src = self._bound.sides
         return dst.leaves, src.leaves
 
     def has_moved(self, src: Any) -> bool:
-        """Return whether tensors are elsewhere than they were, or others."""
+        """Return whether tensors have moved or were replaced."""
         return self._bound.find(src, write=False) is None
 
     @property
@@ -312,50 +319,50 @@ class Binding:
         return self._bound.containers[1]
 
     def forget_container(self) -> None:
-        """Do not keep the model alive; the next call has to give it."""
+        """Drop the reference to the model; the next call must pass it."""
         self._bound.containers = self._bound.containers[0], None
 
     @property
     def model(self) -> Outline:
-        """The parts of the model that stay while its tensors change."""
+        """Properties of the model that stay while its tensors change."""
         return self._bound.model
 
     @property
     def pairs(self) -> list[Pair]:
-        """All pairs; in a block of :meth:`current` where they lie now."""
+        """All pairs; inside a block of :meth:`current` at their current addresses."""
         bound = self._bound
         if bound.guard is None:
             return bound.pairs
         return [_relocated(pair, bound.located) for pair in bound.pairs]
 
     def pair_at(self, number: int) -> Pair:
-        """Return one of :attr:`pairs` by its number."""
+        """Return the pair at one index of :attr:`pairs`."""
         return _relocated(self._bound.pairs[number], self._bound.located)
 
     @property
     def tagged(self) -> Mapping[str, Sequence[Pair]]:
-        """The pairs by tag, as they were looked at."""
+        """Pairs by tag, as described at the latest match."""
         return self._bound.tagged
 
     @property
     def addresses(self) -> Mapping[str, int]:
-        """Addresses of the model's tensors, by name, if they move."""
+        """Current addresses of the model's tensors by name; empty if they do not move."""
         return self._bound.located[1].addresses
 
     @property
     def weights(self) -> dict[str, TensorSpec]:
-        """The model's tensors by name, as they were looked at."""
+        """The model's tensors by name, as described at the latest match."""
         return self.cached(
             "weights", lambda: {p.name: p.src for p in self._bound.pairs if not p.average_index}
         )
 
     @property
     def contexts(self) -> dict[str, DeviceContext | None]:
-        """The devices of the weights."""
+        """Contexts of the weights' devices; None for the host."""
         return {pair.src.device: pair.src.context for pair in self._bound.pairs}
 
     def cached(self, key: Any, make: Callable[[], Result]) -> Result:
-        """Make something of these pairs once, until the tensors are looked at again."""
+        """Return ``make()``, cached until the tensors are matched again."""
         cached = self._bound.cached
         if key not in cached:
             cached[key] = make()
@@ -363,11 +370,11 @@ class Binding:
         return found
 
     def forget(self, key: Any) -> None:
-        """Drop a cached value; the next call of :meth:`cached` makes it again."""
+        """Drop a value from the cache of :meth:`cached`."""
         self._bound.cached.pop(key, None)
 
     def notify_write(self, *sides: int) -> None:
-        """Tell frameworks that count writes that tensors of these sides (0, 1) were written."""
+        """Notify frameworks that count writes; side 0 is the average, side 1 the model."""
         for side in sides:
             for notify, arrays in self.cached(("listeners", side), partial(self._listeners, side)):
                 notify(arrays)
@@ -376,14 +383,14 @@ class Binding:
         return write_listeners((pair.dst, pair.src)[side].owner for pair in self._bound.pairs)
 
     def capturing(self) -> bool:
-        """Return whether work on the weights' devices is being captured into a graph."""
+        """Return whether a weights' device is capturing its work into a graph."""
         contexts = self._bound.contexts
         if not contexts:
             return False
-        refuse_forked()  # a framework that is asked for its stream says it less clearly
+        refuse_forked()  # clearer than the framework's own error
         return any(context.capturing() for context in contexts)
 
     def wait(self) -> None:
-        """Wait for the weights' devices."""
+        """Wait for all work on the weights' devices."""
         for context in self._bound.contexts:
             context.wait()

@@ -1,4 +1,4 @@
-"""One side of a binding: how its tensors are found when they are needed."""
+"""Locate the tensors of one side of a binding: an average's or a model's."""
 
 from __future__ import annotations
 
@@ -15,57 +15,57 @@ from fastema.layout.spec import Leaves
 __all__ = ["NOTHING", "STAYED", "Moving", "Owned", "Sampled", "Side", "Trained", "Watched"]
 
 NOTHING: Final = Leaves([], lambda owner: owner)
-"""The leaves of memory of ours: there is nothing to look at."""
+"""Leaves of a side whose memory fastema owns: there is nothing to watch."""
 
 STAYED: Final = Located({}, [])
-"""The tensors are where they were when they were looked at."""
+"""Result for tensors that have not moved since they were matched."""
 
 
 class Trained(NamedTuple):
-    """A parameter that is treated by whether it is trained, and whether it was."""
+    """A parameter whose treatment depends on ``requires_grad``, and its value when matched."""
 
     owner: Any
     before: bool
 
 
 class Side(Protocol):
-    """Finds the tensors of one side; ``leaves`` are those that are watched."""
+    """Locates the tensors of one side; ``leaves`` are the watched ones."""
 
     leaves: Leaves
 
     def find(self, container: Any, *, write: bool) -> Located | None:
-        """Return where they lie, or None if they are not the ones that were looked at.
+        """Return the tensors' locations; None if they must be matched again.
 
-        ``write`` says that they are about to be written.
+        Set ``write`` if the tensors are about to be written.
         """
 
     def refuse_used(self, located: Located, instead: str) -> None:
-        """Refuse arrays that never change and that the latest call has used."""
+        """Refuse immutable arrays that the latest call has used already."""
 
     def notify_used(self, located: Located) -> None:
-        """Note that a call has used the arrays."""
+        """Record that a call has used the arrays."""
 
 
 class Owned:
-    """Memory of ours, which stays where it is; its values may change, so it is never used up."""
+    """Tensors in fastema's own memory, which never move. Using them again is always fine."""
 
     leaves = NOTHING
 
     def find(self, container: Any, *, write: bool) -> Located | None:
-        """Return that they stayed."""
+        """Return :data:`STAYED`."""
         return STAYED
 
     def refuse_used(self, located: Located, instead: str) -> None:
-        """Refuse nothing."""
+        """Do nothing: the memory is mutable."""
 
     def notify_used(self, located: Located) -> None:
-        """Note nothing."""
+        """Do nothing: use is not recorded."""
 
 
 class Watched(Owned):
-    """Tensors that stay until somebody replaces them (torch, NumPy).
+    """Tensors that stay in place until they are replaced (torch, NumPy).
 
-    With ``transient``, what a module's own state leaves out is watched as well.
+    With ``transient``, non-persistent buffers are watched as well.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Watched(Owned):
         self._trained = trained
         self.leaves = leaves
         self._elements = [*container] if isinstance(container, list) else None
-        try:  # a weak reference: the surface decides what keeps the model alive
+        try:  # a weak reference: this object must not keep the model alive
             self._container: Callable[[], Any] = ref(container)
         except TypeError:
             self._container = lambda: container
@@ -85,7 +85,7 @@ class Watched(Owned):
         return None if not self._is_same_container(container) or self.changed() else STAYED
 
     def _is_same_container(self, container: Any) -> bool:
-        """Return whether this is the container, or a list of the same objects."""
+        """Return whether this is the watched container, or a list of the same objects."""
         if container is self._container():
             return True
         elements = self._elements
@@ -97,7 +97,7 @@ class Watched(Owned):
         )
 
     def changed(self) -> bool:
-        """Return whether a tensor moved or was replaced, or is trained now and was not."""
+        """Return whether a tensor moved or was replaced, or a parameter was frozen or unfrozen."""
         trained = self._trained
         return self._watch.changed() or (bool(trained) and _changed(trained))
 
@@ -107,19 +107,19 @@ def _changed(trained: Sequence[Trained]) -> bool:
 
 
 class Sampled(Watched):
-    """The same, looking at one share of :data:`SHARES` at each call."""
+    """Watched tensors of which each call checks one share of :data:`SHARES`, in turn."""
 
     def __init__(
         self, leaves: Leaves, container: Any, trained: Sequence[Trained], *, transient: bool
     ) -> None:
         super().__init__(leaves, container, trained, transient=transient)
         self._share = 0
-        self._full = 2  # as the average begins, and at the first update
-        # A tensor that is not looked at may be replaced: the memory that it had must stay.
+        self._full = 2  # check all when the average is built and at the first update
+        # An unchecked tensor may have been replaced: keep its old memory alive.
         self._kept = [bridge_of(leaf.spec.owner).alias(leaf.spec.owner) for leaf in leaves.items]
 
     def find(self, container: Any, *, write: bool) -> Located | None:
-        """See :class:`Side`; before a write, and at first, all tensors are looked at."""
+        """See :class:`Side`; checks all tensors before a write and at the first two calls."""
         if write:
             return super().find(container, write=write)
         if self._full:
@@ -131,7 +131,7 @@ class Sampled(Watched):
 
 
 class Moving(Owned):
-    """Tensors that lie elsewhere after every step, found at every call (JAX, TensorFlow)."""
+    """Tensors that move at every step and are located at every call (JAX, TensorFlow)."""
 
     def __init__(self, leaves: Leaves, container: Any) -> None:
         self._locator = Locator(leaves, container)

@@ -1,23 +1,22 @@
-"""An average in a model for a while, and the weights back, exactly, without a third copy.
+"""Swap an average into a model and the weights back, exactly, without a third copy.
 
 ============  ===================================  ================================================
 way           average and weights                  how
 ============  ===================================  ================================================
-``bits``      of one dtype, or a float32 in two    their bits change places; of an average in two
-              halves and float32 weights           halves and bfloat16 weights, the high half's
-``park``      float32 average, bfloat16 weights    the model takes the rounded average; the
-                                                   average's storage keeps the raw weights and the
-                                                   bits that the model has no room for (48 bits
-                                                   in, 48 out)
-``spare``     any other two dtypes, and what is    the raw weights go into a spare buffer while the
-              copied, not averaged, and differs    average is applied: there are more pairs of
-                                                   values than the two storages have states
-``assign``    weights that change by being given   they are given a copy of the average; their raw
-              another array                        array is kept meanwhile, not copied
+``bits``      equal dtypes, or a float32 split     swap their bits; for a split average and
+              into halves and float32 weights      bfloat16 weights, swap the high half
+``park``      float32 average, bfloat16 weights    write the rounded average into the model; keep
+                                                   the raw weights in the average's storage, with
+                                                   the bits that do not fit into the model (48
+                                                   bits in, 48 out)
+``spare``     any other dtypes, including copied   keep the raw weights in a spare buffer: the two
+              tensors that differ in dtype         storages cannot encode all pairs of values
+``assign``    weights that change by assignment    assign a copy of the average; keep the raw
+              of a new array                       array, without a copy
 ============  ===================================  ================================================
 
-What a framework has to do by itself (variables on several replicas, averages on another device)
-is a :class:`Way` of the surface that needs it; when, and in which order, ways run is said here.
+Frameworks that must swap in their own way (variables on several replicas, averages on another
+device) implement a :class:`Way`; :class:`Swap` runs the ways in order.
 """
 
 from __future__ import annotations
@@ -51,27 +50,27 @@ __all__ = [
 
 
 class Way(Protocol):
-    """One way to put averages into weights and to take them back."""
+    """One way to swap averages into a model and to restore its weights."""
 
     def apply(self) -> object:
-        """Put the average into the model, all of it or nothing."""
+        """Put the average into the model, completely or not at all."""
 
     def restore(self) -> object:
-        """Put the weights back."""
+        """Put the raw weights back."""
 
 
 class Calls(NamedTuple):
-    """A way by two functions."""
+    """A way made from two functions."""
 
     apply: Callable[[], object]
     restore: Callable[[], object]
 
 
 class Swap:
-    """Puts averages into a model and takes them back, exactly once each.
+    """Applies averages to a model and restores its weights, each exactly once.
 
-    Interrupts wait for the end of either. Ways are applied in their order and undone in the other
-    one, also if one of them raises.
+    Interrupts wait until either is complete. Ways are applied in order and undone in reverse order,
+    even if one of them raises.
     """
 
     def __init__(self, *ways: Way) -> None:
@@ -80,11 +79,11 @@ class Swap:
 
     @property
     def applied(self) -> bool:
-        """Whether the model holds the average, or a part of it that could not be taken back."""
+        """Whether the model holds the average, or a part of it that could not be restored."""
         return bool(self._due)
 
     def apply(self) -> None:
-        """Put the average into the model; nothing if it is there."""
+        """Put the average into the model. Do nothing if it is already there."""
         with defer_signals():
             if self._due:
                 return
@@ -97,9 +96,9 @@ class Swap:
                 raise
 
     def restore(self) -> None:
-        """Put the weights back; nothing if they are there.
+        """Put the raw weights back. Do nothing if they are already there.
 
-        A way that raises is tried again by the next call; the others put back what is theirs.
+        If one way raises, the others still run, and the next call tries it again.
         """
         with defer_signals():
             failed: BaseException | None = None
@@ -116,14 +115,14 @@ class Swap:
 # -- in memory ------------------------------------------------------------------------------------
 
 SPLIT: Final = "bf16+16"
-"""Kernel format of a float32 average in two halves; the first is the nearest bfloat16."""
+"""Kernel format of a float32 average in two halves, the first being the nearest bfloat16."""
 
 _APPLY: Final = {"bits": "swap", "park": "park", "spare": "cast_back"}
 _RESTORE: Final = {"bits": "swap", "park": "unpark", "kept": "copy"}
 
 
 def way_of(pair: Pair) -> str:
-    """Name the way, of the table above, in which a pair changes places."""
+    """Return the way in which a pair is swapped; see the module's table."""
     if not pair.src.writable:
         return "assign"
     dtypes = pair.dst.dtype, pair.src.dtype
@@ -133,16 +132,17 @@ def way_of(pair: Pair) -> str:
 
 
 def _bare(pair: Pair) -> Pair:
-    """One average alone, with a companion that is exchanged too."""
+    """Return the pair of one average alone, with its residual if that is swapped too."""
     whole = pair.form == SPLIT and pair.dst.dtype != pair.src.dtype
     bare = Pair(pair.name, pair.dst, pair.src)
     return bare._replace(form=pair.form, residual=pair.residual) if whole else bare
 
 
 class InMemory:
-    """Averages and weights that change places in each other's memory, or by assignment.
+    """Swaps averages and weights in each other's memory, or by assignment.
 
-    Raw weights without room in the average are copied now; nothing is written before :meth:`apply`.
+    The constructor copies raw weights that need a spare buffer; only :meth:`apply` writes averages
+    and weights.
     """
 
     def __init__(self, pairs: Iterable[Pair]) -> None:
@@ -167,7 +167,7 @@ class InMemory:
 
     @property
     def has_copies(self) -> bool:
-        """Whether it holds copies of weights, as they were when it was made."""
+        """Whether raw weights were copied into spare buffers at construction."""
         return bool(self._kept)
 
     def apply(self) -> None:
@@ -185,7 +185,7 @@ class InMemory:
         self._program.run(_RESTORE)
 
     def relocate(self, pairs: Iterable[Pair]) -> None:
-        """Continue with the same tensors after they moved to other memory."""
+        """Continue with the tensors' new addresses after they have moved."""
         self._program = self._prepared(_by_way(pairs))
 
 
@@ -197,15 +197,15 @@ def _by_way(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
 
 
 class _Assigned:
-    """Averages given as new arrays to weights that hold another array whenever they change."""
+    """Swaps by assigning new arrays, for weights that change only by assignment."""
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self._pairs = pairs
         self._raw: list[Any] = []
 
     def apply(self) -> None:
-        """Give all of them their average, or none."""
-        if not self._pairs:  # as in every swap in place
+        """Assign the average to all weights, or to none if one assignment raises."""
+        if not self._pairs:  # the common case: all swaps are in place
             return
         arrays = _as_weights(self._pairs)
         self._raw = [bridge_of(pair.src.owner).value(pair.src.owner) for pair in self._pairs]
@@ -218,21 +218,21 @@ class _Assigned:
             raise
 
     def restore(self) -> None:
-        """Give them the arrays back that they had."""
+        """Assign the raw arrays again."""
         for pair, raw in zip(self._pairs, self._raw, strict=False):
             bridge_of(pair.src.owner).assign(pair.src.owner, raw)
         self._raw = []
 
 
 def _as_weights(pairs: Sequence[Pair]) -> list[Any]:
-    """Averages as their weights would be: themselves where they are so already."""
+    """Return averages in their weights' dtypes, without a copy where the dtypes agree."""
     differ = [p for p in pairs if p.dst.dtype != p.src.dtype]
     made = dict(zip((pair.name for pair in differ), rounded(differ), strict=True))
     return [made.get(pair.name, pair.dst.owner) for pair in pairs]
 
 
 def write_averages(pairs: Sequence[Pair]) -> None:
-    """Write averages into weights for good, rounded to nearest: ``src`` is written from ``dst``."""
+    """Overwrite weights with averages, rounded to nearest: ``pair.src`` receives ``pair.dst``."""
     _Assigned([pair for pair in pairs if can_be_assigned(pair.src)]).apply()
     there = [pair for pair in pairs if not can_be_assigned(pair.src)]
     Program({"all": there}).run({"all": "cast_back"})
@@ -241,7 +241,7 @@ def write_averages(pairs: Sequence[Pair]) -> None:
 
 
 def rounded(pairs: Sequence[Pair]) -> list[Any]:
-    """Allocate memory that holds averages as their weights would, in the weights' dtypes."""
+    """Return averages in new memory, rounded to their weights' dtypes."""
     memories = allocate([(pair.dst, pair.src.kind) for pair in pairs])
     given = [
         Pair(pair.name, pair.dst, spec, pair.form, pair.residual)
@@ -254,18 +254,18 @@ def rounded(pairs: Sequence[Pair]) -> list[Any]:
 # -- averages that are applied --------------------------------------------------------------------
 
 _RECOVERED_AT_ONCE: Final = 1 << 26
-"""Bytes of weights that are copied together, of tensors that are no larger."""
+"""Bytes of weights to copy in one batch, which bounds the temporary memory."""
 
 
 class Recovered(NamedTuple):
-    """Memory for an average that is applied, and for its companion where that belongs to it."""
+    """Memory that receives an applied average and, if it has one, its residual."""
 
     shadow: TensorSpec
     residual: TensorSpec | None
 
 
 def recover(pairs: Sequence[Pair], into: Sequence[Recovered]) -> None:
-    """Copy averages that are applied: where each is, whole, depends on its way."""
+    """Copy averages that are applied to a model, from wherever their way keeps them."""
     begin = nbytes = 0
     for end, pair in enumerate(pairs, 1):
         nbytes += pair.src.nbytes
@@ -290,12 +290,12 @@ def _recover(pairs: Sequence[Pair], into: Sequence[Recovered]) -> None:
 
 
 def _in_halves(pair: Pair) -> bool:
-    """Return whether an average in two halves has changed places with whole weights."""
+    """Return whether a split average was swapped with unsplit weights."""
     return way_of(pair) == "bits" and pair.dst.dtype != pair.src.dtype
 
 
 def recovered(pairs: Sequence[Pair]) -> list[Any]:
-    """Allocate memory with averages that are applied."""
+    """Return copies of averages that are applied to a model, in new memory."""
     shadows = allocate([(pair.dst, pair.dst.kind) for pair in pairs])
     halves = [pair.residual for pair in pairs if pair.residual is not None and _in_halves(pair)]
     residuals = iter(allocate([(residual, residual.kind) for residual in halves]))
@@ -310,9 +310,9 @@ def recovered(pairs: Sequence[Pair]) -> list[Any]:
 
 
 class WriteWatch:
-    """Notices who writes weights while they hold an average, and tells autograd of the swap.
+    """Detects writes to weights while they hold an average, and notifies autograd of the swap.
 
-    ``averaged`` may not be written meanwhile; ``now`` is where the weights are by now.
+    ``averaged`` names the weights that must not be written; ``now`` holds their current locations.
     """
 
     def __init__(self, weights: Mapping[str, TensorSpec], averaged: set[str]) -> None:
@@ -321,25 +321,25 @@ class WriteWatch:
         self.now = weights
 
     def begin(self) -> None:
-        """The weights hold the average now."""
+        """Start watching: the weights now hold the average."""
         self.now = self.weights
         for one in self._versions:
             one.begin()
 
     def written(self) -> list[str]:
-        """Name those that were written since, where they lie as they did."""
+        """Return the names of averaged weights written since the swap that have not moved."""
         arrays = {id(array) for one in self._versions for array in one.written()}
         if not arrays:
             return []
         return [
             name
             for name, spec in self.weights.items()
-            # Moving a tensor to other memory counts as a write of it, and is none.
+            # Frameworks count moving a tensor to other memory as a write: ignore it.
             if id(spec.owner) in arrays and name in self._averaged and spec == self.now[name]
         ]
 
     def end(self) -> None:
-        """The weights are back, in memory as :attr:`now` says."""
+        """Stop watching: the weights are restored, at the locations in :attr:`now`."""
         unmoved = self.weights == self.now
         for one in self._versions:
             one.end(put_back=unmoved)
@@ -349,7 +349,7 @@ class WriteWatch:
 
 
 class WatchedMemory(NamedTuple):
-    """The way in memory, where writes are noticed from its end to that of its undoing."""
+    """Swap in memory, with detection of writes between apply and restore."""
 
     memory: InMemory
     watch: WriteWatch

@@ -1,4 +1,4 @@
-"""CuPy arrays: memory of an NVIDIA GPU, worked on in CuPy's current stream."""
+"""The bridge to CuPy arrays, on an NVIDIA GPU and CuPy's current stream."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def owns(obj: Any) -> bool:
 
 
 def scalar(array: cupy.ndarray) -> Callable[[], float]:
-    """Copy an array of one element in the current stream; return what reads the number later."""
+    """Copy a one-element array on the current stream; return a function that reads the number."""
     kept = array.copy()
     return lambda: float(kept.item())
 
@@ -35,7 +35,7 @@ def code(value: Any) -> str:
 
 
 def native(code: str) -> np.dtype[Any]:
-    """Return the dtype of a code; bfloat16 needs ml_dtypes."""
+    """Return the dtype of a code; raise a DTypeError for bfloat16 without ml_dtypes."""
     try:
         return np.dtype(NAME_OF[code])
     except TypeError:
@@ -43,11 +43,11 @@ def native(code: str) -> np.dtype[Any]:
 
 
 def describe(array: Any) -> TensorSpec:
-    """Describe where an array lies now; its strides must be multiples of the element."""
+    """Return the TensorSpec of an array; its strides must be multiples of the itemsize."""
     kind = dtype(code(array.dtype))
     if any(step % kind.itemsize for step in array.strides):
         raise BridgeError(
-            f"strides {array.strides} are no multiples of {kind.itemsize} bytes; pass a copy"
+            f"strides {array.strides} are not multiples of {kind.itemsize} bytes; pass a copy"
         )
     where = context(array.device.id)
     return TensorSpec(
@@ -62,7 +62,7 @@ def describe(array: Any) -> TensorSpec:
 
 
 def _index(device: str) -> int:
-    """Return the number of a GPU; a DeviceError for any other device."""
+    """Return the index in a name such as ``"cuda:0"``; raise a DeviceError for other devices."""
     kind, _, index = str(device).partition(":")
     if kind != "cuda":
         raise DeviceError(
@@ -72,24 +72,24 @@ def _index(device: str) -> int:
 
 
 def zeros(length: int, code: str, device: str) -> Any:
-    """Make a flat array on a GPU."""
+    """Allocate a flat array of zeros on a GPU."""
     with cupy.cuda.Device(_index(device)):
         return cupy.zeros(length, native(code))
 
 
 def alias(array: Any) -> Any:
-    """Make another array object of the same memory."""
+    """Return another array object that shares the memory."""
     return array.view()
 
 
 def view(flat: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
-    """Make a tensor within a flat array."""
+    """Return a view into a flat array; offset and strides are in elements."""
     steps = tuple(s * flat.itemsize for s in strides)
     return cupy.ndarray(shape, flat.dtype, flat.data + offset * flat.itemsize, steps)
 
 
 def transfer(array: Any, device: str) -> Any:
-    """Return the array on a GPU: itself where it is there already."""
+    """Return the array on a GPU, without a copy if it is already there."""
     index = _index(device)
     if index == array.device.id:
         return array
@@ -98,7 +98,7 @@ def transfer(array: Any, device: str) -> Any:
 
 
 class CupyContext:
-    """One CUDA device; see :class:`fastema.layout.device_context.DeviceContext`."""
+    """One CUDA device in CuPy; see :class:`fastema.layout.device_context.DeviceContext`."""
 
     without_kernels: str | None = None
 
@@ -107,12 +107,12 @@ class CupyContext:
         self.device = f"cuda:{index}"
 
     def stream(self) -> int:
-        """Return the handle of CuPy's current stream of the device."""
+        """Return the handle of CuPy's current stream on the device."""
         handle: int = cupy.cuda.get_current_stream(self.index).ptr
         return handle
 
     def capturing(self) -> bool:
-        """Return whether that stream is being captured."""
+        """Return whether CuPy's current stream on the device is being captured."""
         return bool(cupy.cuda.get_current_stream(self.index).is_capturing())
 
     def upload(self, array: NDArray[Any]) -> tuple[Any, int]:
@@ -123,13 +123,13 @@ class CupyContext:
         return there, there.data.ptr
 
     def download(self, owner: Any) -> NDArray[Any]:
-        """Copy an uploaded array back, after all work so far."""
+        """Return a host copy of an uploaded array, after waiting for the device."""
         self.wait()
         found: NDArray[Any] = owner.get()
         return found
 
     def write(self, owner: Any, array: NDArray[Any]) -> None:
-        """Overwrite an uploaded array, after all work so far."""
+        """Overwrite an uploaded array, after waiting for the device."""
         self.wait()
         owner.set(np.ascontiguousarray(array))
         self.wait()
@@ -143,12 +143,12 @@ class CupyContext:
         return False
 
     def substitute(self, operation: str, pairs: Sequence[Pair]) -> Substitute:
-        """Raise a DTypeError: CuPy has no functions that do the same."""
+        """Raise a DTypeError: CuPy has no functions to replace the kernels."""
         raise DTypeError(
             f"{operation} of CuPy arrays needs the kernels: pip install 'fastema[cuda]' "
-            "('fastema[cuda12]' for a driver of CUDA 12)"
+            "('fastema[cuda12]' for a CUDA 12 driver)"
         )
 
 
 context: Final = cache(CupyContext)
-"""The device of a number: the same object every time."""
+"""Return the context of a device index, always the same object."""

@@ -1,4 +1,4 @@
-"""DLPack: arrays of any other framework on the host, and its C exchange interface."""
+"""DLPack: host arrays of any other framework, and the C exchange interface."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fastema.layout.flat import row_major
 from fastema.layout.spec import TensorSpec
 
 MEMORY: Final = "numpy"
-"""The framework whose arrays hold averages of these."""
+"""The bridge whose arrays hold averages of these arrays."""
 
 _CPU: Final = 1
-"""DLPack's number for the memory of the host."""
+"""DLPack's device type of host memory."""
 
 _CODES: Final = {
     **{(0, bits): f"i{bits}" for bits in (8, 16, 32, 64)},
@@ -26,17 +26,17 @@ _CODES: Final = {
     **{(5, bits): f"c{bits}" for bits in (64, 128)},
     (6, 8): "bool",
 }
-"""Dtype codes by DLPack's kind of number and number of bits."""
+"""Dtype codes by DLPack's type code and number of bits."""
 
 _HEADER_WORDS: Final = 2
-"""Version (two uint32), address of an earlier version's table."""
+"""The version (two uint32) and the address of an earlier version's table."""
 
 _DLTENSOR_FROM_OBJECT: Final = _HEADER_WORDS + 3
-"""After allocate, managed tensor from object, managed tensor to object."""
+"""Index in the table: after allocate, managed tensor from object, managed tensor to object."""
 
 _FLAGS: Final = 24
 _AFTER_FLAGS: Final = 32
-"""Bytes into a versioned managed tensor: after version, context and deleter."""
+"""Byte offsets in a versioned managed tensor: the flags follow version, context and deleter."""
 
 _READ_ONLY: Final = 1
 
@@ -49,7 +49,7 @@ _pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
 
 
 class _Tensor(ctypes.Structure):
-    """``DLTensor``, with which a ``DLManagedTensor`` begins."""
+    """``DLTensor``, the first field of a ``DLManagedTensor``."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -69,16 +69,16 @@ class _Tensor(ctypes.Structure):
         return address
 
     def numbers(self, address: int | None) -> tuple[int, ...]:
-        """Return the numbers of all axes that lie at an address."""
+        """Return the array of ``ndim`` integers (shape or strides) at an address; () for NULL."""
         axes = self.ndim if address else 0
         return tuple((ctypes.c_int64 * axes).from_address(address or 0)) if axes else ()
 
 
 def exchange_address(array: Any) -> int:
-    """Return the address of ``dltensor_from_py_object_no_sync`` of an array's class, 0 without one.
+    """Return the address of ``dltensor_from_py_object_no_sync`` for an array's class; 0 if none.
 
     The function has the C signature ``int (PyObject *, DLTensor *)``, needs the GIL, and fills in a
-    description that borrows from the array. See the DLPack C interface, version 1.
+    ``DLTensor`` that borrows from the array. See the DLPack C interface, version 1.
     """
     array_type: Any = type(array)
     return _exchange_address(array_type)
@@ -97,22 +97,22 @@ def _exchange_address(array_type: Hashable) -> int:
 
 
 def capsule_address(capsule: Any) -> int:
-    """Return the address of the first element of a capsule called ``dltensor``.
+    """Return the address of the first element of the tensor in a ``dltensor`` capsule.
 
-    It stays right without the capsule, for as long as the array it was made from is kept.
+    The address outlives the capsule: it is valid while the exported array lives.
     """
     return _Tensor.from_address(_pointer(capsule, b"dltensor")).address
 
 
 def owns(obj: Any) -> bool:
-    """Return whether an object exports itself by DLPack."""
+    """Return whether an object supports DLPack export."""
     return hasattr(type(obj), "__dlpack__") and hasattr(type(obj), "__dlpack_device__")
 
 
 def _exported(array: Any) -> tuple[Any, _Tensor, bool]:
-    """Return a capsule of an array, the tensor in it, and whether that may be written."""
+    """Return a capsule of an array, the tensor in it, and whether the tensor may be written."""
     capsule = None
-    # Before version 1 the protocol takes no arguments, and does not say what may be written.
+    # Before version 1 the protocol takes no arguments and does not report write access.
     with contextlib.suppress(TypeError):
         capsule = array.__dlpack__(max_version=(1, 0), copy=False)
     if capsule is None:
@@ -125,23 +125,21 @@ def _exported(array: Any) -> tuple[Any, _Tensor, bool]:
 
 
 def describe(array: Any) -> TensorSpec:
-    """Describe where an array lies now; it must be on the host, and not given out as a copy."""
+    """Return the TensorSpec of an array, which must be on the host and export no copy."""
     device, _ = array.__dlpack_device__()
     name = type(array).__name__
     if device != _CPU:
-        raise BridgeError(
-            f"a {name} on DLPack device {device}: only the memory of the host is read"
-        )
+        raise BridgeError(f"a {name} on DLPack device {device}: only host memory can be read")
     try:
         first, found, writable = _exported(array)
         second, again, _ = _exported(array)
     except BufferError as error:
-        raise BridgeError(f"this {name} does not give its memory away: {error}") from None
+        raise BridgeError(f"this {name} does not export its memory: {error}") from None
     if found.address != again.address:
-        raise BridgeError(f"a {name} gives out copies of its memory; pass an array that does not")
+        raise BridgeError(f"a {name} exports copies of its memory; pass an array that does not")
     kind = found.kind, found.bits, found.lanes
     if found.lanes != 1 or kind[:2] not in _CODES:
-        raise DTypeError(f"DLPack dtype {kind} has no kernel; known are {[*_CODES]}")
+        raise DTypeError(f"DLPack dtype {kind} has no kernel; known dtypes: {[*_CODES]}")
     shape = found.numbers(found.shape)
     spec = TensorSpec(
         address=found.address,
@@ -152,5 +150,5 @@ def describe(array: Any) -> TensorSpec:
         writable=writable,
         owner=array,
     )
-    del first, second  # the tensors read above lie in the capsules' memory
+    del first, second  # kept until here: the tensors read above lie in their memory
     return spec

@@ -1,6 +1,6 @@
-"""JAX arrays and pytrees of them, in the memory of the host.
+"""The bridge to JAX arrays in host memory, and pytrees of them.
 
-Arrays never change, so they are only read: averages of them are NumPy arrays.
+JAX arrays are immutable and only read. Their averages are NumPy arrays.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from fastema.layout.flat import aligned_empty, row_major
 from fastema.layout.spec import Leaf, Leaves, TensorSpec
 
 MEMORY: Final = "numpy"
-"""The framework whose arrays hold averages of these."""
+"""The bridge whose arrays hold averages of these arrays."""
 
-# A hundredth of the cost of the public way to know it, where it is there.
+# Costs a hundredth of the public check, but may be missing.
 _at_top_level: Final = getattr(import_module("jax._src.core"), "trace_state_clean", None)
 
 
 def owns(obj: Any) -> bool:
-    """Return whether an object is a JAX array, or stands for one while a function is traced."""
+    """Return whether an object is a JAX array, traced ones included."""
     return isinstance(obj, jax.Array)
 
 
 def never_changes(array: jax.Array) -> bool:
-    """Return True: arrays of JAX have their values for good."""
+    """Return True: JAX arrays are immutable."""
     return True
 
 
 def scalar(array: jax.Array) -> float | Callable[[], float]:
-    """Return the number in an array of one element; if not computed yet, what reads it later.
+    """Return the number in a one-element array, or a function that reads it once it is computed.
 
-    An array that was donated or deleted may raise a BridgeError only when it is read.
+    An array that was donated or deleted raises a BridgeError, perhaps only when it is read.
     """
     if isinstance(array, jax.core.Tracer):
         raise BridgeError(
@@ -61,16 +61,17 @@ def scalar(array: jax.Array) -> float | Callable[[], float]:
 
 
 def is_traced() -> bool:
-    """Return whether a function is being traced now, whatever arrays it is given."""
+    """Return whether JAX is tracing a function now."""
     if _at_top_level is not None:
         return not _at_top_level()
     return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
 def describe(array: jax.Array) -> TensorSpec:
-    """Describe where an array lies; waits until it is computed.
+    """Return the TensorSpec of an array, after waiting until it is computed.
 
-    It must be in the memory of the host, outside of traced functions, and not donated or deleted.
+    Raises a BridgeError in a traced function, and for an array that is not on one CPU device, or
+    that was donated or deleted.
     """
     if isinstance(array, jax.core.Tracer) or is_traced():
         raise BridgeError(
@@ -103,11 +104,11 @@ def describe(array: jax.Array) -> TensorSpec:
 
 
 def _strides(array: jax.Array) -> tuple[int, ...]:
-    """Return row-major strides, but for arrays that were asked for in another order."""
+    """Return an array's strides: row-major unless it was created with another layout."""
     if array.ndim < 2:
         return row_major(array.shape)
     form = array.format
-    # Before JAX 0.7 it was called otherwise: the last releases for Python 3.10.
+    # JAX before 0.7, the last for Python 3.10, has another name for it.
     layout = form.layout if hasattr(form, "layout") else form.device_local_layout
     order = layout.major_to_minor
     within = row_major([array.shape[axis] for axis in order])
@@ -115,16 +116,16 @@ def _strides(array: jax.Array) -> tuple[int, ...]:
 
 
 def _layout_of(array: Any) -> Callable[[Any], Any]:
-    """Return a getter of the order of axes, which neither shape nor sharding show."""
-    # A tenth of the cost of the public attribute, where it is there.
+    """Return a getter of an array's layout (order of axes), which is not part of its sharding."""
+    # Costs a tenth of the public attribute, but may be missing.
     return attrgetter("_pjrt_layout" if hasattr(array, "_pjrt_layout") else "format.layout")
 
 
 def finder(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
-    """Return a finder of arrays like these."""
+    """Return a finder for arrays like these; see :mod:`fastema.bridges.moving`."""
     layout_of = _layout_of(arrays[0])
     known = [(one.shape, one.dtype, layout_of(one)) for one in arrays]
-    # Every computation has sharding objects of its own, which are slow to compare.
+    # Every computation creates new sharding objects, which are slow to compare.
     shardings = [one.sharding for one in arrays]
 
     def find(arrays: Sequence[Any], write: bool) -> Found | None:
@@ -132,7 +133,7 @@ def finder(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
             return None
         try:
             for place, (array, (shape, kind, layout)) in enumerate(zip(arrays, known, strict=True)):
-                # First: the layout of a deleted array is a crash.
+                # First: reading the layout of a deleted array crashes.
                 if array.is_deleted() or array.shape != shape or array.dtype != kind:
                     return None
                 if layout_of(array) != layout:
@@ -145,24 +146,24 @@ def finder(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
             jax.block_until_ready(arrays)
             return [array.unsafe_buffer_pointer() for array in arrays], arrays
         except (AttributeError, RuntimeError, ConcretizationTypeError):
-            return None  # other arrays, deleted or traced ones: describing them says which
+            return None  # not JAX arrays, deleted or traced: describe() will raise the reason
 
     return find
 
 
 def to_framework(memory: NDArray[Any]) -> Any:
-    """Make a JAX array with a copy of NumPy memory; a NumPy copy if JAX would narrow the dtype."""
+    """Return a copy of a NumPy array as a JAX array; as NumPy if JAX would narrow its dtype."""
     if jax.dtypes.canonicalize_dtype(memory.dtype) != memory.dtype:
         return memory.copy()
-    # jnp.array() would copy later, on a thread of its own, when the average may have moved on. A
-    # copy of ours that nobody else knows becomes the array as it is, if it begins as JAX wants it.
+    # jnp.array() copies later, on another thread, when the average may have changed. A private copy
+    # with the alignment that JAX needs becomes the array without a second copy.
     copy = aligned_empty(memory.shape, memory.dtype)
     copy[...] = memory
     return jax.device_put(copy)
 
 
 class _Pytree:
-    """The structure of a pytree."""
+    """Structure of a pytree."""
 
     def __init__(self, treedef: Any) -> None:
         self._treedef = treedef
@@ -179,7 +180,7 @@ class _Pytree:
 
 
 def _part(key: Any) -> str:
-    """Return one entry of a path: a key, a position or a field."""
+    """Return one entry of a path as text: a key, a position or a field name."""
     for name in ("key", "idx", "name"):
         if hasattr(key, name):
             return str(getattr(key, name))
@@ -189,12 +190,12 @@ def _part(key: Any) -> str:
 def walk(container: Any) -> Leaves | None:
     """Return the leaves of a pytree that holds JAX arrays; None for anything else.
 
-    Names are the keys, positions and fields on the way to a leaf, joined by dots; all leaves must
-    be arrays.
+    A leaf's name joins the keys, positions and fields on its path by dots. All leaves must be
+    arrays.
     """
     try:
         leaves, treedef = jax.tree_util.tree_flatten_with_path(container)
-    except (TypeError, ValueError):  # keys that cannot be sorted: no pytree, but perhaps a dict
+    except (TypeError, ValueError):  # keys that cannot be sorted: not a pytree, but perhaps a dict
         return None
     if not any(owns(array) for _, array in leaves):
         return None

@@ -1,8 +1,8 @@
-"""Keras 3 models and variables, on any of its backends.
+"""The bridge to Keras 3 models and variables, on any backend.
 
-The backend's own array is described. On PyTorch and TensorFlow that is a tensor or variable of its
-own for as long as the Keras variable lives; on other backends a variable is given another array
-whenever it changes, and is written by giving it one.
+A variable is described by its backend array. On PyTorch and TensorFlow it has one tensor or
+variable for its lifetime. On other backends it gets a new array whenever it changes, and is written
+by assigning one.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from fastema.errors import BridgeError
 from fastema.layout.spec import Attributes, Leaf, Leaves, Role, TensorContainer, TensorSpec
 
 MEMORY: Final = "numpy"
-"""The framework whose arrays hold averages of variables that are given new arrays."""
+"""The bridge whose arrays hold averages of variables that get new arrays."""
 
 _KEEPS_ITS_ARRAY: Final = {"torch", "tensorflow"}
-"""Backends whose variables hold one object of the backend for good."""
+"""Backends on which a variable holds the same array object for its lifetime."""
 
 
 def owns(obj: Any) -> bool:
-    """Return whether an object is a variable of Keras 3."""
+    """Return whether an object is a Keras 3 variable."""
     return isinstance(obj, keras.Variable)
 
 
 def value(variable: Any) -> Any:
-    """Return the backend's array in a variable; a BridgeError if there is none now."""
-    if variable._value is None:  # its public value would be a new initial one
+    """Return a variable's backend array; raise a BridgeError if it holds none at present."""
+    if variable._value is None:  # the public attribute would initialize a new one
         raise BridgeError(
-            f"{variable.path}: the variable holds no value now: the model is not built, or its "
-            "values are with a running fit or evaluate"
+            f"{variable.path}: the variable holds no value now: the model is not built, or a "
+            "running fit or evaluate holds its value"
         )
     return variable._value
 
 
 def describe(variable: Any) -> TensorSpec:
-    """Describe where a variable's array lies now."""
+    """Return the TensorSpec of a variable's current array."""
     return _described(variable, value(variable))
 
 
@@ -59,12 +59,12 @@ def _described(variable: Any, array: Any) -> TensorSpec:
 
 
 def assign(variable: Any, array: Any) -> None:
-    """Give a variable another array of the backend."""
+    """Assign another backend array to a variable."""
     variable.assign(array)
 
 
 def to_framework(memory: NDArray[Any]) -> Any:
-    """Make an array of the backend with a copy of NumPy memory."""
+    """Return a copy of a NumPy array, converted if the backend's bridge has a conversion."""
     made = _made_by_backend()
     return memory.copy() if made is None else made(memory)
 
@@ -75,7 +75,7 @@ def _made_by_backend() -> Any:
 
 
 def finder(specs: Sequence[TensorSpec], variables: Sequence[Any]) -> Finder:
-    """Return a finder of variables like these."""
+    """Return a finder for variables like these; see :mod:`fastema.bridges.moving`."""
     find = finder_of(specs, [value(one) for one in variables])
 
     def look(variables: Sequence[Any], write: bool) -> Found | None:
@@ -85,7 +85,7 @@ def finder(specs: Sequence[TensorSpec], variables: Sequence[Any]) -> Finder:
 
 
 class _Model:
-    """The structure of a layer or model: its weights in its own order."""
+    """Structure of a layer or model: its weights in Keras's order."""
 
     def __init__(self, variables: Sequence[Any], names: Sequence[str]) -> None:
         self._variables, self._names = variables, names
@@ -116,7 +116,7 @@ class _Model:
 
 
 def _with_the_trainer(model: Any) -> dict[int, Any]:
-    """Return the arrays of variables, by ``id``, that a running fit on JAX holds for them."""
+    """Return ``{id(variable): array}`` for the arrays that a running fit on JAX holds."""
     state = getattr(model, "_jax_state", None)
     if not state or model._jax_state_synced:
         return {}
@@ -134,7 +134,7 @@ def _layers(layer: Any) -> Iterable[Any]:
 
 
 _PARTS: Final = ("_layers", "_trainable_variables", "_non_trainable_variables")
-"""Attributes of a layer: the lists through which it holds its variables."""
+"""Attributes of a layer with the lists that hold its variables and sublayers."""
 
 
 def _held(layer: Any) -> list[TensorContainer]:
@@ -152,10 +152,10 @@ def _role(variable: Any, made_to_train: Container[int]) -> Role:
 
 
 def walk(container: Any) -> Leaves | None:
-    """Return the weights of a layer or model by their paths within it; None for anything else.
+    """Return the weights of a layer or model under their paths; None for anything else.
 
-    It must be built. Weights that were not made to be trained, such as the statistics of batch
-    normalisation, are buffers.
+    Raises a BridgeError for a layer that is not built. Weights that are never trained, such as the
+    statistics of batch normalization, are buffers.
     """
     if not isinstance(container, keras.layers.Layer):
         return None
@@ -181,10 +181,10 @@ def walk(container: Any) -> Leaves | None:
 
 
 def _names(layer: Any, paths: Sequence[str]) -> list[str]:
-    """Return paths as they are in the first model of its kind that a process makes.
+    """Return weight paths that stay the same when the model is built again.
 
-    Keras numbers the layers that nobody named through all models of a process: here they are
-    numbered within the model, so that an average fits the model that is built again.
+    Keras numbers unnamed layers through all models of a process. Here they are numbered within the
+    model, so that an average fits a model that was built again.
     """
     kinds = {one.name: _snake(type(one).__name__) for one in _layers(layer)}
     paths = [path.removeprefix(f"{layer.name}/") for path in paths]
@@ -214,6 +214,6 @@ def _names(layer: Any, paths: Sequence[str]) -> list[str]:
 
 
 def _snake(name: str) -> str:
-    """Return the name that Keras makes of a class: ``conv2d_transpose`` of ``Conv2DTranspose``."""
+    """Return Keras's snake-case name of a class: ``conv2d_transpose`` for ``Conv2DTranspose``."""
     words = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W", "", name))
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()

@@ -1,4 +1,4 @@
-"""Memory of tensors: allocated in a few flat buffers, and seen as bytes."""
+"""Allocate tensors as views into a few flat buffers, and read their bytes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,25 @@ from fastema.layout.spec import TensorSpec
 __all__ = ["Memory", "allocate", "bytes_of", "row_major_on_host"]
 
 Memory = tuple[Any, TensorSpec]
-"""A view into a flat buffer, and its description."""
+"""A view into a flat buffer, and its TensorSpec."""
 
 
 def allocate(
     wanted: Iterable[tuple[TensorSpec, DType]], slots: int = 0, *, on_host: bool = False
 ) -> list[Memory]:
-    """Allocate memory for tensors like these, each with its own dtype: views and descriptions.
+    """Allocate tensors with the shapes of given ones; return a view and a TensorSpec for each.
 
-    One flat buffer per framework, device and dtype; dense tensors keep their order of axes, others
-    become row-major. ``slots`` is the length of a new first axis, 0 for none; ``on_host`` takes
-    memory of the host that the tensors' devices can read and write.
+    There is one flat buffer per framework, device and dtype. Dense tensors keep their order of
+    axes, others become row-major.
+
+    Parameters
+    ----------
+    wanted : iterable of (TensorSpec, DType)
+        A tensor whose shape, framework and device to take, and the dtype to allocate.
+    slots : int
+        Length of a new first axis; 0 adds none.
+    on_host : bool
+        Allocate in host memory that the tensors' devices can read and write.
     """
     wanted = list(wanted)
     groups: dict[tuple[ModuleType, str, str], list[int]] = {}
@@ -53,11 +61,11 @@ def allocate(
 
 
 def row_major_on_host(array: Any) -> Any:
-    """Return an array of torch or NumPy on the host and row-major: itself where it is so."""
+    """Return a torch or NumPy array row-major on the host, without a copy if it already is."""
     there = bridge_of(array).transfer(array, "cpu")
     return there.contiguous() if hasattr(there, "contiguous") else np.asarray(there, order="C")
 
 
 def bytes_of(array: Any) -> memoryview:
-    """Return the bytes of a row-major array on the host, valid for as long as it is kept."""
+    """Return the bytes of a row-major host array, without a copy; valid while the array lives."""
     return describe(array).bytes()

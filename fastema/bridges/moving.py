@@ -1,8 +1,8 @@
-"""Tensors that lie elsewhere after every step, located again at every call.
+"""Locate tensors that have new addresses after every optimizer step.
 
-Where arrays never change (JAX), or variables are given new ones (TensorFlow, Keras), the step of an
-optimizer moves everything. Shape, dtype and structure stay: they are looked at once, and then only
-compared while the addresses are collected.
+Where arrays are immutable (JAX), or variables get new arrays (TensorFlow, Keras), every tensor has
+a new address after an optimizer step. Shapes, dtypes and structure stay. They are read once, and
+afterwards only compared while the addresses are collected.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from fastema.layout.spec import Leaves, TensorSpec
 __all__ = ["Finder", "Found", "Located", "Locator", "finder_of", "moves"]
 
 Found: TypeAlias = tuple[Sequence[int], Any]
-"""Addresses, and the objects that keep the memory there alive."""
+"""Addresses, and the objects that keep the memory at them alive."""
 
 Finder: TypeAlias = Callable[[Sequence[Any], bool], Found | None]
-"""``find(arrays, write)``: where arrays lie; None if more than their addresses has changed.
+"""``find(arrays, write)`` returns addresses, or None if more than the addresses has changed.
 
-With ``write`` they are about to be written, there and then.
+``write`` announces that the caller is about to write to these addresses.
 """
 
 
 class Located(NamedTuple):
-    """Addresses of a container's tensors, by name, valid while this object is kept."""
+    """Addresses of a container's tensors by name, valid while this object lives."""
 
     addresses: dict[str, int]
     kept: list[Any]
 
 
 def moves(array: Any) -> bool:
-    """Return whether an array is of a framework whose arrays move."""
+    """Return whether an array belongs to a framework whose arrays move."""
     return hasattr(bridge_of(array), "finder")
 
 
 def finder_of(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
-    """Return a finder of arrays like these, which are of one framework."""
+    """Return a finder for arrays like these, all of one framework."""
     bridge = bridge_of(arrays[0])
     if hasattr(bridge, "finder"):
         found: Finder = bridge.finder(specs, arrays)
@@ -58,9 +58,9 @@ def finder_of(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
 
 
 class Locator:
-    """Finds the tensors of a container again, in this one or another of its structure.
+    """Locates the tensors of a container, or of another one with the same structure.
 
-    ``leaves`` are those of the container, with a structure.
+    ``leaves`` are the container's leaves, with a structure.
     """
 
     def __init__(self, leaves: Leaves, container: Any) -> None:
@@ -84,7 +84,7 @@ class Locator:
             groups.setdefault(bridge_of(array), []).append(place)
         self._finders = [
             (
-                # Without places where all arrays are of one framework: nothing is to be picked out.
+                # None if all arrays belong to one framework: the finder takes them all.
                 places if len(groups) > 1 else None,
                 [names[i] for i in places],
                 finder_of([specs[i] for i in places], [arrays[i] for i in places]),
@@ -93,10 +93,10 @@ class Locator:
         ]
 
     def locate(self, container: Any, *, write: bool = False) -> Located | None:
-        """Locate the tensors of a container; None if it is built in another way.
+        """Return the addresses of a container's tensors; None if its structure has changed.
 
-        It also is if other tensors are tied than were, or if two that are to be written share
-        memory now.
+        Also returns None if tied tensors no longer are, or, with ``write``, if tensors that are not
+        tied share memory now.
         """
         arrays = self._structure.flatten(container, write=write)
         if arrays is None:
@@ -111,27 +111,27 @@ class Locator:
             kept.append(found[1])
         if any(addresses[name] != addresses[one] for name, one in self._tied):
             return None
-        # Tensors that are only read may share memory: variables that were assigned one tensor.
+        # Tensors that are only read may share memory: variables assigned from the same tensor.
         if write and len({addresses[name] for name in self._apart}) < len(self._apart):
             return None
         return Located(addresses, kept)
 
     def notify_used(self, located: Located) -> None:
-        """Note the arrays that a call has used, for :meth:`refuse_used`."""
+        """Remember the arrays that a call has used, for :meth:`refuse_used`."""
         if self._never_change:
             self._used = [ref(array) for arrays in located.kept for array in arrays]
 
     def refuse_used(self, located: Located, instead: str) -> None:
-        """Refuse arrays that never change and that the latest call has used already.
+        """Raise an ArgumentError if all arrays are immutable and the last call used the same ones.
 
-        Arrays that may change are never refused: their values may be new. ``instead`` says in the
-        error how to give new ones.
+        Mutable arrays are always accepted: their values may be new. ``instead`` ends the error
+        message and says how to pass new arrays.
         """
         arrays = [array for arrays in located.kept for array in arrays]
         if self._used and all(map(_refers, self._used, arrays)):
             raise ArgumentError(
-                "no new arrays since the latest call, and arrays of JAX and tensors of TensorFlow "
-                f"never change: give the new ones at every step, {instead}"
+                "no new arrays since the last call, and JAX arrays and TensorFlow tensors never "
+                f"change: pass the new ones at every step, {instead}"
             )
 
 

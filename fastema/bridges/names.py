@@ -1,4 +1,4 @@
-"""Names of tensors and dtypes: in errors, and without what wrappers add to them."""
+"""Names of tensors and dtypes: for error messages, and without the prefixes that wrappers add."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from fastema.layout.spec import TensorSpec
 __all__ = ["LONE", "code_of", "named", "plain_names", "refuse_repeated"]
 
 LONE: Final = "array"
-"""Name of an array that is in no container."""
+"""Name of an array that was passed on its own, outside of a container."""
 
 _WRAPPERS: Final = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""Path components that compile, sharding and checkpointing wrappers put into names."""
+"""Path components that compile, sharding and checkpointing wrappers add to names."""
 
 
 def code_of(framework: str, name: str) -> str:
-    """Return the code of a framework's dtype."""
+    """Return fastema's code of a dtype name; raise a DTypeError if it has no kernel."""
     if name not in NAMES:
         raise DTypeError(
-            f"{framework} dtype {name} has no kernel; leave such arrays out. Known are "
+            f"{framework} dtype {name} has no kernel; leave such arrays out. Known dtypes: "
             + ", ".join(NAMES)
         )
     return NAMES[name]
 
 
 def named(name: str, describe: Callable[[Any], TensorSpec], array: Any) -> TensorSpec:
-    """Describe an array; an error says which one it was."""
+    """Return ``describe(array)``; put the array's name in front of any error."""
     try:
         return describe(array)
     except (BridgeError, DTypeError) as error:
@@ -37,7 +37,7 @@ def named(name: str, describe: Callable[[Any], TensorSpec], array: Any) -> Tenso
 
 
 def refuse_repeated(names: Iterable[str]) -> None:
-    """Refuse two tensors of one name."""
+    """Raise a BridgeError if two names are equal."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -46,14 +46,14 @@ def refuse_repeated(names: Iterable[str]) -> None:
 
 
 def plain_names(names: Sequence[str]) -> list[str]:
-    """Return the names a module would give without wrappers around it or inside it.
+    """Return parameter names without the path components that wrapper modules add.
 
-    A leading ``module.`` is dropped where every name has it (data parallel wrappers). Names stay as
-    they are where that would make two of them equal.
+    A leading ``module.`` (data parallel) is dropped if every name has it. All names stay unchanged
+    if two of them would become equal.
     """
     together = "\n".join(names)
     if not any(one in together for one in _WRAPPERS) and not together.startswith("module."):
-        return list(names)  # nothing to leave out
+        return list(names)  # no wrappers
     paths = [[part for part in name.split(".") if part not in _WRAPPERS] for name in names]
     while paths and all(len(path) > 1 and path[0] == "module" for path in paths):
         paths = [path[1:] for path in paths]

@@ -1,4 +1,4 @@
-"""NumPy arrays."""
+"""The bridge to NumPy arrays."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def owns(obj: Any) -> bool:
 
 
 def scalar(array: NDArray[Any]) -> float:
-    """Return the number in an array of one element; a TypeError for anything but real numbers."""
+    """Return the number in a one-element array, NaN if masked; raise a TypeError if not real."""
     if array.dtype.kind in "cmMOSUT":
         raise TypeError(f"dtype {array.dtype}")
     masked = isinstance(array, np.ma.MaskedArray) and bool(array.mask.any())
@@ -30,17 +30,17 @@ def scalar(array: NDArray[Any]) -> float:
 
 
 def code(dtype: Any) -> str:
-    """Return the code of a NumPy dtype in the machine's byte order."""
+    """Return the code of a NumPy dtype, which must be in native byte order."""
     return _code(np.dtype(dtype))
 
 
-@cache  # NumPy builds dtype.name at each access: a third of the time to describe an array
+@cache  # NumPy builds dtype.name at each access: a third of the time of describe()
 def _code(dtype: np.dtype[Any]) -> str:
     return code_of("NumPy", dtype.name if dtype.isnative else repr(dtype))
 
 
 def native(code: str) -> np.dtype[Any]:
-    """Return the NumPy dtype of a code; bfloat16 needs ml_dtypes to be imported."""
+    """Return the NumPy dtype of a code; raise a DTypeError for bfloat16 without ml_dtypes."""
     if code == "bf16":
         if "ml_dtypes" not in sys.modules:
             raise DTypeError("NumPy has no bfloat16 of its own: import ml_dtypes first")
@@ -50,13 +50,13 @@ def native(code: str) -> np.dtype[Any]:
 
 
 def describe(array: NDArray[Any]) -> TensorSpec:
-    """Describe where an array lies now; strides and address must be multiples of the element."""
+    """Return the TensorSpec of an array; address and strides must be multiples of the itemsize."""
     kind = DTYPES[code(array.dtype)]
     interface, flags = array.__array_interface__, array.flags
     itemsize, strides = kind.itemsize, array.strides
     if not flags.aligned or any(step % itemsize for step in strides):
         raise BridgeError(
-            f"address or strides {strides} are no multiples of {itemsize} bytes; "
+            f"address or strides {strides} are not multiples of {itemsize} bytes; "
             "pass a copy (np.array(...))"
         )
     return TensorSpec(
@@ -77,25 +77,25 @@ def _fingerprint(array: NDArray[Any]) -> object:
 
 
 def zeros(length: int, code: str, device: str) -> NDArray[Any]:
-    """Make a flat array."""
+    """Allocate a flat array of zeros."""
     return np.zeros(length, native(code))
 
 
 def transfer(array: NDArray[Any], device: str) -> NDArray[Any]:
-    """Return the array itself; a BridgeError for any other device than the CPU."""
+    """Return the array unchanged; raise a BridgeError for any device but the CPU."""
     if str(device) != "cpu":
         raise BridgeError(f"NumPy arrays are on the CPU, not on {device}")
     return array
 
 
 def alias(array: NDArray[Any]) -> NDArray[Any]:
-    """Make another array object of the same memory."""
+    """Return another array object that shares the memory."""
     return array.view()
 
 
 def view(
     flat: NDArray[Any], offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> NDArray[Any]:
-    """Make a tensor within a flat array."""
+    """Return a view into a flat array; offset and strides are in elements."""
     steps = tuple(s * flat.itemsize for s in strides)
     return np.ndarray(shape, flat.dtype, flat, offset * flat.itemsize, steps)

@@ -1,4 +1,4 @@
-"""Finding the bridge of an object, and walking containers."""
+"""Look up the bridge of an object, and flatten containers into tensors with names."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ __all__ = [
     "write_listeners",
 ]
 
-# Import names, and those of the bridges. Keras comes first: its models are modules of its backends.
+# Import names, also of the bridges. Keras first: its models are modules of its backends too.
 _FRAMEWORKS: Final = ("keras", "torch", "tensorflow", "jax", "cupy", "numpy")
 
 _DEEPEST: Final = 200
-"""Containers in each other: far below Python's own limit on recursion."""
+"""Maximum nesting of containers, far below Python's recursion limit."""
 
 _ANY_OTHER: Final = "dlpack"
-"""The bridge of arrays of any other framework that export themselves by DLPack."""
+"""The bridge for arrays of any other framework with DLPack export."""
 
 
 def _loaded() -> Iterator[ModuleType]:
-    """Yield the bridges of the imported frameworks: the others own nothing."""
+    """Yield the bridges of imported frameworks; no object can belong to any other."""
     for framework in _FRAMEWORKS:
         if framework in sys.modules:
             yield _bridge(framework)
@@ -70,11 +70,11 @@ def _bridge(name: str) -> ModuleType:
 
 
 _owners: Final[dict[type[Any], ModuleType]] = {}
-"""The bridges found so far, by the type of array; no type has two."""
+"""Cache of bridges by array type; a type belongs to one bridge only."""
 
 
 def bridge_of(array: Any) -> ModuleType:
-    """Return the bridge of an array; a BridgeError for an object of no known framework."""
+    """Return the bridge of an array; raise a BridgeError if no known framework owns it."""
     known = _owners.get(type(array))
     if known is not None and known.owns(array):
         return known
@@ -90,34 +90,34 @@ def bridge_of(array: Any) -> ModuleType:
 
 
 def _hint(found: Any) -> str:
-    """Say what was probably meant by an object that is no array."""
+    """Return advice for an object that is not an array, to append to an error message."""
     if isinstance(found, str | ItemsView):
-        return "; pairs of names and arrays, such as model.named_parameters(), go into dict(...)"
+        return "; wrap pairs of names and arrays, such as model.named_parameters(), in dict(...)"
     if isinstance(found, Iterator):
-        return "; inside of another container put list(...) around it"
+        return "; inside another container, wrap it in list(...)"
     return "; call it first" if isinstance(found, MethodType | FunctionType) else ""
 
 
 def memory_of(array: Any) -> ModuleType:
-    """Return the bridge of the framework whose arrays hold averages of such an array."""
+    """Return the bridge of the framework in whose memory averages of an array are kept."""
     return memory_by(bridge_of(array))
 
 
 @cache
 def memory_by(bridge: ModuleType) -> ModuleType:
-    """Return the bridge whose arrays hold averages of a bridge's."""
+    """Return the bridge whose arrays hold averages of the arrays of another bridge."""
     other = getattr(bridge, "MEMORY", None)
     return bridge if other is None else _bridge(other)
 
 
 def describe(array: Any) -> TensorSpec:
-    """Describe where an array lies now."""
+    """Return the current TensorSpec of an array of any framework."""
     spec: TensorSpec = bridge_of(array).describe(array)
     return spec
 
 
 def _by_function(arrays: Iterable[Any], name: str) -> list[tuple[Callable[..., Any], list[Any]]]:
-    """Group arrays by their bridge's function of a name; those without it are left out."""
+    """Group arrays by their bridge's function ``name``; skip arrays whose bridge has none."""
     found: dict[Callable[..., Any], list[Any]] = {}
     for array in arrays:
         function = getattr(bridge_of(array), name, None)
@@ -127,19 +127,20 @@ def _by_function(arrays: Iterable[Any], name: str) -> list[tuple[Callable[..., A
 
 
 def write_listeners(arrays: Iterable[Any]) -> list[tuple[Callable[[Any], None], list[Any]]]:
-    """Group arrays by the function to call with them after each write, where there is one."""
+    """Group arrays by the function that has to be called with them after each write, if any."""
     return _by_function(arrays, "notify_write")
 
 
 def versions_of(arrays: Iterable[Any]) -> list[Any]:
-    """Return the ``Versions`` of arrays, one for each framework that counts writes."""
+    """Return the ``Versions`` of arrays, one per framework that counts writes."""
     return [kind(members) for kind, members in _by_function(arrays, "Versions")]
 
 
 def scalar(value: Any) -> float | Callable[[], float]:
-    """Return a number, or a function that reads it later where reading now would wait for a device.
+    """Return a number as a float, or a function that reads it later if it is still on a device.
 
-    Takes numbers and arrays of one element of any framework, outside of traced functions.
+    Accepts numbers and one-element arrays of any framework, outside of traced functions. Raises a
+    BridgeError for anything else.
     """
     try:
         return _scalar(value)
@@ -171,9 +172,9 @@ def _type_of(value: Any) -> str:
 
 
 def fitted(array: Any, spec: TensorSpec) -> Any:
-    """Return the part of a saved array that belongs to a tensor of the same full shape.
+    """Return the part of a saved array that this process's tensor with the same full shape holds.
 
-    Collective where the array is divided among processes in another way than the tensor.
+    Collective if the array is sharded in another way than the tensor.
     """
     bridge = bridge_of(array)
     division = bridge.describe(array).division
@@ -188,28 +189,28 @@ def fitted(array: Any, spec: TensorSpec) -> Any:
 
 
 def ask(name: str, array: Any, default: Any) -> Any:
-    """Call a bridge's function of a name with its array; the default where it has none."""
+    """Call the function ``name`` of an array's bridge, or return ``default`` if it has none."""
     function = getattr(bridge_of(array), name, None)
     return default if function is None else function(array)
 
 
 def part_of(array: Any) -> Any:
-    """Return this process's part of a divided array, and any other array as it is."""
+    """Return this process's part of a sharded array, and any other array unchanged."""
     return ask("part_of", array, array)
 
 
 def is_divided(array: Any) -> bool:
-    """Return whether an array is divided among processes."""
+    """Return whether an array is sharded over processes."""
     return bool(ask("is_divided", array, False))
 
 
 def ranks_of(arrays: Iterable[Any]) -> Ranks | None:
-    """Return the processes that hold parts of the same arrays; None if no array is divided."""
+    """Return the processes that hold parts of the same arrays; None if no array is sharded."""
     return _first_ranks(arrays, "ranks_of")
 
 
 def world_of(arrays: Iterable[Any]) -> Ranks | None:
-    """Return all processes that train together; None where there is one."""
+    """Return all processes that train together; None if there is only one."""
     return _first_ranks(arrays, "world_of")
 
 
@@ -219,24 +220,24 @@ def _first_ranks(arrays: Iterable[Any], name: str) -> Ranks | None:
 
 
 def link_of(tensors: Mapping[str, Any]) -> Any:
-    """Return the way to memory of the host and back; see :mod:`fastema.bridges.torch_link`."""
+    """Return the link between tensors and host memory; see :mod:`fastema.bridges.torch_link`."""
     makers = _by_function(tensors.values(), "link")
     if len(makers) != 1 or len(makers[0][1]) < len(tensors):
         raise BridgeError(
-            "offload=True is for models of PyTorch; their tensors go over to the host"
+            "offload=True works for PyTorch models only: it copies their tensors to the host"
         )
     return makers[0][0](tensors)
 
 
 def reshard(container: Any) -> None:
-    """Make a module hold its own parts of tensors where it holds gathered ones for a while."""
+    """Make a module hold its own shards again where it holds gathered parameters (FSDP2)."""
     for bridge in _loaded():
         if hasattr(bridge, "reshard"):
             bridge.reshard(container)
 
 
 def dtype_code(value: Any) -> str:
-    """Return the code of a dtype object of any framework; an ArgumentError for other objects."""
+    """Return the code of any framework's dtype object; raise an ArgumentError otherwise."""
     for bridge in _loaded():
         if hasattr(bridge, "code"):
             with suppress(DTypeError, TypeError):
@@ -246,9 +247,10 @@ def dtype_code(value: Any) -> str:
 
 
 def state_of(container: Any) -> dict[str, tuple[str, Any]]:
-    """Map the keys under which a container is saved to the names in :func:`leaves_of` and entries.
+    """Return ``{key: (name, entry)}``: the names in :func:`leaves_of` of what a container saves.
 
-    For a torch module these are the keys and entries of its ``state_dict()``, for others the names.
+    Keys and entries are those of ``state_dict()`` for a torch module. For any other container the
+    keys are the names.
     """
     owner, _ = _walked(container)
     if owner is not None and hasattr(owner, "state_of"):
@@ -260,9 +262,10 @@ def state_of(container: Any) -> dict[str, tuple[str, Any]]:
 def _flatten(
     tree: Any, path: str = "", above: tuple[Any, ...] = ()
 ) -> tuple[list[tuple[str, Any]], list[TensorContainer]]:
-    """Return the leaves of nested lists, tuples and dicts by name, and the lists and dicts.
+    """Return names and leaves of nested lists, tuples and dicts, and the lists and dicts in it.
 
-    Refuses containers that no walk would come to the end of: JAX leaves Python unusable after one.
+    Raises a BridgeError for containers that contain themselves or are nested too deep, before JAX
+    sees them: its own traversal of one leaves Python unusable.
     """
     entries: Iterable[tuple[Any, Any]]
     if isinstance(tree, Mapping):
@@ -272,16 +275,16 @@ def _flatten(
     else:
         return [(path if above else LONE, tree)], []
     if any(tree is one for one in above):
-        raise BridgeError(f"{path!r} is a {type(tree).__name__} that holds itself")
+        raise BridgeError(f"{path!r} is a {type(tree).__name__} that contains itself")
     if len(above) == _DEEPEST:
         raise BridgeError(
-            f"lists, tuples or dicts are nested more than {_DEEPEST} deep; give the arrays in one"
+            f"lists, tuples or dicts are nested more than {_DEEPEST} deep; put the arrays into one"
         )
     leaves: list[tuple[str, Any]] = []
     held = [] if isinstance(tree, tuple) else [TensorContainer(tree)]
     for key, value in entries:
         name = f"{path}.{key!s}" if path else str(key)
-        if type(value) in _owners:  # an array of a kind that was seen before
+        if type(value) in _owners:  # an array type seen before
             leaves.append((name, value))
             continue
         more, inner = _flatten(value, name, (*above, tree))
@@ -291,7 +294,7 @@ def _flatten(
 
 
 class _Tree:
-    """The structure of nested lists, tuples and dicts."""
+    """Structure of nested lists, tuples and dicts."""
 
     def __init__(self, container: Any, names: list[str]) -> None:
         self._names = names
@@ -310,7 +313,7 @@ class _Tree:
 
 
 def _rebuilt(tree: Any, leaves: Iterator[Any]) -> Any:
-    """Return a tree of the same form with other leaves, taken in turn."""
+    """Return a tree with the structure of ``tree`` and its leaves taken from an iterator."""
     if isinstance(tree, Mapping):
         return {key: _rebuilt(value, leaves) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -322,12 +325,12 @@ def _rebuilt(tree: Any, leaves: Iterator[Any]) -> Any:
 
 
 def materialised(container: Any) -> Any:
-    """Return a container that can be walked again: ``model.parameters()``, say, as a list."""
+    """Return a container that can be iterated twice: turn ``model.parameters()`` into a list."""
     return list(container) if isinstance(container, Iterator | ValuesView) else container
 
 
 def _walked(container: Any) -> tuple[ModuleType | None, Leaves | None]:
-    """Return the leaves of a framework's own container, and the bridge that knows it."""
+    """Return the bridge that knows a container, and its leaves; (None, None) if none does."""
     for bridge in _loaded():
         leaves = bridge.walk(container) if hasattr(bridge, "walk") else None
         if leaves is not None:
@@ -336,10 +339,11 @@ def _walked(container: Any) -> tuple[ModuleType | None, Leaves | None]:
 
 
 def leaves_of(container: Any) -> Leaves:
-    """Return all tensors of a module, model, pytree, array, or of lists, tuples and dicts, nested.
+    """Return all tensors of a module, model, pytree, array, or nested lists, tuples and dicts.
 
-    Names are the framework's own for modules, else keys and positions joined by dots. A BridgeError
-    for an object that no bridge knows, and for containers that hold themselves or are too deep.
+    Names are the framework's own for modules, otherwise keys and positions joined by dots. Raises a
+    BridgeError for objects that no bridge knows, and for containers that contain themselves or are
+    nested too deep.
     """
     entries, held = _flatten(container)
     _, leaves = _walked(container)

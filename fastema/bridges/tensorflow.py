@@ -1,9 +1,9 @@
-"""TensorFlow variables and tensors, in the memory of the host.
+"""The bridge to TensorFlow variables and tensors in host memory.
 
-Tensors never change. Variables do, usually by being given another tensor, so that they lie
-elsewhere after most steps. They are written in place only after TensorFlow itself has given them
-memory that no tensor shares, by the protocol of its own scatter operations, which copy at that
-point where the old value is still referenced.
+Tensors are immutable. A variable changes, usually by getting another tensor, so its address is new
+after most steps. A variable is written in place only after TensorFlow has given it memory that no
+tensor shares. It does so by the protocol of its scatter operations, which copy a value that is
+still referenced.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from fastema.layout.flat import row_major
 from fastema.layout.spec import Leaf, Leaves, TensorSpec
 
 MEMORY: Final = "numpy"
-"""The framework whose arrays hold averages of these."""
+"""The bridge whose arrays hold averages of these arrays."""
 
 _Operation: TypeAlias = Callable[[Any, Any], Any]
-"""Reads a variable by its handle and dtype, eagerly or in a graph."""
+"""A function that reads a variable by its handle and dtype, eagerly or in a graph."""
 
 _BLOCK: Final = 32
-"""Variables that are read in one call of a function."""
+"""Variables that one call of a traced function reads."""
 
 _FEW: Final = 8
-"""Variables that are read as quickly one by one."""
+"""Up to this many variables are read as fast one by one."""
 
 
 class Unshared:
-    """A tensor of a variable's own memory, right after :func:`unshare`: it may be written."""
+    """A tensor that may be written, as :func:`unshare` has just returned it."""
 
     __slots__ = ("tensor",)
 
@@ -50,28 +50,28 @@ class Unshared:
 
 
 def owns(obj: Any) -> bool:
-    """Return whether an object is a tensor or a variable of TensorFlow."""
+    """Return whether an object is a TensorFlow tensor or variable."""
     return isinstance(obj, tf.Variable | tf.Tensor | Unshared)
 
 
 def never_changes(obj: Any) -> bool:
-    """Return whether an object is a tensor, which has its values for good."""
+    """Return whether an object is a tensor: tensors are immutable, variables are not."""
     return isinstance(obj, tf.Tensor)
 
 
 def scalar(value: Any) -> float | Callable[[], float]:
-    """Return the number in a tensor or a variable of one element; on a GPU, what reads it later."""
+    """Return the number in a one-element array; for a GPU, a function that reads it later."""
     _refuse(value)
-    tensor = tf.convert_to_tensor(value)  # which never changes
+    tensor = tf.convert_to_tensor(value)  # immutable, so it can be read later
     if "CPU" in tensor.device:
         return float(tensor.numpy().item())
     return lambda: float(tensor.numpy().item())
 
 
 def code(dtype: Any) -> str:
-    """Return the code of a TensorFlow dtype."""
+    """Return the code of a TensorFlow dtype; raise a DTypeError if it has no kernel."""
     if not isinstance(dtype, tf.DType):
-        raise DTypeError(f"{dtype!r} is no dtype of TensorFlow")
+        raise DTypeError(f"{dtype!r} is not a TensorFlow dtype")
     return code_of("TensorFlow", dtype.name)
 
 
@@ -91,7 +91,7 @@ def _read_value(handle: Any, dtype: Any) -> Any:
 
 def _unshared_rows(handle: Any, dtype: Any) -> Any:
     none = tf.constant([], tf.int32)
-    # No rows, of whatever shape. In a graph the gather alone would be optimized away.
+    # Gather and write zero rows, for any shape. A graph would optimize the gather alone away.
     nothing = tf.raw_ops.ResourceGather(resource=handle, indices=none, dtype=dtype)
     tf.raw_ops.ResourceScatterUpdate(resource=handle, indices=none, updates=nothing)
     tf.raw_ops.DisableCopyOnRead(resource=handle)
@@ -99,7 +99,7 @@ def _unshared_rows(handle: Any, dtype: Any) -> Any:
 
 
 def _unshared_whole(handle: Any, dtype: Any) -> Any:
-    """Do what :func:`_unshared_rows` does for a scalar: a slice of no dimensions is all of it."""
+    """Unshare a scalar variable by assigning to its slice of no dimensions, and read it."""
     none, value = tf.constant([], tf.int32), _read_value(handle, dtype)
     tf.raw_ops.ResourceStridedSliceAssign(
         ref=handle, begin=none, end=none, strides=none, value=value
@@ -109,7 +109,7 @@ def _unshared_whole(handle: Any, dtype: Any) -> Any:
 
 
 def _operation(variable: Any, write: bool) -> _Operation:
-    """Choose how to read a variable; with ``write`` it gets memory of its own first."""
+    """Return the function that reads a variable, after unsharing its memory if ``write``."""
     if not write:
         return _read_value
     return _unshared_rows if variable.shape.rank else _unshared_whole
@@ -118,7 +118,7 @@ def _operation(variable: Any, write: bool) -> _Operation:
 def unshare(variable: Any) -> Any:
     """Give a variable memory that no other tensor shares, and return a tensor of it.
 
-    Copies only where it was shared. To be called again before every write; may be part of a graph.
+    Copies only shared memory. Call it again before every write; it also works in a graph.
     """
     return _operation(variable, True)(variable.handle, variable.dtype)
 
@@ -129,7 +129,7 @@ def _address(tensor: Any) -> int:
 
 @cache
 def _can_be_written() -> bool:
-    """Return whether the protocol of :func:`unshare` holds in this version of TensorFlow."""
+    """Return whether :func:`unshare` works in this version of TensorFlow."""
     for initial in (np.arange(1.0, 7.0, dtype=np.float32).reshape(2, 3), np.float32(3.0)):
         variable = tf.Variable(initial)
         held = variable.value()
@@ -141,9 +141,10 @@ def _can_be_written() -> bool:
 
 
 def describe(array: Any) -> TensorSpec:
-    """Describe where a tensor, or the value of a variable, lies now.
+    """Return the TensorSpec of a tensor or of a variable's current value.
 
-    It must be on the host, outside of ``tf.function``, and in no distribution strategy.
+    Raises a BridgeError in a ``tf.function``, for an array that is not on the host, and for a
+    variable of a distribution strategy.
     """
     _refuse(array)
     writable = not isinstance(array, tf.Tensor)
@@ -151,11 +152,11 @@ def describe(array: Any) -> TensorSpec:
     kind = code(tensor.dtype)
     if isinstance(array, tf.Variable):
         writable = _can_be_written()
-        # Two variables that share memory without being one do not from here on.
+        # Distinct variables that share memory get separate memory here.
         tensor = _operation(array, writable)(array.handle, array.dtype)
     if "CPU" not in tensor.backing_device:
         raise BridgeError(
-            f"a TensorFlow tensor on {tensor.backing_device}: only the memory of the host can be "
+            f"a TensorFlow tensor on {tensor.backing_device}: only host memory can be "
             "read; put it there with tf.device('CPU:0')"
         )
     shape = tuple(tensor.shape)
@@ -171,16 +172,16 @@ def describe(array: Any) -> TensorSpec:
 
 
 def _is_foreign_thread() -> bool:
-    """Return whether TensorFlow called us, and a graph waits on this thread.
+    """Return whether TensorFlow called this code from a graph, which waits for this thread.
 
-    A function would need another thread of the same pool, perhaps the only one.
+    A traced function would then need another thread of the same pool, which may have only this one.
     """
     return isinstance(threading.current_thread(), threading._DummyThread)
 
 
 @cache
 def _traced(operation: _Operation, dtype: Any) -> tuple[Any, list[Any]]:
-    """Trace a function that reads a block of stand-ins, whose handles come with it."""
+    """Return a traced function that reads a block of placeholder variables, and their handles."""
     title = f"fastema/{operation.__name__}/{dtype.name}"
     with tf.init_scope(), tf.device("CPU:0"):
         stand_ins = [
@@ -196,14 +197,14 @@ def _traced(operation: _Operation, dtype: Any) -> tuple[Any, list[Any]]:
 
 
 def _reading(operation: _Operation, dtype: Any, handles: Sequence[Any]) -> Callable[[], list[Any]]:
-    """Put at most a block of variables in the place of the stand-ins of :func:`_traced`."""
+    """Return a function that reads at most :data:`_BLOCK` variables in one traced call."""
     traced, stand_ins = _traced(operation, dtype)
-    # Arguments would take longer to dispatch on than the operations take.
+    # Replace captures, not arguments: dispatching arguments takes longer than the operations.
     function = copy(traced)
     function.set_external_captures([*handles, *stand_ins[len(handles) :]])
 
     def read() -> list[Any]:
-        # Handing such small operations to other threads takes longer than the operations.
+        # Passing operations this small to other threads takes longer than running them.
         with tf.experimental.function_executor_type("SINGLE_THREADED_EXECUTOR"):
             found: list[Any] = function()
         return found[: len(handles)]
@@ -212,7 +213,7 @@ def _reading(operation: _Operation, dtype: Any, handles: Sequence[Any]) -> Calla
 
 
 class _Reader:
-    """Reads a fixed list of variables, in blocks from the third time on."""
+    """Reads a fixed list of variables, in blocks from the third call on."""
 
     def __init__(self, variables: Sequence[Any], write: bool) -> None:
         kinds: dict[tuple[_Operation, Any], list[int]] = {}
@@ -245,7 +246,7 @@ class _Reader:
 
 
 class _Finder:
-    """Finds tensors and values of variables again."""
+    """Finder for tensors and variables; see :mod:`fastema.bridges.moving`."""
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         self._specs = [spec.with_owner(None) for spec in specs]
@@ -275,26 +276,26 @@ class _Finder:
         return len(self._known) == len(arrays) and all(map(is_, self._known, arrays))
 
     def _fit(self, arrays: Sequence[Any]) -> bool:
-        """Prepare for other arrays, if they are variables and tensors like those of before."""
+        """Prepare to read other arrays; return whether they match the specs."""
         fixes = [isinstance(one, tf.Variable) and one.shape.is_fully_defined() for one in arrays]
         for one, spec, fixed in zip(arrays, self._specs, fixes, strict=True):
             if not owns(one) or (fixed and not _is_like(one, spec)):
                 return False
         self._fixed = fixes
-        # Once each: a second tensor of one variable that is to be written would part it from the
-        # first, which is held.
+        # Read each variable once: unsharing a variable for a second read would separate it from the
+        # first tensor, which is still referenced.
         self._variables = {id(one): one for one in arrays if isinstance(one, tf.Variable)}
         variables = list(self._variables.values())
         self._readers = {}
         if variables:
             self._readers = {write: _Reader(variables, write) for write in (False, True)}
-        # Tensors are not kept alive: they are new ones at every call.
+        # Do not keep tensors alive: every call brings new ones.
         self._known = list(arrays) if all(id(one) in self._variables for one in arrays) else []
         return True
 
 
 def _is_like(one: Any, spec: TensorSpec) -> bool:
-    # The public shape is an object, which is slow to make and to compare for every tensor.
+    # The public shape is an object that is slow to create and to compare.
     quick = getattr(one, "_shape_tuple", None)
     shape = tuple(one.shape.as_list()) if quick is None else quick()
     return shape == spec.shape and NAMES.get(one.dtype.name) == spec.dtype
@@ -307,17 +308,17 @@ def _tensor(array: Any, values: Mapping[int, Any]) -> Any:
 
 
 def finder(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
-    """Return a finder of arrays like these."""
+    """Return a finder for arrays like these."""
     return _Finder(specs)
 
 
 def to_framework(memory: NDArray[Any]) -> Any:
-    """Make a tensor with a copy of NumPy memory."""
+    """Return a copy of a NumPy array as a tensor."""
     return tf.constant(memory)
 
 
 class _Module:
-    """The structure of a module: its variables by their paths."""
+    """Structure of a module: its variables by their paths."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
@@ -340,9 +341,9 @@ def _variables(module: Any) -> list[tuple[str, Any]]:
 
 
 def walk(container: Any) -> Leaves | None:
-    """Return the variables of a module by their paths; None for anything else.
+    """Return the variables of a module under their paths; None for anything else.
 
-    Those that are not trained are buffers.
+    Variables that are not trainable are buffers.
     """
     if not isinstance(container, tf.Module) or isinstance(container, tf.Variable):
         return None

@@ -1,4 +1,4 @@
-"""PyTorch tensors, modules and parameters."""
+"""The bridge to PyTorch tensors, modules and parameters."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def owns(obj: Any) -> bool:
 
 
 def scalar(tensor: torch.Tensor) -> float | Callable[[], float]:
-    """Return the number in a tensor of one element; on an accelerator, what reads it later.
+    """Return the number in a one-element tensor; on an accelerator, a function to read it later.
 
-    It is copied in the current stream, since a graph or a step may write the tensor again.
+    The value is copied on the current stream, since a graph or a step may overwrite the tensor.
     """
     if tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor):
         return float(tensor.item())
@@ -55,25 +55,25 @@ def scalar(tensor: torch.Tensor) -> float | Callable[[], float]:
 
 
 def code(dtype: Any) -> str:
-    """Return the code of a torch dtype."""
+    """Return the code of a torch dtype; raise a DTypeError if it has no kernel."""
     if dtype not in _CODES:
         known = ", ".join(map(str, _CODES))
-        raise DTypeError(f"torch dtype {dtype} has no kernel; known are {known}")
+        raise DTypeError(f"torch dtype {dtype} has no kernel; known dtypes: {known}")
     return _CODES[dtype]
 
 
 def native(code: str) -> torch.dtype:
-    """Return the torch dtype of a code."""
+    """Return the torch dtype of a code; raise a DTypeError if this torch lacks it."""
     if code not in _NATIVE:
         raise DTypeError(f"torch has no dtype for {code}")
     return _NATIVE[code]
 
 
 def describe(tensor: torch.Tensor) -> TensorSpec:
-    """Describe where a tensor, or this rank's part of a DTensor, lies now.
+    """Return the TensorSpec of a tensor, or of this rank's part of a DTensor.
 
-    It must have plain strided memory: sparse and quantized tensors, conjugate views, and those on
-    the meta device have none.
+    Raises a BridgeError for tensors without plain strided memory: sparse and quantized tensors,
+    conjugate views, lazy parameters, and tensors on the meta device.
     """
     if is_divided(tensor):
         return describe_part(tensor, describe)
@@ -84,7 +84,7 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
     if not plain or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
         raise BridgeError(
             f"a {tensor.dtype} tensor of layout {tensor.layout} on {tensor.device} has no plain "
-            "memory to average; materialise it first (.to_dense(), .to_empty(device=...), "
+            "memory to average; materialize it first (.to_dense(), .to_empty(device=...), "
             ".resolve_conj())"
         )
     address = 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
@@ -106,13 +106,13 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
             "dtype, or leave it out"
         )
     if address % min(spec.kind.itemsize, 8):
-        raise BridgeError(f"the address of a {spec} is no multiple of its element; pass a clone")
+        raise BridgeError(f"a {spec} is not aligned to its element size; pass a clone")
     return spec
 
 
 @cache
 def _device(device: torch.device) -> tuple[str, DeviceContext | None]:
-    """Return a device's name, and what drives it."""
+    """Return a device's name and its context."""
     return str(device), context_of(device)
 
 
@@ -124,21 +124,21 @@ def _within_storage(tensor: torch.Tensor, spec: TensorSpec) -> bool:
 
 
 def zeros(length: int, code: str, device: str) -> torch.Tensor:
-    """Make a flat tensor; ``"pinned"`` is memory of the host that GPUs read and write directly."""
+    """Allocate a flat tensor of zeros; ``"pinned"`` is host memory that GPUs access directly."""
     if device == "pinned":
         return torch.zeros(length, dtype=native(code), pin_memory=True)
     return torch.zeros(length, dtype=native(code), device=device)
 
 
 def alias(tensor: torch.Tensor) -> torch.Tensor:
-    """Make another tensor object of the same memory."""
+    """Return another tensor object that shares the memory."""
     return tensor.detach()
 
 
 def transfer(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """Return the tensor on a device: itself where it is there already."""
+    """Return the tensor on a device, without a copy if it is already there."""
     try:
-        # Only a device: to() would take a dtype as well, and give memory of another size.
+        # to() also accepts a dtype, which would return memory of another size: pass a device only.
         return tensor.detach().to(torch.device(device))
     except (AssertionError, RuntimeError, TypeError, NotImplementedError) as error:
         reason = next(iter(str(error).splitlines()), "no reason given")
@@ -148,61 +148,61 @@ def transfer(tensor: torch.Tensor, device: str) -> torch.Tensor:
 def view(
     flat: torch.Tensor, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> torch.Tensor:
-    """Make a tensor within a flat one."""
+    """Return a view into a flat tensor; offset and strides are in elements."""
     return flat.as_strided(shape, strides, offset)
 
 
 def part_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a DTensor, and any other tensor as it is."""
+    """Return this rank's part of a DTensor, or any other tensor, detached."""
     return local(tensor).detach()
 
 
 def ranks_of(tensors: Iterable[torch.Tensor]) -> Ranks | None:
-    """Return the ranks that hold parts of the same DTensors; None where no tensor is one."""
+    """Return the ranks that hold parts of the DTensors among these; None if there are none."""
     meshes = [tensor.device_mesh for tensor in tensors if is_divided(tensor)]
     return Ranks(meshes) if meshes else None
 
 
 def world_of(tensors: Sequence[torch.Tensor]) -> Ranks | None:
-    """Return all ranks of the default group; None where there is one, or none was made."""
+    """Return all ranks of the default group; None without a group or with one rank only."""
     return Ranks.of_world()
 
 
 def link(tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Return the way between tensors and memory of the host that is as large."""
+    """Return a link that copies tensors to and from staging buffers in host memory."""
     from fastema.bridges.torch_link import Link
 
     return Link(tensors)
 
 
 def reshard(container: Any) -> None:
-    """Make the modules of FSDP2 hold their own parts, where they hold gathered parameters."""
+    """Make FSDP2 modules hold their own shards again where they hold gathered parameters."""
     for one in _modules(container):
         reshard_modules(one.modules())
 
 
 def notify_write(tensors: Sequence[torch.Tensor]) -> None:
-    """Tell autograd that these tensors were written, as torch's own in-place operations do."""
+    """Notify autograd that these tensors were written, as torch's in-place operations do."""
     try:
         torch.autograd.graph.increment_version(tensors)
-    except RuntimeError:  # tensors of inference mode keep no version
+    except RuntimeError:  # inference tensors have no version
         torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 class Versions:
-    """Version counters of tensors that hold other contents for a while.
+    """Autograd version counters of tensors that hold other contents for a while.
 
-    Meanwhile the counters stand where no graph has seen them before, and count writes from there.
-    Afterwards they are put back with the contents: a graph made before may go on, one made
-    meanwhile raises in its backward pass.
+    During that time the counters start from a number that no autograd graph has saved, and count
+    writes from there. Afterwards they are restored along with the contents: a graph recorded before
+    stays valid, and one recorded in between raises in its backward pass.
     """
 
     _next: ClassVar[int] = 2**31
-    """The next number to count from: above all that training counts to, and never used twice."""
+    """The next start number: above any count that training reaches, and never used twice."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        kept = [t for t in tensors if not t.is_inference()]  # those keep no version
-        # A DTensor and its part count apart from each other.
+        kept = [t for t in tensors if not t.is_inference()]  # they have no version
+        # A DTensor and its local tensor have separate counters.
         divided = [t for t in kept if is_divided(t)]
         self._owners = [*kept, *divided]
         self._tensors = (*kept, *map(local, divided))
@@ -212,11 +212,11 @@ class Versions:
         self._written: list[torch.Tensor] = []
 
     def _versions(self) -> array[int]:
-        # A list or a tuple would have an object for each.
+        # A list or a tuple would hold one object per number.
         return array("q", (tensor._version for tensor in self._tensors))
 
     def begin(self) -> None:
-        """Count from a number of their own: they hold other contents now."""
+        """Start counting from an unused number: the tensors hold other contents from now on."""
         self._before = self._versions()
         self._stepped = set()
         self._record_optimizer_steps()
@@ -226,7 +226,7 @@ class Versions:
             self._begun = self._versions()
 
     def written(self) -> list[torch.Tensor]:
-        """Return the tensors written since :meth:`begin`; ask before :meth:`end`."""
+        """Return the tensors written since :meth:`begin`; call this before :meth:`end`."""
         self._now = self._versions()
         self._written = []
         if self._now == self._begun and not self._stepped:
@@ -241,7 +241,7 @@ class Versions:
         return [owner for owner, _ in found.values()]
 
     def _record_optimizer_steps(self) -> None:
-        """Note what optimizers write from now on: with foreach and fused no counter shows it."""
+        """Record what optimizers write: their foreach and fused versions advance no counter."""
         reference = ref(self)
 
         def record(optimizer: Any, *_: Any) -> None:
@@ -255,9 +255,10 @@ class Versions:
         self._end_notes = finalize(self, register_optimizer_step_post_hook(record).remove)
 
     def end(self, *, put_back: bool) -> None:
-        """Count on from where they were before :meth:`begin`: their contents are back.
+        """Restore the counters to before :meth:`begin`: the tensors have their contents back.
 
-        ``put_back`` is False where these are in other memory than graphs have kept.
+        Pass ``put_back=False`` if the contents are in other memory than graphs have saved; the
+        counters then advance instead.
         """
         self._end_notes()
         Versions._next = max(Versions._next, max(self._now, default=0)) + 1
@@ -270,9 +271,9 @@ class Versions:
             notify_write(self._tensors)
 
     def _set(self, versions: array[int]) -> bool:
-        """Set all counters, or, where this torch cannot, count as after any write."""
+        """Set all counters and return True; count a write and return False if torch cannot."""
         try:
-            # Any sequence will do; a tuple would have an object for each.
+            # Any sequence works; a tuple would hold one object per number.
             numbers = cast("tuple[int, ...]", versions)
             torch._C._autograd._unsafe_set_version_counter(self._tensors, numbers)
         except (AttributeError, TypeError):  # before torch 2.7
@@ -284,9 +285,9 @@ class Versions:
 def walk(container: Any) -> Leaves | None:
     """Return the parameters and buffers of a module or a list of modules; None for anything else.
 
-    A parameter that does not require a gradient is ``frozen``; a tied one has every name. A buffer
-    that was registered with ``persistent=False`` is marked. Modules in a list are stages of one
-    model, and keep their names, which must differ.
+    A parameter that does not require a gradient is ``frozen``. A tied parameter has an entry under
+    every name. A buffer registered with ``persistent=False`` is marked. Modules in a list are
+    stages of one model and keep their names, which must differ.
     """
     modules = _modules(container)
     if not modules:
@@ -311,13 +312,13 @@ def walk(container: Any) -> Leaves | None:
         try:
             items.append(Leaf(name, named(name, describe, tensor), role, persistent))
         except FastemaError as error:
-            # The error itself keeps this call, by its traceback, and with that every tensor.
+            # A new error: the traceback of this one would keep the frame, and so every tensor.
             opaque.append(Opaque(name, type(error)(*error.args), role, persistent))
     return Leaves(items, describe, held, opaque)
 
 
 def _modules(container: Any) -> Sequence[torch.nn.Module]:
-    """Return a module, or the modules of a list or tuple of them; none for anything else."""
+    """Return the modules in a module or a list or tuple of modules; () for anything else."""
     if isinstance(container, torch.nn.Module):
         return (container,)
     if isinstance(container, list | tuple) and container:
@@ -337,9 +338,9 @@ def _union(parts: Iterable[Iterable[tuple[str, torch.Tensor]]]) -> dict[str, tor
 
 
 def state_of(container: Any) -> dict[str, tuple[str, Any]]:
-    """Map the keys of a module's ``state_dict()`` to their names in :func:`walk` and their entries.
+    """Return ``{key: (name, entry)}`` for the entries of a module's ``state_dict()``.
 
-    An entry that :func:`walk` does not know is named by its key.
+    ``name`` is the entry's name in :func:`walk`, or its key if :func:`walk` does not list it.
     """
     modules = _modules(container)
     own: dict[str, torch.Tensor] = {}
@@ -348,7 +349,7 @@ def state_of(container: Any) -> dict[str, tuple[str, Any]]:
         own |= one.named_buffers(remove_duplicate=False)
     plain = dict(zip(own, plain_names(list(own)), strict=True))
     names = {id(tensor): plain[name] for name, tensor in own.items()}
-    # A hook may have renamed an entry, or copied it: known by its tensor or else by its key.
+    # A hook may have renamed or copied an entry: identify it by its tensor, then by its key.
     return {
         key: (
             names.get(id(entry), plain.get(key, key)),
@@ -360,13 +361,13 @@ def state_of(container: Any) -> dict[str, tuple[str, Any]]:
 
 
 _MEMBERS: Final = ("_parameters", "_buffers", "_modules")
-"""Attributes of a module, each a mapping of names."""
+"""Attributes of a module that map names to its members."""
 
 
 def _record_containers(
     container: torch.nn.Module, transient: set[str], held: list[TensorContainer]
 ) -> None:
-    """Add the paths that the module's state leaves out, and the containers of its tensors."""
+    """Add the paths of non-persistent buffers, and the containers that hold tensors."""
     seen: set[int] = set()
     for path, module in container.named_modules(remove_duplicate=False):
         out = frozenset(module._non_persistent_buffers_set)
@@ -375,7 +376,7 @@ def _record_containers(
             continue
         seen.add(id(module))
         own = tuple(name for name in _MEMBERS if name in vars(module))
-        # The others are held by what holds them, and are looked at in compiled code.
+        # Parents keep submodules alive anyway, and compiled code checks plain dicts.
         held.append(
             TensorContainer(Attributes(module) if module is container else vars(module), own)
         )
@@ -390,7 +391,7 @@ def _record_containers(
 
 
 class _Scripted:
-    """The members of a module compiled by TorchScript: no dict, but they have ``values()``."""
+    """Members of a TorchScript module, which are not a dict but have ``values()``."""
 
     def __init__(self, members: Any) -> None:
         self._members = members

@@ -1,4 +1,4 @@
-"""CUDA devices as PyTorch sees them: its streams, its memory, its captures."""
+"""CUDA devices as PyTorch drives them: streams, memory and graph capture."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastema.layout.group import Pair
 __all__ = ["TorchContext"]
 
 
-# The handle without an object around it, as torch's own compiler asks for it: a tenth of the time.
+# The raw handle, as torch's own compiler reads it, takes a tenth of the time of a Stream object.
 _current = getattr(
     torch._C,
     "_cuda_getCurrentRawStream",
@@ -26,7 +26,7 @@ _current = getattr(
 
 
 class TorchContext:
-    """One CUDA device; see :class:`fastema.layout.device_context.DeviceContext`."""
+    """One CUDA device in PyTorch; see :class:`fastema.layout.device_context.DeviceContext`."""
 
     without_kernels: str | None = None
 
@@ -35,20 +35,20 @@ class TorchContext:
         self.device = f"cuda:{index}"
 
     def stream(self) -> int:
-        """Return the handle of torch's current stream of the device."""
+        """Return the handle of torch's current stream on the device."""
         handle: int = _current(self.index)
         return handle
 
     def capturing(self) -> bool:
-        """Return whether torch's current stream of the device is being captured.
+        """Return whether torch's current stream on the device is being captured.
 
-        Raises a DeviceError in a process that was forked from one that had used CUDA, and a
-        StateError if only the stream of another device is captured: CUDA allows no other work then.
+        Raises a DeviceError in a process that was forked after CUDA had been used, and a StateError
+        if only a stream of another device is being captured: CUDA allows no other work then.
         """
         if torch.cuda._is_in_bad_fork():
             raise DeviceError(
-                "torch used CUDA before this process was forked, and it cannot be used in it: "
-                "start workers by 'spawn' (multiprocessing.set_start_method('spawn'))"
+                "torch used CUDA before this process was forked, so CUDA does not work in it: "
+                "start workers with 'spawn' (multiprocessing.set_start_method('spawn'))"
             )
         found = torch.cuda.is_current_stream_capturing()  # on the current device
         current = torch.cuda.current_device()
@@ -58,26 +58,29 @@ class TorchContext:
             captured = torch.cuda.is_current_stream_capturing()
         if found and not captured:
             raise StateError(
-                f"a graph is captured on cuda:{current}, and {self.device} has no part in it: "
-                f"capture with torch.cuda.device({self.index}) as the current one"
+                f"a graph is being captured on cuda:{current}, not on {self.device}: "
+                f"capture inside of torch.cuda.device({self.index})"
             )
         return captured
 
     def upload(self, array: NDArray[Any]) -> tuple[torch.Tensor, int]:
-        """Copy an array into memory of torch's allocator; return the copy and its address."""
+        """Copy an array into memory of torch's allocator; return the copy and its address.
+
+        Raises a StateError in a capture.
+        """
         self._refuse_capture()
-        with torch.inference_mode(False):  # it may have to be written outside of that
+        with torch.inference_mode(False):  # an inference tensor could not be written outside
             there = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
         return there, there.data_ptr()
 
     def download(self, owner: torch.Tensor) -> NDArray[Any]:
-        """Copy an uploaded array back, after all work so far on any stream."""
+        """Return a host copy of an uploaded array, after waiting for all streams."""
         self.wait()
         found: NDArray[Any] = owner.cpu().numpy()
         return found
 
     def write(self, owner: torch.Tensor, array: NDArray[Any]) -> None:
-        """Overwrite an uploaded array, after all work so far."""
+        """Overwrite an uploaded array, after waiting for all streams."""
         self.wait()
         owner.copy_(torch.from_numpy(np.ascontiguousarray(array)))
         self.wait()
@@ -85,25 +88,25 @@ class TorchContext:
     def _refuse_capture(self) -> None:
         if self.capturing():
             raise StateError(
-                f"{self.device}: this needs the host, which is not there while a graph is "
-                "captured; do it before or after"
+                f"{self.device}: this needs the host, which takes no part while a graph is "
+                "captured; do it before or after the capture"
             )
 
     def wait(self) -> None:
-        """Wait for all work on the device; a StateError in a capture."""
+        """Wait for all work on the device; raise a StateError in a capture."""
         self._refuse_capture()
         torch.cuda.synchronize(self.index)
 
     def hold(self, owners: Iterable[torch.Tensor]) -> bool:
-        """Record the current stream with torch's allocator: freed memory waits for it.
+        """Record the current stream with torch's allocator, which then frees memory only after it.
 
-        Return False if that cannot be done for all: not for memory of the host, and not for memory
-        that the allocator does not know: some refuse memory from another package.
+        Return False if some memory cannot be recorded: host memory, and memory that the allocator
+        does not know. Some allocators refuse memory from another package.
         """
         stream = torch.cuda.current_stream(self.index)
         everything = True
         with warnings.catch_warnings():
-            # cudaMallocAsync warns about the stream that the memory is of, which is harmless.
+            # cudaMallocAsync warns about the stream that allocated the memory, which is harmless.
             warnings.simplefilter("ignore")
             for owner in owners:
                 if not owner.is_cuda:
@@ -116,7 +119,7 @@ class TorchContext:
         return everything
 
     def substitute(self, operation: str, pairs: Sequence[Pair]) -> Substitute:
-        """Return the operation in torch's own functions."""
+        """Return a function that runs the operation with torch's own functions."""
         from fastema.bridges.torch_foreach import substitute
 
         return substitute(operation, pairs)

@@ -1,13 +1,14 @@
-"""Every operation of the kernels in torch's own functions: slower but right, where there are none.
+"""The kernels' operations in torch's own functions, slower, for devices without kernels.
 
-``substitute`` sorts pairs into batches of like pieces. An operation is a function of a batch and
-the arguments of a run, in torch's functions on lists of tensors where one does it, else on flat
-copies of the pieces. At most :data:`AT_ONCE` elements are worked on at a time, with at most
-:data:`BYTES` bytes of temporaries for each: the memory needed does not grow with the model.
+``substitute`` cuts pairs into pieces, and puts pieces with equal dtypes and formats into a
+:class:`Batch`. An operation is a function of a batch and the arguments of a run. It uses torch's
+functions on lists of tensors if there is one for it, otherwise flat copies of the pieces. It works
+on at most :data:`AT_ONCE` elements at a time, with at most :data:`BYTES` bytes of temporaries per
+element, so the memory needed does not grow with the model.
 
-Differences from the kernels: multiplications and additions are not always fused, so that ``lerp``,
-``lerp_measured`` and ``add`` may be off by a unit in the last place of the type they compute in, at
-the size of the largest term; a windowed mean is computed from its whole ring at every update. The
+Differences from the kernels: multiplications and additions are not always fused, so ``lerp``,
+``lerp_measured`` and ``add`` may be off by one unit in the last place of the compute dtype, at the
+magnitude of the largest term. A windowed mean is computed from its whole ring at every update. The
 random bits are the same.
 """
 
@@ -31,10 +32,10 @@ from fastema.layout.table import first_and_strides, tensor_key
 __all__ = ["AT_ONCE", "BYTES", "Batch", "LaunchArgs", "batches", "substitute"]
 
 AT_ONCE: Final = 1 << 22
-"""Elements worked on at a time; with :data:`BYTES` for each that is 256 MB."""
+"""Maximum elements per batch; with :data:`BYTES` bytes per element that is 256 MB."""
 
 BYTES: Final = 64
-"""Most bytes of temporaries for an element."""
+"""Maximum bytes of temporaries per element."""
 
 _SPLIT: Final = "bf16+16"
 _LOW: Final = 0xFFFFFFFF
@@ -43,14 +44,14 @@ _HALVES: Final = (torch.float16, torch.bfloat16)
 
 
 class Batch(NamedTuple):
-    """Pieces of pairs alike in dtypes, form, device and number, side by side.
+    """Pieces of pairs with equal dtypes, form, device and average index.
 
-    It computes in ``real``: float64 where either side is, else float32; for operations on bits, the
-    integer as wide as a word of the written side. ``rows`` has the index of each piece's pair.
-    ``places``, for random bits, has of each piece its tensor's key, the index of the pair's first
-    element in the whole tensor, and a tensor without memory that has the indices' strides and
-    offset. ``residual`` and ``ring`` may be empty; a ring has its slots along the first axis.
-    Complex numbers are pairs of reals, bits are integers.
+    ``real`` is the compute dtype: float64 if either side is float64, otherwise float32; for
+    operations on bits, the integer dtype as wide as a word of the written side. ``rows`` holds the
+    index of each piece's pair. ``places``, for random bits, holds for each piece the key of its
+    tensor, the index of the pair's first element in the full tensor, and a meta tensor with the
+    strides and offset of the piece's indices. ``residual`` and ``ring`` may be empty. The first
+    axis of a ring is its slots. Complex numbers are pairs of reals, bits are integers.
     """
 
     average_index: int
@@ -65,20 +66,20 @@ class Batch(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """Load and store of the written side: to a flat tensor to compute with, and back."""
+    """How to load the written side into a flat tensor to compute with, and store it back."""
 
     load: Callable[[Batch], Tensor]
     store: Callable[[Batch, Tensor, LaunchArgs], None]
 
 
 def _parts(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """Views of a flat tensor with the shapes of others, one after the other."""
+    """Return consecutive views of a flat tensor with the shapes of the tensors in ``like``."""
     pieces = flat.split([one.numel() for one in like])
     return [piece.view(one.shape) for piece, one in zip(pieces, like, strict=True)]
 
 
 def _flat(tensors: list[Tensor], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """Copy the elements of tensors into a flat one, by default where they are."""
+    """Return the elements of tensors in one flat copy, by default on their own device."""
     size = sum(one.numel() for one in tensors)
     flat = torch.empty(size, dtype=dtype, device=device or tensors[0].device)
     torch._foreach_copy_(_parts(flat, tensors), tensors)
@@ -86,12 +87,12 @@ def _flat(tensors: list[Tensor], dtype: torch.dtype, device: torch.device | None
 
 
 def _rounds_twice(source: Tensor, target: Tensor) -> bool:
-    """Return whether torch goes by way of float32, rounding twice."""
+    """Return whether torch would cast by way of float32, rounding twice."""
     return source.dtype == torch.float64 and target.dtype in _HALVES
 
 
 def _assign(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy, rounding once to nearest even where the target is narrower."""
+    """Copy tensors, rounding once to nearest even if the targets are narrower."""
     if _rounds_twice(sources[0], targets[0]):
         _unflatten(_flat(sources, torch.float64), targets)
     else:
@@ -99,18 +100,18 @@ def _assign(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 
 def _unflatten(flat: Tensor, targets: list[Tensor]) -> None:
-    """Write the elements of a flat tensor into others, rounding as :func:`_assign`."""
+    """Copy the elements of a flat tensor into ``targets``, rounding as :func:`_assign` does."""
     flat = _to_odd(flat) if _rounds_twice(flat, targets[0]) else flat
     torch._foreach_copy_(targets, _parts(flat, targets))
 
 
 def _to_odd(values: Tensor) -> Tensor:
-    """Float64 as float32, an inexact result forced to an odd last bit: safe to round again."""
+    """Round float64 to float32, with an odd last bit if inexact: safe to round again."""
     nearest = values.to(torch.float32)
     back = nearest.to(torch.float64)
     bits = nearest.view(torch.int32)
-    wrong = (back != values).logical_and_((bits & 1) == 0)  # a NaN stays one with any odd bits
-    # One step of the bits is one step away from zero, whatever the sign.
+    wrong = (back != values).logical_and_((bits & 1) == 0)  # NaNs stay NaNs
+    # Adding 1 to the bits moves the value away from zero, for either sign.
     bits.add_(wrong)
     bits.add_(wrong.logical_and_(back.abs_() > values.abs()), alpha=-2)
     return nearest
@@ -120,7 +121,7 @@ def _to_odd(values: Tensor) -> Tensor:
 
 
 def _mixed(x: Any) -> Any:
-    """Compute ``fastema.kernels.scalar.mix32`` of an int, or in place of a tensor of 64 bits."""
+    """Return ``fastema.kernels.scalar.mix32`` of an int, or of an int64 tensor in place."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x ^= x >> shift
         x *= factor
@@ -130,7 +131,7 @@ def _mixed(x: Any) -> Any:
 
 
 def _random_words(place: tuple[int, int, Tensor], args: LaunchArgs, device: Any) -> Tensor:
-    """Compute ``random_key`` and ``random_word`` of the kernels for all elements of a piece."""
+    """Return the kernels' random word (see ``random_word``) for every element of a piece."""
     tensor, first, indices = place
     start = first + int(indices.storage_offset())
     last, index = start, torch.full((), start, dtype=torch.int64, device=device)
@@ -150,7 +151,7 @@ def _random_words(place: tuple[int, int, Tensor], args: LaunchArgs, device: Any)
 
 
 def _random_bits(batch: Batch, args: LaunchArgs, bits: int) -> Tensor:
-    """So many random bits for every element, the kernels'."""
+    """Return the kernels' random number of ``bits`` bits for every element of a batch."""
     sizes = [one.numel() for one in batch.dst]
     words = torch.empty(sum(sizes), dtype=torch.int32, device=batch.dst[0].device)
     for part, place in zip(words.split(sizes), batch.places, strict=True):
@@ -159,11 +160,19 @@ def _random_bits(batch: Batch, args: LaunchArgs, bits: int) -> Tensor:
 
 
 def _store_random(dropped: int, lift: float, largest: float) -> Callable[..., None]:
-    """Round to one of the two neighbours, each as likely as the other one is far.
+    """Return a store function that rounds stochastically to one of the two nearest numbers.
 
-    The format drops so many bits of a float32. ``lift`` is its smallest normal number where float32
-    has smaller ones: added below it, it lines up the bits of a subnormal result. Beyond ``largest``
-    a number is rounded to nearest.
+    A neighbor's probability is proportional to the distance of the other one.
+
+    Parameters
+    ----------
+    dropped : int
+        Bits of a float32 that the format drops.
+    lift : float
+        The format's smallest normal number if float32 has smaller ones, otherwise 0. It is added to
+        smaller values, to align the bits of a subnormal result.
+    largest : float
+        Values beyond it are rounded to nearest.
     """
     rest = (1 << dropped) - 1
     beyond = int(np.float32(largest).view(np.int32)) | rest
@@ -212,11 +221,11 @@ _FORMS: Final = {
 
 
 # -- float32 and bfloat16 in 48 bits ---------------------------------------------------------------
-# Halves are signed here, so that shifts are arithmetic and nothing leaves its range.
+# Halves are signed here: shifts are arithmetic and no value leaves its range.
 
 
 def _high(bits: Tensor) -> Tensor:
-    """Compute ``fastema.kernels.scalar.park_model``."""
+    """Return ``fastema.kernels.scalar.park_model`` of the bits."""
     nan = (bits & 0x7FFFFFFF) > 0x7F800000
     high = bits >> 16
     nearest = ((bits >> 15) & 1).add_(high)
@@ -225,14 +234,14 @@ def _high(bits: Tensor) -> Tensor:
 
 
 def _unparked(model: Tensor, parked: Tensor) -> Tensor:
-    """The float32 whose :func:`_high` is the model, and whose low half the parked one has."""
+    """Return the float32 whose :func:`_high` is ``model`` and whose low half ``parked`` has."""
     nan = (model & 0x7FFF) > 0x7F80
     up = ((parked >> 15) & 1).masked_fill_(nan, 0)
     return torch.sub(model, up, out=up).mul_(1 << 16).bitwise_or_(parked & 0xFFFF)
 
 
 def _stowed(bits: Tensor) -> Tensor:
-    """Compute ``fastema.kernels.scalar.stowed_high``."""
+    """Return ``fastema.kernels.scalar.stowed_high`` of the bits."""
     nan = (bits & 0x7FFFFFFF) > 0x7F80FFFF
     high = bits >> 16
     rounded = ((bits >> 15) & 1).add_(high)
@@ -241,7 +250,7 @@ def _stowed(bits: Tensor) -> Tensor:
 
 
 def _unstowed(high: Tensor, residual: Tensor) -> Tensor:
-    """Compute ``fastema.kernels.scalar.unstowed``."""
+    """Return ``fastema.kernels.scalar.unstowed`` of two halves."""
     beyond = ((high & 0x7FFF) == 0).logical_and_(residual < 0)
     return torch.where(beyond, (high | 0x7F80) << 16 | residual & 0xFFFF, _unparked(high, residual))
 
@@ -262,13 +271,13 @@ def _unpark(batch: Batch, args: LaunchArgs) -> None:
 
 
 def _weight(batch: Batch, args: LaunchArgs) -> float:
-    """The batch's number, rounded to the type of the arithmetic."""
+    """Return the batch's weight of the new value, rounded to the compute dtype."""
     number = args.numbers[batch.average_index]
     return float(number if batch.real == torch.float64 else np.float32(number))
 
 
 def _source(batch: Batch, dtype: torch.dtype) -> list[Tensor]:
-    """The source in a type: itself where it is of that type."""
+    """Return the source tensors in a dtype, without a copy if they already have it."""
     if batch.src[0].dtype == dtype:
         return batch.src
     return _parts(_flat(batch.src, dtype), batch.src)
@@ -277,7 +286,7 @@ def _source(batch: Batch, dtype: torch.dtype) -> list[Tensor]:
 def _lerp(batch: Batch, args: LaunchArgs) -> None:
     w, dtype = _weight(batch, args), batch.dst[0].dtype
     in_place = batch.form is _PLAIN and dtype in (batch.src[0].dtype, batch.real)
-    # Beyond 1/2 torch counts back from the new value: infinities would come out otherwise.
+    # From 1/2 on, torch interpolates from the new value: infinities would differ.
     if in_place and abs(w) < 0.5:
         torch._foreach_lerp_(batch.dst, _source(batch, dtype), w)
     else:
@@ -312,7 +321,7 @@ def _finite(batch: Batch, args: LaunchArgs) -> Tensor:
 
 
 def _sums(batch: Batch, measures: dict[int, Tensor]) -> Tensor:
-    """The sums over every piece, by the column of each measure: ``[pieces, MEASURES]``."""
+    """Return the sum of each measure over each piece: ``[pieces, MEASURES]``."""
     sizes = [one.numel() for one in batch.dst]
     device = batch.dst[0].device
     wide = torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
@@ -359,7 +368,7 @@ def _window(batch: Batch, args: LaunchArgs) -> None:
     _assign([slots[args.slot] for slots in batch.ring], batch.src)
     count = int(args.numbers[batch.average_index])
     filled = [(args.slot - age) % args.window for age in range(count)]
-    device = batch.dst[0].device  # a ring may be on the host
+    device = batch.dst[0].device  # the ring may be on the host
     history = (_flat([slots[i] for slots in batch.ring], torch.float64, device) for i in filled)
     mean, residual = (_exact_mean if batch.real == torch.float64 else _mean)(history, count)
     batch.form.store(batch, mean, args)
@@ -368,12 +377,12 @@ def _window(batch: Batch, args: LaunchArgs) -> None:
 
 
 def _numbers_only(values: Tensor) -> Tensor:
-    """Zero in the place of NaN: the residual beside an infinity."""
+    """Replace NaN by 0: the residual of an infinity is NaN."""
     return values.masked_fill_(values.isnan(), 0)
 
 
 def _mean(history: Iterator[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """The mean of float32 numbers, given as float64, as a sum of two of them."""
+    """Return the mean of float32 numbers, passed as float64, as a sum of two float32 tensors."""
     total = next(history)
     for x in history:
         total.add_(x)
@@ -382,14 +391,14 @@ def _mean(history: Iterator[Tensor], count: int) -> tuple[Tensor, Tensor]:
 
 
 def _exact_mean(history: Iterator[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """The mean of float64 numbers as a sum of two."""
+    """Return the mean of float64 numbers as a sum of two float64 tensors."""
     total = next(history)
     residual = torch.zeros_like(total)
     for x in history:
         total, error = _two_sum(total, x)
         residual.add_(error)
     mean = total / count
-    # The division's remainder: mean * count in two parts that are exact (Dekker).
+    # The remainder of the division, with mean * count as a sum of two exact products (Dekker).
     high = mean * (2.0**27 + 1)
     high.sub_(high - mean)
     remainder = total.sub_(high * count).sub_((mean - high).mul_(count))
@@ -397,7 +406,7 @@ def _exact_mean(history: Iterator[Tensor], count: int) -> tuple[Tensor, Tensor]:
 
 
 def _two_sum(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """``x + y`` rounded, and the exact rounding error (Knuth); overwrites both."""
+    """Return ``x + y`` rounded, and the exact rounding error (Knuth); overwrite both inputs."""
     total = x + y
     part = total - x
     y.sub_(part)
@@ -413,7 +422,7 @@ _STAND_INS: Final[dict[str, Callable[[Batch, LaunchArgs], Tensor | None]]] = {
 
 
 def _arithmetic(operation: str, pair: Pair) -> tuple[torch.dtype, str]:
-    """The type that a pair is computed in, and the form of its written side."""
+    """Return the compute dtype of a pair and the format of its written side."""
     dst = pair.dst.kind
     form = averaged_form(operation, OPERATIONS[operation].moves_bits, pair)
     if form is None:
@@ -424,10 +433,10 @@ def _arithmetic(operation: str, pair: Pair) -> tuple[torch.dtype, str]:
 
 
 def _streams(operation: str, pair: Pair, real: torch.dtype, form: str) -> list[Tensor]:
-    """The tensors of a pair: both sides, and others that the operation needs.
+    """Return a pair's tensors: both sides, and the residual and ring if the operation needs them.
 
-    Where random bits are used, the last one has no memory, and the strides of the indices. Axes are
-    in the order of the written side's memory; tensors that all lie alike have one axis.
+    For random bits, a meta tensor with the strides of the indices comes last. Axes are in the
+    memory order of the written side. Tensors are flattened if all of them are contiguous then.
     """
     specs = [pair.dst, pair.src]
     needs_ring = OPERATIONS[operation].needs_ring
@@ -457,7 +466,7 @@ def _streams(operation: str, pair: Pair, real: torch.dtype, form: str) -> list[T
 
 
 def _split_tensors(streams: list[Tensor], most: int) -> Iterator[list[Tensor]]:
-    """Cut all tensors into the same pieces of at most so many elements."""
+    """Yield the tensors cut into corresponding pieces of at most ``most`` elements."""
     shape = streams[0].shape
     size = streams[0].numel()
     if size <= most:
@@ -471,10 +480,11 @@ def _split_tensors(streams: list[Tensor], most: int) -> Iterator[list[Tensor]]:
 
 
 def batches(operation: str, pairs: Sequence[Pair], most: int) -> list[Batch]:
-    """Sort pairs into batches of like pieces, each of at most ``most`` elements.
+    """Sort the pieces of pairs by dtypes into :class:`Batch` objects of at most ``most`` elements.
 
-    Pieces of one average keep their order, and averages follow each other: pairs that write one
-    tensor do so in the order of their numbers. Raises as :func:`substitute`.
+    Batches are in the order of their averages, and the pieces of an average keep their order: pairs
+    that write the same tensor do so in the order of their ``average_index``. Raises a DTypeError
+    for averages of integers.
     """
     found: list[Batch] = []
     latest: dict[tuple[object, ...], tuple[Batch, int]] = {}
@@ -501,20 +511,20 @@ def batches(operation: str, pairs: Sequence[Pair], most: int) -> list[Batch]:
 
 
 def substitute(operation: str, pairs: Sequence[Pair]) -> Substitute:
-    """Make a function that runs one of the kernels' operations over checked pairs, in place.
+    """Return a function that runs a kernel operation on checked pairs, in place.
 
-    The owner of a ring is the whole of it, ``[slots, ...]``. Only an operation that measures waits
-    for the device; it returns ``float64[pairs, MEASURES]``. A DTypeError for an unknown operation,
-    and for averages of integers.
+    The owner of a ring's spec must be the whole ring, ``[slots, ...]``. Only an operation that
+    measures waits for the device; it returns ``float64[pairs, MEASURES]``. Raises a DTypeError for
+    an unknown operation, and for averages of integers.
     """
     function = _STAND_INS.get(operation)
     if function is None:
         known = ", ".join(_STAND_INS)
-        raise DTypeError(f"{operation}: torch has no functions for it, only for {known}")
+        raise DTypeError(f"{operation}: torch has no functions for it; known operations: {known}")
     prepared = batches(operation, pairs, AT_ONCE)
 
     def run(args: LaunchArgs) -> NDArray[np.float64] | None:
-        with torch.inference_mode():  # where its tensors may be written too
+        with torch.inference_mode():  # inference tensors may be written only here
             sums = [function(batch, args) for batch in prepared]
         if not OPERATIONS[operation].measures:
             return None

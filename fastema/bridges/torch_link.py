@@ -1,4 +1,4 @@
-"""Weights copied to memory of the host while training goes on, and back."""
+"""Copy weights to host memory while training continues, and back."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from fastema.errors import LayoutError, listed
 __all__ = ["Fetch", "Link"]
 
 _PIECE: Final = 64 << 20
-"""Bytes that are copied at a time where the processor copies."""
+"""Bytes that the CPU copies at a time."""
 
 
 class Link:
-    """The way between tensors on any device and memory of the host that is as large.
+    """Staging buffers in host memory for tensors on any device, and the copies between the two.
 
     Parameters
     ----------
     tensors : mapping of str to Tensor
-        Those whose contents go over, of DTensors this rank's parts; later ones have the same names,
-        shapes, dtypes and divisions.
+        The tensors to copy; of DTensors, this rank's parts. Tensors passed later must have the same
+        names, shapes, dtypes and placements.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -34,7 +34,7 @@ class Link:
         self._staged = {name: local(one) for name, one in self.staging.items()}
         self._checked: Mapping[str, torch.Tensor] | None = None
         self.delay: Callable[[int], None] | None = None
-        """Called before each piece with its number, where the processor copies: a slower link."""
+        """Called with each piece's number before the CPU copies it, to imitate a slower link."""
         self._streams = {
             one.device: torch.cuda.Stream(one.device)
             for one in map(local, tensors.values())
@@ -42,7 +42,7 @@ class Link:
         }
 
     def before_steps(self, owner: Any, method: str) -> Callable[[], None]:
-        """Call a method before any optimizer steps, while its owner lives; return what ends it."""
+        """Call ``owner.method()`` before every optimizer step while it lives; return a remover."""
         reference = weakref.ref(owner)
 
         def hook(*_: Any) -> None:
@@ -56,16 +56,16 @@ class Link:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that go over in one direction."""
+        """Bytes copied in one direction."""
         return sum(one.nbytes for one in self._staged.values())
 
     def fetch(self, tensors: Mapping[str, torch.Tensor]) -> Fetch:
-        """Begin to copy the tensors to the host: GPUs on streams of their own, at once."""
+        """Start copying tensors to the host; GPUs do so asynchronously, on separate streams."""
         self.check(tensors)
         pairs = [(self._staged[name], local(one).detach()) for name, one in tensors.items()]
         events = []
         for device, stream in self._streams.items():
-            stream.wait_stream(torch.cuda.current_stream(device))  # the weights are written by then
+            stream.wait_stream(torch.cuda.current_stream(device))  # after writes of the weights
             with torch.cuda.stream(stream):
                 for target, source in pairs:
                     if source.device == device:
@@ -76,16 +76,16 @@ class Link:
         return Fetch(near, events, self.delay)
 
     def send(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy what is staged into the tensors; return when it is there."""
+        """Copy the staging buffers into the tensors, and wait for the copies."""
         self.check(tensors)
         with torch.no_grad():
             for name, one in tensors.items():
                 local(one).detach().copy_(self._staged[name], non_blocking=True)
-        for device in self._streams:  # the staged memory may be written from now on
+        for device in self._streams:  # afterwards the staging buffers may be overwritten
             torch.cuda.current_stream(device).synchronize()
 
     def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Refuse tensors that do not have the names, shapes, dtypes and divisions of the first."""
+        """Raise a LayoutError if names, shapes, dtypes or placements have changed."""
         if tensors is self._checked:
             return
         problems = [f"{name!r} is gone" for name in self.staging if name not in tensors]
@@ -102,20 +102,20 @@ class Link:
 
 
 def _layout(tensor: torch.Tensor) -> str:
-    """In words, what must stay: dtype, shape, and how a DTensor is divided."""
+    """Return dtype, shape and, for a DTensor, placements and mesh, as text to compare."""
     placed = f", {tensor.placements} of {tensor.device_mesh}" if is_divided(tensor) else ""
     return f"{tensor.dtype}{list(tensor.shape)}{placed}"
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Memory of the host like that of a tensor; a GPU writes there on its own."""
+    """Return an empty host tensor like ``tensor``, pinned for a GPU tensor."""
     part = local(tensor)
     memory = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda, requires_grad=False)
     return with_part(tensor, memory) if is_divided(tensor) else memory
 
 
 class Fetch:
-    """Tensors on their way to the host."""
+    """A copy of tensors to the host that is in progress."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class Fetch:
         self._copied = threading.Event()
 
     def complete(self) -> None:
-        """Copy what the processor copies, and wait until all is there."""
+        """Copy the tensors that are on the CPU, and wait until all copies are complete."""
         try:
             with torch.no_grad():
                 for number, (target, source) in enumerate(self._pieces()):
@@ -151,9 +151,9 @@ class Fetch:
             yield from zip(target.view(-1).split(size), source.view(-1).split(size), strict=True)
 
     def fence(self) -> bool:
-        """Have what comes next wait until the tensors may be written; whether the host waited.
+        """Make later work wait until the tensors may be written; return whether the host waited.
 
-        A graph that is being captured cannot wait for what is not in it.
+        Streams under capture do not wait: a graph cannot wait for an event from outside.
         """
         for device, event in self._events:
             stream = torch.cuda.current_stream(device)

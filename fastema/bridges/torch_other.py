@@ -1,4 +1,4 @@
-"""GPUs that PyTorch drives and our kernels do not: AMD's, Apple's, Intel's."""
+"""GPUs of AMD, Apple and Intel: PyTorch supports them, fastema has no kernels for them."""
 
 from __future__ import annotations
 
@@ -17,38 +17,37 @@ from fastema.layout.group import Pair
 __all__ = ["OtherContext", "context_of"]
 
 _NAMES: Final = {"cuda": "ROCm", "mps": "Metal", "xpu": "Intel GPUs"}
-"""What PyTorch reaches a kind of device by, where it is not CUDA."""
+"""Names of the backends, other than CUDA, behind PyTorch's device types."""
 
 
 class OtherContext:
-    """A device without kernels of ours; see :class:`fastema.layout.device_context.DeviceContext`.
+    """A device without kernels; see :class:`fastema.layout.device_context.DeviceContext`.
 
-    PyTorch's own functions take their place, on the stream that is current, so nothing has to be
-    held for them.
+    PyTorch's own functions do the work on the current stream, so no memory has to be kept for them.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.index = str(device), device.index or 0
         self.without_kernels: str | None = (
             f"fastema has no kernels for {_NAMES[device.type]}: PyTorch's own functions average "
-            f"what is on {device}"
+            f"the tensors on {device}"
         )
 
     def stream(self) -> int:
-        """Return 0: nothing of ours is launched."""
+        """Return 0: no kernel is launched."""
         return 0
 
     def capturing(self) -> bool:
-        """Return False: what PyTorch's functions do can be captured or not as PyTorch has it."""
+        """Return False: whether PyTorch's functions can be captured is up to PyTorch."""
         return False
 
     def upload(self, array: NDArray[Any]) -> tuple[torch.Tensor, int]:
-        """Copy an array to the device."""
+        """Copy an array to the device; return the copy and its address."""
         there = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
         return there, there.data_ptr()
 
     def download(self, owner: torch.Tensor) -> NDArray[Any]:
-        """Copy an uploaded array back."""
+        """Return a host copy of an uploaded array."""
         found: NDArray[Any] = owner.cpu().numpy()
         return found
 
@@ -57,14 +56,14 @@ class OtherContext:
         owner.copy_(torch.from_numpy(np.ascontiguousarray(array)))
 
     def hold(self, owners: Iterable[torch.Tensor]) -> bool:
-        """Return True: PyTorch's functions hold what they work on."""
+        """Return True: PyTorch's functions keep their operands alive."""
         return True
 
     def wait(self) -> None:
-        """Do nothing: copies to the host wait by themselves."""
+        """Do nothing: copies to the host synchronize anyway."""
 
     def substitute(self, operation: str, pairs: Sequence[Pair]) -> Substitute:
-        """Return the operation in torch's own functions."""
+        """Return a function that runs the operation with torch's own functions."""
         from fastema.bridges.torch_foreach import substitute
 
         return substitute(operation, pairs)
@@ -72,7 +71,7 @@ class OtherContext:
 
 @cache
 def context_of(device: torch.device) -> DeviceContext | None:
-    """Return what drives a device; None for the host and for devices that are not averaged on."""
+    """Return the context of a device; None for the host and for unsupported devices."""
     if device.type == "cuda" and torch.version.hip is None:
         return TorchContext(device.index)
     return OtherContext(device) if device.type in _NAMES else None

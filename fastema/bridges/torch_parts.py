@@ -1,4 +1,4 @@
-"""Tensors that are divided among processes: DTensors, as FSDP2 and tensor parallel make them."""
+"""Tensors sharded over processes: the DTensors of FSDP2 and tensor parallelism."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def is_divided(tensor: Any) -> TypeGuard[DTensor]:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a DTensor, and any other tensor as it is."""
+    """Return this rank's part of a DTensor, and any other tensor unchanged."""
     if not is_divided(tensor):
         return tensor
     found: torch.Tensor = tensor._local_tensor
@@ -39,20 +39,21 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def describe_part(tensor: DTensor, describe: Callable[[torch.Tensor], TensorSpec]) -> TensorSpec:
-    """Describe this rank's part of a DTensor, which must be one block of the whole.
+    """Return the TensorSpec of this rank's part of a DTensor, which must be one block of it.
 
-    ``describe`` describes the plain tensor in it.
+    ``describe`` is called with the local tensor. Raises a BridgeError for a partial placement, a
+    part of several blocks, or a local shape that contradicts the placements.
     """
-    # DCP computes with this function where a part goes in a checkpoint.
+    # DCP uses this function to place a part in a checkpoint.
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = tensor.device_mesh, tuple(tensor.placements)
     whole = tuple(tensor.shape)
     problem = None
     if any(one.is_partial() for one in placements):
-        problem = "is a sum that is still pending"
+        problem = "is a partial sum that is still pending"
     elif not _is_one_block(mesh, placements):
-        problem = "has parts of several blocks"
+        problem = "has parts that consist of several blocks"
     if problem is not None:
         raise BridgeError(
             f"a DTensor placed as {placements} {problem}; redistribute it to Shard or Replicate "
@@ -80,10 +81,10 @@ def describe_part(tensor: DTensor, describe: Callable[[torch.Tensor], TensorSpec
 
 
 def _is_one_block(mesh: Any, placements: tuple[Any, ...]) -> bool:
-    """Return whether every part is one block of the whole.
+    """Return whether every rank's part is one block of the whole tensor.
 
-    FSDP on top of tensor parallel divides a dimension over the later mesh dimension first: with
-    both divisions a part is one block, with the strided one alone it is several.
+    FSDP on top of tensor parallelism shards a dimension over the later mesh dimension first. With
+    both shardings a part is one block; with the strided sharding alone it is several.
     """
     dims = [getattr(one, "dim", None) for one in placements]
     for place, strided in enumerate(placements):
@@ -104,7 +105,7 @@ def _fingerprint(tensor: DTensor) -> object:
 
 @dataclass(frozen=True)
 class _Division:
-    """Division of a DTensor: see :class:`fastema.layout.spec.Division`."""
+    """How a DTensor is sharded; see :class:`fastema.layout.spec.Division`."""
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
@@ -113,25 +114,25 @@ class _Division:
 
     @property
     def is_first(self) -> bool:
-        """Return whether this rank is the first one of those that hold the same part."""
+        """Whether this rank is the first of the ranks that hold the same part."""
         coordinate = self.mesh.get_coordinate()
         return coordinate is not None and not any(
             at for at, one in zip(coordinate, self.placements, strict=True) if one.is_replicate()
         )
 
     def tensor(self, array: torch.Tensor) -> DTensor:
-        """Make a DTensor of this rank's part."""
+        """Return a DTensor around this rank's part."""
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-        # As FSDP makes its own: from_local would copy what is offloaded to the mesh's device. The
-        # storage is another one of the same memory: the staging of DCP fails where two share one.
+        # Build it as FSDP does: from_local would copy offloaded tensors to the mesh's device.
+        # DLPack gives the memory a second storage: the staging of DCP fails on a shared one.
         meta = TensorMeta(torch.Size(self.shape), self.strides, array.dtype)
         spec = DTensorSpec(self.mesh, self.placements, tensor_meta=meta)
         return DTensor(from_dlpack(array.detach()), spec, requires_grad=False)
 
     def stacked(self, count: int) -> _Division:
-        """Divide that many along a new first axis."""
+        """Return the sharding of ``count`` such tensors stacked along a new first axis."""
         sizes = [n * s for n, s in zip(self.shape, self.strides, strict=True)]
         return _Division(
             self.mesh,
@@ -146,7 +147,7 @@ class _Division:
 
 
 def _with_axis_before(placement: Any) -> Any:
-    """Return a placement for tensors with one more axis in front."""
+    """Return the placement for tensors with one more axis in front."""
     if not hasattr(placement, "dim"):
         return placement
     factor = getattr(placement, "split_factor", None)
@@ -155,14 +156,14 @@ def _with_axis_before(placement: Any) -> Any:
 
 
 def with_part(tensor: DTensor, part: torch.Tensor) -> DTensor:
-    """Make a DTensor that is divided as another one, with a part on any device."""
+    """Return a DTensor sharded like ``tensor`` around another local part, on any device."""
     placed = tensor.device_mesh, tuple(tensor.placements)
     return _Division(*placed, tuple(tensor.shape), tensor.stride()).tensor(part)
 
 
 def gather(tensor: DTensor) -> torch.Tensor:
-    """Return the whole of a DTensor on every rank; all of them have to call this."""
-    # As bytes: neither gloo nor NCCL sends 16-bit integers.
+    """Return the full tensor of a DTensor on every rank; all ranks must call this."""
+    # Send bytes: neither gloo nor NCCL supports 16-bit integers.
     part = local(tensor).detach().contiguous().unsqueeze(-1).view(torch.uint8)
     size, device = tensor.dtype.itemsize, tensor.device_mesh.device_type
     division = _Division(
@@ -175,26 +176,26 @@ def gather(tensor: DTensor) -> torch.Tensor:
         whole: torch.Tensor = division.tensor(part.to(device)).full_tensor()
     except RuntimeError as error:
         raise BridgeError(
-            f"the parts of a DTensor over {tuple(tensor.device_mesh.shape)} ranks cannot be put "
-            "together here; save with torch.distributed.checkpoint to load on other ranks"
+            f"the parts of a DTensor over {tuple(tensor.device_mesh.shape)} ranks cannot be "
+            "gathered here; save with torch.distributed.checkpoint to load on other ranks"
         ) from error
     return whole.view(tensor.dtype).squeeze(-1)
 
 
 def refuse_fsdp1(module: torch.nn.Module) -> None:
-    """Refuse modules whose weights lie in one flat parameter that is split among ranks."""
+    """Raise a BridgeError for FSDP1, which shards one flat parameter instead of weights."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and any(
         isinstance(one, fsdp.FullyShardedDataParallel) for one in module.modules()
     ):
         raise BridgeError(
             "FullyShardedDataParallel (FSDP1) hides which part of a weight this rank has; shard "
-            "with torch.distributed.fsdp.fully_shard (FSDP2), whose DTensors say it"
+            "with torch.distributed.fsdp.fully_shard (FSDP2), whose DTensors record it"
         )
 
 
 def reshard_modules(modules: Iterable[torch.nn.Module]) -> None:
-    """Have FSDP2 put its sharded parameters into the modules; the next forward gathers them again.
+    """Make FSDP2 modules hold their sharded parameters; the next forward pass gathers them again.
 
     After an evaluation, or with ``reshard_after_forward=False``, modules hold gathered parameters.
     """
@@ -205,5 +206,5 @@ def reshard_modules(modules: Iterable[torch.nn.Module]) -> None:
         if isinstance(module, fsdp.FSDPModule):
             for group in getattr(module._get_fsdp_state(), "_fsdp_param_groups", ()):
                 if getattr(group, "_all_gather_result", None) is not None:
-                    group.wait_for_unshard()  # begun ahead of time, with what was there then
+                    group.wait_for_unshard()  # a prefetch that began with the old values
             module.reshard()

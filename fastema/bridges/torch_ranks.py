@@ -1,4 +1,4 @@
-"""The ranks that hold parts of the same tensors: what they agree on."""
+"""Agreement between the ranks that hold parts of the same tensors."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fastema.errors import LayoutError, listed
 __all__ = ["Ranks"]
 
 _SHOWN = 8
-"""Differences that an error lists."""
+"""Maximum number of differences that an error lists."""
 
 
 class Ranks:
-    """The ranks of all meshes that this rank's tensors are divided over.
+    """The ranks of all meshes that this rank's tensors are sharded over.
 
-    A mesh is left out where the largest one holds it, as the mesh of all data-parallel ranks holds
-    those of experts. Unless they are the whole world, a question goes along one dimension of a mesh
-    after the other.
+    A mesh whose ranks all belong to the largest mesh is left out: the mesh of all data-parallel
+    ranks includes those of the experts. Collectives run over the default group if the meshes cover
+    all ranks, otherwise along each dimension of each mesh in turn.
     """
 
     def __init__(self, meshes: Iterable[Any]) -> None:
@@ -40,7 +40,7 @@ class Ranks:
 
     @classmethod
     def of_world(cls) -> Ranks | None:
-        """All ranks of the default group; None where there is one, or no group."""
+        """Return all ranks of the default group; None without a group or with one rank only."""
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return None
         made = cls.__new__(cls)
@@ -49,16 +49,17 @@ class Ranks:
         return made
 
     def any(self, flag: bool) -> bool:
-        """Return whether a flag is set on any rank: one all-reduce of a number."""
+        """Return whether a flag is set on any rank, by an all-reduce of one number."""
         value = torch.tensor([flag], dtype=torch.int32, device=self._device)
         for group in self._groups:
             dist.all_reduce(value, dist.ReduceOp.MAX, group)
         return bool(value.item())
 
     def compare(self, facts: Mapping[str, str]) -> None:
-        """Compare facts, by name, that all ranks must have alike: one all-gather of a digest.
+        """Raise a LayoutError on every rank unless all ranks pass equal facts.
 
-        A LayoutError on every rank names a rank that differs, in what, and what is expected.
+        ``facts`` maps names to values; one all-gather compares a digest of them. The error lists
+        the ranks that differ, the facts, and the expected values.
         """
         text = json.dumps(facts, sort_keys=True).encode()
         digest = torch.tensor(
@@ -72,10 +73,10 @@ class Ranks:
             if not all(torch.equal(one, found[0]) for one in found):
                 differs = True
                 problems += _differences(facts, group)
-        if len(self._groups) > 1:  # others may have seen what these groups do not show
+        if len(self._groups) > 1:  # other ranks may have found a difference
             differs = self.any(differs)
         if differs:
-            problems = problems or ["ranks of another part of the mesh differ, and say so"]
+            problems = problems or ["ranks in another part of the mesh differ; see their errors"]
             raise LayoutError(
                 "the ranks do not have the same average:\n"
                 + listed(problems, _SHOWN)
@@ -89,7 +90,7 @@ def _holds(mesh: Any, other: Any) -> bool:
 
 
 def _differences(facts: Mapping[str, str], group: Any) -> list[str]:
-    """Say what differs from the group's first rank."""
+    """Return a line for every fact that differs from the group's first rank."""
     every: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(every, dict(facts), group)
     ranks = dist.get_process_group_ranks(group)

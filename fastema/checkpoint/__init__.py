@@ -1,9 +1,10 @@
-"""Averages in files: safetensors, written whole or not at all, read as they lie on disk.
+"""Save and load averages, convert them between libraries, and average finished checkpoints.
 
-``save(ema, path)`` and ``load_into(ema, path)`` keep an average in a file. ``load(path)`` finds the
-average in a file of any library that ``fastema.compat`` knows, ``inspect(path)`` describes it, and
-``convert(src, dst, to=...)`` writes it for another. ``average(paths, weights, out)`` averages
-finished checkpoints, whose tensors ``open_checkpoint(path)`` lists.
+``save(ema, path)`` and ``load_into(ema, path)`` keep an average in a safetensors file, which is
+written atomically. ``load(path)`` finds the average in a file of any library that
+``fastema.compat`` knows, ``inspect(path)`` describes it, and ``convert(src, dst, to=...)`` writes
+it in another library's layout. ``average(paths, weights, out)`` averages finished checkpoints;
+``open_checkpoint(path)`` lists the tensors of one.
 """
 
 from fastema.checkpoint.conversion import Conversion, convert

@@ -1,4 +1,4 @@
-"""Checkpoint files as nested mappings, whose tensors are found but not read."""
+"""Checkpoint files as nested mappings whose tensors are located but not read."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ __all__ = ["Content", "Leaf", "gathered", "open_content", "untied"]
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor of a file, found but not read."""
+    """A tensor in a file, located but not read."""
 
     stored: StoredTensor
     place: Stretches
 
 
 class Content(NamedTuple):
-    """The nested mappings of a file; :meth:`find` describes a tensor in them without reading it."""
+    """The nested mappings of a file; :meth:`find` locates a tensor in them without reading it."""
 
     path: Path
     mapping: Mapping[Any, Any]
-    state: torch_file.State | None = None  # of a file of torch.save
+    state: torch_file.State | None = None  # set for a file of torch.save
 
     def find(self, name: str, one: Any) -> Leaf:
-        """Find a tensor; a CheckpointError if it cannot be averaged as it lies there."""
+        """Locate a tensor; raise a CheckpointError if its dtype or memory layout is unsupported."""
         if isinstance(one, Leaf):
             return one
         assert self.state is not None
@@ -44,11 +44,11 @@ class Content(NamedTuple):
         return Leaf(stored, Stretches.whole(self.path, offset))
 
     def tensors(self, part: Any) -> dict[str, Any]:
-        """The tensors of a part of the file, by their keys with dots."""
+        """Return the tensors of a part of the file by dotted key."""
         return torch_file.tensors_in(part, Leaf if self.state is None else Rebuilt)
 
     def checkpoint(self, tensors: Mapping[str, Leaf]) -> Checkpoint:
-        """Return some tensors of the file, by these names."""
+        """Return a checkpoint that holds these tensors of the file under these names."""
         return Checkpoint(
             self.path,
             "safetensors" if self.state is None else "torch",
@@ -59,7 +59,7 @@ class Content(NamedTuple):
         )
 
     def number(self, found: Any, name: str) -> int | float:
-        """A number, by itself or in a tensor of one element."""
+        """Return a number that is stored as a plain value or as a tensor of one element."""
         if isinstance(found, Rebuilt | Leaf):
             leaf = self.find(name, found)
             kind = _NUMBERS.get(leaf.stored.kind.code)
@@ -70,11 +70,11 @@ class Content(NamedTuple):
                 value: int | float = np.frombuffer(buffer, kind)[0].item()
                 return value
         if not isinstance(found, int | float):
-            raise CheckpointError(f"{self.path}: {name!r} is no number")
+            raise CheckpointError(f"{self.path}: {name!r} is not a number")
         return found
 
     def whole(self, found: Any, name: str) -> int:
-        """A whole number of at least 0."""
+        """Return a stored integer, at least 0; raise a CheckpointError for any other value."""
         value = self.number(found, name)
         if not 0 <= value < 2**62 or value != int(value):
             raise CheckpointError(f"{self.path}: {name!r} is {value}, expected a count")
@@ -85,11 +85,11 @@ _NUMBERS: Final = {
     **{"f64": "<f8", "f32": "<f4", "f16": "<f2", "bool": "|b1"},
     **{f"{sign}{8 * size}": f"<{sign}{size}" for sign in "iu" for size in (1, 2, 4, 8)},
 }
-"""Code to what NumPy calls the dtype of a number."""
+"""Dtype code to NumPy dtype string, for tensors that hold one number."""
 
 
 def open_content(path: Path, key: str | None) -> tuple[Content, Checkpoint | None]:
-    """Open a file's mappings; of formats other than torch.save's also the checkpoint."""
+    """Open a file's mappings, and its checkpoint too unless ``torch.save`` wrote the file."""
     if is_torch_file(path):
         state = torch_file.read(path)
         part = state.content if key is None else torch_file.part_of(state.content, key, path)
@@ -100,14 +100,14 @@ def open_content(path: Path, key: str | None) -> tuple[Content, Checkpoint | Non
 
 
 def gathered(content: Content, part: Any) -> Checkpoint:
-    """Collect the tensors of a part, by names without the prefixes of wrappers."""
+    """Collect the tensors of a part of a file under names without wrapper prefixes."""
     held = content.tensors(part)
     leaves = [content.find(name, one) for name, one in held.items()]
     return content.checkpoint(dict(zip(plain_names(list(held)), leaves, strict=True)))
 
 
 def untied(found: Checkpoint) -> Checkpoint:
-    """Drop all names but the first of tied tensors; ``tied`` maps them to the first."""
+    """Keep only the first name of tied tensors; ``tied`` of the result maps the others to it."""
     owners: dict[Any, str] = {}
     tied = dict(found.tied)
     for name, stored in found.tensors.items():

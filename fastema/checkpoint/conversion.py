@@ -1,4 +1,4 @@
-"""Averages converted from one library's layout to another's."""
+"""Convert averages from one library's checkpoint layout to another's."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ class Conversion:
     path : Path
         The file that was written.
     source : StoredAverage
+        The average that was converted.
     to : str
-        The library whose layout it has.
+        The library in whose layout the file is.
     lost : list of str
-        What the source holds and this layout has no place for.
+        What this layout cannot store, and remarks about the source, one phrase each.
     """
 
     path: Path
@@ -65,37 +66,39 @@ def convert(
     Parameters
     ----------
     src : path
-        What :func:`load` reads.
+        A file or folder that :func:`load` can read.
     dst : path
-        The file; there is the old one or the whole new one, whatever happens. For
-        ``to="safetensors"`` a folder where the source is one.
+        The file to write, or a folder if ``to="safetensors"`` and the source is a folder. It is
+        replaced atomically: a failed conversion leaves the old file unchanged.
     to : str
         "fastema" (for :func:`load_into`), "safetensors" (the averaged weights alone), "swa_utils",
         "timm", "torch_ema", "ema_pytorch", "diffusers", "litema", "mmengine" or "d2go": the module
-        of ``fastema.compat`` says which class. The owner loads it by ``torch.load`` and
+        of ``fastema.compat`` says which class. Load the file with ``torch.load`` and the class's
         ``load_state_dict``.
     names : path or sequence of str, optional
-        The names of ``model.parameters()``, in their order, or a checkpoint of ``torch.save`` that
-        has them so. Needed where the source is a list (torch_ema, diffusers, NeMo) or has names
-        without dots (LitEma) and the result has names; and where the result is a list and the
-        source a safetensors file, which keeps no order.
+        The names of ``model.parameters()`` in order, or a checkpoint of ``torch.save`` that
+        stores the parameters in that order. Needed if the target layout has names and the source
+        is a list (torch_ema, diffusers, NeMo) or has names without dots (LitEma). Also needed if
+        the target is a list and the source is a safetensors file, which keeps no order.
     decay : float, optional
-        Of the further updates, in [0, 1): where the source does not tell, and the result has it.
+        Decay of further updates, in [0, 1); replaces the schedule of the source. Needed if the
+        target layout stores a decay and the source does not record one.
     key, index
         See :func:`load`.
 
     Raises
     ------
     CheckpointError
-        If it cannot be read, these names do not fit, or ``dst`` ends as files of another format.
+        If ``src`` cannot be read, ``names`` do not fit its tensors, or ``dst`` has the extension of
+        another format.
     ArgumentError
-        If ``to`` is not known, or a decay or names are needed.
+        If ``to`` is unknown, or a decay or names are needed but missing.
     StorageError
-        If it cannot be written.
+        If ``dst`` cannot be written.
 
     Notes
     -----
-    The average has to fit into memory, except for ``to="safetensors"``, which is streamed.
+    The average must fit in memory, except with ``to="safetensors"``, which streams it.
 
     Examples
     --------
@@ -122,14 +125,14 @@ def convert(
     source, lost = _arranged(source, wanted, _listed_names(names, out))
     lost += source.notes
     if source.library == "model":
-        lost.append("nothing tells that these are averages: a model's weights")
+        lost.append("an average: the source holds only a model's weights")
     if source.num_updates is not None and not wanted.counts:
         lost.append(f"the number of updates, {source.num_updates}")
     schedule = source.schedule
     if schedule is not None and not wanted.keeps(schedule):
         lost.append(f"the schedule, {named_schedule(schedule)}")
     if source.weights is not None and not wanted.weights:
-        lost.append("the weights in training, which the source holds too")
+        lost.append("the training weights, which the source holds too")
     refuse_source(out, source.checkpoint)
     wanted.write(source, out)
     return Conversion(out, source, to, lost)
@@ -141,7 +144,7 @@ _STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _is_parameter(name: str, checkpoint: Checkpoint) -> bool:
-    """Return whether a tensor is a parameter, as far as a name and a dtype tell."""
+    """Return whether a tensor is a parameter, judging by its name and dtype."""
     inner = name.rpartition(".")[2]
     return checkpoint.tensors[name].kind.real is not None and inner not in _STATISTICS
 
@@ -164,7 +167,7 @@ def _listed_names(given: _Path | Sequence[str] | None, out: Path) -> list[str] |
 def _arranged(
     source: StoredAverage, wanted: _Writer, names: list[str] | None
 ) -> tuple[StoredAverage, list[str]]:
-    """Rename and order tensors as the result needs them; list what is left out."""
+    """Rename and order tensors for the target layout; also return what it leaves out."""
     found = source.checkpoint
     keys = list(found.tensors)
     if source.names == "full" or (source.names, wanted.names) == ("places", "places"):
@@ -172,7 +175,7 @@ def _arranged(
     elif names is None:
         raise ArgumentError(
             f"{source.path} ({source.library}) has no names of the model, which {wanted.library} "
-            "needs: pass names, those of model.named_parameters()"
+            "needs: pass names, as in model.named_parameters()"
         )
     elif source.names == "places":
         new = names
@@ -180,7 +183,7 @@ def _arranged(
         dots = {name.replace(".", ""): name for name in names}
         missing = [name for name in keys if name not in dots]
         if missing:
-            raise CheckpointError(f"the names lack one that is {missing[0]!r} without dots")
+            raise CheckpointError(f"none of the names is {missing[0]!r} when its dots are removed")
         new = [dots[name] for name in keys]
     if len(new) != len(keys):
         raise CheckpointError(f"{len(new)} names for the {len(keys)} tensors of {source.path}")
@@ -189,14 +192,14 @@ def _arranged(
         return source, []
     kept = new if source.names == "places" else _parameters(source, names, wanted)
     left = [name for name in new if name not in set(kept)]
-    lost = [f"what is no parameter: {_shortened(left)}"] if left else []
+    lost = [f"tensors that are not parameters: {_shortened(left)}"] if left else []
     by_place = wanted.names == "places"
     of_places = {str(i) if by_place else name: name for i, name in enumerate(kept)}
     return replace(source, checkpoint=_renamed(source.checkpoint, of_places)), lost
 
 
 def _parameters(source: StoredAverage, names: list[str] | None, wanted: _Writer) -> list[str]:
-    """The names of parameters, in the order of the model."""
+    """Return the names of the parameters in the model's order."""
     found = source.checkpoint
     if names is not None:
         missing = [f"{name!r} is missing" for name in names if name not in found.tensors]
@@ -205,8 +208,8 @@ def _parameters(source: StoredAverage, names: list[str] | None, wanted: _Writer)
         return names
     if wanted.names == "places" and not is_torch_file(source.path):
         raise ArgumentError(
-            f"{wanted.library} keeps a list in the order of model.parameters(), which {source.path}"
-            " does not tell: pass names"
+            f"{wanted.library} stores a list in the order of model.parameters(), which "
+            f"{source.path} does not record: pass names"
         )
     found = untied(found)
     return [name for name in found.tensors if _is_parameter(name, found)]
@@ -218,7 +221,7 @@ def _shortened(names: Sequence[str]) -> str:
 
 
 def _renamed(found: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
-    """A checkpoint with new names for some of its tensors: new name to old."""
+    """Return a checkpoint with only the tensors in ``names``, which maps new names to old ones."""
     return replace(
         found,
         tensors={new: found.tensors[old] for new, old in names.items()},
@@ -235,11 +238,12 @@ def _never(schedule: Schedule) -> bool:
 
 
 class _Writer(NamedTuple):
-    """How to write a library's layout, and what it can hold."""
+    """A library's layout: the function that writes it, and what it can store."""
 
     library: str
     write: Callable[[StoredAverage, Path], None]
-    names: Literal["full", "parameters", "places"] = "full"  # of all, of parameters, or a list
+    # Names of all tensors, names of parameters only, or positions in a list of parameters.
+    names: Literal["full", "parameters", "places"] = "full"
     counts: bool = False
     keeps: Callable[[Schedule], bool] = _never
     weights: bool = False
@@ -252,7 +256,7 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def _saved(content: Callable[[StoredAverage, dict[str, Tensor]], dict[str, Any]]) -> Any:
-    """Return a function that builds a state from the tensors and writes it with ``torch.save``."""
+    """Return a function that builds a state with ``content`` and writes it with ``torch.save``."""
 
     def write(source: StoredAverage, out: Path) -> None:
         import torch
@@ -261,7 +265,7 @@ def _saved(content: Callable[[StoredAverage, dict[str, Tensor]], dict[str, Any]]
         with moved_into_place(out) as partial, open(partial, "xb") as opened:
             try:
                 torch.save(made, opened)
-            except RuntimeError as error:  # of its writer, for any error of the system
+            except RuntimeError as error:  # torch.save raises this for every operating system error
                 raise StorageError(f"cannot write {out}: {error}") from error
 
     return write
@@ -274,7 +278,7 @@ def _number(value: float, dtype: str = "int64") -> Tensor:
 
 
 def _decay_of(source: StoredAverage, to: str) -> float:
-    """The decay of an update, or its limit."""
+    """Return the decay of one update, or the limit that the decay approaches."""
     schedule = source.schedule
     rule = schedule.rules[0] if schedule is not None else None
     limit = getattr(rule, "limit", getattr(rule, "value", None))
@@ -282,15 +286,15 @@ def _decay_of(source: StoredAverage, to: str) -> float:
         found = source.options.get("decay")
         if not isinstance(found, int | float):
             raise ArgumentError(
-                f"{to} keeps a decay, which {source.path} ({source.library}) does not tell: pass "
-                "decay"
+                f"{to} stores a decay, which {source.path} ({source.library}) does not record: "
+                "pass decay"
             )
         return float(found)
     return float(limit) ** (schedule.update_every if schedule is not None else 1)
 
 
 def _is_simple(schedule: Schedule) -> bool:
-    """Return whether it is a constant decay, or torch_ema's warm-up, at every step."""
+    """Return whether the schedule is a constant decay or torch_ema's warm-up at every step."""
     rule, later = schedule.rules[0], schedule.start_after
     if type(rule) is Warmup:
         return not later and schedule.update_every == 1
@@ -365,15 +369,14 @@ def _write_ours(source: StoredAverage, out: Path) -> None:
     schedule = source.schedule
     if schedule is None:
         raise ArgumentError(
-            f"{source.path} ({source.library}) does not tell how its average goes on: pass "
-            "decay, or build an average with the schedule that you want and use "
-            "load_into(ema, path)"
+            f"{source.path} ({source.library}) does not record a schedule: pass decay, or "
+            "build an average with the schedule that you want and use load_into(ema, path)"
         )
     rule = schedule.rules[0]
     if isinstance(rule, Window):
         raise ArgumentError(
-            f"{source.path}: a windowed mean goes on from its own file only, which has the weights "
-            "of its window"
+            f"{source.path}: a windowed mean can continue only from its own file, which holds the "
+            "weights of its window"
         )
     kind = next((name for known, name in _KINDS.items() if isinstance(rule, known)), "EMA")
     kind = source.options.get("kind", kind) if source.library == "fastema" else kind
@@ -386,7 +389,7 @@ def _write_ours(source: StoredAverage, out: Path) -> None:
 
 
 _KINDS: Final[dict[type[Rule], str]] = {CumulativeMean: "SWA", Power: "PowerEMA"}
-"""Rule to the class whose averages have it, where that is not EMA."""
+"""Rule to the name of the class of its averages, for rules whose class is not EMA."""
 
 
 def _write_weights(source: StoredAverage, out: Path) -> None:
@@ -418,7 +421,7 @@ _WRITERS: Final = {
         _Writer("d2go", _saved(_d2go)),
     )
 }
-"""Library to how its layout is written."""
+"""Library to its layout."""
 
 LIBRARIES: Final = tuple(_WRITERS)
-"""What :func:`convert` writes."""
+"""Libraries whose layouts :func:`convert` can write."""

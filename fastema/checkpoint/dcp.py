@@ -1,4 +1,4 @@
-"""Folders of torch.distributed.checkpoint, read without running anything that they contain."""
+"""Read torch.distributed.checkpoint folders without running any code in them."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ __all__ = ["Chunked", "Folder", "average_in", "blocks_of", "opened", "state_in"]
 _CODE_OF: Final = {name: code for code, name in NAME_OF.items()}
 
 _LONGEST: Final = 1 << 28
-"""Bytes of the description of a folder that is still read."""
+"""Size limit of a folder's description, in bytes."""
 
 _LONGEST_OF_TENSOR: Final = 1 << 16
-"""The same of a tensor."""
+"""Size limit of a tensor's description, in bytes."""
 
 _MOST_BLOCKS: Final = 1 << 17
-"""Blocks of a tensor: more than there are processes."""
+"""Limit on the blocks of one tensor, above any real number of processes."""
 
 
 class _Record:
-    """Stands in for an object of a description: its attributes, or its state."""
+    """Stand-in for an unpickled object; it holds the object's attributes or its state."""
 
     state: Any = ()
 
@@ -74,7 +74,7 @@ _ALLOWED: Final[dict[tuple[str, str], Any]] = {
 
 
 class _Chunk(NamedTuple):
-    """A block of a tensor, and the part of a file that it is in."""
+    """A block of a tensor, and the byte range of a file that holds it."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -84,7 +84,7 @@ class _Chunk(NamedTuple):
 
 
 class Chunked(NamedTuple):
-    """A tensor of a folder, and its blocks."""
+    """A tensor in a folder, and its blocks."""
 
     tensor: StoredTensor
     chunks: list[_Chunk]
@@ -95,16 +95,16 @@ class Folder(NamedTuple):
 
     path: Path
     tensors: dict[str, Chunked]  # by key
-    places: dict[str, tuple[Any, ...]]  # of each key in the state that was saved
+    places: dict[str, tuple[Any, ...]]  # key to its path in the saved state
 
 
 def opened(path: Path) -> Folder:
-    """Read the description of a folder; a CheckpointError if it is missing or damaged."""
+    """Read the description of a folder; raise a CheckpointError if it is missing or damaged."""
     description = path / ".metadata"
     if not description.exists():
         raise CheckpointError(
-            f"{path} has no .metadata: it is no folder of torch.distributed.checkpoint, or one "
-            "whose writers were killed"
+            f"{path} has no .metadata: it is not a folder of torch.distributed.checkpoint, or its "
+            "writers were killed"
         )
     try:
         found = pickles.load(read_whole(description, _LONGEST), _ALLOWED)
@@ -132,39 +132,39 @@ def _checked(path: Path, found: Any) -> Folder:
             continue
         state = entry.properties.state or (getattr(entry.properties, "dtype", None),)
         if state[0] not in _CODE_OF:
-            raise CheckpointError(f"{key}: its dtype is not known")
+            raise CheckpointError(f"{key}: its dtype is unknown")
         shape = _extents(entry.size)
         chunks = []
         for one in entry.chunks:
             offset, extents = _extents(one.offsets), _extents(one.sizes)
             ends = [o + n for o, n in zip(offset, extents, strict=True)]
             if len(ends) != len(shape) or any(e > n for e, n in zip(ends, shape, strict=True)):
-                raise CheckpointError(f"{key}: a block lies outside of the tensor")
+                raise CheckpointError(f"{key}: a block lies outside the tensor")
             info = stored[key, offset]
             if getattr(info, "transform_descriptors", None):
                 raise CheckpointError(f"{key}: its bytes are compressed; load it with torch")
             name = str(info.relative_path)
             if Path(name).name != name or "\0" in name:
-                raise CheckpointError(f"{key}: {name!r} is no file of the folder")
+                raise CheckpointError(f"{key}: {name!r} is not a file in the folder")
             chunks.append(_Chunk(offset, extents, path / name, int(info.offset), int(info.length)))
         tensor = StoredTensor(dtype(_CODE_OF[state[0]]), shape)
         if len(chunks) > _MOST_BLOCKS:
-            raise CheckpointError(f"{key}: it has {len(chunks)} blocks, more than any")
+            raise CheckpointError(f"{key}: it has {len(chunks)} blocks, too many for a checkpoint")
         if sum(math.prod(one.shape) for one in chunks) != tensor.size or _overlap(chunks):
-            raise CheckpointError(f"{key}: its blocks are not the whole tensor")
+            raise CheckpointError(f"{key}: its blocks overlap or do not cover it")
         tensors[key] = Chunked(tensor, chunks)
     places = {str(key): tuple(place) for key, place in (found.planner_data or {}).items()}
     return Folder(path, tensors, places)
 
 
 def _overlap(chunks: list[_Chunk]) -> bool:
-    """Return whether two blocks have an element in common."""
+    """Return whether any two blocks share an element."""
     filled = [one for one in chunks if math.prod(one.shape)]
     if len(filled) < 2 or not filled[0].shape:
         return len(filled) > 1
     first = np.array([one.offset for one in filled], np.int64)
     end = first + np.array([one.shape for one in filled], np.int64)
-    # Along the axis that is cut most, a block has few others beside it.
+    # Sort along the axis with the most cuts: there each block overlaps few others.
     axis = int(np.argmax([len(np.unique(first[:, k])) for k in range(first.shape[1])]))
     order = np.argsort(first[:, axis], kind="stable")
     first, end = first[order], end[order]
@@ -178,12 +178,12 @@ def _overlap(chunks: list[_Chunk]) -> bool:
 def _extents(found: Any) -> tuple[int, ...]:
     extents = tuple(found)
     if not all(type(one) is int and 0 <= one < 2**62 for one in extents):
-        raise CheckpointError(f"{extents} is no shape or offset")
+        raise CheckpointError(f"{extents} is not a shape or an offset")
     return extents
 
 
 def average_in(folder: Folder, key: str | None, which: int | None) -> dict[str, str]:
-    """Find the tensors of the one average that is meant, name to key; None means any place."""
+    """Return name to key for the only average that matches; None matches any value."""
     found: dict[tuple[str, int], dict[str, str]] = {}
     for flat in folder.tensors:
         place = folder.places.get(flat, (flat,))
@@ -199,14 +199,14 @@ def average_in(folder: Folder, key: str | None, which: int | None) -> dict[str, 
     if len(chosen) != 1:
         there = ", ".join(f"key={k!r}, which={w}" for k, w in sorted(found)) or "none"
         raise CheckpointError(
-            f"{folder.path} holds {len(chosen)} averages that are meant by key={key!r} and "
-            f"which={which!r}; there are: {there}"
+            f"{folder.path} holds {len(chosen)} averages that match key={key!r} and "
+            f"which={which!r}; it has: {there}"
         )
     return found[chosen[0]]
 
 
 def state_in(folder: Folder, key: str) -> dict[str, str]:
-    """Find the tensors of a model's state: name to key."""
+    """Return name to key for the tensors of the model state at ``key``."""
     found = {}
     for flat in folder.tensors:
         place = ".".join(map(str, folder.places.get(flat, (flat,))))
@@ -218,14 +218,14 @@ def state_in(folder: Folder, key: str) -> dict[str, str]:
 
 
 def blocks_of(name: str, stored: Chunked) -> Iterator[Block]:
-    """The blocks of a tensor, read when they are written."""
+    """Yield the blocks of a tensor; each is read only when it is written."""
     for chunk in stored.chunks:
         if math.prod(chunk.shape):
             yield Block(name, chunk.offset, chunk.shape, _Reader(name, stored.tensor, chunk))
 
 
 class _Reader:
-    """Reads a block by row-major pieces."""
+    """Callable that reads a row-major piece of a block."""
 
     def __init__(self, name: str, tensor: StoredTensor, chunk: _Chunk) -> None:
         self._name, self._tensor, self._chunk = name, tensor, chunk
@@ -244,11 +244,11 @@ class _Reader:
         return data
 
     def data_offset(self) -> int:
-        """Return where the elements begin in the file."""
+        """Return the offset in the file of the block's first element."""
         chunk = self._chunk
         try:
             if not stat.S_ISREG(chunk.path.stat().st_mode):
-                raise CheckpointError(f"{chunk.path} is no plain file")
+                raise CheckpointError(f"{chunk.path} is not a file")
             with chunk.path.open("rb") as file:
                 part = io.BufferedReader(_Part(file, chunk.begin, chunk.length))
                 with zipfile.ZipFile(part) as archive:
@@ -257,8 +257,7 @@ class _Reader:
             raise
         except Exception as error:
             raise CheckpointError(
-                f"{self._name}: {chunk.path} does not hold it as torch.save writes a tensor "
-                f"({error})"
+                f"{self._name}: {chunk.path} does not hold it in the format of torch.save ({error})"
             ) from None
 
     def _in_archive(self, archive: zipfile.ZipFile, part: Any) -> int:
@@ -273,7 +272,7 @@ class _Reader:
         with archive.open(described) as file:
             found = pickles.load(file.read(_LONGEST_OF_TENSOR), pickles.TENSORS)
         if not isinstance(found, pickles.Rebuilt):
-            raise CheckpointError(f"{self._name}: there is no plain tensor")
+            raise CheckpointError(f"{self._name}: the file holds no plain tensor")
         code = self._tensor.kind.code
         if found.code != code or found.size != self._chunk.shape:
             raise CheckpointError(
@@ -290,12 +289,12 @@ class _Reader:
             raise CheckpointError(f"{self._name}: its bytes are compressed, or too few")
         begin = data_of(part, data.header_offset) + found.offset * size
         if begin + math.prod(found.size) * size > self._chunk.length:
-            raise CheckpointError(f"{self._name}: its bytes lie outside of its part of the file")
+            raise CheckpointError(f"{self._name}: its bytes lie outside its part of the file")
         return begin
 
 
 class _Part(io.RawIOBase):
-    """A part of a file as a file."""
+    """A byte range of a file as a read-only file."""
 
     def __init__(self, file: Any, begin: int, length: int) -> None:
         self._file, self._begin, self._length, self._at = file, begin, length, 0
@@ -321,7 +320,7 @@ class _Part(io.RawIOBase):
 
 
 def stretches_of(name: str, stored: Chunked) -> Stretches:
-    """Where the bytes of a tensor lie, in the files that hold its blocks."""
+    """Return where the bytes of a tensor lie in the files that hold its blocks."""
     chunks = [one for one in stored.chunks if math.prod(one.shape)]
     paths = list(dict.fromkeys(one.path for one in chunks))
 
@@ -334,7 +333,10 @@ def stretches_of(name: str, stored: Chunked) -> Stretches:
 
 
 def _stretches(name: str, tensor: StoredTensor, chunk: _Chunk, place: int) -> NDArray[np.int64]:
-    """The stretches of a block: of the axes from which on it has all of the whole, one."""
+    """Return the stretches of a block as rows of file, offset in the file, offset in the tensor.
+
+    Trailing axes that the block covers completely are merged into one stretch.
+    """
     size, axes = tensor.kind.itemsize, len(chunk.shape)
     while axes and chunk.shape[axes - 1] == tensor.shape[axes - 1]:
         axes -= 1

@@ -1,4 +1,4 @@
-"""safetensors files: written under another name and moved into place, read in parts.
+"""Write safetensors files atomically, and read them in parts.
 
 The format is eight bytes with the length of a JSON header, the header, and the tensors' bytes in
 row-major order; see https://huggingface.co/docs/safetensors.
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 Fill = Callable[[int, memoryview], None]
-"""``fill(offset, buffer)``: read from an offset on what the buffer has room for."""
+"""``fill(offset, buffer)``: fill the buffer with the file's bytes from an offset on."""
 
 _NAMES: Final = {
     **{code: code.upper() for code in ("f64", "f32", "f16", "bf16", "c64", "bool")},
@@ -54,37 +54,37 @@ _NAMES: Final = {
     "f8e5m2fnuz": "F8_E5M2FNUZ",
     "f8e8m0fnu": "F8_E8M0",
 }
-"""Code to the name in a header."""
+"""Dtype code to its name in a safetensors header."""
 
 _CODES: Final = {in_header: code for code, in_header in _NAMES.items()}
 
 _LONGEST_HEADER: Final = 100_000_000
 
 _METADATA: Final = "__metadata__"
-"""Key of the metadata in a header."""
+"""Key of the metadata in a safetensors header."""
 
 _MOST: Final = 2**63 - 1
 """The largest extent or offset."""
 
 _MOST_AXES: Final = 32
-"""Most axes of a tensor: the limit of NumPy 1."""
+"""Limit on the axes of a tensor, as in NumPy 1."""
 
 _PARTIAL: Final = re.compile(r"\..+\.fastema-[0-9a-f]{12}\..+", re.DOTALL)
-"""Names of files and folders that are being written, or were left by a killed process."""
+"""Names of partial files and folders: being written, or left behind by a killed process."""
 
 _AHEAD: Final = 8
-"""How much more is asked for, in multiples of what was read."""
+"""Readahead, in multiples of the bytes just read."""
 
 _seeking = threading.Lock()
-"""Serializes reads where a file has no positioned read."""
+"""Lock for reads on systems without positioned reads."""
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file, or on its way to one."""
+    """A tensor that is in a file or is about to be written to one."""
 
     kind: DType
     shape: tuple[int, ...]
-    offset: int = 0  # where its row-major bytes begin
+    offset: int = 0  # of its first byte in the file; its elements are row-major
 
     @property
     def size(self) -> int:
@@ -93,12 +93,12 @@ class StoredTensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all elements."""
+        """The size of all elements in bytes."""
         return self.size * self.kind.itemsize
 
 
 class ReplacedError(CheckpointError):
-    """A file that became another one between two looks at it."""
+    """Raised when a file is replaced or changed between two reads."""
 
 
 class File(NamedTuple):
@@ -107,10 +107,10 @@ class File(NamedTuple):
     path: Path
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
-    version: tuple[int, ...] | None = None  # what tells another file of this name
+    version: tuple[int, ...] | None = None  # changes if the file is replaced or rewritten
 
     def opened(self) -> AbstractContextManager[Fill]:
-        """Open the file for :func:`reading`."""
+        """Open the file for :func:`reading`; raise a ReplacedError if it has changed."""
         return reading(self.path, self.version)
 
 
@@ -121,10 +121,10 @@ def _version_of(opened: Any) -> tuple[int, ...]:
 
 @contextmanager
 def reading(path: Path, version: tuple[int, ...] | None = None) -> Iterator[Fill]:
-    """A function that fills a buffer with a file's bytes from an offset on; threads may share it.
+    """Yield a function that reads a file's bytes from an offset into a buffer, on any thread.
 
-    A CheckpointError if it is not there, no file, becomes shorter meanwhile, or is another one
-    than that of a version.
+    Raise a CheckpointError if the file is missing, is not a regular file, or is truncated while it
+    is read, and a ReplacedError if its version is not ``version``.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
@@ -143,14 +143,14 @@ def reading(path: Path, version: tuple[int, ...] | None = None) -> Iterator[Fill
                 if not count:
                     raise CheckpointError(f"{path} was cut short")
                 offset, buffer = offset + count, buffer[count:]
-            if hasattr(os, "posix_fadvise"):  # the disk works while the caller computes
+            if hasattr(os, "posix_fadvise"):  # the disk reads while the caller computes
                 os.posix_fadvise(opened.fileno(), offset, _AHEAD * ahead, os.POSIX_FADV_WILLNEED)
 
         yield fill
 
 
 def read_whole(path: Path, most: int) -> bytes:
-    """Read a small file; a CheckpointError if it is none, or has more than ``most`` bytes."""
+    """Read a small file; raise a CheckpointError if it is larger than ``most`` bytes."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -160,7 +160,7 @@ def read_whole(path: Path, most: int) -> bytes:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     if len(content) > most:
-        raise CheckpointError(f"{path} has more than {most} bytes, too many for what it is")
+        raise CheckpointError(f"{path} has more than {most} bytes, the limit for such a file")
     return content
 
 
@@ -173,19 +173,20 @@ def _read_at(opened: Any, offset: int, buffer: memoryview) -> int:
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], **metadata: str) -> None:
-    """Write tensors and annotations to a file; there is the old file or the whole new one.
+    """Write tensors and metadata to a safetensors file, which is replaced atomically.
 
-    The folder must exist, and the tensors lie in memory of the CPU, row-major without gaps.
+    The folder must exist. Each tensor must be contiguous, row-major and in CPU memory.
     """
     for name, spec in tensors.items():
         if spec.division is not None:
             raise CheckpointError(
-                f"{name}: this process holds a part of it; save with torch.distributed.checkpoint, "
-                "or write one folder with fastema.distributed.consolidate"
+                f"{name}: this process holds only a part of it; save with "
+                "torch.distributed.checkpoint, or write one folder with "
+                "fastema.distributed.consolidate"
             )
         if spec.device != "cpu" or (spec.size and spec.strides != row_major(spec.shape)):
-            raise CheckpointError(f"{name}: {spec} is not row-major memory of the CPU")
-    # Elements lie at multiples of their size if larger ones come first.
+            raise CheckpointError(f"{name}: {spec} is not row-major in CPU memory")
+    # Largest items first, so that every element is aligned to its size.
     names = sorted(tensors, key=lambda name: (-tensors[name].kind.itemsize, name))
     header = header_of({name: tensors[name] for name in names}, metadata)
     with moved_into_place(path) as partial, open(partial, "xb") as opened:
@@ -197,9 +198,9 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], **met
 def header_of(
     tensors: Mapping[str, StoredTensor | TensorSpec], metadata: Mapping[str, str]
 ) -> bytes:
-    """Build the header of a file whose tensors follow each other in this order.
+    """Return the header of a safetensors file that holds these tensors in this order.
 
-    A CheckpointError for a name or a dtype that no file can have.
+    Raise a CheckpointError for a name or a dtype that the format cannot store.
     """
     entries: dict[str, Any] = {_METADATA: dict(metadata)}
     offset = 0
@@ -227,7 +228,7 @@ def _encodable(name: str) -> bool:
 
 @contextmanager
 def storing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """A block in which a file or folder is made; the system's errors in it name the path."""
+    """Turn an OSError in the block into a StorageError that names the path."""
     try:
         yield
     except CheckpointError:
@@ -239,25 +240,26 @@ def storing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def refuse_ending(path: Path, *, torch: bool = False) -> None:
-    """Refuse a name by which others would take a file for one of the other format."""
+    """Raise a CheckpointError if a path has the extension of the other format."""
     kind, ending = ("of torch.save", ".pt") if torch else ("in safetensors", ".safetensors")
     if path.suffix in ((".safetensors",) if torch else (".pt", ".pth", ".bin", ".ckpt")):
-        raise CheckpointError(f"{path} would be a file {kind}: let its name end in {ending}")
+        raise CheckpointError(f"{path} would be a file {kind}: use a name that ends in {ending}")
 
 
 @contextmanager
 def moved_into_place(path: str | os.PathLike[str], suffix: str = ".part") -> Iterator[str]:
-    """Another name to write to; the whole file gets its own name at the end, or none does.
+    """Yield a temporary path to write; rename it to ``path`` on success, delete it on failure.
 
-    What killed writers have left in the folder is removed, unless others are writing there, or the
-    file system does not say whether they are. A StorageError if the file cannot be written.
+    Also remove what killed writers left in the folder, unless another process is writing there or
+    the file system has no locks to rule that out. Raise a StorageError if the file cannot be
+    written.
     """
     final = Path(path)
     if not final.name or "\0" in final.name:
-        raise StorageError(f"{os.fspath(path)!r} is no name of a file")
+        raise StorageError(f"{os.fspath(path)!r} is not a file name")
     if final.exists() and not final.is_file():
-        raise StorageError(f"{final} is no file, and is not replaced by one")
-    # With the permissions that a new file has here.
+        raise StorageError(f"{final} is not a file, and will not be replaced by one")
+    # Not from tempfile, whose files do not have the default permissions.
     partial = final.with_name(f".{final.name}.fastema-{secrets.token_hex(6)}{suffix}")
     with storing(final), lock_folder(final.parent):
         try:
@@ -268,26 +270,26 @@ def moved_into_place(path: str | os.PathLike[str], suffix: str = ".part") -> Ite
             with suppress(OSError):
                 os.unlink(partial)
             raise
-        with suppress(OSError):  # not every system lets a folder be synchronised
+        with suppress(OSError):  # not every system can synchronize a folder
             fsync(final.parent)
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """A block in which this process writes in a folder; what killed ones left goes before it.
+    """Hold a shared lock on a folder during the block, after removing files of killed writers.
 
-    All who write there share a lock of the folder, which the system takes from those that are
-    killed: who can have it alone knows that nobody else is writing.
+    All writers share the lock, and the system releases the locks of killed processes. A process
+    that gets the lock exclusively therefore knows that nobody else is writing.
     """
     with ExitStack() as stack:
-        with suppress(ImportError, OSError):  # Windows; a network's file system
+        with suppress(ImportError, OSError):  # Windows, or a network file system
             locks = import_module("fcntl")
             handle = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, handle)
             with suppress(OSError):
                 locks.flock(handle, locks.LOCK_EX | locks.LOCK_NB)
                 _remove_partial(folder)
-            with suppress(OSError):  # another program's lock is not waited for
+            with suppress(OSError):  # do not wait for another program's lock
                 locks.flock(handle, locks.LOCK_SH | locks.LOCK_NB)
         yield
 
@@ -304,7 +306,7 @@ def _remove_partial(folder: Path) -> None:
 
 
 def fsync(path: str | os.PathLike[str]) -> None:
-    """Have the system put what was written on the disk itself."""
+    """Flush a file's written data to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -313,7 +315,7 @@ def fsync(path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> File:
-    """Read a file's header; a CheckpointError if the file is damaged."""
+    """Read the header of a safetensors file; raise a CheckpointError if the file is damaged."""
     name = Path(path)
     if not stat.S_ISREG(name.stat().st_mode):  # opening a pipe would block until it has a writer
         raise CheckpointError(f"{name} is not a file")
@@ -323,7 +325,7 @@ def read(path: str | os.PathLike[str]) -> File:
         length = int.from_bytes(opened.read(8), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
             raise CheckpointError(
-                f"{name} is neither a safetensors file nor one of torch.save, or was cut short"
+                f"{name} is not a safetensors or torch.save file, or was cut short"
             )
         text = opened.read(length)
     try:
@@ -336,7 +338,7 @@ def read(path: str | os.PathLike[str]) -> File:
         end = 8 + length
         for one in sorted(tensors.values(), key=lambda one: (one.offset, one.nbytes)):
             if one.offset != end:
-                raise ValueError("its tensors overlap, or leave room between them")
+                raise ValueError("its tensors overlap or have gaps between them")
             end += one.nbytes
         if end != size:
             raise ValueError(f"{size - end} bytes at its end belong to no tensor")
@@ -348,7 +350,7 @@ def read(path: str | os.PathLike[str]) -> File:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return found
 
 
@@ -369,7 +371,7 @@ def _stored(entry: Any, start: int, size: int) -> StoredTensor:
     entry = _of_type(entry, dict)
     shape = tuple(_whole_number(extent) for extent in _of_type(entry["shape"], list))
     if len(shape) > _MOST_AXES or math.prod(filter(None, shape)) > _MOST:
-        raise ValueError(f"the shape {list(shape)} is that of no array")
+        raise ValueError(f"the shape {list(shape)} has too many axes or elements")
     first, end = (start + _whole_number(offset) for offset in _of_type(entry["data_offsets"], list))
     found = StoredTensor(dtype(_CODES[_of_type(entry["dtype"], str)]), shape, first)
     if not start <= first <= end <= size or end - first != found.nbytes:

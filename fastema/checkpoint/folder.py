@@ -1,4 +1,4 @@
-"""A Hugging Face folder: safetensors files that several processes fill, an index, and the rest."""
+"""Write Hugging Face folders: safetensors files, an index, and copied configuration."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ _WEIGHTS: Final = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"),
     *(".distcp", ".metadata"),
 }
-"""Endings of files that hold weights, or say in which file they are."""
+"""Extensions of files that hold weights or list which file holds them."""
 
 
 class Block(NamedTuple):
-    """The block of a tensor that a process has."""
+    """A block of a tensor that this process writes."""
 
     name: str
-    offset: tuple[int, ...]  # of its first element in the whole
+    offset: tuple[int, ...]  # of its first element in the tensor
     shape: tuple[int, ...]
-    read: Callable[[tuple[slice, ...]], Any]  # some of it, in row-major memory of the host
+    read: Callable[[tuple[slice, ...]], Any]  # returns a piece, row-major in host memory
 
 
 class Files(NamedTuple):
-    """Files of a folder that is being written."""
+    """The files of a folder that is being written."""
 
-    sizes: dict[str, int]  # of each file, in bytes
-    places: dict[str, tuple[str, int]]  # tensor to its file, and to its first byte there
+    sizes: dict[str, int]  # file to its size in bytes
+    places: dict[str, tuple[str, int]]  # tensor to its file and first byte in it
     headers: dict[str, bytes]
     index_name: str = "model.safetensors.index.json"
 
@@ -58,7 +58,7 @@ class Files(NamedTuple):
 def plan(
     tensors: Mapping[str, StoredTensor], file_bytes: int, metadata: Mapping[str, str]
 ) -> Files:
-    """Distribute tensors over files of at most ``file_bytes``, in order; at least one each."""
+    """Assign tensors in order to files of up to ``file_bytes``, with at least one tensor each."""
     groups: list[list[str]] = [[]]
     room = file_bytes
     for name, tensor in tensors.items():
@@ -80,7 +80,7 @@ def files_of(
     tensors: Mapping[str, StoredTensor],
     metadata: Mapping[str, str],
 ) -> Files:
-    """Lay tensors out in files, each with the names that the layout gives it."""
+    """Place tensors in files as ``layout`` says, which maps each file to its tensors."""
     files = Files({}, {}, {})
     for file, names in layout.items():
         header = header_of({name: tensors[name] for name in names}, metadata)
@@ -93,17 +93,18 @@ def files_of(
 
 
 def refuse_occupied(folder: Path) -> None:
-    """Refuse a folder with something in it, or a file in its place."""
+    """Raise a CheckpointError if the folder is not empty, or if the path is not a folder."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise CheckpointError(f"{folder} is no folder; name one that is not there yet")
+        raise CheckpointError(f"{folder} is not a folder; name one that does not exist yet")
     if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty; name a folder that is not there yet")
+        raise CheckpointError(f"{folder} is not empty; name a folder that does not exist yet")
 
 
 def begin(folder: Path, files: Files) -> Path:
-    """Make a hidden folder beside the wanted one, with files of their final size.
+    """Create a hidden folder next to ``folder``, with files of their final size; return its path.
 
-    The caller holds the lock of the folder above, :func:`~fastema.checkpoint.files.lock_folder`.
+    The caller must hold the lock of the parent folder,
+    :func:`~fastema.checkpoint.files.lock_folder`.
     """
     partial = folder.with_name(f".{folder.name}.fastema-{secrets.token_hex(6)}.part")
     with storing(folder):
@@ -121,7 +122,7 @@ def begin(folder: Path, files: Files) -> Path:
 
 @contextmanager
 def new_folder(folder: Path, files: Files, copied_from: Path) -> Iterator[Path]:
-    """A folder to write to, which gets its name at the end of the block, or is removed."""
+    """Yield a hidden folder to write to; rename it to ``folder`` on success, else remove it."""
     with storing(folder), lock_folder(folder.parent):
         partial = begin(folder, files)
         try:
@@ -139,7 +140,7 @@ def write_blocks(
     blocks: Iterable[Block],
     most: int,
 ) -> None:
-    """Write this process's blocks where they belong, in pieces of at most ``most`` bytes."""
+    """Write this process's blocks into the files, in pieces of at most ``most`` bytes."""
     with storing(folder), ExitStack() as stack:
         handles: dict[str, int] = {}
         for block in blocks:
@@ -158,7 +159,7 @@ def write_blocks(
 
 
 def pieces(shape: tuple[int, ...], itemsize: int, most: int) -> Iterator[tuple[slice, ...]]:
-    """Cut a block into pieces that follow each other in row-major order, of ``most`` bytes."""
+    """Yield the pieces of a block in row-major order, each of at most ``most`` bytes."""
     if not math.prod(shape):
         return
     if math.prod(shape) * itemsize <= most or not shape:
@@ -178,14 +179,14 @@ def pieces(shape: tuple[int, ...], itemsize: int, most: int) -> Iterator[tuple[s
 def _runs(
     block: Block, piece: tuple[slice, ...], tensor: StoredTensor
 ) -> Iterator[tuple[int, int, int]]:
-    """Stretches of a piece that are adjacent in the whole: byte there, byte here, and count."""
+    """Yield the contiguous runs of a piece: byte in the tensor, byte in the piece, and length."""
     size = tensor.kind.itemsize
     extents = [one.stop - one.start for one in piece]
     starts = [o + one.start for o, one in zip(block.offset, piece, strict=True)]
     axis = len(extents)
     while axis and extents[axis - 1] == tensor.shape[axis - 1]:
         axis -= 1
-    # From this axis on the piece has all of the whole's elements, of the one before a stretch.
+    # A run takes all axes that the piece covers completely, and a range of the axis before them.
     axis = max(axis - 1, 0)
     strides = row_major(tensor.shape)
     count = math.prod(extents[axis:]) * size
@@ -200,7 +201,7 @@ def _runs(
 
 
 def write_at(handle: int, data: memoryview, offset: int) -> None:
-    """Write bytes to an open file from an offset on."""
+    """Write all bytes to an open file at an offset."""
     while data:
         count = os.pwrite(handle, data, offset)
         if not count:
@@ -209,7 +210,7 @@ def write_at(handle: int, data: memoryview, offset: int) -> None:
 
 
 def finish(partial: Path, folder: Path, files: Files, copied_from: Path | None) -> None:
-    """Write the index, copy what else belongs to a model, and give the folder its name."""
+    """Write the index, copy the files that are not weights, and rename the folder into place."""
     with storing(folder):
         if len(files.sizes) > 1:
             total = sum(files.sizes.values()) - sum(map(len, files.headers.values()))
@@ -227,5 +228,5 @@ def finish(partial: Path, folder: Path, files: Files, copied_from: Path | None) 
                 fsync(partial / path.name)
         fsync(partial)
         os.replace(partial, folder)
-        with suppress(OSError):  # not every system lets a folder be synchronised
+        with suppress(OSError):  # not every system can synchronize a folder
             fsync(folder.parent)

@@ -1,4 +1,4 @@
-"""Descriptions of checkpoints: who wrote one, how its average goes on, whether it is whole."""
+"""Describe checkpoints: the library that wrote one, its schedule, and its integrity."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ __all__ = ["Description", "inspect"]
 
 @dataclass(frozen=True)
 class Description:
-    """A checkpoint, described.
+    """The description of a checkpoint.
 
     Attributes
     ----------
     average : StoredAverage
         Library, names, updates, schedule and tensors; see :func:`load`.
     reach : Reach or None
-        How far its average lags behind the weights, in steps; None where the schedule or the number
-        of updates is not known.
+        How far the average lags behind the weights, in steps; None if the schedule or the number
+        of updates is unknown.
     parameters : int
-        Elements of the averages.
+        The number of elements in the averages.
     nbytes : int
-        Bytes of the averages.
+        The size of the averages in bytes.
     dtypes : dict of str to int
-        Code to the number of tensors.
+        Dtype code to the number of tensors with it.
     checked : str
-        What was read of the contents, and found good: "checksums", or "sizes" where there are no
-        checksums, or none were asked for.
+        What was verified: "checksums", or "sizes" if the file has no checksums or ``check`` was
+        False.
     """
 
     average: StoredAverage
@@ -48,11 +48,11 @@ class Description:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The averages by name."""
+        """The averaged tensors by name."""
         return self.average.checkpoint
 
     def to_dict(self) -> dict[str, Any]:
-        """The same in strings, numbers, lists and dicts, for JSON."""
+        """Return the description as strings, numbers, lists and dicts, for JSON."""
         average, schedule = self.average, self.average.schedule
         return {
             "path": str(average.path),
@@ -81,20 +81,20 @@ class Description:
 def inspect(
     path: str | os.PathLike[str], *, key: str | None = None, index: int = 0, check: bool = False
 ) -> Description:
-    """Describe a checkpoint: its library, schedule, step and tensors, and whether it is whole.
+    """Describe a checkpoint's library, schedule, step and tensors, and check that it is complete.
 
     Parameters
     ----------
     path, key, index
         See :func:`load`.
     check : bool
-        Read everything and compare it with the checksums in the file: those of :func:`save`, and
-        of ``torch.save``. A safetensors file of others has none.
+        Also read all data and compare it with the checksums in the file. Files of :func:`save`
+        and of ``torch.save`` have checksums; other safetensors files do not. Default False.
 
     Raises
     ------
     CheckpointError
-        If it cannot be read, is cut short, or a checksum differs.
+        If the checkpoint cannot be read, is cut short, or a checksum differs.
 
     Examples
     --------
@@ -111,7 +111,7 @@ def inspect(
     found = load(path, key=key, index=index)
     missing = [one for one in found.checkpoint.files if not one.is_file()]
     if missing:
-        raise CheckpointError(f"{path} is not whole: {missing[0].name} is not there")
+        raise CheckpointError(f"{path} is incomplete: {missing[0].name} is missing")
     tensors = found.checkpoint.tensors.values()
     dtypes: dict[str, int] = {}
     for one in tensors:
@@ -140,7 +140,7 @@ def _checked(found: StoredAverage) -> str:
 
 
 def _has_good_sums(path: Path) -> bool:
-    """Return whether a file has checksums; a CheckpointError if one differs."""
+    """Return whether a file has checksums; raise a CheckpointError if one differs."""
     if path.is_file() and is_torch_file(path):
         torch_file.check(path)
         return True

@@ -1,4 +1,4 @@
-"""Layouts in which libraries save averages: how each is recognised and read."""
+"""Layouts in which libraries save averages: how to recognize and read each."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fastema.shadow.store import PARTS
 __all__ = ["Found", "Names", "candidates", "diffusers_options", "read"]
 
 Names = Literal["full", "without dots", "places"]
-"""Names of tensors: the model's; the model's without dots; positions in a list."""
+"""How tensors are named: as in the model, as in the model without dots, or by list position."""
 
 _LONGEST_CONFIG: Final = 1 << 24
 
 
 class Found(NamedTuple):
-    """What a layout holds: mappings of names to tensors that are not read yet."""
+    """The contents of a layout: mappings of names to tensors that are not read yet."""
 
     averages: Mapping[Any, Any]
     names: Names = "full"
@@ -39,20 +39,20 @@ class Found(NamedTuple):
 # -- who wrote it ----------------------------------------------------------------------------------
 
 _AVERAGES: Final = ("ema", "ema_state_dict", "model_ema", "ema_model", "ema_weights", "ema_params")
-"""Where programs of one's own put an average beside the model."""
+"""Keys under which training scripts save an average next to the model."""
 
 _WITHIN: Final = (*_AVERAGES, "state_dict", "state", "module")
-"""Entries that may hold the state of an average."""
+"""Keys that may hold the state of an average."""
 
 _MODULE: Final = "module."
-"""What the entries of an averaged model begin with."""
+"""Prefix of the entries of an averaged model."""
 
 _LITEMA: Final = "model_ema."
-"""What the entries of Stable Diffusion's average begin with."""
+"""Prefix of the entries of Stable Diffusion's average."""
 
 
 def read(content: Content, whole: Checkpoint | None, index: int) -> tuple[str, Found | None]:
-    """Return the library that wrote a file and its average; ("model", None) without an average."""
+    """Return a file's library and average, or ``("model", None)`` if it holds no average."""
     if whole is not None:
         ours = _of_fastema(content, whole, index)
         if ours is not None:
@@ -78,24 +78,24 @@ def read(content: Content, whole: Checkpoint | None, index: int) -> tuple[str, F
 
 
 def candidates(mapping: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
-    """Yield the mappings that may be the state of an average: the file's, and some within."""
+    """Yield the mappings in a file that may be the state of an average."""
     state = mapping.get("state", mapping)
     algorithms = state.get("algorithms") if isinstance(state, Mapping) else None
-    if isinstance(algorithms, Mapping):  # of Composer, whose model may hold the average
+    if isinstance(algorithms, Mapping):  # Composer; its model may hold the average
         algorithms = list(algorithms.items())
     for one in algorithms if isinstance(algorithms, list | tuple) else ():
         if isinstance(one, list | tuple) and len(one) == 2 and _has(one[1], "ema_model"):
             yield {**one[1], "state": state}
     states = mapping.get("optimizer_states")
-    if isinstance(states, list | tuple):  # of NeMo
+    if isinstance(states, list | tuple):  # NeMo
         yield from (one for one in states if _has(one, "ema"))
-    if isinstance(mapping.get("ema_state_dict"), Mapping):  # of MMEngine, whose model is the other
+    if isinstance(mapping.get("ema_state_dict"), Mapping):  # MMEngine, which swaps the two
         yield {**mapping["ema_state_dict"], _MODULE: mapping.get("state_dict")}
     model = mapping.get("state_dict", mapping)
     if isinstance(model, Mapping) and f"{_LITEMA}decay" in model:
         averages = {k.removeprefix(_LITEMA): v for k, v in model.items() if _begins(k, _LITEMA)}
         yield {**averages, "": {k: v for k, v in model.items() if not _begins(k, _LITEMA)}}
-    callbacks = mapping.get("callbacks")  # of Lightning, where ours keeps an average
+    callbacks = mapping.get("callbacks")  # Lightning, with a callback of fastema
     for one in callbacks.values() if isinstance(callbacks, Mapping) else ():
         if isinstance(one, Mapping) and _has(one.get("ema"), "format"):
             yield one["ema"]
@@ -119,7 +119,7 @@ def _begins(name: Any, prefix: str) -> bool:
 
 
 def _under(mapping: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
-    """Return the entries whose names begin with a prefix, without it."""
+    """Return the entries whose names begin with a prefix, with the prefix removed."""
     return {k.removeprefix(prefix): v for k, v in mapping.items() if _begins(k, prefix)}
 
 
@@ -134,7 +134,7 @@ def _of_fastema(content: Content, whole: Checkpoint, index: int) -> tuple[str, F
         except (ValueError, RecursionError):
             plain = None
         if not isinstance(plain, dict):
-            raise CheckpointError(f"{whole.path}: its plain values are no mapping")
+            raise CheckpointError(f"{whole.path}: its plain values are not a mapping")
         parts = {part: _sets(_under(content.mapping, f"{part}.")) for part in PARTS}
         return "fastema", _of_state(content, plain, parts, index)
     if {"gamma", "step", "start", "every"} <= metadata.keys():
@@ -146,7 +146,7 @@ def _of_fastema(content: Content, whole: Checkpoint, index: int) -> tuple[str, F
 
 
 def _sets(tensors: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The mappings of a list whose tensors are called ``i.name``."""
+    """Return the list of mappings whose tensors are named ``i.name``."""
     found: dict[str, dict[str, Any]] = {}
     for key, one in tensors.items():
         place, _, name = key.partition(".")
@@ -167,7 +167,7 @@ def _of_state(
     chosen = Schedule(schedule.rules[index], schedule.update_every, schedule.start_after)
     notes = [f"{len(several)} averages; this is number {index}"] if len(several) > 1 else []
     if parts.get("residual"):
-        notes.append("the average has second halves, in 'residual', which are not in these tensors")
+        notes.append("the average is split; its halves in 'residual' are not in these tensors")
     if parts.get("ring"):
         notes.append("the windowed mean's latest weights are in 'ring'")
     options = {key: plain[key] for key in ("kind", "rounding", "seed") if key in plain}
@@ -179,7 +179,7 @@ def _parsed(content: Content, plain: Mapping[str, Any]) -> Schedule:
     try:
         return Schedule.from_dict(plain["schedule"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{content.path}: its schedule is none: {error}") from None
+        raise CheckpointError(f"{content.path}: its schedule is invalid: {error}") from None
 
 
 def _of_snapshot(content: Content, metadata: Mapping[str, str]) -> Found:
@@ -187,7 +187,7 @@ def _of_snapshot(content: Content, metadata: Mapping[str, str]) -> Found:
         step, start, every = (int(metadata[name]) for name in ("step", "start", "every"))
         schedule = Schedule(Power(float(metadata["gamma"])), every, start)
     except (ValueError, ArgumentError) as error:
-        raise CheckpointError(f"{content.path} is no snapshot: {error}") from None
+        raise CheckpointError(f"{content.path} is not a snapshot: {error}") from None
     return Found(content.mapping, "full", step, schedule, {"gamma": metadata["gamma"]})
 
 
@@ -195,7 +195,7 @@ def _of_snapshot(content: Content, metadata: Mapping[str, str]) -> Found:
 
 
 def _scheduled(rule: Callable[[], Rule], every: int = 1, start: int = 0) -> Schedule | None:
-    """Build a schedule; None if a saved number is out of its range."""
+    """Return a schedule, or None if a saved number is out of range."""
     try:
         return Schedule(rule(), every, start)
     except (ArgumentError, ZeroDivisionError, OverflowError):
@@ -203,11 +203,14 @@ def _scheduled(rule: Callable[[], Rule], every: int = 1, start: int = 0) -> Sche
 
 
 def _places(content: Content, found: Any, name: str) -> dict[str, Any]:
-    """The tensors of a list by their places; in a safetensors file they are so called."""
+    """Return the tensors of a list by position, as strings.
+
+    A mapping is returned unchanged: a safetensors file already names its tensors by position.
+    """
     if isinstance(found, Mapping):
         return dict(found)
     if not isinstance(found, list | tuple):
-        raise CheckpointError(f"{content.path}: {name!r} is no list of tensors")
+        raise CheckpointError(f"{content.path}: {name!r} is not a list of tensors")
     return {str(i): one for i, one in enumerate(found)}
 
 
@@ -227,7 +230,7 @@ _DIFFUSERS: Final = (
     *("decay", "min_decay", "optimization_step", "update_after_step"),
     *("use_ema_warmup", "inv_gamma", "power"),
 )
-"""What diffusers keeps of the schedule."""
+"""Schedule options that diffusers saves."""
 
 
 def _of_diffusers(content: Content, state: Mapping[Any, Any], names: Names = "places") -> Found:
@@ -253,7 +256,7 @@ def _of_diffusers(content: Content, state: Mapping[Any, Any], names: Names = "pl
 
 
 def diffusers_options(schedule: Schedule | None) -> dict[str, Any] | None:
-    """Express a schedule in diffusers' options; None if it has no such schedule."""
+    """Return diffusers' options for a schedule, or None if diffusers cannot express it."""
     if schedule is None or schedule.update_every > 1:
         return None
     rule, start = schedule.rules[0], {"update_after_step": schedule.start_after}
@@ -266,7 +269,7 @@ def diffusers_options(schedule: Schedule | None) -> dict[str, Any] | None:
 
 
 def _diffusers_rule(numbers: Mapping[str, float], grows: bool, step: int) -> Rule:
-    """Return the rule for the updates to come; an ArgumentError if there is none."""
+    """Return the rule for further updates; raise an ArgumentError if no rule matches."""
     decay, least = numbers["decay"], numbers["min_decay"]
     growing = max(step - 1, 0)
     if least == decay and step > 1:
@@ -274,7 +277,7 @@ def _diffusers_rule(numbers: Mapping[str, float], grows: bool, step: int) -> Rul
     if grows:
         return InverseGamma(decay, numbers["inv_gamma"], numbers["power"], least)
     if step > 1 and (1 + growing) / (10 + growing) >= decay:
-        return Constant(decay)  # it does not grow any further
+        return Constant(decay)  # the decay has reached its limit
     raise ArgumentError("no rule has a decay one step behind that of a warm-up")
 
 
@@ -296,7 +299,7 @@ def _of_ema_pytorch(content: Content, state: Mapping[Any, Any]) -> Found:
 
 def _of_swa_utils(content: Content, state: Mapping[Any, Any]) -> Found:
     count = content.whole(state["n_averaged"], "n_averaged")
-    notes = ("its function of averaging is not saved: a mean, unless it was given another",)
+    notes = ("its averaging function is not saved; a mean is assumed",)
     schedule = Schedule(CumulativeMean())
     averages = _under(state, _MODULE)
     return Found(averages, "full", count, schedule, {"n_averaged": count}, None, notes)
@@ -304,7 +307,7 @@ def _of_swa_utils(content: Content, state: Mapping[Any, Any]) -> Found:
 
 def _of_mmengine(content: Content, state: Mapping[Any, Any]) -> Found:
     count, inner = content.whole(state["steps"], "steps"), _under(state, _MODULE)
-    model = inner.pop("", None)  # a checkpoint has both in each other's places
+    model = inner.pop("", None)  # MMEngine saves the average and the model swapped
     if isinstance(model, Mapping):
         return Found(model, "full", count, None, {"steps": count}, inner)
     return Found(inner, "full", count, None, {"steps": count})
@@ -313,7 +316,7 @@ def _of_mmengine(content: Content, state: Mapping[Any, Any]) -> Found:
 def _of_timm(content: Content, state: Mapping[Any, Any]) -> Found:
     if "state_dict_ema" in state:
         return Found(state["state_dict_ema"], weights=state.get("state_dict"))
-    notes = ("timm's ModelEmaV3, or any model in a wrapper: their states are alike",)
+    notes = ("timm's ModelEmaV3, or any model in a wrapper: their states look alike",)
     return Found(_under(state, _MODULE), notes=notes)
 
 
@@ -342,9 +345,9 @@ def _of_composer(content: Content, state: Mapping[Any, Any]) -> Found:
     if all(isinstance(one, Mapping) for one in parts):
         averages = {name: one for part in parts for name, one in part.items()}  # type: ignore[union-attr]
     weights = whole.get("model")
-    if state.get("ema_weights_active"):  # they are in each other's places
+    if state.get("ema_weights_active"):  # the average and the weights are swapped
         if not isinstance(weights, Mapping):
-            raise CheckpointError(f"{content.path}: the average is in the model, which is not here")
+            raise CheckpointError(f"{content.path}: the average is in the model, which is missing")
         averages, weights = {name: weights[name] for name in averages if name in weights}, averages
     stamp = whole.get("timestamp")
     inner = stamp.get("Timestamp", {}) if isinstance(stamp, Mapping) else {}
@@ -384,7 +387,7 @@ _READERS: Final[dict[str, Callable[[Content, Mapping[Any, Any]], Found]]] = {
 
 
 def _config_of(path: Path) -> dict[str, Any] | None:
-    """The counters that diffusers keeps in the configuration of a folder."""
+    """Return the schedule options in a diffusers folder's configuration, or None."""
     if not (path / "config.json").is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Averages of finished checkpoints, written while they are read."""
+"""Average finished checkpoints, streaming the result to disk while they are read."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ __all__ = [
 ]
 
 _PIECE: Final = 1 << 22
-"""Bytes that are copied, or compared, at a time."""
+"""Bytes to copy or compare at a time."""
 
 _Path = str | os.PathLike[str]
 
 
 @dataclass
 class Merge:
-    """What is to be averaged: checkpoints that fit each other, and what is said of them.
+    """Checkpoints to average, whose tensors match, and how to treat each tensor.
 
     Attributes
     ----------
     checkpoints : list of Checkpoint
         Oldest first; the last is the newest.
     averaged : set of str
-        Names of floats: the sums.
+        Names of floating-point tensors, which are averaged.
     equal : set of str
-        Names of tensors that have to be equal in all, and are not averaged.
+        Names of tensors that must be equal in all checkpoints and are copied.
     newest : set of str
-        Names of whole numbers, one each, that are taken from the newest.
+        Names of integer tensors with one element, which are copied from the newest checkpoint.
     notes : list of str
-        What should be known of the result.
+        Remarks about the result for the user.
     """
 
     checkpoints: list[Checkpoint]
@@ -61,12 +61,12 @@ class Merge:
 
     @property
     def last(self) -> Checkpoint:
-        """The newest checkpoint, whose dtypes and files the result has."""
+        """The newest checkpoint, whose dtypes and file layout the result has."""
         return self.checkpoints[-1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are read."""
+        """The number of bytes to read."""
         names = self.averaged | self.equal
         every = sum(one.tensors[name].nbytes for one in self.checkpoints for name in names)
         return every + sum(self.last.tensors[name].nbytes for name in self.newest)
@@ -87,40 +87,41 @@ def average(
 ) -> Path:
     """Average finished checkpoints: ``out = sum of weight * checkpoint``.
 
-    The sum is computed in float64 and rounded once, in pieces: memory stays below 256 MB whatever
-    the sizes of the checkpoints and their number.
+    The sum is computed piece by piece in float64 and rounded once. Memory stays below 256 MB for
+    any number and size of checkpoints.
 
     Parameters
     ----------
     paths : sequence of paths
-        Of any layout that :func:`open_checkpoint` reads, oldest first. Of a state of fastema's
-        own, the average under the names of its model.
+        Checkpoints in any layout that :func:`open_checkpoint` reads, oldest first. For a state of
+        fastema's own, its average is read, under the model's names.
     weights : sequence of float
-        One for each, of any sign; a warning says so where they do not sum to 1, or one is negative.
+        One finite weight per checkpoint, of any sign. Warn if one is negative, or if they do not
+        sum to 1.
     out : path
-        A folder that is not there yet where the newest checkpoint is a folder, else a file. It has
-        the newest one's files, names and dtypes, as safetensors; its config and tokenizer files are
-        copied along.
+        A new folder if the newest checkpoint is a folder, otherwise a file. The result has the
+        names, dtypes and file layout of the newest checkpoint, in safetensors. Config and tokenizer
+        files are copied along.
     key : str, optional
-        Where the weights are among other things; see :func:`open_checkpoint`.
+        Dotted key of the weights in each checkpoint; see :func:`open_checkpoint`.
     advance : function
-        Called, from several threads, with the number of bytes that were read.
+        Called from several threads with the number of bytes just read. Does nothing by default.
 
     Returns
     -------
     Path
-        ``out``, whole and synchronised to the disk; nothing is there if this fails.
+        ``out``, complete and synchronized to the disk. Nothing is left there after a failure.
 
     Raises
     ------
     CheckpointError
-        If names, shapes or whole numbers differ, a tensor's bytes are no floats and differ, or a
-        checkpoint cannot be read; if ``out`` is one of the checkpoints, or a folder with something
-        in it.
+        If a checkpoint cannot be read; if names or shapes differ; if the values of a tensor that
+        cannot be averaged differ, such as integers or scaled numbers; if ``out`` is one of the
+        checkpoints or a folder that is not empty.
     ArgumentError
-        For another number of weights than checkpoints, or a weight that is not finite.
+        If there are no checkpoints, not one weight per checkpoint, or a weight is not finite.
     StorageError
-        If it cannot be written.
+        If ``out`` cannot be written.
 
     Examples
     --------
@@ -142,7 +143,7 @@ def average(
 
 
 def prepare(checkpoints: Sequence[Checkpoint]) -> Merge:
-    """Check that checkpoints fit each other, by what is said of their tensors."""
+    """Check that names, shapes and dtypes of checkpoints match, without reading the tensors."""
     if not checkpoints:
         raise ArgumentError("there are no checkpoints to average")
     made = Merge(list(checkpoints))
@@ -151,7 +152,7 @@ def prepare(checkpoints: Sequence[Checkpoint]) -> Merge:
         kinds = [one.tensors[name].kind for one in checkpoints]
         if all(kind.real is not None for kind in kinds):
             if len({kind.parts for kind in kinds}) > 1:
-                raise CheckpointError(f"{name!r} is complex in some of the checkpoints only")
+                raise CheckpointError(f"{name!r} is complex in only some of the checkpoints")
             made.averaged.add(name)
         elif tensor.kind.whole and tensor.size == 1:
             made.newest.add(name)
@@ -178,7 +179,7 @@ def _refuse_differences(made: Merge) -> None:
         if one.tied != last.tied and {one.format, last.format} <= {"torch", "sharded torch"}:
             problems.append(f"other names are tied in {one.path.name} than in {last.path.name}")
     if problems:
-        raise CheckpointError("the checkpoints do not fit each other:\n" + listed(problems))
+        raise CheckpointError("the checkpoints do not match:\n" + listed(problems))
 
 
 def _note(made: Merge) -> None:
@@ -190,12 +191,12 @@ def _note(made: Merge) -> None:
         )
     if any("lora_A" in name for name in names) and any("lora_B" in name for name in names):
         made.notes.append(
-            "LoRA pairs are averaged each: mean(A) mean(B) is not mean(A B); merge the adapters "
-            "into the weights first if that matters"
+            "LoRA factors are averaged separately: mean(A) mean(B) is not mean(A B); merge the "
+            "adapters into the weights first if that matters"
         )
     if made.last.tied:
         made.notes.append(
-            f"{len(made.last.tied)} tied names are written once; the metadata says whose they are"
+            f"{len(made.last.tied)} tied names are written once; the metadata lists them"
         )
 
 
@@ -204,7 +205,7 @@ def merge(
     outputs: Mapping[Path, Sequence[float]],
     advance: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """Write one average for each set of weights, all from one pass of reading."""
+    """Write one average for each set of weights, reading the checkpoints only once."""
     check(made, outputs)
     with ExitStack() as stack:
         reads = [stack.enter_context(one.opened()) for one in made.checkpoints]
@@ -224,7 +225,7 @@ def merge(
 
 
 def copy(found: Checkpoint, out: Path, sources: str) -> None:
-    """Write a checkpoint's tensors as they are, as safetensors, while they are read."""
+    """Stream a checkpoint's tensors unchanged to safetensors."""
     made = Merge([found], equal=set(found.tensors))
     _refuse_output(out, made)
     with found.opened() as read, _target(made, out, sources) as write:
@@ -232,7 +233,7 @@ def copy(found: Checkpoint, out: Path, sources: str) -> None:
 
 
 def check(made: Merge, outputs: Mapping[Path, Sequence[float]]) -> None:
-    """Refuse weights that do not fit, and outputs that cannot be."""
+    """Raise an error for invalid weights or an output that cannot be written."""
     for out, weights in outputs.items():
         _check_weights(weights, made)
         _refuse_output(out, made)
@@ -246,12 +247,12 @@ def _check_weights(weights: Sequence[float], made: Merge) -> None:
 
 
 def warn_of(weights: Sequence[float]) -> None:
-    """Warn of weights that make no average."""
+    """Warn if weights are negative or do not sum to 1."""
     total = sum(weights)
     if abs(total - 1.0) > 1e-6:
         warnings.warn(f"the weights sum to {total:.6g}, not to 1", stacklevel=3)
     if min(weights) < 0.0:
-        warnings.warn("some weights are negative: the result is no average", stacklevel=3)
+        warnings.warn("some weights are negative: the result is not an average", stacklevel=3)
 
 
 def _refuse_output(out: Path, made: Merge) -> None:
@@ -260,22 +261,22 @@ def _refuse_output(out: Path, made: Merge) -> None:
     if made.is_folder:
         refuse_occupied(out)
     elif out.is_dir():
-        raise CheckpointError(f"{out} is a folder, and the result is a file; name one in it")
+        raise CheckpointError(f"{out} is a folder, and the result is a file; name a file in it")
     elif out.suffix != ".safetensors":
-        raise CheckpointError(f"{out}: the result is a safetensors file; let its name end so")
+        raise CheckpointError(f"{out}: the result needs a name that ends in .safetensors")
     if not out.parent.is_dir():
         raise CheckpointError(f"{out}: there is no folder {out.parent}")
 
 
 def refuse_source(out: Path, found: Checkpoint, what: str = "the source") -> None:
-    """Refuse an output that is a checkpoint, or a file of it."""
+    """Raise a CheckpointError if the output is the checkpoint or one of its files."""
     real = os.path.realpath(out)  # Path.resolve fails for a link to itself
     if real in {os.path.realpath(path) for path in (found.path, *found.files)}:
         raise CheckpointError(f"{out} is {what}; name another output")
 
 
 def _refuse_unequal(made: Merge, reads: Sequence[Read], advance: Callable[[int], None]) -> None:
-    """Refuse whole numbers, and floats of a byte, that are not the same in all checkpoints."""
+    """Raise a CheckpointError if tensors that cannot be averaged differ between checkpoints."""
     problems = []
     for name in sorted(made.equal):
         tensor = made.last.tensors[name]
@@ -286,7 +287,7 @@ def _refuse_unequal(made: Merge, reads: Sequence[Read], advance: Callable[[int],
             problems.append(f"{name!r}, {tensor.kind.code}{list(tensor.shape)}: {what} that differ")
     if problems:
         raise CheckpointError(
-            "the mean of these would mean nothing (average before you quantise, or leave them out):"
+            "the mean of these would mean nothing (average before you quantize, or leave them out):"
             "\n" + listed(problems)
         )
 
@@ -334,7 +335,7 @@ def _sources(made: Merge, weights: Sequence[float]) -> str:
 
 
 def _metadata(made: Merge, sources: str) -> dict[str, str]:
-    """What a result says of where it came from."""
+    """Return the metadata of a result: its sources, format and tied names."""
     kept = {key: value for key, value in made.last.metadata.items() if key == "format"}
     return {**made.last.tied, "format": "pt", **kept, PROVENANCE: sources}
 
@@ -343,7 +344,7 @@ def _metadata(made: Merge, sources: str) -> dict[str, str]:
 def _target(
     made: Merge, out: Path, sources: str
 ) -> Iterator[Callable[[str, int, memoryview], None]]:
-    """A function that writes parts of tensors, and the whole result at the end, or nothing."""
+    """Yield a function that writes parts of tensors; keep the result only if the block succeeds."""
     files = files_of(made.last.layout, made.last.tensors, _metadata(made, sources))
     for one in made.last.files:
         if one.name.endswith(".safetensors.index.json"):

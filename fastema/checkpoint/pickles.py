@@ -1,4 +1,4 @@
-"""Pickles that PyTorch writes, read without running anything that they contain."""
+"""Read PyTorch's pickles without running any code in them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STORAGES: Final = {
     "BoolStorage": "bool",
     "UntypedStorage": "",
 }
-"""Names of PyTorch's storages, to codes."""
+"""PyTorch storage class to dtype code."""
 
 
 _MOST_AXES: Final = 64
@@ -44,30 +44,33 @@ _BETWEEN: Final = {
     "PUT",
     "MARK",
 }
-"""Opcodes that can stand between tuples which hold each other."""
+"""Opcodes that can occur between tuples nested directly in one another."""
 
 _MOST_TUPLES: Final = 16
-"""Tuples within tuples, one directly in the other: hashing deeper ones could crash Python."""
+"""Limit on directly nested tuples: hashing deeper ones could crash Python."""
 
 
 def _refuse_far_places(data: bytes) -> None:
-    """Refuse a pickle that keeps an object at a far place, up to which memory would be taken."""
+    """Refuse a pickle whose memo indices or nested tuples could exhaust memory or crash Python.
+
+    The unpickler allocates its memo up to the largest index.
+    """
     count = tuples = 0
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name.startswith("TUPLE"):
             tuples += 1
             if tuples > _MOST_TUPLES:
-                raise pickle.UnpicklingError("it nests tuples")
+                raise pickle.UnpicklingError("it nests tuples too deeply")
         elif opcode.name not in _BETWEEN:
             tuples = 0
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
             if int(argument or 0) > count + 256:
-                raise pickle.UnpicklingError(f"it keeps an object at {argument}")
+                raise pickle.UnpicklingError(f"it stores an object at memo index {argument}")
             count += 1
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes nothing but what is allowed."""
+    """Unpickler that resolves only the allowed names."""
 
     def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], Any]) -> None:
         _refuse_far_places(data)
@@ -79,7 +82,7 @@ class _Unpickler(pickle.Unpickler):
             return self._allowed[module, name]
         except KeyError:
             raise pickle.UnpicklingError(
-                f"it asks for {module}.{name}, and code is never run; save a state_dict()"
+                f"it asks for {module}.{name}, but code is never run; save a state_dict()"
             ) from None
 
     def persistent_load(self, pid: Any) -> Any:
@@ -87,7 +90,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Rebuilt(NamedTuple):
-    """A tensor: its storage, how it lies there, and its dtype's code."""
+    """A tensor in a pickle: its storage, position and strides there, and dtype code."""
 
     storage: tuple[Any, ...]
     offset: int
@@ -97,12 +100,12 @@ class Rebuilt(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name of the storage in its file."""
+        """The name of the tensor's storage in its file."""
         return str(self.storage[2])
 
 
 def is_row_major(found: Rebuilt) -> bool:
-    """Return whether the elements follow each other; axes of one element have any stride."""
+    """Return whether a tensor is row-major contiguous; ignore strides of axes of length 1."""
     expected = row_major(found.size)
     return 0 in found.size or all(
         extent == 1 or one == other
@@ -112,7 +115,7 @@ def is_row_major(found: Rebuilt) -> bool:
 
 def _whole(found: Any) -> int:
     if type(found) is not int or not 0 <= found < 2**62:
-        raise pickle.UnpicklingError(f"{found!r} is no extent, offset or stride")
+        raise pickle.UnpicklingError(f"{found!r} is not a valid extent, offset or stride")
     return found
 
 
@@ -126,14 +129,16 @@ def _rebuilt_as(
     code: Any,
     metadata: Any = None,
 ) -> Rebuilt:
-    if metadata:  # conjugated or negated when it is read
-        raise pickle.UnpicklingError(f"a tensor is to be changed: {metadata!r}; save a .clone()")
+    if metadata:
+        raise pickle.UnpicklingError(
+            f"a tensor is a lazy conjugate or negative: {metadata!r}; save a .clone()"
+        )
     kind = tuple(storage)
     if len(kind) != 5 or not isinstance(kind[1], str):
         raise pickle.UnpicklingError("a tensor has no storage")
     extents, steps = tuple(map(_whole, size)), tuple(map(_whole, strides))
     if len(extents) != len(steps):
-        raise pickle.UnpicklingError("a tensor has not as many strides as axes")
+        raise pickle.UnpicklingError("a tensor does not have one stride per axis")
     of_storage = STORAGES.get(kind[1], "")
     return Rebuilt(kind, _whole(offset), extents, steps, of_storage or str(code))
 
@@ -143,12 +148,12 @@ def _parameter(tensor: Any, *_: Any) -> Any:
 
 
 def _rebuilt(*args: Any) -> Rebuilt:
-    """Rebuild a tensor whose storage tells its dtype: the seventh argument is its metadata."""
+    """Rebuild a tensor whose dtype is that of its storage; the seventh argument is metadata."""
     return _rebuilt_as(*(*args[:6], None, *args[6:]))
 
 
 class _Function:
-    """A function whose attributes a pickle cannot set."""
+    """Wrapper of a function whose attributes a pickle cannot set."""
 
     __slots__ = ("_call",)
     _call: Any
@@ -157,7 +162,7 @@ class _Function:
         object.__setattr__(self, "_call", call)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise pickle.UnpicklingError(f"it sets {name!r} of a function")
+        raise pickle.UnpicklingError(f"it sets the attribute {name!r} of a function")
 
     def __call__(self, *args: Any) -> Any:
         return self._call(*args)
@@ -165,7 +170,7 @@ class _Function:
 
 def _size(extents: Any) -> tuple[int, ...]:
     if not isinstance(extents, list | tuple) or len(extents) > _MOST_AXES:
-        raise pickle.UnpicklingError("a shape is none")
+        raise pickle.UnpicklingError("a tensor has an invalid shape")
     return tuple(map(_whole, extents))
 
 
@@ -178,9 +183,9 @@ TENSORS: Final[dict[tuple[str, str], Any]] = {
     ("collections", "OrderedDict"): OrderedDict,
     **{(module, name): name for module in ("torch", "torch.storage") for name in STORAGES},
 }
-"""What a state dict of tensors and plain values names."""
+"""Names that a pickled state dict of tensors and plain values may use."""
 
 
 def load(data: bytes, allowed: Mapping[tuple[str, str], Any]) -> Any:
-    """Read a pickle that may name these objects and no others; an error for any other."""
+    """Read a pickle; raise an UnpicklingError if it names an object that is not allowed."""
     return _Unpickler(data, allowed).load()

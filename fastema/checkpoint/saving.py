@@ -1,4 +1,4 @@
-"""Averages saved to a file and loaded from it, whole or not at all."""
+"""Save averages to files and load them, each atomically."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = ["load_into", "save", "wait"]
 
 
 _ATTEMPTS: Final = 20
-"""Times that a file is read which is replaced each time."""
+"""Times to read a file that is replaced during every read."""
 
 
 class _Writer:
-    """Writes on a thread of its own, one file after the other, and keeps what went wrong."""
+    """Background writer: writes files one after another on its own thread and keeps errors."""
 
     def __init__(self) -> None:
         self._lock = lock()
@@ -38,21 +38,21 @@ class _Writer:
             os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
-        """In a child the thread is not there; what it writes is the parent's to write."""
+        """Drop the thread and the writes in a forked child; the parent completes them."""
         self._pool, self._writes = None, []
 
     def submit(self, path: Path, state: Mapping[str, Any]) -> None:
-        """Write a state later; its arrays must not change until then."""
+        """Queue a state to be written; its arrays must not change until it is written."""
         with self._lock:
             self._pool = self._pool or ThreadPoolExecutor(1, "fastema-save")
             self._writes.append(self._pool.submit(write_state, path, state))
 
     def raise_failed(self, *, all_of_them: bool = False) -> None:
-        """Raise the first error of writes that ended, or wait for all to end first."""
+        """Raise the first error of finished writes, or wait for all writes if ``all_of_them``."""
         with self._lock:
             writes = [one for one in self._writes if all_of_them or one.done()]
         for one in writes:
-            error = one.exception()  # waits, and an interrupt leaves it to the next call
+            error = one.exception()  # waits; after an interrupt the next call waits again
             with self._lock:
                 self._writes = [other for other in self._writes if other is not one]
             if error is not None:
@@ -75,18 +75,19 @@ def save(ema: Average[Any], path: str | os.PathLike[str], *, wait: bool = True) 
     ----------
     ema : EMA, SWA, SMA or PowerEMA
     path : path
-        Of the file; its folder must exist. There is the old file or the whole new one, whatever
-        happens: it is written under another name, synchronised to the disk, and renamed.
+        The file to write; its folder must exist. It is replaced atomically: the average is written
+        under another name, synchronized to the disk, and renamed.
     wait : bool
-        False copies the average now and writes it on a thread. An error is raised by the next call
-        of this module, by :func:`wait`, or printed at the end of the process.
+        If False, copy the average now and write it on a background thread. An error of that write
+        is raised by the next call to this module or by :func:`wait`, or printed when the process
+        ends. Default True.
 
     Raises
     ------
     CheckpointError
-        If a name or a dtype has no place in the format, or this process holds a part of the
-        average: use torch.distributed.checkpoint, or :func:`fastema.distributed.consolidate`. If
-        the path ends as files of torch.save do.
+        If the format cannot store a name or a dtype; if the path has an extension of torch.save
+        files; or if this process holds only a part of the average: use
+        torch.distributed.checkpoint or :func:`fastema.distributed.consolidate`.
     StorageError
         If the file cannot be written.
 
@@ -104,13 +105,13 @@ def save(ema: Average[Any], path: str | os.PathLike[str], *, wait: bool = True) 
     >>> other.num_updates
     1
     """
-    _writer.raise_failed(all_of_them=wait)  # a write of before must not come after this one
+    _writer.raise_failed(all_of_them=wait)  # an earlier write must not finish after this one
     target = Path(path)
     files.refuse_ending(target)
     if not wait:
         _writer.submit(target, ema.state_dict())
         return
-    with ema.lock:  # nobody changes what is written
+    with ema.lock:  # no update may change the average during the write
         write_state(target, ema.state_dict(copy=False))
 
 
@@ -120,25 +121,27 @@ def load_into(
     *,
     schedule: SavedOrMine = "saved",
 ) -> None:
-    """Load an average, by :func:`save` or by another library, into one of fastema's.
+    """Load an average that :func:`save` or another library wrote into a fastema average.
 
     Parameters
     ----------
     ema : EMA, SWA, SMA or PowerEMA
+        The average to load into.
     path : path
-        A file of :func:`save`, whose schedule, counters and tensors go on as
-        :meth:`fastema.EMA.load_state_dict` says; or what else :func:`load` reads, into an average
-        of a PyTorch model: the averages and the number of updates then, while the schedule is that
-        of ``ema``. Names are looked up without wrappers' prefixes; lists (torch_ema, diffusers,
-        NeMo) are in the order of ``model.parameters()``. Buffers that the file lacks stay.
+        A file of :func:`save`: its schedule, counters and tensors are loaded as by
+        :meth:`fastema.EMA.load_state_dict`. Or any other file that :func:`load` reads, if ``ema``
+        averages a PyTorch model: the averages and the number of updates are loaded, and ``ema``
+        keeps its schedule. Names match without wrapper prefixes; lists (torch_ema, diffusers,
+        NeMo) are in the order of ``model.parameters()``. Buffers that the file lacks are unchanged.
     schedule : {"saved", "mine"}
-        Whose schedule continues, from a file of fastema's.
+        For a file of fastema, whether to continue with its schedule (the default) or with that of
+        ``ema``.
 
     Raises
     ------
     CheckpointError
-        If the file is damaged or holds no average, or one of another kind or of other weights;
-        nothing is changed then.
+        If the file is damaged, holds no average, or holds one of another kind or of other weights.
+        ``ema`` is then unchanged.
     """
     _writer.raise_failed(all_of_them=True)
     file = Path(path)
@@ -157,7 +160,7 @@ def load_into(
 
 
 def _read_whole(file: Path, like: Any) -> dict[str, Any] | None:
-    """Read a state, again where a writer replaces the file meanwhile; None if it holds none."""
+    """Read a state, retrying if the file is replaced meanwhile; return None if it holds none."""
     for attempt in range(_ATTEMPTS):
         found = files.read(file)
         if not is_state(found):
@@ -171,5 +174,5 @@ def _read_whole(file: Path, like: Any) -> dict[str, Any] | None:
 
 
 def wait() -> None:
-    """Wait until everything is on the disk that ``save(..., wait=False)`` was given."""
+    """Wait until all averages passed to ``save(..., wait=False)`` are on disk; raise errors."""
     _writer.raise_failed(all_of_them=True)

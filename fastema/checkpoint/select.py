@@ -1,4 +1,4 @@
-"""Which checkpoints of a folder are averaged."""
+"""Select the checkpoints in a folder to average."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ def select(
     min_spacing: int = 0,
     key: str | None = None,
 ) -> list[Checkpoint]:
-    """Return the checkpoints in a folder, oldest first, by the steps that they or their names say.
+    """Return the checkpoints in a folder, oldest first, by the step in their metadata or name.
 
     Parameters
     ----------
     folder : path
-        With a file or a folder for each checkpoint; averages that are there already are left out.
+        A folder with one file or folder per checkpoint. Results of earlier averaging are ignored.
     last : int, optional
-        Only the newest so many.
+        Return only the ``last`` newest checkpoints. Applied after the other filters.
     window : int, optional
-        Only those less than so many steps older than the newest.
+        Return only checkpoints less than ``window`` steps older than the newest.
     min_spacing : int
-        Of those that lie closer together, going back from the newest, only every one that is at
-        least so many steps older than the one taken before.
+        Minimum number of steps between two checkpoints, counted back from the newest. Default 0.
     key : str, optional
-        See :func:`open_checkpoint`.
+        Dotted key of the weights in each checkpoint; see :func:`open_checkpoint`.
 
     Raises
     ------
     CheckpointError
-        If the folder holds no checkpoints, one cannot be read, or the step of one is not known.
+        If the folder holds no checkpoints, one of them cannot be read, or a step is unknown or
+        occurs twice.
     ArgumentError
-        If fewer than ``last`` are left.
+        If fewer than ``last`` checkpoints remain.
     """
     root = Path(folder)
     try:
@@ -58,15 +58,15 @@ def select(
     unknown = [one.path.name for one in found if one.step is None]
     if unknown:
         raise CheckpointError(
-            "the step is not known, neither from the name nor from the metadata, of\n"
+            "the step is not known from the name or the metadata of\n"
             + listed(unknown)
             + "\nName the checkpoints one by one, oldest first."
         )
     steps = {one.path.name: one.step or 0 for one in found}
     if len({(one.step, one.metadata.get("gamma")) for one in found}) < len(found):
         raise CheckpointError(
-            f"{root}: several checkpoints are of one step by their names: "
-            + ", ".join(f"{name} of {step}" for name, step in list(steps.items())[:4])
+            f"{root}: the steps are not distinct: "
+            + ", ".join(f"{name} at {step}" for name, step in list(steps.items())[:4])
             + "; name them one by one, oldest first"
         )
     found.sort(key=lambda one: (steps[one.path.name], one.path.name))
@@ -78,12 +78,12 @@ def select(
         if far and (window is None or step > newest - window):
             taken.append(one)
     if last is not None and len(taken) < last:
-        raise ArgumentError(f"last={last}: {len(taken)} checkpoints of {root} are left to choose")
+        raise ArgumentError(f"last={last}: {len(taken)} checkpoints of {root} qualify")
     return taken[:last][::-1]
 
 
 def _may_be(entry: Path) -> bool:
-    """Return whether an entry of a folder is a checkpoint by its name; hidden ones are not."""
+    """Return whether a file or folder may be a checkpoint by its name; hidden entries are not."""
     if entry.name.startswith("."):
         return False
     if entry.is_dir():

@@ -1,4 +1,4 @@
-"""Finished checkpoints of any layout: their tensors by name, read in parts, never run."""
+"""Finished checkpoints in any layout: tensors by name, read in parts without running code."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from fastema.errors import CheckpointError
 __all__ = ["PROVENANCE", "Checkpoint", "Read", "is_torch_file", "open_checkpoint"]
 
 PROVENANCE: Final = "fastema.average"
-"""Key of the metadata of an average that says what it was made of."""
+"""Metadata key of an average's sources and their weights."""
 
 Read = Callable[[str, int, memoryview], None]
-"""``read(name, first, buffer)``: fill a buffer with a tensor's row-major bytes, from one on."""
+"""``read(name, first, buffer)``: fill the buffer with a tensor's row-major bytes from ``first``."""
 
 _INDEX: Final = ".index.json"
 _LONGEST_INDEX: Final = 100_000_000
 _MOST_OPEN: Final = 256
-"""Files of a checkpoint that are open at a time."""
+"""Limit on the files of a checkpoint that stay open."""
 
 _STATES: Final = ("state_dict", "model_state_dict", "model", "module", "ema_state_dict", "ema")
-"""Where programs put a model's state among other things; the first that is there is taken."""
+"""Keys under which training programs save a model's state; the first one present is used."""
 
 _MODELS: Final = (
     *("model.safetensors", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors"),
     *("pytorch_model.bin", "adapter_model.bin"),
 )
-"""Names of the model in a folder that holds other files of such endings too."""
+"""File names of the model in a folder that may hold other files with the same extensions."""
 
 _COUNTERS: Final = ("global_step", "step", "iteration", "num_steps")
 
@@ -49,18 +49,23 @@ class Checkpoint:
     Attributes
     ----------
     path : Path
+        The file or folder of the checkpoint.
     format : str
         "safetensors", "sharded safetensors", "torch", "sharded torch" or "torch.distributed".
     tensors : dict of str to StoredTensor
+        Dtype and shape of each tensor by name.
+    places : mapping of str to Stretches
+        Where the bytes of each tensor lie.
     metadata : dict of str to str
+        Metadata of safetensors files; otherwise empty.
     step : int or None
-        As its metadata or its name says.
+        The training step in the metadata or the name.
     tied : dict of str to str
-        Names of memory that another name has already, and that name.
+        Name of a tied tensor to the name under which it is in ``tensors``.
     layout : dict of str to list of str
-        The names in every file, as they lie there; of a format that is not written, one file.
+        Output file to its tensors in order. A format that is not written has one output file.
     files : list of Path
-        All that belongs to it.
+        All files of the checkpoint.
     """
 
     path: Path
@@ -74,7 +79,7 @@ class Checkpoint:
     step: int | None = None
 
     def opened(self) -> AbstractContextManager[Read]:
-        """Open its files: a function that reads from them, and that threads may share."""
+        """Open the files; the context manager yields a function that any thread may read with."""
         return _opened(self)
 
 
@@ -98,7 +103,7 @@ def _opened(checkpoint: Checkpoint) -> Iterator[Read]:
 
 
 def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
-    """Read which tensors a checkpoint holds, whatever its layout.
+    """Open a checkpoint in any supported layout and list its tensors without reading them.
 
     Parameters
     ----------
@@ -106,19 +111,19 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
         A safetensors file, or a folder or an index of several; a file of ``torch.save``, or a
         folder of several; a Hugging Face folder; a folder of torch.distributed.checkpoint.
     key : str, optional
-        Where the weights are among other things, such as ``"trainer.ema"``, with dots. By default
-        ``state_dict``, ``model_state_dict``, ``model``, ``module``, ``ema_state_dict`` or ``ema``,
-        whichever comes first.
+        Dotted key of the weights in the checkpoint, such as ``"trainer.ema"``. By default the first
+        of ``state_dict``, ``model_state_dict``, ``model``, ``module``, ``ema_state_dict`` and
+        ``ema`` that holds tensors, or else the whole checkpoint.
 
     Raises
     ------
     CheckpointError
-        If it is none of these, damaged, or names something besides tensors and plain values, which
-        would have to be run.
+        If the checkpoint is in another layout, is damaged, or contains anything but tensors and
+        plain values, since loading that would run code.
 
     Notes
     -----
-    Nothing of a checkpoint is run, and no more is read than its descriptions.
+    No code in a checkpoint is run. Only its headers and descriptions are read.
     """
     found = Path(path)
     with _reading(found):
@@ -126,7 +131,7 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
         if stat.S_ISDIR(mode):
             made = _open_folder(found, key)
         elif not stat.S_ISREG(mode):  # opening a pipe would block until it has a writer
-            raise CheckpointError(f"{found} is no file and no folder")
+            raise CheckpointError(f"{found} is not a file or a folder")
         else:
             made = _open_file(found, key)
     if not made.tensors:
@@ -136,19 +141,19 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """A block in which the system's errors are a CheckpointError that names the path."""
+    """Turn an OSError or ValueError in the block into a CheckpointError that names the path."""
     try:
         yield
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:  # a name with a zero in it
+    except ValueError as error:  # a null character in the path
         raise CheckpointError(f"cannot read {str(path)!r}: {error}") from None
 
 
 def is_torch_file(path: Path) -> bool:
-    """Return whether something is a regular file that begins like one of ``torch.save``."""
+    """Return whether a path is a regular file that begins like one of ``torch.save``."""
     with _reading(path):
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
             return False
@@ -185,8 +190,8 @@ def _open_folder(path: Path, key: str | None) -> Checkpoint:
             return _renamed(_open_file(found[0], key), path)
         if found:
             raise CheckpointError(
-                f"{path} holds {len(found)} files that could be meant, such as {found[0].name} and "
-                f"{found[1].name}; name one of them"
+                f"{path} holds {len(found)} files that may be the checkpoint, such as "
+                f"{found[0].name} and {found[1].name}; name one of them"
             )
     raise CheckpointError(
         f"{path} holds no checkpoint: no .safetensors, .bin, .pt or .pth file, and no .metadata of "
@@ -195,7 +200,7 @@ def _open_folder(path: Path, key: str | None) -> Checkpoint:
 
 
 def _renamed(found: Checkpoint, path: Path) -> Checkpoint:
-    """The checkpoint of a folder, whose name may say the step."""
+    """Return the checkpoint with its folder's path, and the step in that name if unknown so far."""
     step = found.step if found.step is not None else _step_of_name(path)
     return replace(found, path=path, step=step)
 
@@ -208,15 +213,15 @@ def _open_index(path: Path, key: str | None) -> Checkpoint:
         if not isinstance(names, dict) or not all(isinstance(one, str) for one in names.values()):
             raise ValueError("its weight_map does not map names to files")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no index of a checkpoint: {error}") from None
+        raise CheckpointError(f"{path} is not a checkpoint index: {error}") from None
     listed = dict.fromkeys(names.values())
     for name in listed:
         if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
-            raise CheckpointError(f"{path}: {name!r} is no file beside it")
+            raise CheckpointError(f"{path}: {name!r} is not the name of a file next to it")
     parts = [path.parent / name for name in listed]
     for part in parts:
         if not part.is_file():
-            raise CheckpointError(f"{path} names {part.name}, which is not there")
+            raise CheckpointError(f"{path} names {part.name}, which is missing")
     zipped = is_torch_file(parts[0] if parts else path)
     if not zipped:
         _refuse_key(path, key)
@@ -291,7 +296,7 @@ def _open_dcp(path: Path, key: str | None) -> Checkpoint:
     folder = dcp.opened(path)
     places = {name: tuple(map(str, folder.places.get(name, (name,)))) for name in folder.tensors}
     wanted = [tuple(key.split("."))] if key is not None else [*((one,) for one in _STATES), ()]
-    for prefix in wanted:  # a flat name such as "model.weight" is in no mapping "model"
+    for prefix in wanted:  # a flat key such as "model.weight" does not match the prefix "model"
         depth = len(prefix)
         chosen = {
             ".".join(place[depth:]): name
@@ -312,7 +317,7 @@ def _open_dcp(path: Path, key: str | None) -> Checkpoint:
 
 
 def _chosen(state: torch_file.State, key: str | None, path: Path) -> tuple[Any, str]:
-    """The part of a file that holds the weights, and where it is."""
+    """Return the part of a file that holds the weights, and its key with a trailing dot."""
     if key is not None:
         return torch_file.part_of(state.content, key, path), f"{key}."
     for one in _STATES:
@@ -323,7 +328,7 @@ def _chosen(state: torch_file.State, key: str | None, path: Path) -> tuple[Any, 
 
 
 def _step_of(values: Any) -> int | None:
-    """The step that a checkpoint says it is of."""
+    """Return the step in a checkpoint's metadata or top-level entries, or None."""
     plain = values.content if isinstance(values, torch_file.State) else values
     for name in _COUNTERS if isinstance(plain, dict) else ():
         value = plain.get(name)
@@ -335,7 +340,7 @@ def _step_of(values: Any) -> int | None:
 
 
 def _step_of_name(path: Path) -> int | None:
-    """The last number in a name, as in ``checkpoint-500`` and ``step_000500.safetensors``."""
+    """Return the last number in a name, as in ``checkpoint-500`` or ``step_000500.bin``."""
     name = path.name.removesuffix(_INDEX)
     numbers = re.findall(r"(?<![.\d])\d{1,18}(?!\d)", Path(name).stem if path.suffix else name)
     return int(numbers[-1]) if numbers else None

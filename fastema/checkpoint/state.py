@@ -1,4 +1,4 @@
-"""States of averages in files: their plain values in the header, their tensors as they are."""
+"""Averages' state dicts in safetensors files: plain values in the header, tensors unchanged."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from fastema.errors import CheckpointError, DTypeError
 __all__ = ["has_good_sums", "is_state", "load_state", "read_state", "write_state"]
 
 _KEY: Final = "state"
-"""Key of the plain values in a file's metadata, and of the tensor that holds them too."""
+"""Key of the plain values in a file's metadata, and name of the tensor that repeats them."""
 
 _SUMS: Final = "crc32"
-"""Key of all tensors' checksums in a file's metadata."""
+"""Metadata key of the checksums of all tensors."""
 
 _PIECE: Final = 1 << 22
-"""Bytes that are read at a time where they are only looked at."""
+"""Bytes to read at a time when only verifying checksums."""
 
 
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], **metadata: str) -> None:
-    """Write a state dict; whatever happens, there is the old file or the whole new one.
+    """Write a state dict to a safetensors file, which is replaced atomically.
 
-    A tensor ``name`` of the i-th mapping in a list ``part`` of the state is called ``part.i.name``.
+    The tensor ``name`` in the i-th mapping of a list ``part`` is stored as ``part.i.name``.
     """
     plain: dict[str, Any] = {}
     arrays: dict[str, Any] = {}
@@ -42,7 +42,7 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], **metada
         else:
             plain[key] = value
     text = json.dumps(plain)
-    # safetensors' load_file drops the annotations.
+    # safetensors' load_file drops the metadata, so repeat the plain values in a tensor.
     arrays[_KEY] = np.frombuffer(text.encode(), np.uint8)
     specs = {name: describe(array) for name, array in arrays.items()}
     sums = {name: zlib.crc32(bytes_of(array)) for name, array in arrays.items()}
@@ -55,7 +55,7 @@ def is_state(found: files.File) -> bool:
 
 
 def has_good_sums(found: files.File) -> bool:
-    """Return whether a file has checksums; a CheckpointError if one differs."""
+    """Return whether a file has checksums; raise a CheckpointError if one differs."""
     try:
         sums = json.loads(found.metadata[_SUMS])
     except (KeyError, ValueError, RecursionError):
@@ -79,13 +79,13 @@ def has_good_sums(found: files.File) -> bool:
 
 
 def _damaged(found: files.File, name: str) -> CheckpointError:
-    return CheckpointError(f"{found.path} is damaged: {name!r} is not what was written to it")
+    return CheckpointError(f"{found.path} is damaged: {name!r} differs from what was written")
 
 
 def read_state(found: files.File, like: Any) -> dict[str, Any]:
-    """The state dict in a file, with arrays of the framework of ``like``.
+    """Read the state dict in a file into arrays of the framework of ``like``.
 
-    A CheckpointError if :func:`write_state` did not write it, or a checksum differs.
+    Raise a CheckpointError if :func:`write_state` did not write the file, or a checksum differs.
     """
     if not is_state(found):
         raise CheckpointError(f"{found.path} does not hold the state of an average")
@@ -95,9 +95,9 @@ def read_state(found: files.File, like: Any) -> dict[str, Any]:
         sums = json.loads(found.metadata.get(_SUMS, "{}"))
         places = {key: _parse_key(key) for key in found.tensors if key != _KEY}
         if not isinstance(plain, dict) or any(part in plain for part, _, _ in places.values()):
-            raise ValueError("its plain values are no mapping, or have the names of tensors")
+            raise ValueError("its plain values are not a mapping, or share a name with tensors")
         if not isinstance(sums, dict):
-            raise ValueError("its checksums are no mapping")
+            raise ValueError("its checksums are not a mapping")
         if any(at >= len(places) for _, at, _ in places.values()):
             raise ValueError("it has more averages than tensors")
         state: dict[str, Any] = plain
@@ -125,29 +125,31 @@ def read_state(found: files.File, like: Any) -> dict[str, Any]:
 
 
 def _parse_key(key: str) -> tuple[str, int, str]:
-    """Part, place and name of a tensor."""
+    """Split a tensor's key into part, index and name."""
     part, place, name = key.split(".", 2)
     if not (place.isascii() and place.isdigit()):
-        raise ValueError(f"no place in the name {key!r}")
+        raise ValueError(f"no index in the name {key!r}")
     return part, int(place), name
 
 
 def load_state(path: str | os.PathLike[str], like: Any) -> dict[str, Any]:
     """Read the state of an average from a file, for ``load_state_dict``.
 
-    Such a file is the ``ema.safetensors`` that :class:`fastema.transformers.EMACallback`
-    puts beside each checkpoint of the ``Trainer``.
+    One such file is the ``ema.safetensors`` that :class:`fastema.transformers.EMACallback` saves
+    with each checkpoint of the ``Trainer``.
 
     Parameters
     ----------
     path : path
+        A file of :func:`save`.
     like : array, or mapping of arrays
-        Of the framework whose arrays are wanted: ``ema.shadow``, say. They are on the host.
+        Any array of the framework to load into, such as ``ema.shadow``. The loaded arrays are on
+        the CPU.
 
     Raises
     ------
     CheckpointError
-        If the file holds no state of an average, or is damaged.
+        If the file does not hold the state of an average, or is damaged.
 
     Examples
     --------

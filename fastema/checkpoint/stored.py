@@ -1,4 +1,4 @@
-"""Averages found in the files of any library: who wrote them, and how they go on."""
+"""Averages in the files of any supported library, with their schedules and counters."""
 
 from __future__ import annotations
 
@@ -18,31 +18,33 @@ __all__ = ["StoredAverage", "load", "open_weights"]
 
 @dataclass(frozen=True)
 class StoredAverage:
-    """An average in a file or folder, whoever wrote it.
+    """An average in a file or folder of any supported library.
 
     Attributes
     ----------
     path : Path
+        The file or folder.
     library : str
-        "fastema", "fastema.posthoc", "fastema.average", a library that ``fastema.compat`` has a
-        module for ("torch_ema", "diffusers", "swa_utils", ...); "model" for a model's weights
-        alone, and "state dict" for an average beside them, under "ema" or the like.
+        "fastema", "fastema.posthoc", "fastema.average", or a library with a module in
+        ``fastema.compat`` ("torch_ema", "diffusers", "swa_utils", ...). "model" if the file holds
+        only a model's weights, and "state dict" if an average is next to them under a key such as
+        "ema".
     checkpoint : Checkpoint
-        The averages by name; its ``opened()`` reads them.
+        The averaged tensors by name; its ``opened()`` reads them.
     names : {"full", "without dots", "places"}
-        How they are called: as in the model; as there, but for the dots (LitEma); or "0", "1", ...
-        in the order of ``model.parameters()`` (torch_ema, diffusers, NeMo).
+        How the tensors are named: as in the model; as in the model but without dots (LitEma); or
+        "0", "1", ... in the order of ``model.parameters()`` (torch_ema, diffusers, NeMo).
     num_updates : int or None
-        Where the library counts.
+        The number of updates, if the library saves it.
     schedule : Schedule or None
-        That of its further updates, as fastema would continue with it; None where the file does not
-        tell, or fastema has no such rule.
+        The schedule with which fastema would continue; None if the file does not record one, or
+        fastema has no matching rule.
     options : dict
-        What the library keeps of its schedule, by its own names.
-    weights : dict of str to StoredTensor
-        Of the model in training, where the file holds them too.
+        The library's saved schedule options, under their original names.
+    weights : Checkpoint or None
+        The weights in training, if the file holds them too.
     notes : list of str
-        What else should be known.
+        Remarks for the user.
     """
 
     path: Path
@@ -57,29 +59,28 @@ class StoredAverage:
 
 
 def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0) -> StoredAverage:
-    """Find the average in a checkpoint, and say which library wrote it.
+    """Find the average in a checkpoint, and detect which library wrote it.
 
-    No tensor is read: ``checkpoint.opened()`` of the result reads them, :func:`load_into` and
-    :func:`convert` take them further.
+    No tensors are read. Read them with ``checkpoint.opened()`` of the result, or pass the path to
+    :func:`load_into` or :func:`convert`.
 
     Parameters
     ----------
     path : path
-        Of :func:`save`, of a drop-in's or its owner's state, saved with ``torch.save``; of a
-        checkpoint of Lightning, timm, NeMo, Composer, MMEngine, D2Go or Stable Diffusion; of a
-        diffusers folder; of anything else that :func:`open_checkpoint` reads.
+        A file of :func:`save`; a ``torch.save`` file with the state of a drop-in or of the class
+        that it replaces; a checkpoint of Lightning, timm, NeMo, Composer, MMEngine, D2Go or Stable
+        Diffusion; a diffusers folder; or anything else that :func:`open_checkpoint` reads.
     key : str, optional
-        Where the state is among other things, with dots between the keys. By default it is looked
-        for.
+        Dotted key of the average's state in the checkpoint. Detected by default.
     index : int
-        Which of several averages of a file of fastema's.
+        Which average to load from a fastema file that holds several; default 0.
 
     Raises
     ------
     CheckpointError
-        If it cannot be read, or holds nothing at ``key``.
+        If the checkpoint cannot be read, or holds nothing at ``key``.
     ArgumentError
-        If there are not so many averages.
+        If ``index`` is out of range.
 
     Examples
     --------
@@ -99,12 +100,12 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
     except FastemaError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} holds no state of an average: {error}") from None
+        raise CheckpointError(f"{path} does not hold the state of an average: {error}") from None
     if found is None:
         return StoredAverage(Path(path), "model", whole or open_checkpoint(path, key))
     averages = gathered(content, found.averages)
     if not averages.tensors:
-        raise CheckpointError(f"{path} holds an average of nothing ({library})")
+        raise CheckpointError(f"{path} holds an average without tensors ({library})")
     return StoredAverage(
         Path(path),
         library,
@@ -119,7 +120,7 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
 
 
 def open_weights(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
-    """Open a checkpoint; of a state of fastema's own, the average by the names of its model.
+    """Open a checkpoint; if it is a fastema state, open its average under the model's names.
 
     Raises
     ------
@@ -135,8 +136,8 @@ def open_weights(path: str | os.PathLike[str], key: str | None = None) -> Checkp
         return found
     if len(averages) > 1:
         raise CheckpointError(
-            f"{path} holds {len(averages)} averages: write the one that is meant to a file, with "
-            "`fastema convert --to safetensors --index 0` or another index"
+            f"{path} holds {len(averages)} averages: write one of them to a file with "
+            "`fastema convert --to safetensors --index 0`, or another index"
         )
     step = stored.num_updates if found.step is None else found.step
     return replace(stored.checkpoint, step=step)

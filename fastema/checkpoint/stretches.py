@@ -13,14 +13,15 @@ __all__ = ["Stretches"]
 
 
 class Stretches:
-    """A tensor's bytes as stretches that lie in files, in the order of the tensor.
+    """The byte ranges of files that hold a tensor's data, in row-major order.
 
     Parameters
     ----------
     paths : list of Path
+        The files.
     table : function
-        Returns ``int64[stretches, 3]``, asked for when it is first needed: the place of the file,
-        the first byte there, and the first byte of the tensor.
+        Returns ``int64[stretches, 3]``, sorted by the last column: the file's index in ``paths``,
+        the first byte in the file, and the first byte in the tensor. Called on first use.
     """
 
     def __init__(self, paths: list[Path], table: Callable[[], NDArray[np.int64]]) -> None:
@@ -29,12 +30,12 @@ class Stretches:
 
     @classmethod
     def whole(cls, path: Path, offset: int) -> Stretches:
-        """A tensor in one piece."""
+        """Return the stretches of a tensor that is contiguous in one file."""
         found = np.array([[0, offset, 0]], np.int64)
         return cls([path], lambda: found)
 
     def within(self, first: int, count: int) -> Iterator[tuple[Path, int, int, int]]:
-        """Yield path, first byte there, place in the buffer and bytes, for a part of the tensor."""
+        """Yield path, offset in the file, offset in the buffer and length for a byte range."""
         table: Any = self._found if self._found is not None else self._table()
         self._found = table
         begins = table[:, 2]

@@ -1,4 +1,4 @@
-"""Tensors of several checkpoints summed in a stream: what is in memory is a few pieces of them."""
+"""Weighted sums of checkpoints, streamed with only a few pieces of them in memory."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from fastema.layout.spec import TensorSpec
 __all__ = ["Read", "Write", "weighted_sum", "weighted_sums"]
 
 Read = Callable[[str, int, memoryview], None]
-"""``read(name, first, buffer)``: fill a buffer with a tensor's bytes from one on."""
+"""``read(name, first, buffer)``: fill the buffer with a tensor's bytes from ``first`` on."""
 
 Write = Callable[[int, str, int, memoryview], None]
-"""``write(output, name, first, buffer)``: put bytes of a sum where they belong."""
+"""``write(output, name, first, buffer)``: store a sum's bytes at ``first`` of a tensor."""
 
 _ROOM: Final = 1 << 16
-"""Elements of a piece: its sums, in float64, stay in the second-level cache."""
+"""Elements of a buffer: its float64 sums fit in the L2 cache."""
 
 _TOGETHER: Final = 16
-"""Checkpoints whose pieces are in memory at a time, for each thread."""
+"""Checkpoints with a piece in memory at a time, per thread."""
 
 _MOST_THREADS: Final = 8
 
 
 def _threads() -> int:
-    """As many as there are cores: more would push each other's buffers out of the caches."""
+    """Return the number of cores: more threads would evict each other's buffers from the caches."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -46,7 +46,7 @@ Bytes = NDArray[np.uint8]
 
 
 class _Piece(NamedTuple):
-    """Some adjacent elements of a tensor, and where they lie in the buffers."""
+    """A range of elements of a tensor, and its position in the buffers."""
 
     name: str
     first: int
@@ -55,7 +55,7 @@ class _Piece(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """Pieces that fill a buffer, of tensors of the same dtypes."""
+    """Pieces of tensors with the same dtypes, up to one full buffer."""
 
     kinds: tuple[DType, ...]  # in each checkpoint
     to: DType
@@ -70,20 +70,22 @@ def weighted_sums(
     write: Write,
     advance: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """``output = sum of coefficient * checkpoint``, in float64, rounded once to what is wanted.
+    """Write ``sum of coefficient * checkpoint`` for every output, in float64, rounded once.
 
     Parameters
     ----------
-    reads, tensors : sequence
-        Of every checkpoint, how it is read and what it holds, of one shape in all.
+    reads : sequence of function
+        For every checkpoint, the function that reads it.
+    tensors : sequence of mapping of str to StoredTensor
+        For every checkpoint, its tensors; shapes are the same in all.
     coefficients : sequence of sequence of float
-        For every output, one number for each checkpoint. All outputs are made in one pass.
+        For every output, one coefficient per checkpoint. All outputs are computed in one pass.
     wanted : mapping of str to DType
-        The tensors to sum, floats in every checkpoint, and their dtypes in the outputs.
+        The tensors to sum, which are floats in every checkpoint, and their dtypes in the outputs.
     write : function
         Called from several threads, with pieces that do not overlap.
     advance : function
-        Called with the number of bytes that were read.
+        Called from several threads with the number of bytes just read.
     """
     batches = _batches(tensors, wanted)
     taking = threading.Lock()
@@ -98,7 +100,7 @@ def weighted_sums(
                 return
             key = batch.kinds, batch.to
             if key not in benches:
-                benches.clear()  # what another pair of dtypes took
+                benches.clear()  # free the buffers of other dtypes
                 benches[key] = _Workbench(coefficients, *key)
             advance(benches[key].run(reads, batch.pieces, write))
 
@@ -114,7 +116,7 @@ def weighted_sums(
 
 
 class _Workbench:
-    """A thread's buffers, and the programs that make a piece of every output of them."""
+    """A thread's buffers, and the kernels that compute a piece of every output from them."""
 
     def __init__(
         self, coefficients: Sequence[Sequence[float]], kinds: tuple[DType, ...], to: DType
@@ -145,12 +147,12 @@ class _Workbench:
         totals: Sequence[TensorSpec],
         coefficients: Sequence[Sequence[float]],
     ) -> tuple[range, Program, LaunchArgs]:
-        """Some of the checkpoints, what adds them to the totals, and their coefficients."""
+        """Return checkpoints, the program that adds them to the totals, and their coefficients."""
         pairs: list[Pair] = []
         numbers: list[float] = []
         for k, total in enumerate(totals):
             for place, i in enumerate(members):
-                if not coefficients[k][i]:  # 0 times a NaN would be one
+                if not coefficients[k][i]:  # 0 * NaN would be NaN
                     continue
                 source = _spec(self._buffers[place], self._kinds[i])
                 pairs.append(Pair(f"{k}", total, source, average_index=len(numbers)))
@@ -158,7 +160,7 @@ class _Workbench:
         return members, Program({"all": pairs}), LaunchArgs(numbers)
 
     def run(self, reads: Sequence[Read], pieces: Sequence[_Piece], write: Write) -> int:
-        """Sum some pieces and write them; return the bytes that were read."""
+        """Sum pieces and write the results; return the number of bytes read."""
         for total in self._totals:
             total.fill(0)
         elements = sum(piece.size for piece in pieces)
@@ -190,7 +192,7 @@ def _spec(memory: Bytes, kind: DType) -> TensorSpec:
 def _batches(
     tensors: Sequence[Mapping[str, StoredTensor]], wanted: Mapping[str, DType]
 ) -> Iterator[_Batch]:
-    """Cut the tensors into pieces, as many at a time as the buffers have room for."""
+    """Cut the tensors into pieces; yield as many at a time as fit in the buffers."""
     groups: dict[tuple[tuple[DType, ...], DType], list[str]] = {}
     for name, to in wanted.items():
         kinds = tuple(one[name].kind for one in tensors)
@@ -225,7 +227,7 @@ def weighted_sum(
 ) -> None:
     """Sum safetensors files into row-major memory; see :func:`weighted_sums`.
 
-    All files have the same tensors; those not ``summed`` are taken from the last one.
+    All files must have the same tensors. Tensors not in ``summed`` are copied from the last file.
     """
     with ExitStack() as stack:
         reads = [_reader(file, stack.enter_context(file.opened())) for file in files]

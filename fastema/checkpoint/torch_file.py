@@ -1,4 +1,4 @@
-"""Files of ``torch.save``, read without PyTorch and without running anything in them."""
+"""Read ``torch.save`` files without PyTorch and without running any code in them."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from fastema.layout.dtypes import DTYPES, dtype
 __all__ = ["State", "check", "data_of", "part_of", "place_of", "read", "tensors_in"]
 
 _LONGEST: Final = 1 << 28
-"""Bytes of a description that are still read."""
+"""Size limit of a description, in bytes."""
 
 _MOST_ENTRIES: Final = 1 << 22
-"""Entries of mappings and lists that are looked into."""
+"""Limit on the entries of mappings and lists to search for tensors."""
 
 _PIECE: Final = 1 << 22
-"""Bytes that are read at a time where they are only looked at."""
+"""Bytes to read at a time when only verifying checksums."""
 
 _DEEPEST: Final = 64
-"""Mappings within mappings that are looked into."""
+"""Limit on the nesting of mappings and lists."""
 
 
 class State(NamedTuple):
-    """What a file holds: its description with :class:`Rebuilt` for tensors, and its storages."""
+    """A file's contents, with a :class:`Rebuilt` for each tensor, and its storages."""
 
     content: Any
-    storages: dict[str, tuple[int, int]]  # first byte in the file, and bytes
+    storages: dict[str, tuple[int, int]]  # name to first byte in the file and length
 
 
 def read(path: Path) -> State:
-    """Read the description of a file; a CheckpointError if it is damaged or would run code."""
+    """Read a file's contents but no tensor data; raise a CheckpointError if damaged or unsafe."""
     with _archive(path) as (file, archive):
         size = path.stat().st_size
         entries = {one.filename.partition("/")[2]: one for one in archive.infolist()}
         if "data.pkl" not in entries:
-            raise CheckpointError(f"{path} is no file of torch.save: it has no data.pkl")
+            raise CheckpointError(f"{path} is not a file of torch.save: it has no data.pkl")
         described = entries["data.pkl"]
         _refuse_compressed(path, described)
         if described.file_size > _LONGEST:
-            raise CheckpointError(f"{path}: its description is longer than any")
+            raise CheckpointError(f"{path}: its description is too long")
         if "byteorder" in entries and _content(archive, entries["byteorder"]) != b"little":
             raise CheckpointError(f"{path} was written on a big-endian machine")
         content = pickles.load(_content(archive, described), pickles.TENSORS)
@@ -62,7 +62,7 @@ def read(path: Path) -> State:
 
 
 def check(path: Path) -> None:
-    """Read a whole file and compare its checksums; a CheckpointError if one differs."""
+    """Read a whole file and verify its checksums; raise a CheckpointError if one differs."""
     with _archive(path) as (_, archive):
         for one in archive.infolist():
             _refuse_compressed(path, one)
@@ -73,7 +73,7 @@ def check(path: Path) -> None:
 
 @contextmanager
 def _archive(path: Path) -> Iterator[tuple[Any, zipfile.ZipFile]]:
-    """Open a file, and as a zip; any error in the block becomes a CheckpointError."""
+    """Yield a file and its zip archive; turn any error in the block into a CheckpointError."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             yield file, archive
@@ -81,8 +81,8 @@ def _archive(path: Path) -> Iterator[tuple[Any, zipfile.ZipFile]]:
         raise
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # of zipfile and pickle, which have errors of many kinds
-        raise CheckpointError(f"{path} is damaged, or no file of torch.save: {error}") from None
+    except Exception as error:  # zipfile and pickle raise many types
+        raise CheckpointError(f"{path} is damaged, or not a file of torch.save: {error}") from None
 
 
 def _refuse_compressed(path: Path, entry: zipfile.ZipInfo) -> None:
@@ -96,7 +96,7 @@ def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
 
 
 def data_of(file: Any, header: int) -> int:
-    """Return the first byte of a zip entry, behind its header; a ValueError if none is there."""
+    """Return the offset of a zip entry's data; raise a ValueError if its header is missing."""
     file.seek(header)
     head = file.read(30)
     if len(head) != 30 or head[:4] != b"PK\3\4":
@@ -107,7 +107,7 @@ def data_of(file: Any, header: int) -> int:
 
 
 def part_of(content: Any, key: str, path: Path) -> Any:
-    """Return what lies at a key with dots; a CheckpointError if there is nothing."""
+    """Return the value at a dotted key; raise a CheckpointError if there is none."""
     for one in key.split("."):
         try:
             content = content[int(one) if isinstance(content, list | tuple) else one]
@@ -117,7 +117,7 @@ def part_of(content: Any, key: str, path: Path) -> Any:
 
 
 def tensors_in(content: Any, kind: type = Rebuilt) -> dict[str, Any]:
-    """Return the tensors in nested mappings and lists, by their keys with dots between them."""
+    """Return the tensors in nested mappings and lists by dotted key."""
     found: dict[str, Any] = {}
     for name, one in _walk(content, kind, "", 0, iter(range(_MOST_ENTRIES))):
         if name in found:
@@ -130,7 +130,7 @@ def _walk(
     content: Any, kind: type, prefix: str, depth: int, left: Iterator[int]
 ) -> Iterator[tuple[str, Any]]:
     if depth > _DEEPEST:
-        raise CheckpointError(f"{prefix[:100]!r}...: mappings within mappings without end")
+        raise CheckpointError(f"{prefix[:100]!r}...: mappings are nested too deeply")
     if isinstance(content, kind):
         yield prefix.removesuffix("."), content
         return
@@ -141,16 +141,16 @@ def _walk(
     else:
         return
     for key, value in items:
-        if next(left, None) is None:  # what holds the same twice, and so on, has no end
+        if next(left, None) is None:  # shared entries can make the walk exponentially long
             raise CheckpointError(f"{prefix[:100]!r}...: more entries than any checkpoint has")
         if isinstance(key, str | int):
             yield from _walk(value, kind, f"{prefix}{key}.", depth + 1, left)
 
 
 def place_of(path: Path, name: str, tensor: Rebuilt, state: State) -> tuple[StoredTensor, int]:
-    """Return a tensor's dtype and shape, and its first byte in the file."""
+    """Return a tensor's dtype and shape, and its offset in the file."""
     if tensor.code not in DTYPES:
-        raise CheckpointError(f"{path}: {name} is of a dtype that is not known: {tensor.code}")
+        raise CheckpointError(f"{path}: {name} has an unknown dtype: {tensor.code}")
     kind = dtype(tensor.code)
     stored = StoredTensor(kind, tensor.size)
     if not pickles.is_row_major(tensor):
@@ -161,8 +161,8 @@ def place_of(path: Path, name: str, tensor: Rebuilt, state: State) -> tuple[Stor
     try:
         begin, size = state.storages[tensor.key]
     except KeyError:
-        raise CheckpointError(f"{path}: the numbers of {name} are not there") from None
+        raise CheckpointError(f"{path}: the data of {name} is missing") from None
     first = tensor.offset * kind.itemsize
     if first + stored.nbytes > size:
-        raise CheckpointError(f"{path}: {name} is longer than what is stored of it")
+        raise CheckpointError(f"{path}: {name} is longer than its storage")
     return stored, begin + first

@@ -1,4 +1,4 @@
-"""Tensors of other libraries' checkpoints, into an average and out of one."""
+"""Transfer tensors between averages and the checkpoints of other libraries."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def by_plain_name(named: Mapping[str, Value]) -> dict[str, Value]:
-    """The same by names without the prefixes of wrappers."""
+    """Return a mapping with wrapper prefixes removed from its names."""
     return dict(zip(plain_names(list(named)), named.values(), strict=True))
 
 
 def mapping_in(found: Any, what: str) -> Mapping[str, Any]:
-    """A part of a checkpoint that has to be a mapping of names; else a CheckpointError says so."""
+    """Return a part of a checkpoint, which must map names; raise a CheckpointError otherwise."""
     if not isinstance(found, Mapping):
         raise CheckpointError(
             f"{what} is of type {type(found).__name__}, expected a mapping of names"
@@ -65,7 +65,10 @@ def mapping_in(found: Any, what: str) -> Mapping[str, Any]:
 
 
 def whole_in(found: Any, what: str, least: int = 0) -> int:
-    """A whole number of a checkpoint, in a tensor or by itself; else a CheckpointError says so."""
+    """Return an integer of a checkpoint, at least ``least``; raise a CheckpointError otherwise.
+
+    The integer may be a plain value or a tensor of one element.
+    """
     if isinstance(found, Tensor) and found.numel() == 1 and not found.is_meta:
         found = found.item()
     try:
@@ -75,9 +78,9 @@ def whole_in(found: Any, what: str, least: int = 0) -> int:
 
 
 def unfit(entries: Iterable[tuple[str, Any, Any]]) -> list[str]:
-    """Why entries (name, what was found, the tensor it is for) cannot be loaded: a line for each.
+    """Return a line for each entry (name, loaded value, target) that cannot be loaded.
 
-    Entries for no tensor, such as a module's extra state, are left alone.
+    Entries whose target is not a tensor, such as a module's extra state, are not checked.
     """
     whys = ((name, _why_unfit(one, own)) for name, one, own in entries if isinstance(own, Tensor))
     return [f"{name!r} {why}" for name, why in whys if why]
@@ -91,33 +94,33 @@ def _why_unfit(found: Any, own: Tensor) -> str:
     if found.is_meta:
         return "has no contents: load the checkpoint to a device other than 'meta'"
     if found.layout != torch.strided:
-        return f"is of layout {found.layout}, expected a dense tensor"
+        return f"has layout {found.layout}, expected a dense tensor"
     return ""
 
 
 def mismatches(own: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """Why tensors cannot be loaded into others of the same names: a line for each that cannot."""
+    """Return a line for each tensor that is missing, unexpected or cannot be loaded."""
     problems = [f"{name!r} is missing" for name in own if name not in found]
     problems += [f"{name!r} is unexpected" for name in found if name not in own]
     return problems + unfit((name, found[name], own[name]) for name in own if name in found)
 
 
 def load_modules(*pairs: tuple[nn.Module, Mapping[str, Any]]) -> None:
-    """Load states into modules, all of them or, with a CheckpointError, none."""
+    """Load states into modules, or load none and raise a CheckpointError if any does not fit."""
     problems = [one for module, state in pairs for one in mismatches(module.state_dict(), state)]
     if problems:
-        raise CheckpointError("the checkpoint is not of this model:\n" + listed(problems))
+        raise CheckpointError("the checkpoint does not fit the model:\n" + listed(problems))
     for module, state in pairs:
         module.load_state_dict(state)
 
 
 def _single_average(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The tensors of an average that is one, in one part."""
+    """Return the tensors of a single, unsplit average; raise an ArgumentError for others."""
     shadows: list[Mapping[str, Tensor]] = state["shadow"]
     if len(shadows) != 1:
         raise ArgumentError(
             f"the EMA holds {len(shadows)} averages, the checkpoint one: build an EMA with one "
-            "decay for it"
+            "decay"
         )
     if state.get("residual"):
         raise ArgumentError(
@@ -128,14 +131,14 @@ def _single_average(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
 
 
 def averages_of(ema: EMA) -> dict[str, Tensor]:
-    """Copies of an average's tensors by name; an ArgumentError for several averages, or halves."""
+    """Copy a single average's tensors by name; raise an ArgumentError for several or split ones."""
     return dict(_single_average(ema.state_dict()))
 
 
 def averages_or_copies(
     averages: Mapping[str, Tensor], named: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The averages of these tensors, or copies of the tensors where they are not averaged."""
+    """Return the averages of these tensors, or copies of the tensors that have no average."""
     found = by_plain_name(named)
     return {name: averages.get(name, one.detach().clone()) for name, one in found.items()}
 
@@ -143,10 +146,10 @@ def averages_or_copies(
 def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = None) -> None:
     """Load another library's averages, of any floating dtype and device, by name.
 
-    Everything that is averaged has to be there. What is only copied, such as buffers, may be
-    missing and then stays; what the average leaves out may be there. ``num_updates`` is the count
-    that the schedule continues from, by default the average's own. A CheckpointError names every
-    tensor that does not fit; nothing was changed then.
+    Every averaged tensor must be present. Tensors that are only copied, such as buffers, may be
+    missing and are then unchanged; names that the average skips are ignored. The schedule continues
+    from ``num_updates``, by default the average's own count. If any tensor does not fit, raise a
+    CheckpointError that names all of them, and change nothing.
     """
     state = ema.state_dict(copy=False)
     own = _single_average(state)
@@ -163,24 +166,24 @@ def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = N
     problems += unfit((name, found[name], one) for name, one in own.items() if name in found)
     if problems:
         raise CheckpointError(
-            "the averages in the checkpoint are not those of the model:\n" + listed(problems)
+            "the averages in the checkpoint do not fit the model:\n" + listed(problems)
         )
     tensors = {
         name: _cast_like(found[name], one) if name in found else one.clone()
         for name, one in own.items()
     }
     state = {**state, "shadow": [tensors], "num_updates": count}
-    if "log_decays" in state:  # of a bias correction: what so many updates leave of the beginning
+    if "log_decays" in state:  # bias correction: log of the weight left of the start
         state["log_decays"] = list(ema.schedule.log_decays(count))
     ema.load_state_dict(state)
 
 
 def load_stored(ema: Any, stored: StoredAverage, schedule: SavedOrMine) -> None:
-    """Load an average that was found in a file of another library's, or of ``torch.save``."""
+    """Load an average from another library's file, or from fastema's own ``torch.save`` file."""
     if stored.library == "fastema":
         try:
             content = torch.load(stored.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # of many kinds
+        except Exception as error:  # torch.load raises many types
             raise CheckpointError(f"{stored.path} is damaged: {error}") from None
         state = next(one for one in candidates(content) if one.get("format") == "fastema")
         ema.load_state_dict(state, schedule=schedule)
@@ -189,7 +192,7 @@ def load_stored(ema: Any, stored: StoredAverage, schedule: SavedOrMine) -> None:
 
 
 def _by_name(ema: EMA, stored: StoredAverage) -> dict[str, Tensor]:
-    """The tensors of a file by the names that they have in an average."""
+    """Read the tensors of a file under the names that they have in an average."""
     tensors, own = tensors_of(stored.checkpoint), list(ema.shadow)
     if stored.names == "full":
         return tensors
@@ -197,19 +200,19 @@ def _by_name(ema: EMA, stored: StoredAverage) -> dict[str, Tensor]:
         dots = {name.replace(".", ""): name for name in own}
         return {dots.get(name, name): one for name, one in tensors.items()}
     averaged = [name for name in own if name in ema.averaged_names]
-    for names in (averaged, own):  # frozen parameters are in the list, or are not
+    for names in (averaged, own):  # the list may or may not include frozen parameters
         shapes = [ema.shadow[name].shape for name in names]
         if shapes == [one.shape for one in tensors.values()]:
             return dict(zip(names, tensors.values(), strict=True))
     raise CheckpointError(
-        f"{stored.path} holds a list of {len(tensors)} tensors, which by their shapes are not the "
-        f"{len(averaged)} averaged ones in their order; convert it with "
+        f"{stored.path} holds a list of {len(tensors)} tensors, whose shapes are not those of the "
+        f"{len(averaged)} averaged ones in order; convert it with "
         "fastema.checkpoint.convert(..., names=...)"
     )
 
 
 def _cast_like(found: Tensor, own: Tensor) -> Tensor:
-    """A tensor in the dtype of the average; a number never becomes an integer, or the reverse."""
+    """Cast a tensor to its average's dtype and device, but never between floats and integers."""
     if found.dtype.is_floating_point != own.dtype.is_floating_point:
         return found
     return found.detach().to(own.device, own.dtype)

@@ -1,4 +1,4 @@
-"""What finished checkpoints weigh in an average of them, oldest first."""
+"""Weights for averaging finished checkpoints, listed oldest first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["DECAYS", "ema", "sigma_rel", "sma", "swa", "wma", "wsm"]
 
 
 def swa(count: int) -> list[float]:
-    """Weigh all alike: ``1 / count``.
+    """Return equal weights, ``1 / count`` each.
 
     References
     ----------
@@ -27,7 +27,7 @@ def swa(count: int) -> list[float]:
 
 
 def sma(count: int, last: int) -> list[float]:
-    """Weigh the ``last`` ones alike, and the others 0."""
+    """Return equal weights for the ``last`` checkpoints and 0 for all older ones."""
     last = checked_whole(last, "sma", 1)
     if last > count:
         raise ArgumentError(f"sma={last}: there are {count} checkpoints")
@@ -35,22 +35,22 @@ def sma(count: int, last: int) -> list[float]:
 
 
 def ema(steps: Sequence[int], decay: float) -> list[float]:
-    """Weigh each by the steps since the one before it, as an average that sees each of them once.
+    """Return the weights of an EMA with ``decay`` per step that sees each checkpoint once.
 
-    ``decay**(T - t_j) - decay**(T - t_(j-1))`` for the one of step ``t_j``, where ``T`` is the last
-    step; the oldest has the rest, ``decay**(T - t_0)``.
+    The checkpoint at step ``t_j`` weighs ``decay**(T - t_j) - decay**(T - t_(j-1))``, where ``T``
+    is the last step. The oldest weighs ``decay**(T - t_0)``, so that the weights sum to 1.
     """
     if not 0.0 <= decay < 1.0:
         raise ArgumentError(f"ema={decay!r}: expected a decay in [0, 1), per step")
     if any(one >= other for one, other in itertools.pairwise(steps)):
-        raise ArgumentError(f"ema needs checkpoints of rising steps, got {list(steps)}")
+        raise ArgumentError(f"ema needs checkpoints with rising steps, got {list(steps)}")
     remaining = [decay ** (steps[-1] - step) for step in steps]
     before = [0.0, *remaining[:-1]]
     return [one - other for one, other in zip(remaining, before, strict=True)]
 
 
 def wma(count: int) -> list[float]:
-    """Weigh the j-th by ``j``, counted from 1 for the oldest."""
+    """Return weights proportional to ``j`` for the j-th checkpoint; the oldest has ``j = 1``."""
     total = count * (count + 1) / 2
     return [(j + 1) / total for j in range(count)]
 
@@ -60,16 +60,15 @@ DECAYS: Final[dict[str, Callable[[float], float]]] = {
     "cosine": lambda t: 0.5 * (1.0 + math.cos(math.pi * t)),
     "1-sqrt": lambda t: 1.0 - math.sqrt(t),
 }
-"""Learning rates that fall from 1 to 0 as ``t`` goes from 0 to 1."""
+"""Learning rate decays, from 1 at ``t = 0`` to 0 at ``t = 1``."""
 
 
 def wsm(count: int, decay: str) -> list[float]:
-    """Weigh as if the learning rate had decayed from the oldest to the newest.
+    """Return weights that emulate a learning rate decay from the oldest to the newest checkpoint.
 
-    The updates between the j-th and the one before count with the learning rate ``r_j``, where
-    ``r_0 = 1`` and ``r_j`` falls to what it is one place before 0: so checkpoint 0 weighs
-    ``1 - r_1``, the j-th ``r_j - r_(j+1)``, and the newest its own ``r``. The linear decay is the
-    mean.
+    The updates between checkpoints ``j - 1`` and ``j`` are scaled by the learning rate
+    ``r_j = decay(j / count)``, with ``r_0 = 1``. Checkpoint ``j`` therefore weighs
+    ``r_j - r_(j+1)``, and the newest weighs its own ``r``. With the linear decay this is the mean.
 
     References
     ----------
@@ -85,10 +84,10 @@ def wsm(count: int, decay: str) -> list[float]:
 def sigma_rel(
     steps: Sequence[int], gammas: Sequence[float], width: float
 ) -> tuple[list[float], float]:
-    """Weigh snapshots of power-function averages for the average of another width.
+    """Return weights of power-function snapshots that give an average of another width.
 
-    Least squares of the profiles, as in :func:`fastema.posthoc.synthesize`; the second number is
-    how far the result is from the profile that was asked for.
+    The weights solve a least-squares fit of the profiles, as in
+    :func:`fastema.posthoc.synthesize`. Also return the fit's relative error.
     """
     profiles = [PowerProfile(step, gamma) for step, gamma in zip(steps, gammas, strict=True)]
     solution = solve(profiles, PowerProfile(max(steps), gamma_of(width)))

@@ -1,6 +1,6 @@
-"""Averages of models that are divided among processes: one folder of all their parts.
+"""Write sharded averages as one folder.
 
-:func:`fastema.EMA` itself takes such models as they are; see ``docs/sharded.md``.
+:func:`fastema.EMA` itself averages sharded models without any change; see ``docs/sharded.md``.
 """
 
 from fastema.distributed.consolidate import consolidate

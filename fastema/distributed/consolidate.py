@@ -1,4 +1,4 @@
-"""One folder of safetensors files from the parts that processes hold, or from a DCP folder."""
+"""Write one safetensors folder from the shards of all ranks or from a DCP folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fastema.shadow.average import Average
 __all__ = ["consolidate"]
 
 _METADATA: Final = {"format": "pt"}
-"""Metadata that transformers asks of every file."""
+"""Metadata that transformers requires in every file."""
 
 
 def consolidate(
@@ -43,53 +43,60 @@ def consolidate(
     file_bytes: int = 5_000_000_000,
     max_bytes: int = 1 << 28,
 ) -> Path:
-    """Write an average as one Hugging Face folder, each rank its own parts; returns the path.
+    """Write an average as one Hugging Face folder, with each rank writing its own shards.
 
     The folder has ``model.safetensors``, or ``model-00001-of-000NN.safetensors`` files with
-    ``model.safetensors.index.json``: what ``from_pretrained`` and
-    ``safetensors.torch.load_file`` read. It appears under its name when all of it is written and
-    synchronised to the disk. Ranks write where their parts belong and send each other no weights.
+    ``model.safetensors.index.json``, which ``from_pretrained`` and
+    ``safetensors.torch.load_file`` can read. It appears under its name only when it is complete and
+    synchronized to the disk. Ranks write their shards directly into the files and send each other
+    no weights.
 
     Parameters
     ----------
     source : average or path
-        An average, whose tensors are written in the model's dtypes by the keys of its
-        ``state_dict()``; or a folder of torch.distributed.checkpoint, whose average is written in
-        the dtypes it was saved in, by the names of :attr:`Average.shadow`.
+        An average, whose tensors are written in the model's dtypes under the keys of the model's
+        ``state_dict()``. Or a folder of torch.distributed.checkpoint, whose average is written in
+        its saved dtypes under the names of :attr:`Average.shadow`.
     folder : path
-        Not there yet, or empty; on a file system that all ranks share.
+        The folder to write: missing or empty, on a file system that all ranks share.
     which : int, optional
-        The average, by its place among the rules; needed where there are several.
+        Index of the average among the rules. Required if there are several.
     key : str, optional
-        Of a saved folder: where the average is in the state, such as ``"trainer.ema"``; needed
-        where there are several.
+        For a saved folder: dotted key of the average in the state, such as ``"trainer.ema"``.
+        Required if there are several.
     rest : str, optional
-        Of a saved folder: where the model is in the state, such as ``"model"``. Names that the
-        average leaves out (frozen weights, skipped buffers) are taken from there.
+        For a saved folder: dotted key of the model in the state, such as ``"model"``. Names that
+        the average leaves out (frozen weights, skipped buffers) are read from there.
     files_from : path, optional
-        A folder whose files are copied along, but for weights: config, tokenizer, licence.
+        A folder whose files other than weights are copied along: config, tokenizer, license.
     file_bytes : int
-        Bytes of a file, from which on another one begins.
+        Maximum size of the tensors in one file, at least 1; default 5 GB. A larger tensor gets a
+        file of its own.
     max_bytes : int
-        Bytes of memory that each rank may take besides what it holds, at least 1 MiB.
+        Extra memory that each rank may use, in bytes, at least 1 MiB; default 256 MiB.
+
+    Returns
+    -------
+    Path
+        ``folder``.
 
     Raises
     ------
     CheckpointError
-        If the folder is not empty; if ranks differ in a tensor's dtype or shape; for a saved folder
-        that is damaged, holds no average, or several where none is chosen. On every rank.
+        On every rank: if the folder is not empty, ranks differ in a tensor's dtype or shape, or the
+        saved folder is damaged, holds no average, or holds several and none is selected.
     StorageError
-        If it cannot be written; nothing is left then.
+        If the folder cannot be written. Nothing is left there.
     StateError
-        While the average is applied.
+        If the average is applied to the model.
     ArgumentError
-        For an argument without a valid value, or one that is for the other kind of source.
+        For an invalid argument, or one that belongs to the other kind of source.
 
     Notes
     -----
-    Where torch.distributed runs, all ranks of the default group have to call this. From a saved
-    folder it also works in one process, without a model, and runs no code from the folder. Tied
-    weights are written once, by their first key.
+    If torch.distributed is initialized, all ranks of the default group must call this. A saved
+    folder can also be consolidated in one process, without a model; no code from the folder is run.
+    Tied weights are written once, under their first key.
 
     Examples
     --------
@@ -124,7 +131,7 @@ def consolidate(
 def _saved(
     path: Path, key: str | None, which: int | None, rest: str | None, group: RankGroup
 ) -> tuple[dict[str, StoredTensor], list[Block]]:
-    """The tensors of a saved folder, and this process's share of their blocks."""
+    """Return the tensors of a saved folder, and the blocks that this process writes."""
     opened = dcp.opened(path)
     chosen = dcp.average_in(opened, key, which)
     if rest is not None:
@@ -139,7 +146,7 @@ def _saved(
 
 
 def _united(group: RankGroup, found: live.LiveAverage) -> tuple[dict[str, StoredTensor], set[str]]:
-    """The tensors of all processes, and those that this one writes its part of."""
+    """Return the tensors of all processes, and the names of those that this process writes."""
     every = group.gather((found.tensors, found.divided))
     tensors: dict[str, StoredTensor] = {}
     first: dict[str, int] = {}
@@ -181,7 +188,7 @@ def _write(
         made.append(begin(folder, files))
         return files, made[0]
 
-    with ExitStack() as stack:  # the first rank's lock is held until all have written
+    with ExitStack() as stack:  # hold the first rank's lock until all ranks have written
         try:
             files, partial = group.agreed(prepare, on_first=True)
             group.agreed(lambda: write_blocks(partial, files, tensors, blocks, most))

@@ -1,4 +1,4 @@
-"""The processes of a job, where torch.distributed runs one; otherwise this process alone."""
+"""The ranks of torch.distributed, or this process alone if it is not initialized."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Value = TypeVar("Value")
 
 
 class RankGroup:
-    """All processes of the default process group."""
+    """All ranks of the default process group."""
 
     def __init__(self) -> None:
         dist: Any = sys.modules.get("torch.distributed")
@@ -24,7 +24,7 @@ class RankGroup:
         self.size: int = dist.get_world_size() if ready else 1
 
     def gather(self, value: Value) -> list[Value]:
-        """Return the value of every process; all of them have to call this."""
+        """Gather one value from every rank; all ranks must call this."""
         if self._dist is None:
             return [value]
         found: list[Any] = [None] * self.size
@@ -32,9 +32,9 @@ class RankGroup:
         return found
 
     def agreed(self, function: Callable[[], Value], *, on_first: bool = False) -> Value:
-        """Call a function on every process, or on the first for all of them.
+        """Call a function on every rank, or only on the first and return its result on all ranks.
 
-        Where it raises on one, every other process raises a CheckpointError that names it.
+        If it raises on one rank, every other rank raises a CheckpointError that names that rank.
         """
         result: Any = None
         error: Exception | None = None

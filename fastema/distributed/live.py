@@ -1,4 +1,4 @@
-"""The parts of an average in this process, by name, as in the model's state."""
+"""The shards of an average in this process, under the keys of the model's state dict."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = ["LiveAverage", "describe_live"]
 
 @dataclass
 class LiveAverage:
-    """Tensors by name, the names of those that are divided, and the blocks of this process."""
+    """Tensors by name, the names of sharded ones, and the blocks that this process holds."""
 
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     divided: set[str] = field(default_factory=set)
     blocks: list[Block] = field(default_factory=list)
 
     def add(self, name: str, spec: TensorSpec, kind: DType, read: Callable[..., Any]) -> None:
-        """Add a tensor; its block, unless another process has the same."""
+        """Add a tensor, and its block unless another process writes an identical replica."""
         self.tensors[name] = StoredTensor(kind, spec.full_shape)
         if spec.division is not None:
             self.divided.add(name)
@@ -42,9 +42,9 @@ class LiveAverage:
 
 
 def describe_live(ema: Average[Any], which: int | None) -> LiveAverage:
-    """Describe what ``ema.model_state_dict(which=which)`` would hold, without making it.
+    """Describe what ``ema.model_state_dict(which=which)`` would return, without building it.
 
-    Tied weights are there once, by the first name that the model's state has for them.
+    Tied weights occur once, under their first name in the model's state dict.
     """
     ema._refuse_applied("consolidate")
     found = LiveAverage()
@@ -52,7 +52,7 @@ def describe_live(ema: Average[Any], which: int | None) -> LiveAverage:
     entries, state, names = ema._state_of(None, which)
     for key, kept in names.items():
         value = state[key][1]
-        if kept in seen or not hasattr(value, "shape"):  # extra state is no tensor
+        if kept in seen or not hasattr(value, "shape"):  # extra state is not a tensor
             continue
         seen.add(kept)
         try:
@@ -68,12 +68,12 @@ def describe_live(ema: Average[Any], which: int | None) -> LiveAverage:
 
 
 def _plain(array: Any, piece: tuple[slice, ...]) -> Any:
-    """Some of an array."""
+    """Return a piece of an array, row-major in host memory."""
     return row_major_on_host(array[piece])
 
 
 def _rounded(entry: Entry, code: str, piece: tuple[slice, ...]) -> Any:
-    """Some of an average, rounded to the model's dtype."""
+    """Return a piece of an average, rounded to the model's dtype."""
     shadow, *residual = (
         entry.parts[part][0][piece] for part in ("shadow", "residual") if part in entry.parts
     )

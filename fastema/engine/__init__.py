@@ -1,1 +1,1 @@
-"""Writes memory: looks kernels up and runs them over tables, on threads."""
+"""Kernel lookup and launches: everything that writes tensors."""

@@ -1,4 +1,4 @@
-"""Blocks that put something back at their end, whatever interrupts them."""
+"""Context managers that undo their effect on exit, whatever interrupts them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Value = TypeVar("Value")
 
 
 def _check_nothing() -> None:
-    """Verify nothing."""
+    """Do nothing."""
 
 
 @dataclass(frozen=True)
 class Steps(Generic[Value]):
-    """The steps of a :class:`RestoringBlock`.
+    """The callables that a :class:`RestoringBlock` runs.
 
-    ``apply`` runs with signals held back as the block begins and returns what ``with ... as``
-    names. ``restore`` undoes it, exactly once, with signals held back; it also runs where ``apply``
-    raised, so it has to look what there is to undo. ``verify`` runs after that if nothing was
-    raised so far; what it raises comes out of the block.
+    ``apply`` runs on entry, with signals deferred, and returns the value for ``with ... as``.
+    ``restore`` undoes ``apply`` exactly once, with signals deferred. It also runs if ``apply``
+    raised, so it must check what there is to undo. ``verify`` runs last, if nothing was raised so
+    far; its exceptions leave the block.
     """
 
     apply: Callable[[], Value]
@@ -35,34 +35,36 @@ class Steps(Generic[Value]):
 
 
 class RestoringBlock(ContextDecorator, Generic[Value]):
-    """A ``with`` block whose end undoes its beginning, however it ends.
+    """A ``with`` block that undoes its effect on exit, also after an exception or an interrupt.
 
     Parameters
     ----------
     prepare : callable
-        Makes the :class:`Steps` as the block is entered. It does all checks and writes nothing: an
-        exception, or an interrupt, leaves everything as it was.
+        Called on entry; returns the :class:`Steps`. It does all checks and writes nothing, so that
+        an exception or an interrupt in it leaves everything unchanged.
 
     Raises
     ------
     RuntimeError
-        If it is entered twice.
+        If the block is entered twice.
 
     Notes
     -----
-    Python runs signal handlers as a function begins, after a call returns and at the end of a
-    loop's round, and they may raise there. That leaves two gaps around a ``with`` block:
+    Python runs signal handlers when a function begins, after a call returns and at the end of a
+    loop iteration, and a handler may raise there. That leaves two gaps around a ``with`` block:
 
-    - ``__exit__`` may be interrupted before its first instruction, where no ``try`` is in force
-      yet. This holds for every ``__exit__`` in Python, and so for ``contextlib.contextmanager``.
-      Functions in C have no such moment. Here ``__exit__`` is ``min(..., key=generator.send)``, a
-      function in C that takes any arguments and calls one of them: it resumes a generator, which is
-      inside its own ``try`` when the first handler can run.
-    - A call that is to restore may be interrupted as it begins. Nothing was restored then, so it is
-      called again; what raised goes on afterwards. Three calls outlast three signals in a row.
+    - ``__exit__`` may be interrupted before its first instruction, when no ``try`` is in force
+      yet. This holds for every ``__exit__`` written in Python, and so for
+      ``contextlib.contextmanager``. C functions have no such gap. Here ``__exit__`` is
+      ``min(..., key=generator.send)``, a C function that takes any arguments: it resumes a
+      generator, which is inside its own ``try`` when the first handler can run.
+    - A call of ``restore`` may be interrupted as it begins. Nothing was restored then, so it is
+      called again, and the exception propagates afterwards. Three calls survive three signals in
+      a row.
 
-    ``__enter__`` is in Python, with a ``try`` around all that follows ``prepare``. Signals that
-    arrive during ``apply`` or ``restore`` wait: :class:`~fastema.engine.interrupts.defer_signals`.
+    ``__enter__`` is written in Python, with a ``try`` around everything after ``prepare``. Signals
+    that arrive during ``apply`` or ``restore`` wait; see
+    :class:`~fastema.engine.interrupts.defer_signals`.
     """
 
     def __init__(self, prepare: Callable[[], Steps[Value]]) -> None:
@@ -71,23 +73,23 @@ class RestoringBlock(ContextDecorator, Generic[Value]):
         self._entered = False
 
     def _recreate_cm(self) -> RestoringBlock[Value]:
-        """A block for each call of a decorated function."""
+        """Return a new block for each call of a decorated function."""
         return RestoringBlock(self._prepare)
 
     def __enter__(self) -> Value:
-        """Apply; restore if anything is raised before the block has begun."""
+        """Call ``apply``; call ``restore`` if anything is raised before the block's body starts."""
         if self._entered:
-            raise RuntimeError("this block was entered before: ask for another one")
+            raise RuntimeError("this block was already entered: create a new one")
         self._entered = True
         try:
             value: Value = next(self._run)
-            return value  # inside: what comes after the call is caught too
+            return value  # inside the try: a signal after the call is caught too
         except BaseException:
             self._run.close()
             raise
 
     def close(self) -> None:
-        """End a block that was entered by hand; may be called again, after an interrupt too."""
+        """Exit a block that was entered by hand. May be called again, also after an interrupt."""
         self._run.close()
 
     if TYPE_CHECKING:
@@ -98,7 +100,7 @@ class RestoringBlock(ContextDecorator, Generic[Value]):
 
         class _Exit:
             def __get__(self, block, owner=None):
-                if block is None:  # asked of the class, as contextlib.ExitStack does
+                if block is None:  # looked up on the class, as contextlib.ExitStack does
                     return lambda self, *raised: self.__exit__(*raised)
                 return partial(min, "", key=block._run.send)
 
@@ -106,10 +108,11 @@ class RestoringBlock(ContextDecorator, Generic[Value]):
 
 
 def _run(prepare: Callable[[], Steps[Value]]) -> Generator[Any, Any, None]:
-    """Yield what the block names; then answer ``min``: first restore, then see what was raised.
+    """Yield the value of ``apply``; restore at the first ``send``, verify at the second.
 
-    ``min`` sends the empty string, the type of the block's exception or None, and two more. Equal
-    keys make it return the first, which is false: the exception goes on.
+    ``min`` sends the empty string, the type of the block's exception or None, and two more
+    arguments. Equal keys make it return the first argument, which is false: an exception
+    propagates.
     """
     steps = prepare()
     due: list[Callable[[], object]] = []
@@ -134,6 +137,6 @@ def _run(prepare: Callable[[], Steps[Value]]) -> Generator[Any, Any, None]:
         restore()
     if (yield 0) is None:
         steps.verify()
-    del steps, value  # a block that is kept does not keep what it was of
+    del steps, value  # a block that stays alive must not keep their tensors alive
     while True:
         yield 0

@@ -1,8 +1,8 @@
-"""``python -m fastema.engine.build_kernels``: compile the kernels that a wheel brings.
+"""``python -m fastema.engine.build_kernels``: compile the kernels that a wheel ships.
 
-Those of processors (``--device cpu``) with Numba alone, on Linux. Those of GPUs with the toolkit of
-CUDA 12.9, whose machine code the drivers of CUDA 12 and 13 load, and without a GPU. Each takes ten
-minutes on two cores. It fails where one kernel does, or is not found afterwards.
+CPU kernels (``--device cpu``) need only Numba, on Linux. GPU kernels need the CUDA 12.9 toolkit,
+whose machine code the drivers of CUDA 12 and 13 load, but no GPU. Either set takes ten minutes on
+two cores. The command fails if any kernel cannot be compiled or read back.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ from fastema.kernels.variants import Variant, cpu_variants, gpu_variants
 __all__ = ["build", "main"]
 
 _PTX_VERSION: Final = "8.8"
-"""What the toolkit of CUDA 12.9 writes."""
+"""The PTX version that the CUDA 12.9 toolkit writes."""
 
 _FUSIBLE: Final = re.compile(r"\b(add|sub|mul|mad)\.f(32|64)\b")
-"""Arithmetic that does not say how it is rounded: the assembler may make a fused product and sum of
-it, which a kernel asks for by ``fma.rn`` where it wants one."""
+"""Arithmetic without a rounding mode: the assembler may fuse a product with a sum. A kernel that
+wants a fused one asks for ``fma.rn``."""
 
 _AT_ONCE: Final = 32
-"""Kernels that the same processes compile."""
+"""Kernels that one pool of processes compiles before it is replaced."""
 
 _NEWER: Final = 99, 0
-"""A GPU that there is no machine code for."""
+"""The capability of a GPU without shipped machine code."""
 
 Codes = dict[str, bytes]
-"""Code by the folder that it is for."""
+"""Code by target folder."""
 
 
 def _for_processors(variant: Variant) -> Codes:
-    """Compile one kernel for the level that this process was begun for."""
+    """Compile one kernel for the CPU level that this process was started for."""
     return {os.environ["NUMBA_CPU_NAME"]: native.compiled(*variant)}
 
 
 def _for_gpus(variant: Variant) -> Codes:
-    """Compile one kernel for every target: PTX once for those that have all instructions."""
+    """Compile one kernel for every GPU target; targets with all instructions share one PTX."""
     from fastema.kernels import cuda
 
     codes: Codes = {}
@@ -71,13 +71,13 @@ def _for_gpus(variant: Variant) -> Codes:
         found = re.search(r"\.version (\S+)", ptx.text)
         if found is None or found[1] != _PTX_VERSION:
             raise RuntimeError(
-                f"PTX is of version {found and found[1]}, not {_PTX_VERSION}: the toolkit is not "
-                "that of CUDA 12.9 (pip install 'fastema[cuda12]' 'cuda-toolkit==12.9.*')"
+                f"PTX is of version {found and found[1]}, not {_PTX_VERSION}: this is not the "
+                "CUDA 12.9 toolkit (pip install 'fastema[cuda12]' 'cuda-toolkit==12.9.*')"
             )
         if ptx.name != entry_name(variant.operation):
             raise RuntimeError(f"{variant}: its kernel is called {ptx.name}")
         if _FUSIBLE.search(ptx.text):
-            raise RuntimeError(f"{variant}: a product and a sum of it could be fused")
+            raise RuntimeError(f"{variant}: its products and sums could be fused")
         for capability in CAPABILITIES:
             if min(capability, PTX_CAPABILITY) == begin:
                 made = cuda.assemble(ptx, capability)
@@ -90,10 +90,10 @@ def _for_gpus(variant: Variant) -> Codes:
 
 
 class _Job(NamedTuple):
-    """What is compiled for a kind of device.
+    """How to compile the kernels of one kind of device.
 
-    ``compiled`` is called in processes that have ``environments`` in turn; ``targets`` are the
-    folders that a device looks into, of one device after the other.
+    ``wanted`` are the kernels. ``compiled`` is called in processes with each of ``environments``
+    in turn. ``targets`` lists, for each device, the folders that it searches.
     """
 
     wanted: list[Variant]
@@ -119,7 +119,7 @@ _JOBS: Final[Mapping[Device, _Job]] = {
 
 
 def _begin(environment: Mapping[str, str]) -> None:
-    """Begin a process: Numba is not imported yet."""
+    """Set up a worker process, before Numba is imported."""
     gc.disable()
     os.environ.update(environment)
 
@@ -127,9 +127,9 @@ def _begin(environment: Mapping[str, str]) -> None:
 def _all_compiled(
     job: _Job, wanted: Sequence[Variant], processes: int
 ) -> Iterator[tuple[Variant, Codes]]:
-    """Yield kernels and their code, compiled by processes that end now and then.
+    """Yield kernels and their code, compiled in processes that are replaced from time to time.
 
-    Compilers do not give memory back.
+    Compilers do not release memory.
     """
     context = multiprocessing.get_context("spawn")
     for first in range(0, len(wanted), _AT_ONCE):
@@ -140,12 +140,12 @@ def _all_compiled(
 
 
 def build(folder: Path, device: Device, operations: Sequence[str], processes: int) -> None:
-    """Compile kernels into a folder, which is replaced once all are there.
+    """Compile kernels and replace a folder with them once all are compiled.
 
-    ``operations`` are those wanted; all where there is none.
+    ``operations`` selects operations by name; an empty sequence selects all.
     """
     if device == "cpu" and not native.has_levels():
-        raise RuntimeError("the CPU kernels of a wheel are compiled on Linux, on x86-64")
+        raise RuntimeError("CPU kernels for a wheel must be compiled on Linux, on x86-64")
     job, began, done = _JOBS[device], time.monotonic(), 0
     wanted = [one for one in job.wanted if not operations or one.operation in operations]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def build(folder: Path, device: Device, operations: Sequence[str], processes: in
                 write(new / target / f"{operation}.xz", kernels_of_target)
             expected = {one[1:] for one in ours}
             if any(kernels(new, operation, names).keys() != expected for names in job.targets):
-                raise RuntimeError(f"{operation}: not what was to be written")
+                raise RuntimeError(f"{operation}: the kernels read back are not those compiled")
             done += len(ours)
             spent = time.monotonic() - began
             print(f"{operation}: {done} of {len(wanted)} kernels, {spent:.0f} s", flush=True)
@@ -170,15 +170,15 @@ def build(folder: Path, device: Device, operations: Sequence[str], processes: in
         new.rename(folder)
     files = [path for path in folder.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
-    print(f"{folder}: {len(wanted)} kernels of the {device}, {size / 1e6:.2f} MB")
+    print(f"{folder}: {len(wanted)} {device} kernels, {size / 1e6:.2f} MB")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where to write them")
-    parser.add_argument("--device", choices=list(_JOBS), action="append", help="all without it")
-    parser.add_argument("--operation", action="append", default=[], help="only this; for tests")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="output folder")
+    parser.add_argument("--device", choices=list(_JOBS), action="append", help="default: all")
+    parser.add_argument("--operation", action="append", default=[], help="only this one; for tests")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
     for device in args.device or _JOBS:

@@ -1,4 +1,4 @@
-"""The garbage collector, resting while many objects are made that all stay."""
+"""Pausing the garbage collector while many long-lived objects are created."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _rest() -> Steps[None]:
     return Steps(gc.disable, gc.enable if gc.isenabled() else gc.disable)
 
 
-# It would look through all of them again and again: nearly half of the time of an average of
-# 50,000 tensors.
+# The collector would traverse all of them again and again: nearly half of the time that it takes
+# to build an average of 50,000 tensors.
 uncollected = RestoringBlock(_rest)
-"""Decorator of what makes several objects per tensor."""
+"""Decorator for functions that create several objects per tensor."""

@@ -1,9 +1,9 @@
-"""CPU launches: serial kernels that release the GIL, on a small pool of threads of our own.
+"""CPU launches: serial kernels that release the GIL, on a small thread pool of the library's own.
 
-Numba's parallel layers abort when two Python threads enter them and are killed or hang after a
+Numba's parallel layers abort when two Python threads enter them, and are killed or hang after a
 fork. Here every thread of a launch runs the same serial kernel and takes rows from one shared
-cursor, so work is balanced by what is done, not by how many tensors there are, and a thread that
-starts late finds nothing left.
+cursor. This balances the work however large the tensors are, and a thread that starts late finds
+nothing left to do.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fastema.errors import ArgumentError
 __all__ = ["get_num_threads", "launch", "set_num_threads"]
 
 BYTES_PER_THREAD: Final = 8 << 20
-"""Least work for a helper: waking one takes 20-200 microseconds, in which a core moves 1-8 MB.
+"""Minimum work per thread: waking a helper takes 20-200 microseconds, in which a core moves 1-8 MB.
 Smaller launches stay on the calling thread."""
 
 
 MOST_THREADS: Final = 32
-"""Unless told otherwise. A few cores saturate a memory controller, and each costs a wake-up."""
+"""Default limit. A few cores saturate a memory controller, and each helper costs a wake-up."""
 
 
 def _cores() -> int:
@@ -36,7 +36,7 @@ def _cores() -> int:
 
 
 class _Pool:
-    """The helpers beside the calling thread; started when first needed."""
+    """Helper threads beside the calling thread, started on first use."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -44,7 +44,7 @@ class _Pool:
         self.executor: ThreadPoolExecutor | None = None
 
     def submit(self, helpers: int, task: Callable[..., object], *args: int) -> list[Future[object]]:
-        """Start a task on helpers; fewer, or none, where no thread can be started."""
+        """Submit a task to helpers; return fewer futures, or none, if no thread can be started."""
         futures: list[Future[object]] = []
         with self.lock:
             if self.executor is None:
@@ -53,8 +53,8 @@ class _Pool:
                 for _ in range(helpers):
                     futures.append(self.executor.submit(task, *args))  # noqa: PERF401 (keeps those)
             except RuntimeError:
-                # The last task was queued all the same, and its table may be gone when a thread
-                # takes it up: drop the queue. (At shutdown of the interpreter nothing was queued.)
+                # The last task was queued anyway, and its table may be freed before a thread runs
+                # it: drop the queue. (At interpreter shutdown nothing was queued.)
                 self.executor.shutdown(wait=False, cancel_futures=True)
                 self.executor = None
         return futures
@@ -70,7 +70,7 @@ _pool = _Pool(min(_cores(), MOST_THREADS))
 
 
 def _after_fork() -> None:
-    # The parent's threads, and perhaps a lock one of them held, do not exist in the child.
+    # The parent's threads do not exist in the child, and one of them may have held a lock.
     global _pool
     _pool = _Pool(_pool.threads)
 
@@ -80,17 +80,17 @@ if hasattr(os, "register_at_fork"):
 
 
 def set_num_threads(threads: int) -> None:
-    """Use at most this many threads for an update, the calling thread included.
+    """Limit the number of threads that an update uses, including the calling thread.
 
     Parameters
     ----------
     threads : int
-        At least 1. The default is the number of cores the process may run on, 32 at most.
+        At least 1. The default is the number of cores the process may run on, at most 32.
 
     Raises
     ------
     ArgumentError
-        If it is not a whole number of at least 1.
+        If ``threads`` is not a whole number of at least 1.
     """
     global _pool
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
@@ -100,14 +100,14 @@ def set_num_threads(threads: int) -> None:
 
 
 def get_num_threads() -> int:
-    """The most threads an update uses, the calling thread included."""
+    """Return the most threads that an update uses, including the calling thread."""
     return _pool.threads
 
 
 def launch(kernel: Kernel, table: int, rows: int, numbers: int, control: int, nbytes: int) -> None:
-    """Run a kernel over a table, on as many threads as its bytes are worth.
+    """Run a kernel over a table, on as many threads as ``nbytes`` justifies.
 
-    On return no thread is in the kernel any more; an interrupt waits for that.
+    All threads have left the kernel when this returns. Signals are deferred until then.
     """
     pool = _pool
     helpers = min(pool.threads, nbytes // BYTES_PER_THREAD, rows) - 1

@@ -1,4 +1,4 @@
-"""Launches on the CPU."""
+"""Groups of pairs on the CPU, and their kernel launches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["CpuGroup", "groups"]
 
 
 class CpuGroup(Group):
-    """Pairs of one tag, dtype pair and layout in the memory of the host."""
+    """Pairs of one tag, dtype pair and layout, in host memory."""
 
     def __init__(
         self, tag: str, members: Sequence[Pair], layout: str, rows: Rows, claim: int
@@ -37,7 +37,7 @@ class CpuGroup(Group):
         self._results = super().results()
 
     def prepare(self, operation: str) -> Callable[[], None]:
-        """Compile what an operation needs: the launch."""
+        """Compile the kernel of an operation and return its launch."""
         compiled = kernel(operation, formats_of(operation, self._members[0]), self._layout)
         if OPERATIONS[operation].measures and not len(self._results):
             self._results = np.empty((len(self._table), abi.MEASURES))
@@ -47,7 +47,7 @@ class CpuGroup(Group):
         return partial(cpu.launch, compiled, table, rows, numbers, control, self._nbytes)
 
     def begin(self, args: LaunchArgs) -> None:
-        """Put the arguments where the kernels read them."""
+        """Store the arguments where the next launches read them."""
         self._numbers[:] = args.numbers[: len(self._numbers)]
         control = self._control
         control[abi.NEXT] = 0
@@ -56,7 +56,7 @@ class CpuGroup(Group):
         control[abi.TURN] = args.turn
 
     def relocate(self, dst: Mapping[str, int] | None, src: Mapping[str, int] | None) -> None:
-        """Go on with the same tensors at other addresses."""
+        """Continue with the same tensors at other addresses, given by pair name."""
         if dst is not None:
             self._relocate_column(abi.DST, [pair.dst.address for pair in self._members], dst)
         if src is not None:
@@ -70,12 +70,12 @@ class CpuGroup(Group):
         self._table[:, column] = self._offsets[column] + addresses[self._pair]
 
     def results(self) -> NDArray[np.float64]:
-        """Measures of every row; none before a measuring operation was run."""
+        """Return the measures of every row; empty before the first measuring operation."""
         return self._results
 
 
 def groups(tag: str, members: Sequence[Pair]) -> list[CpuGroup]:
-    """The launches of pairs of one tag and dtype pair."""
+    """Return groups for pairs of one tag and dtype pair: one for each layout of tables."""
     averages = len({pair.average_index for pair in members})
     tables = numbered_tables(members, averages)
     return [CpuGroup(tag, members, layout, rows, averages) for layout, rows in tables.items()]

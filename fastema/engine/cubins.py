@@ -1,7 +1,7 @@
 """GPU kernels by (operation, formats, layout, compute capability): shipped, or compiled once.
 
-What was compiled here is kept on disk, by what its code depends on: the kernel, the compute
-capability, and the versions of the compilers.
+Kernels compiled here are cached on disk. The cache key is what their code depends on: the kernel,
+the compute capability, and the versions of the compilers.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _COMPILERS: Final = (
     *("cuda-core", "nvidia-nvjitlink", "nvidia-nvvm", "cuda-toolkit"),
     *("nvidia-nvjitlink-cu12", "nvidia-cuda-nvcc-cu12"),
 )
-"""Distributions whose version may change what comes out; some may be missing."""
+"""Distributions whose version may change the machine code; some may be missing."""
 
 
 class Unavailable(DeviceError):
-    """A kernel cannot be had here, now or later; something slower may do."""
+    """A kernel is not available here, now or later; a slower substitute may be."""
 
 
 class Key(NamedTuple):
-    """A kernel's operation and formats, and the GPUs it is compiled for."""
+    """A kernel's operation, formats and layout, and the compute capability it is compiled for."""
 
     operation: str
     formats: tuple[str, ...]
@@ -38,7 +38,7 @@ class Key(NamedTuple):
 
 
 class Cubin(NamedTuple):
-    """A kernel's name in the machine code, and the code."""
+    """A kernel's machine code, and its name in that code."""
 
     name: str
     code: bytes
@@ -59,7 +59,7 @@ def _compile(key: Key) -> Cubin:
         from fastema.kernels import cuda
 
         made = cuda.compile_kernel(*key)
-    except Exception as error:  # the compilers' libraries have errors of their own, of no one kind
+    except Exception as error:  # the compilers' libraries share no base class of errors
         reason = next(iter(str(error).strip().splitlines()), "") or "no message"
         raise Unavailable(
             f"the GPU kernel {key.operation}({', '.join(key.formats)}) could not be compiled for "
@@ -70,7 +70,7 @@ def _compile(key: Key) -> Cubin:
 
 
 def cubin(key: Key, compiled: Callable[[Key], Cubin] = _compile) -> Cubin:
-    """The machine code of a kernel: shipped, from the disk or, where it is not there, compiled."""
+    """Return a kernel's machine code: shipped, from the disk cache, or compiled now."""
     code = shipped.read("gpu", *key[:3], shipped.gpu_targets(key.capability))
     if code is not None:
         return Cubin(shipped.entry_name(key.operation), code)

@@ -1,7 +1,7 @@
 """CUDA launches through the driver: modules, functions and launches on any thread and stream.
 
-The driver is asked with plain numbers, in the primary context of the device, which is the one that
-every framework works in. Nothing here waits for the device or allocates on it.
+Driver calls take plain integers and run in the device's primary context, which every framework
+uses. Nothing here waits for the device or allocates memory on it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _forked = False
 
 
 def _after_fork() -> None:
-    # A context does not survive a fork: every call of the driver would fail, some would hang.
+    # A context does not survive a fork: every driver call would fail, and some would hang.
     global _forked
     _forked = bool(_devices) or _forked
 
@@ -35,17 +35,17 @@ if hasattr(os, "register_at_fork"):
 
 
 def refuse_forked() -> None:
-    """Raise a DeviceError in a process that was forked from one that had used CUDA."""
+    """Raise a DeviceError if this process was forked from one that had used CUDA."""
     if _forked:
         raise DeviceError(
             "CUDA was in use before this process was forked and cannot be used in it: start "
-            "workers by 'spawn' (multiprocessing.set_start_method('spawn')), or update the "
+            "workers with 'spawn' (multiprocessing.set_start_method('spawn')), or update the "
             "average in the parent"
         )
 
 
 def _driver() -> Driver:
-    """The driver; Unavailable where there is none."""
+    """Return the CUDA driver; raise Unavailable if it cannot be used."""
     try:
         return Driver()
     except (OSError, DriverError) as failure:
@@ -65,10 +65,10 @@ _NOT_TAKEN: Final = frozenset(
 
 
 class Device:
-    """One GPU, by its number among those that the process sees.
+    """One GPU, by its index among the devices that the process sees.
 
-    ``capability`` is its compute capability, such as (9, 0). A number that the driver does not know
-    is a DeviceError.
+    ``capability`` is its compute capability, such as (9, 0). An index that the driver does not
+    know raises a DeviceError.
     """
 
     def __init__(self, index: int) -> None:
@@ -85,15 +85,15 @@ class Device:
 
     def _failure(self, error: DriverError) -> DeviceError:
         advice = (
-            "free some of its memory, also what a framework holds in reserve, and call again"
+            "free some of its memory, including what a framework caches, and call again"
             if error.name == "CUDA_ERROR_OUT_OF_MEMORY"
-            else "after an illegal access or a failed kernel, in whichever package, only a new "
+            else "after an illegal access or a failed kernel, in any package, only a new "
             "process helps"
         )
-        return DeviceError(f"cuda:{self._index}: the driver says {error.name}; {advice}")
+        return DeviceError(f"cuda:{self._index}: the driver reports {error.name}; {advice}")
 
     def _in_context(self, call: Callable[..., _T], *args: Any) -> _T:
-        """Call a function of the driver with the device's context as the current one."""
+        """Call a driver function with the device's context current."""
         refuse_forked()
         driver = self._driver
         try:
@@ -109,7 +109,7 @@ class Device:
             raise self._failure(error) from error
 
     def function(self, key: Key) -> int:
-        """A kernel of this device; the first request loads it, and compiles it if need be."""
+        """Return a kernel; the first request loads it, and compiles it if necessary."""
         refuse_forked()
         with self._loading:
             if key not in self._functions:
@@ -117,13 +117,13 @@ class Device:
             return self._functions[key]
 
     def _compiled(self, key: Key) -> Cubin:
-        """The machine code; where it cannot be had, the same error again, without the compilers."""
+        """Return the machine code; after a failure, raise the same error without recompiling."""
         if key in self._unavailable:
             raise Unavailable(self._unavailable[key])
         try:
             return cubin(key)
         except Unavailable as error:
-            self._unavailable[key] = str(error)  # itself it would keep what its frames hold
+            self._unavailable[key] = str(error)  # the error itself would keep its frames' objects
             raise
 
     def _loaded(self, key: Key, made: Cubin) -> int:
@@ -134,24 +134,24 @@ class Device:
             if name not in _NOT_TAKEN:
                 raise
             raise Unavailable(
-                f"cuda:{self._index}: the driver does not take the GPU kernel {key.operation} "
-                f"({name}); kernels of a wheel need a driver of version 525 or later, those that "
-                "CUDA 13 compiled here 580 or later"
+                f"cuda:{self._index}: the driver does not accept the GPU kernel {key.operation} "
+                f"({name}); shipped kernels need driver version 525 or later, kernels compiled "
+                "here with CUDA 13 need 580 or later"
             ) from None
 
     def launch(
         self, function: int, blocks: int, threads: int, stream: int, parameters: int
     ) -> None:
-        """Put a kernel on a stream, given by its handle.
+        """Launch a kernel on a stream, given by its handle.
 
-        ``parameters`` is the address of an array of the addresses of the kernel's parameters, which
-        are read now.
+        ``parameters`` is the address of an array that holds the addresses of the kernel's
+        parameters. The driver reads them before this returns.
         """
         self._in_context(self._driver.launch, function, blocks, threads, stream, parameters)
 
 
 def device(index: int) -> Device:
-    """The GPU of a number; the same object every time."""
+    """Return the GPU with this index; the same object every time."""
     with _making:
         if index not in _devices:
             _devices[index] = Device(index)

@@ -1,8 +1,8 @@
-"""Launches on a CUDA device: one for all tensors of a dtype pair, on the caller's stream.
+"""Groups of pairs on a CUDA device: one launch for all tensors of a dtype pair.
 
-The table lies in device memory and is read there; what changes from run to run goes along as
-parameters of the kernel, or is read from a clock on the device. A run touches no other memory of
-the device, allocates nothing and waits for nothing.
+Launches go to the caller's stream. The table stays in device memory; values that change from run
+to run are kernel parameters, or are read from a step counter on the device (a clock). A run
+touches no other device memory, allocates nothing and waits for nothing.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _PARAMETERS: Final = np.dtype(
 
 
 class SlowWarning(RuntimeWarning):
-    """Something slower stands in for our kernels."""
+    """Slower functions of the framework replace the GPU kernels."""
 
 
 _warned: set[str] = set()
-"""Devices that were warned of."""
+"""Devices that a warning was issued for."""
 
 
 class _Part:
@@ -61,7 +61,7 @@ class _Part:
         self.blocks = min(len(table), _MOST_BLOCKS)
 
     def upload(self, context: DeviceContext) -> None:
-        """Put the table where the kernels read it."""
+        """Copy the table to the device, once."""
         if self.owner is None:
             self.owner, self.values["table"] = context.upload(self.table)
 
@@ -69,7 +69,7 @@ class _Part:
 class CudaGroup(Group):
     """Pairs of one tag and dtype pair on a GPU; up to eight averages of each tensor.
 
-    Frameworks move tensors in the memory of the host only, so it need not relocate.
+    Frameworks move tensors only in host memory, so ``relocate`` does nothing here.
     """
 
     _streams: StreamTracker | None = None
@@ -83,7 +83,7 @@ class CudaGroup(Group):
         batch, last = divmod(max(pair.average_index for pair in members), MAX_AVERAGES)
         self._first, self._count = batch * MAX_AVERAGES, last + 1
         self._clock_offset = 8 * CLOCK_CELLS * batch
-        # Which rows of a windowed mean are computed afresh is counted in rows: as on the CPU.
+        # The row number decides when a windowed mean is recomputed: use the chunks of the CPU.
         chunk = None if members[0].ring else gpu_chunk(members)
         tables = chunk_tables(members, len({pair.average_index for pair in members}), chunk)
         columns = [table[:, AVERAGE] for table in tables.values()]
@@ -97,7 +97,7 @@ class CudaGroup(Group):
         self._measured: NDArray[np.float64] | None = None
 
     def prepare(self, operation: str) -> Callable[[], None]:
-        """Load, and compile where it is new, what an operation needs: the launch."""
+        """Load the kernels of an operation, compile new ones, and return the launch."""
         if self._context.without_kernels is not None:
             return self._substitute(operation, self._context.without_kernels)
         cuda.refuse_forked()
@@ -105,8 +105,8 @@ class CudaGroup(Group):
             raise StateError(
                 f"{self._context.device}: {operation} was not prepared before this stream was "
                 "captured; make the same call of an average or a Plan once before capturing (and "
-                "again after tensors of the model were replaced). What looks its tensors up at "
-                "every call, as copy_to(), state_dict() and fastema.lerp_(), cannot be captured"
+                "again after tensors of the model were replaced). Calls that locate their tensors "
+                "every time (copy_to(), state_dict(), fastema.lerp_()) cannot be captured"
             )
         formats = formats_of(operation, self._members[0])
         try:
@@ -118,8 +118,8 @@ class CudaGroup(Group):
         except Unavailable as error:
             return self._substitute(
                 operation,
-                f"{error}. Until then work on {self._context.device} is done by the framework's "
-                "own functions, several times slower",
+                f"{error}. Until then work on {self._context.device} uses the framework's own "
+                "functions, which are several times slower",
             )
         for part in self._parts:
             part.upload(self._context)
@@ -133,14 +133,14 @@ class CudaGroup(Group):
 
     def _make_measures(self) -> None:
         assert self._streams is not None
-        self._streams.renew()  # known streams do not know of these
+        self._streams.renew()  # these are new to the known streams
         self._measures, address = self._context.upload(np.zeros((len(self.indices), MEASURES)))
         for part in self._parts:
             part.values["results"] = address
             address += 8 * MEASURES * len(part.table)
 
     def begin(self, args: LaunchArgs) -> None:
-        """Put the arguments where the next launches read them."""
+        """Store the arguments where the next launches read them."""
         self._args = args
         numbers = args.numbers[self._first : self._first + self._count] or args.numbers
         clock = args.clocks.get(self._context.device, 0)
@@ -158,12 +158,12 @@ class CudaGroup(Group):
             launch(stream, part.parameters)
 
     def _tables(self) -> list[Any]:
-        """Owners of what only the kernels know."""
+        """Return the owners of memory that only the kernels use."""
         owners = [part.owner for part in self._parts]
         return [one for one in (*owners, self._measures) if one is not None]
 
     def _owners(self) -> list[Any]:
-        """Owners of all memory that is worked on."""
+        """Return the owners of all memory that the launches use."""
         owners = self._tables()
         for pair in self._members:
             others = pair.residual, pair.ring and pair.ring[0]
@@ -171,19 +171,19 @@ class CudaGroup(Group):
         return owners
 
     def __del__(self) -> None:
-        if self._streams is not None and self._streams.waits:  # what it works on may be gone next
+        if self._streams is not None and self._streams.waits:  # its memory may be freed next
             try:
                 self._context.wait()
-            except Exception:  # in a capture; at the end of the process, or of the device
+            except Exception:  # in a capture; at exit; after a device failure
                 keep_for_graphs(self._owners())
 
     def _substitute(self, operation: str, reason: str) -> Callable[[], None]:
-        """The operation in the framework's own functions, and a warning, once for a device."""
+        """Return the operation in the framework's own functions; warn once per device."""
         run = self._context.substitute(operation, self._members)
         device = self._context.device
         if device not in _warned:
             warnings.warn(reason, SlowWarning, stacklevel=2)
-            _warned.add(device)  # only now: where warnings are errors, the next call warns as well
+            _warned.add(device)  # last: if warnings are errors, the next call raises too
         return partial(self._substituted, run)
 
     def _substituted(self, run: Substitute) -> None:
@@ -201,7 +201,7 @@ class CudaGroup(Group):
             self._measured = measured
 
     def results(self) -> NDArray[np.float64]:
-        """Measures of every row; waits for the device to have made them."""
+        """Return the measures of every row; wait for the device to compute them."""
         if self._measured is not None:
             return self._measured
         if self._measures is None:
@@ -211,7 +211,7 @@ class CudaGroup(Group):
 
 
 def groups(tag: str, members: Sequence[Pair]) -> list[CudaGroup]:
-    """The launches of pairs of one tag and dtype pair."""
+    """Return groups for pairs of one tag and dtype pair: one per eight averages."""
     batches: dict[int, list[Pair]] = {}
     for pair in members:
         batches.setdefault(pair.average_index // MAX_AVERAGES, []).append(pair)

@@ -1,4 +1,4 @@
-"""What there is to run kernels on this machine: threads, caches, GPUs."""
+"""Facts about this machine for ``fastema doctor``: the kernel cache, shipped kernels, GPUs."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ __all__ = ["Cache", "Gpu", "cache", "gpu", "shipped_level"]
 
 
 class Cache(NamedTuple):
-    """Compiled CPU kernels on the disk."""
+    """The disk cache of compiled kernels."""
 
     folder: Path | None  # None if no folder is writable: each process compiles again
     nbytes: int
 
 
 class Gpu(NamedTuple):
-    """What the driver of NVIDIA GPUs says, and where kernels come from."""
+    """The state of the NVIDIA driver, the first GPU, and whether its kernels are shipped."""
 
-    driver: str  # empty if it works, else why not
+    driver: str  # empty if the driver works, otherwise the reason
     capability: tuple[int, int] | None = None
-    shipped: bool = False  # kernels came with the wheel
+    shipped: bool = False  # the wheel has GPU kernels
 
 
 def cache() -> Cache:
-    """Find the folder of compiled CPU kernels, and what is in it."""
+    """Return the folder of the kernel cache and its size."""
     folder = disk_cache.folder()
     files = folder.rglob("*") if folder is not None else ()
     return Cache(folder, sum(one.stat().st_size for one in files if one.is_file()))
 
 
 def shipped_level() -> str:
-    """Return the level of processors that kernels came compiled for, or nothing."""
+    """Return the CPU level of the shipped kernels that run here; an empty string if none do."""
     return next(iter(native.levels()), "") if shipped.current("cpu") else ""
 
 
 def gpu() -> Gpu:
-    """Ask the driver for the first GPU."""
+    """Query the driver for the first GPU."""
     from fastema.engine.driver import Driver, DriverError
 
     try:

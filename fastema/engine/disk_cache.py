@@ -1,7 +1,7 @@
-"""Compiled kernels on the disk: a folder that is ours alone, entries that are read whole or not.
+"""Compiled kernels on disk: a private folder, whose entries are read whole or not at all.
 
-The folder is named by the hash of all kernel sources, so that an upgrade never runs old code, and
-lies where an uninstall expects caches. Standard library only.
+The folder's name is the hash of all kernel sources, so that an upgrade never runs old code. Its
+place is the user's cache directory, where uninstallers look. Standard library only.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def _roots() -> Iterator[Path]:
     with suppress(RuntimeError):  # a user without a home
         yield Path(os.environ.get(variable) or default).expanduser() / "fastema"
     owner = os.getuid() if hasattr(os, "getuid") else "user"
-    with suppress(OSError):  # no folder for temporary files
+    with suppress(OSError):  # no temporary directory
         yield Path(tempfile.gettempdir()) / f"fastema-{owner}"
 
 
 def _private(folder: Path) -> bool:
-    """Return whether only this user can write here: entries are code that will be run."""
+    """Return whether only this user can write to a folder: its entries are executed."""
     if not hasattr(os, "getuid"):
         return True
     found = folder.stat()
@@ -53,7 +53,7 @@ def _private(folder: Path) -> bool:
 
 @functools.cache
 def folder() -> Path | None:
-    """Return the first place that can be written and is ours alone; None where there is none."""
+    """Return the first cache folder that is writable and private; None if there is none."""
     for root in _roots():
         found = root / SOURCE_STAMP
         try:
@@ -69,7 +69,10 @@ def folder() -> Path | None:
 
 
 def entry(name: str, *depends: object, suffix: str) -> Path | None:
-    """Return the place of a kernel whose code depends on this, and on the sources."""
+    """Return the path of a kernel that depends on ``depends`` and the kernel sources.
+
+    None if no folder is writable.
+    """
     into = folder()
     if into is None:
         return None
@@ -79,7 +82,7 @@ def entry(name: str, *depends: object, suffix: str) -> Path | None:
 
 @functools.cache
 def versions(*distributions: str) -> tuple[str, ...]:
-    """Return the names and versions of those that are installed."""
+    """Return name and version of each distribution that is installed."""
     found = []
     for name in distributions:
         with suppress(metadata.PackageNotFoundError):
@@ -92,7 +95,7 @@ def _sealed(body: bytes) -> bytes:
 
 
 def read(path: Path | None) -> bytes | None:
-    """Return what was written; None if it is not there, or not whole."""
+    """Return the content of an entry; None if the entry is missing or damaged."""
     if path is None:
         return None
     try:
@@ -104,7 +107,7 @@ def read(path: Path | None) -> bytes | None:
 
 
 def write(path: Path | None, body: bytes) -> None:
-    """Put an entry in its place at once; where that fails the next process compiles again."""
+    """Write an entry atomically. If that fails, the next process compiles again."""
     if path is None:
         return
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""The few functions of the CUDA driver that loading and launching need, called by ctypes.
+"""The CUDA driver functions that load and launch kernels, called through ctypes.
 
 The library comes with the GPU's display driver: nothing else has to be installed. Handles are plain
 integers.
@@ -16,7 +16,7 @@ __all__ = ["Driver", "DriverError"]
 _LIBRARY: Final = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 _CAPABILITY: Final = 75, 76
-"""Attributes of a device: major and minor number of its compute capability."""
+"""Device attributes: the major and the minor number of the compute capability."""
 
 _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
     "cuInit": (c_uint,),
@@ -31,12 +31,12 @@ _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
     "cuModuleGetFunction": (c_void_p, c_void_p, c_char_p),
     "cuLaunchKernel": (c_void_p, *(c_uint,) * 7, *(c_void_p,) * 3),
 }
-"""Types of the parameters; all functions return an error code. A name without the number that it
-has here is that of an older version, kept for old programs."""
+"""Parameter types; all functions return an error code. Without its ``_v2`` suffix a name means an
+older version of the function, kept for old programs."""
 
 
 class DriverError(Exception):
-    """An error of the driver; ``name`` is what it calls it, such as CUDA_ERROR_OUT_OF_MEMORY."""
+    """A driver error; ``name`` is the driver's name for it, such as CUDA_ERROR_OUT_OF_MEMORY."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -44,7 +44,10 @@ class DriverError(Exception):
 
 
 class Driver:
-    """The driver's functions; an OSError without the library, a DriverError where it fails."""
+    """The driver's functions, as methods that raise a DriverError.
+
+    Raises an OSError if the library is missing.
+    """
 
     def __init__(self) -> None:
         library = ctypes.CDLL(_LIBRARY)
@@ -53,7 +56,7 @@ class Driver:
                 getattr(library, name).argtypes = parameters
             except AttributeError:
                 raise OSError(
-                    f"{_LIBRARY} has no {name}: it is no driver, or a very old one"
+                    f"{_LIBRARY} has no {name}: it is not a CUDA driver, or a very old one"
                 ) from None
         self._library = library
         self._launch = library.cuLaunchKernel
@@ -77,7 +80,7 @@ class Driver:
         return found[0], found[1]
 
     def context(self, index: int) -> int:
-        """Return the primary context of a device, which every framework works in."""
+        """Return the primary context of a device, which every framework uses."""
         context = c_void_p()
         device = self._device(index)
         self._check(self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
@@ -89,21 +92,21 @@ class Driver:
         return device.value
 
     def current(self) -> int:
-        """Return this thread's current context, 0 if it has none."""
+        """Return this thread's current context; 0 if there is none."""
         context = c_void_p()
         self._check(self._current(ctypes.byref(context)))
         return context.value or 0
 
     def push(self, context: int) -> None:
-        """Make a context this thread's current one."""
+        """Make a context current on this thread."""
         self._check(self._library.cuCtxPushCurrent_v2(context))
 
     def pop(self) -> None:
-        """Make the context current that was so before :meth:`push`."""
+        """Restore the context that was current before :meth:`push`."""
         self._check(self._library.cuCtxPopCurrent_v2(ctypes.byref(c_void_p())))
 
     def function(self, code: bytes, name: str) -> int:
-        """Load machine code, or PTX, into the current context; return a kernel of it."""
+        """Load machine code or PTX into the current context; return its kernel called ``name``."""
         module, function = c_void_p(), c_void_p()
         self._check(self._library.cuModuleLoadData(ctypes.byref(module), code))
         found = self._library.cuModuleGetFunction(ctypes.byref(function), module, name.encode())
@@ -113,7 +116,7 @@ class Driver:
     def launch(
         self, function: int, blocks: int, threads: int, stream: int, parameters: int
     ) -> None:
-        """Put a kernel on a stream; ``parameters`` is the address of its parameters' addresses."""
+        """Launch a kernel on a stream; ``parameters`` points to the addresses of its parameters."""
         error = self._launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, parameters, None)
         if error:
             self._check(error)

@@ -1,4 +1,4 @@
-"""Pairs that one launch works on, and which kernel an operation on them needs."""
+"""Groups of pairs that one launch works on, and the kernel formats that operations need."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["Group", "formats_of"]
 
 
 class Group:
-    """Pairs of one tag, device and dtype pair; see the classes of the devices.
+    """Pairs of one tag, device and dtype pair; each kind of device has a subclass.
 
     Attributes
     ----------
     tag : str
     indices : int64[rows]
-        The average of every row that :meth:`results` has.
+        The index of the average that each row of :meth:`results` belongs to.
     """
 
     indices: NDArray[np.int64]
@@ -32,23 +32,26 @@ class Group:
         self.tag, self._members = tag, members
 
     def prepare(self, operation: str) -> Callable[[], None]:
-        """Compile and set up what an operation needs: the launch."""
+        """Compile and set up the kernels of an operation; return the launch."""
         raise NotImplementedError
 
     def begin(self, args: LaunchArgs) -> None:
-        """Take over what the next launches are to work with."""
+        """Store the arguments of the next launches."""
         raise NotImplementedError
 
     def relocate(self, dst: Mapping[str, int] | None, src: Mapping[str, int] | None) -> None:
-        """Go on with the same tensors at other addresses, by the pairs' names."""
+        """Continue with the same tensors at other addresses, given by pair name."""
 
     def results(self) -> NDArray[np.float64]:
-        """``[rows, MEASURES]`` of the latest measuring operation; no rows before any."""
+        """Return ``[rows, MEASURES]`` of the latest measuring operation; empty before the first."""
         return np.empty((0, MEASURES))
 
 
 def formats_of(operation: str, pair: Pair) -> tuple[str, ...]:
-    """Formats of the sides of a pair in an operation's kernel; a DTypeError for integers."""
+    """Return the formats of a pair's tensors in the kernel of an operation.
+
+    Raises a DTypeError for integers that would be averaged.
+    """
     dst, src = pair.dst.kind, pair.src.kind
     form = averaged_form(operation, OPERATIONS[operation].moves_bits, pair)
     if form is None:

@@ -1,4 +1,4 @@
-"""Holding signals back while tensors are half written."""
+"""Deferring signals while tensors are half written."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _SIGNALS: Final = tuple(
     for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 )
-"""Signals whose handlers, where they are Python functions, are likely to raise, or to save."""
+"""Signals whose handlers, if written in Python, are likely to raise or to save a checkpoint."""
 
 
-# The functions in C: what the signal module puts around them, to make enums, takes ten times as
-# long, and an update is timed in microseconds.
+# Call the C functions: the signal module's wrappers, which build enums, take ten times as long, and
+# an update is timed in microseconds.
 _in_c: Any = sys.modules.get("_signal", signal)
 _set, _get = _in_c.signal, _in_c.getsignal
 
 
 class _Action(ctypes.Structure):
-    """Linux' ``struct sigaction``: the action for a signal."""
+    """``struct sigaction`` of Linux: the action for a signal."""
 
     _fields_ = (
         ("function", ctypes.c_void_p),
@@ -37,37 +37,37 @@ class _Action(ctypes.Structure):
     )
 
 
-# Without declared argument types a call takes half the time. Of another system's structure nothing
-# is known: there Python's handlers alone are put back.
+# Without declared argument types a call takes half the time. The structure of other systems is
+# unknown: there only Python's handlers are restored.
 _sigaction: Any = ctypes.PyDLL(None)["sigaction"] if sys.platform == "linux" else lambda *_: 0
 _actions: Final = {number: _Action() for number in _SIGNALS}
 _references: Final = {number: ctypes.byref(action) for number, action in _actions.items()}
 
 _of_python: tuple[int | None, int] | None = None
-"""Function and flags of an action that nothing but Python has set; None until one was set."""
+"""Function and flags of an action that Python alone has set; None until the first one."""
 
 _active: list[defer_signals] = []
-"""The outermost block of the main thread, while there is one."""
+"""The outermost :class:`defer_signals` of the main thread, while there is one."""
 
 _handlers: dict[int, Any] = {}
-"""Handlers by signal that :func:`_record_signal` replaces, or replaced in an earlier block."""
+"""Handlers, by signal, that :func:`_record_signal` replaces now or replaced before."""
 
 _changed_in_c: set[int] = set()
-"""Signals whose action is not what Python alone would have set."""
+"""Signals whose action is not the one that Python alone would set."""
 
 
 def _record_signal(number: int, frame: FrameType | None) -> None:
     if _active:
         _active[0].noted.append((number, frame))
-    else:  # put back after the block by code that saved it inside
+    else:  # reinstalled after the block, by code that saved it inside
         _handlers[number](number, frame)
 
 
 def _keep_action(number: int) -> None:
-    """Undo what ``signal.signal`` has done besides setting Python's handler.
+    """Undo what ``signal.signal`` did besides setting Python's handler.
 
-    It removes handlers set in C, such as ``faulthandler``'s, which call Python's after their own,
-    and what ``signal.siginterrupt`` has set.
+    It removes handlers set in C, such as those of ``faulthandler``, which call Python's handler
+    last, and the settings of ``signal.siginterrupt``.
     """
     global _of_python
     if _of_python is None:
@@ -81,13 +81,13 @@ def _keep_action(number: int) -> None:
 
 
 class defer_signals:
-    """A block that Ctrl-C, and signal handlers that raise, wait for.
+    """A ``with`` block that defers Ctrl-C, and signal handlers that raise, until it ends.
 
-    Python runs its handlers between any two instructions of the main thread, so an exception may
-    come up between two halves of a swap. Here they are noted, and called when the block is over:
-    all of them, even if one raises. Handlers set in C run at once, and stay where they are.
-    Costs one or two microseconds in the main thread, next to nothing in others and within another
-    block.
+    Python runs signal handlers between any two instructions of the main thread, so an exception
+    may arise between the two halves of a swap. This block records signals and calls their handlers
+    on exit: all of them, even if one raises. Handlers set in C run at once and stay installed. It
+    costs one or two microseconds in the main thread, next to nothing in other threads or inside
+    another block.
     """
 
     __slots__ = ("_held", "noted")
@@ -96,7 +96,7 @@ class defer_signals:
     noted: list[tuple[int, FrameType | None]]
 
     def __enter__(self) -> None:
-        """Begin to hold signals back."""
+        """Start deferring signals."""
         if _active or get_ident() != main_thread().ident:
             return
         self._held, self.noted = [], []
@@ -104,7 +104,7 @@ class defer_signals:
             _active.append(self)
             for number in _SIGNALS:
                 handler = _get(number)
-                if handler is _record_signal:  # left by a block that was interrupted as it ended
+                if handler is _record_signal:  # left by a block that was interrupted on exit
                     self._held.append(number)
                 elif callable(handler):
                     _sigaction(number, None, _references[number])
@@ -113,19 +113,19 @@ class defer_signals:
                     _handlers[number] = handler
                     self._held.append(number)
                     before = _set(number, _record_signal)
-                    if before is not handler:  # a signal came, and its handler set another one
+                    if before is not handler:  # a signal came, and its handler installed another
                         _handlers[number] = before
                     if found != _of_python:
                         _keep_action(number)
         except BaseException:
-            # No call before this one: a second signal's handler could raise as it begins, and what
-            # is not taken out of the list holds signals back for good.
+            # No call before this one: a second signal's handler could raise as it begins, and a
+            # block that stays in the list defers signals forever.
             _active.remove(self)
             self._release()
             raise
 
     def __exit__(self, *_: object) -> None:
-        """Let them through: what was noted is handled now."""
+        """Stop deferring, and call the handlers of the recorded signals."""
         if self in _active:
             try:
                 _active.remove(self)
@@ -134,7 +134,7 @@ class defer_signals:
 
     def _restore_handlers(self) -> None:
         for number in self._held:
-            if _get(number) is _record_signal:  # and no other one, set in the block
+            if _get(number) is _record_signal:  # not a handler that was set inside
                 _set(number, _handlers[number])
                 if number in _changed_in_c:
                     _sigaction(number, _references[number], None)
@@ -146,16 +146,16 @@ class defer_signals:
                 number, frame = self.noted[0]
                 handler = _get(number)
                 wanted = callable(handler)
-                del self.noted[0]  # no instruction from here to the call lets a signal through
+                del self.noted[0]  # no signal can be handled between here and the call
                 if wanted:
                     handler(number, frame)
-        except BaseException:  # of a handler: the others' turn comes all the same
+        except BaseException:  # a handler raised: call the others first
             self._release()
             raise
 
 
 def _restore_handlers_in_child() -> None:
-    # Forked by another thread, the child never comes to the end of these blocks.
+    # In a child that another thread forked, these blocks never end.
     while _active:
         _active.pop()._restore_handlers()
 

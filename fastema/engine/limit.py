@@ -1,7 +1,7 @@
-"""Memory bandwidth of the machine, by kernels that only move bytes: the limit of an update.
+"""Memory bandwidth, the limit of an update, measured by kernels that only move bytes.
 
 The fair limit of an in-place update is the better of the two yardsticks. ``torch.Tensor.copy_``
-is none: it reads the destination's lines before it writes them, without counting that.
+is not one: it reads the destination's cache lines before it writes them, without counting that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _spec(words: NDArray[np.int64]) -> TensorSpec:
 
 
 class ReadReadWrite:
-    """Reads two arrays and writes one (``a ^= b``), ``nbytes`` in all per call, on all threads."""
+    """Reads two arrays and writes one (``a ^= b``): ``nbytes`` in all per call, on all threads."""
 
     def __init__(self, nbytes: int) -> None:
         generator = np.random.default_rng(0)
@@ -38,9 +38,9 @@ class ReadReadWrite:
 
 
 class StreamCopy:
-    """Copies an array by ``numpy.copyto``, ``nbytes`` read plus written per call, on all threads.
+    """Copies an array with ``numpy.copyto``: ``nbytes`` read plus written, on all threads.
 
-    On large arrays the C library writes past the cache, which saves reading the destination.
+    For large arrays the C library bypasses the cache, which saves reading the destination.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -54,7 +54,7 @@ class StreamCopy:
 
     def __call__(self) -> None:
         """Move the bytes once."""
-        left = iter(self._parts)  # shared by the threads as the cursor of a kernel is
+        left = iter(self._parts)  # shared by the threads, like a kernel's row cursor
 
         def copy_parts(*_: int) -> None:
             for target, source in left:

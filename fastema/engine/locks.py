@@ -1,6 +1,6 @@
-"""Locks that a forked child finds open.
+"""Locks that are released in a forked child.
 
-A thread of the parent that held one does not exist in the child, which would wait for ever.
+The thread that held a lock in the parent does not exist in the child, which would wait forever.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _all: weakref.WeakSet[Any] = weakref.WeakSet()
 
 def _open_in_child() -> None:
     for one in list(_all):
-        one._at_fork_reinit()  # what the standard library's own locks do
+        one._at_fork_reinit()  # as the standard library does for its own locks
 
 
 if hasattr(os, "register_at_fork"):
@@ -25,14 +25,14 @@ if hasattr(os, "register_at_fork"):
 
 
 def lock() -> threading.Lock:
-    """A lock that is open after a fork."""
+    """Return a lock that is released in a forked child."""
     made = threading.Lock()
     _all.add(made)
     return made
 
 
 def rlock() -> Any:
-    """A lock that its thread may take again, open after a fork."""
+    """Return a reentrant lock that is released in a forked child."""
     made = threading.RLock()
     _all.add(made)
     return made

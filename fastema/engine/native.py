@@ -1,7 +1,7 @@
-"""CPU kernels as functions: their machine code was shipped, is on the disk, or is compiled now.
+"""CPU kernels as callable functions: shipped, from the disk cache, or compiled now.
 
-Compiling takes a second, and Numba is imported for it; the rest takes milliseconds, without Numba.
-LLVM puts the code in its place; ctypes calls it and releases the GIL meanwhile.
+Compiling takes a second and imports Numba; loading takes milliseconds, without Numba. LLVM links
+the code; ctypes calls it and releases the GIL during the call.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SETTINGS: Final = tuple(
     f"NUMBA_{name}"
     for name in ("CPU_NAME", "CPU_FEATURES", "ENABLE_AVX", "OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE")
 )
-"""What Numba reads in the environment about the code it makes."""
+"""Environment variables that change the code that Numba generates."""
 
 _COMPILERS: Final = ("numba", "llvmlite")
 
@@ -33,8 +33,8 @@ LEVELS: Final = {
     "x86-64-v4": (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
     "x86-64-v3": _V3,
 }
-"""Levels of the x86-64 psABI that a wheel brings code for, the better one first, and what a
-processor must have."""
+"""Levels of the x86-64 psABI that a wheel has code for, best first, and the processor features that
+each one requires."""
 
 _WORD: Final = ctypes.c_int64
 
@@ -43,9 +43,9 @@ _PROTOTYPES: Final = {
     "ewm_mean": ctypes.CFUNCTYPE(_WORD, *[_WORD] * 5),
     "check_tensors": ctypes.PYFUNCTYPE(
         _WORD, _WORD
-    ),  # holds the GIL: it calls Python's C functions
+    ),  # holds the GIL: it calls Python's C API
 }
-"""How functions are called, where it is not as the kernels of a table are."""
+"""Types of the functions that are not called as kernels over a table."""
 
 
 @cache
@@ -59,7 +59,7 @@ def _binding() -> Any:
 
 @cache
 def _host() -> tuple[str, str, str]:
-    """Return the triple, the name and the features of this processor, as Numba finds them."""
+    """Return the triple, the name and the features of this processor, as Numba detects them."""
     llvm = _binding()
     return llvm.get_process_triple(), llvm.get_host_cpu_name(), _features().flatten()
 
@@ -67,18 +67,18 @@ def _host() -> tuple[str, str, str]:
 def _features() -> Any:
     try:
         return _binding().get_host_cpu_features()
-    except RuntimeError:  # LLVM does not know this processor's
+    except RuntimeError:  # LLVM cannot detect them on this processor
         return _binding().targets.FeatureMap()
 
 
 def has_levels() -> bool:
-    """Return whether the machine is of the kind that wheels bring code for."""
+    """Return whether wheels have CPU code for this platform."""
     return sys.platform == "linux" and platform.machine() == "x86_64"
 
 
 @cache
 def levels() -> tuple[str, ...]:
-    """Return the levels whose code runs on this machine; none where Numba was told otherwise."""
+    """Return the :data:`LEVELS` that run here, best first; none if :data:`SETTINGS` are in use."""
     if not has_levels():
         return ()
     if any(name in os.environ for name in SETTINGS):
@@ -90,14 +90,14 @@ def levels() -> tuple[str, ...]:
 
 
 def _depends() -> Iterator[object]:
-    """Yield what code depends on besides the sources."""
+    """Yield what compiled code depends on besides the kernel sources."""
     yield _host()
     yield [os.environ.get(name) for name in SETTINGS]
     yield disk_cache.versions(*_COMPILERS)
 
 
 def compiled(operation: str, formats: tuple[str, ...], layout: str) -> bytes:
-    """Compile a function, for what Numba compiles for."""
+    """Compile a function for Numba's target processor; return the object code."""
     from fastema.kernels import cpu, jit
 
     code: bytes = jit.target_machine().emit_object(
@@ -107,7 +107,7 @@ def compiled(operation: str, formats: tuple[str, ...], layout: str) -> bytes:
 
 
 def _code(operation: str, formats: tuple[str, ...], layout: str) -> bytes:
-    """Return the machine code of a function."""
+    """Return the object code of a function: shipped, from the disk cache, or compiled now."""
     code = shipped.read("cpu", operation, formats, layout, levels())
     if code is not None:
         return code
@@ -120,7 +120,7 @@ def _code(operation: str, formats: tuple[str, ...], layout: str) -> bytes:
 
 
 def function(operation: str, formats: tuple[str, ...], layout: str) -> Callable[..., int]:
-    """Return a function of 64-bit integers, made ready to be called."""
+    """Return a kernel or function, loaded and callable with 64-bit integers."""
     if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
         from fastema.kernels import cpu
 
@@ -137,5 +137,5 @@ def function(operation: str, formats: tuple[str, ...], layout: str) -> Callable[
     made: Callable[..., int] = _PROTOTYPES.get(operation, _KERNEL)(
         engine.get_function_address(ENTRY)
     )
-    engine.detach()  # never taken down: at the end of a process threads may be in the code
+    engine.detach()  # never freed: threads may be in the code when the process ends
     return made

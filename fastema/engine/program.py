@@ -1,4 +1,4 @@
-"""Pairs of tensors compiled into launches: what a plan runs at every step."""
+"""Pairs of tensors compiled into launches, which a plan runs at every step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Measured", "Program"]
 
 
 class Measured(NamedTuple):
-    """Norms of the weights minus one average and of the average, and elements that stood still."""
+    """Norms of weights minus average and of the average, and the number of unchanged elements."""
 
     distance: float
     size: float
@@ -31,20 +31,20 @@ class Measured(NamedTuple):
 class Program:
     """Runs operations over a fixed set of pairs.
 
-    An interrupt waits for the end of a run, so that no tensor is left half done. Where the tensors
-    are on a GPU, a run only puts the work on the current stream.
+    Signals are deferred during a run, so that no tensor is left half written. For tensors on a GPU
+    a run only enqueues work on the current stream.
 
     Parameters
     ----------
     pairs : mapping of str to sequence of Pair
-        Checked pairs, each memory once, under tags of the caller's; a run gives each tag its
-        operation. Averages that are updated together follow each other, tensor by tensor. A device
-        without kernels is a DTypeError.
+        Checked pairs without duplicate memory, under tags that the caller chooses; a run gives each
+        tag its operation. Averages that are updated together follow each other, tensor by tensor.
+        A device without kernels raises a DTypeError.
     """
 
     def __init__(self, pairs: Mapping[str, Sequence[Pair]]) -> None:
         self._lock = lock()
-        self._pairs = pairs  # the owners of the addresses in the tables
+        self._pairs = pairs  # keeps the memory that the tables point to
         self._contexts = {
             p.dst.device: p.dst.context for members in pairs.values() for p in members
         }
@@ -69,13 +69,16 @@ class Program:
         ]
 
     def prepare(self, operations: Mapping[str, str]) -> list[Callable[[], None]]:
-        """Compile what a run needs; called by :meth:`run`, or earlier to fail before writing."""
+        """Compile the kernels of a run and return its launches.
+
+        :meth:`run` calls this; call it earlier to fail before anything is written.
+        """
         if len(self._contexts) > 1:
             self._refuse_half_a_capture()
         key = tuple(operations.items())
         launches = self._launches.get(key)
         if launches is None:
-            # A signal's handler that saves an average would wait for the compiler's lock for ever.
+            # A signal handler that saves an average would wait forever for the compiler's lock.
             with defer_signals():
                 launches = [
                     group.prepare(operations[group.tag])
@@ -86,9 +89,9 @@ class Program:
         return launches
 
     def run(self, operations: Mapping[str, str], args: LaunchArgs = LaunchArgs()) -> None:  # noqa: B008
-        """Run one operation per tag over all its pairs; those under other tags are left alone."""
+        """Run one operation per tag over all its pairs; pairs under other tags are not touched."""
         launches = self.prepare(operations)
-        # An interrupt waits; in this order: no handler runs while the lock is held.
+        # Defer signals first, so that no handler runs while the lock is held.
         with defer_signals(), self._lock:
             for group in self._groups:
                 group.begin(args)
@@ -98,9 +101,9 @@ class Program:
     def relocate(
         self, dst: Mapping[str, int] | None = None, src: Mapping[str, int] | None = None
     ) -> None:
-        """Go on with the same tensors at other addresses, by the pairs' names, of either side.
+        """Continue with the same tensors at other addresses, given by pair name for each side.
 
-        Whoever calls it keeps the memory alive until the runs that follow are over.
+        The caller must keep the memory alive until the following runs are over.
         """
         with self._lock:
             for group in self._groups:
@@ -114,12 +117,12 @@ class Program:
         if len(set(captured.values())) > 1:
             others = ", ".join(device for device, is_so in captured.items() if not is_so)
             raise StateError(
-                f"a graph is captured, and the work on {others} would not be part of it: let the "
-                "streams of all devices join the capture, and work on the CPU's tensors outside"
+                f"a graph is being captured, and the work on {others} would not be part of it: let "
+                "the streams of all devices join the capture, and update CPU tensors outside of it"
             )
 
     def measured(self, index: int) -> Measured:
-        """Return what the latest measuring run found for one of the averages."""
+        """Return the measures of one average from the latest measuring run."""
         distance = square = 0.0
         still = 0
         for group in self._groups:
@@ -131,7 +134,7 @@ class Program:
         return Measured(math.sqrt(distance), math.sqrt(square), still)
 
     def all_finite(self) -> bool:
-        """Return whether the latest run of ``"finite"`` found nothing else."""
+        """Return whether the latest run of ``"finite"`` found only finite values."""
         return not any(np.any(group.results()[:, DISTANCE]) for group in self._groups)
 
 

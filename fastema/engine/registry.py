@@ -1,4 +1,4 @@
-"""Kernels of the CPU by (operation, formats, layout), made on first use."""
+"""Kernels of the CPU by (operation, formats, layout), loaded on first use."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from fastema.kernels.operations import OPERATIONS
 __all__ = ["Kernel", "function", "kernel"]
 
 Kernel = Callable[[int, int, int, int], object]
-"""``kernel(table, rows, numbers, control)``, see :mod:`fastema.kernels.table`."""
+"""A kernel: ``kernel(table, rows, numbers, control)``, see :mod:`fastema.kernels.table`."""
 
 _made: dict[tuple[str, tuple[str, ...], str], Callable[..., int]] = {}
 _making = lock()
 
 
 def kernel(operation: str, formats: tuple[str, ...], layout: str) -> Kernel:
-    """Return the kernel for a key; the first request loads it, or compiles it.
+    """Return the kernel for a key; the first request loads or compiles it.
 
     ``formats`` are those of the written side, the other side and, for a windowed mean, the ring and
-    the companion.
+    the residual.
     """
     if operation not in OPERATIONS:
         known = ", ".join(sorted(OPERATIONS))
-        raise DTypeError(f"no kernel for {operation}; known are {known}")
+        raise DTypeError(f"no kernel for {operation}; known operations: {known}")
     return _load_once(operation, formats, layout)
 
 
 def function(name: str) -> Callable[..., int]:
-    """Return a compiled function that is not of pairs of tensors."""
+    """Return a compiled function that does not work on pairs of tensors."""
     return _load_once(name, (), "")
 
 

@@ -1,4 +1,4 @@
-"""Moving averages of whole series, compiled."""
+"""Moving averages of whole series, by compiled functions."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from fastema.kernels import series_table as k
 __all__ = ["ewm_mean", "rolling_mean"]
 
 _ROW: Final = 1 << 15
-"""Values in a row of the table, at least where there are so many: it is gone through twice, and
+"""Minimum values in a row of the table, in a series that has this many. A row is read twice and
 stays in the second-level cache."""
 
 _WINDOWS: Final = 4
-"""Windows in a row, at least: it begins by adding up those before each of its four lanes."""
+"""Minimum windows in a row, which begins by summing the window before each of its four lanes."""
 
 
 def rolling_mean(
     x: NDArray[np.float64], history: NDArray[np.float64], size: int, *, divide: bool = True
 ) -> tuple[NDArray[np.float64], bool]:
-    """Average the last ``size`` values, at every value of a series; tell whether all are finite.
+    """Return the means of the last ``size`` values, and whether all of them are finite.
 
-    ``x`` is float64, one-dimensional and without gaps; ``history`` are the values before it, the
-    latest last, at most ``size``. With ``divide=False`` the sums are returned.
+    There is one mean for each value of ``x``, which is float64, one-dimensional and contiguous.
+    ``history`` holds the values before ``x``, at most ``size``, the latest last. With
+    ``divide=False`` the sums are returned.
     """
     size = min(size, len(history) + len(x)) or 1  # a longer window is never full
     before = np.concatenate([np.zeros(size - len(history)), history])
     result = np.empty(len(x))
-    # The first row alone meets the history; the others continue the values before them.
+    # Only the first row reads the history; the others continue the values before them.
     starts = np.array([0, *range(size, len(x), max(_ROW, _WINDOWS * size))])[: len(x)]
     table = np.zeros((len(starts), k.COLUMNS), np.int64)
     table[:, k.SRC] = x.ctypes.data + 8 * starts
@@ -41,8 +42,8 @@ def rolling_mean(
     table[:, k.DST] = result.ctypes.data + 8 * starts
     table[:, k.COUNT] = np.diff(starts, append=len(x))
     table[:, k.SEEN] = np.minimum(starts + len(history), size)
-    # Threads take rows in turn: far apart, lest two of them meet in one new page of the results,
-    # which both would then clear.
+    # Threads take rows in turn. Keep consecutive rows far apart: two threads that write to the same
+    # new page of the results would both clear it.
     threads = cpu.get_num_threads()
     apart = -(-len(starts) // threads)
     table = table[np.argsort(np.arange(len(starts)) % max(apart, 1), kind="stable")]
@@ -59,10 +60,10 @@ def rolling_mean(
 def ewm_mean(
     x: NDArray[np.float64], decay: float, start: tuple[float, float]
 ) -> tuple[NDArray[np.float64], tuple[float, float]]:
-    """``avg = decay avg + (1 - decay) x`` at every value of a series, and where the next begins.
+    """Return ``avg = decay avg + (1 - decay) x`` at every value, and the start of a next call.
 
-    ``x`` is float64, one-dimensional and without gaps; ``start`` is the average before, and what it
-    rounded off.
+    ``x`` is float64, one-dimensional and contiguous. ``start`` is the average before ``x`` and the
+    residual of its rounding.
     """
     result = np.empty(len(x))
     numbers = np.array([decay, *start])

@@ -1,10 +1,10 @@
-"""The kernels that a wheel brings, compiled; those of GPUs with CUDA 12.9.
+"""The compiled kernels that a wheel ships; GPU kernels are compiled with CUDA 12.9.
 
-``fastema/compiled/gpu/`` has a folder for each compute capability that there is machine code for,
-and ``ptx`` for GPUs that are newer than all of them; ``fastema/compiled/cpu/`` has one for each
-level of processors. A file there holds the kernels of one operation: a line of JSON, ``[[formats,
-layout, bytes], ...]``, and the code in this order, compressed as one. ``stamp``, beside these
-folders, says from which kernel sources: those of an edited checkout never load.
+``fastema/compiled/gpu/`` has one folder for each compute capability with machine code, and ``ptx``
+for GPUs newer than all of them; ``fastema/compiled/cpu/`` has one folder for each CPU level. A file
+there holds the kernels of one operation: a line of JSON, ``[[formats, layout, bytes], ...]``, then
+the code in this order, compressed together. ``stamp``, beside these folders, is the hash of the
+kernel sources: in a checkout whose kernels were edited, shipped kernels never load.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ FOLDER: Final = Path(__file__).parents[1] / "compiled"
 Device = Literal["cpu", "gpu"]
 
 CAPABILITIES: Final = ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0))
-"""Those with machine code, which also runs on later ones of the same first number."""
+"""Capabilities with machine code, which also runs on later minor versions of the same major."""
 
 PTX: Final = "ptx"
-"""The folder for other GPUs."""
+"""Name of the folder for all other GPUs."""
 
 PTX_CAPABILITY: Final = (8, 0)
-"""The first capability that the PTX is for; the driver compiles it."""
+"""The lowest capability that the PTX, which the driver compiles, is for."""
 
 _Key = tuple[tuple[str, ...], str]
 Kernels = dict[_Key, bytes]
@@ -52,15 +52,15 @@ Kernels = dict[_Key, bytes]
 
 
 def entry_name(operation: str) -> str:
-    """Return the name of an operation's kernels in their code."""
+    """Return the name of an operation's GPU kernels in their code."""
     return f"fastema_{operation}"
 
 
-_sources = cache(source_stamp)  # asked for with every kernel
+_sources = cache(source_stamp)  # needed for every kernel
 
 
 def gpu_targets(capability: tuple[int, int]) -> Iterator[str]:
-    """Yield the folders whose code runs on a GPU, the better one first."""
+    """Yield the folders whose code runs on a GPU, best first."""
     for major, minor in CAPABILITIES:
         if major == capability[0] and minor <= capability[1]:
             yield f"sm_{major}{minor}"
@@ -69,7 +69,7 @@ def gpu_targets(capability: tuple[int, int]) -> Iterator[str]:
 
 
 def current(device: Device) -> bool:
-    """Return whether there are kernels, and of these sources."""
+    """Return whether a device has shipped kernels, compiled from the installed sources."""
     try:
         return (FOLDER / device / "stamp").read_text(encoding="ascii") == _sources()
     except OSError:
@@ -79,7 +79,7 @@ def current(device: Device) -> bool:
 def read(
     device: Device, operation: str, formats: tuple[str, ...], layout: str, targets: Iterable[str]
 ) -> bytes | None:
-    """Return a kernel's machine code or PTX for the first of some targets; None without any.
+    """Return a kernel's shipped machine code or PTX for the best target; None if there is none.
 
     Raises
     ------
@@ -92,7 +92,7 @@ def read(
 
 
 def kernels(folder: Path, operation: str, targets: Iterable[str]) -> Kernels:
-    """Return the code of all of an operation's kernels for the first target that has them."""
+    """Return all kernels of an operation, for the first target that has them."""
     for target in targets:
         path = folder / target / f"{operation}.xz"
         if path.exists():
@@ -116,7 +116,7 @@ def _entries(path: Path) -> Iterator[tuple[_Key, bytes]]:
 
 
 def write(path: Path, kernels: Kernels) -> None:
-    """Write the kernels of one operation."""
+    """Write the kernels of one operation to a file."""
     import lzma
 
     head = json.dumps([[*key, len(code)] for key, code in kernels.items()])

@@ -1,4 +1,4 @@
-"""The step of a run in device memory, where a captured graph finds and advances it."""
+"""A step counter in device memory, which captured graphs read and advance."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["StepCounter", "contexts_of", "tables_of"]
 
 
 class _DeviceCounter:
-    """The clocks of one device: one for every eight averages."""
+    """The counter of one device, as one clock (see kernels.table) per eight averages."""
 
     def __init__(self, context: DeviceContext, clocks: int) -> None:
         self.context, self._clocks = context, clocks
@@ -37,7 +37,7 @@ class _DeviceCounter:
         def owners() -> list[Any]:
             return [self.owner, *(owner for owner, _ in self._tables)]
 
-        # A graph needs whatever tables there will be.
+        # A graph also reads tables that are set later: keep this object, which owns them.
         return self._streams.stream(owners, lambda: [self])
 
     def advance(self) -> None:
@@ -53,15 +53,15 @@ class _DeviceCounter:
             first = abi.TABLES + 2 * place
             whole[clock, first : first + 2] = address, len(table)
         self.context.write(self.owner, whole)
-        self._tables = uploaded  # from here on the old tables are not read
+        self._tables = uploaded  # the old tables are no longer read
         self._streams.renew()
         self._stream()
 
 
 class StepCounter:
-    """Counts updates alike on every device that has a part of the averages.
+    """Counts updates, the same on every device that holds a part of the averages.
 
-    Without the kernel that advances it, making one is a DeviceError.
+    Raises a DeviceError if the kernel that advances the counter is not available.
     """
 
     def __init__(self, contexts: Sequence[DeviceContext], num_averages: int = 1) -> None:
@@ -80,9 +80,9 @@ class StepCounter:
         window: int = 0,
         skipped: int = 0,
     ) -> None:
-        """Go on after ``done`` updates with another schedule; waits for the devices.
+        """Continue after ``done`` updates with another schedule; wait for the devices.
 
-        ``tables`` are those of :func:`tables_of`, or none for a mean of ``window`` values.
+        ``tables`` come from :func:`tables_of`; pass none for a mean of ``window`` values.
         """
         cells = np.zeros(abi.CLOCK_CELLS, np.int64)
         cells[[abi.IDLE, abi.DONE, abi.STEP, abi.SEED]] = 1, done, done, seed
@@ -91,16 +91,16 @@ class StepCounter:
             one.set(cells, tables)
 
     def advance(self) -> None:
-        """Put the step to the next update on the current stream of every device."""
+        """Enqueue the step to the next update on the current stream of every device."""
         for one in self._counters:
             one.advance()
 
     def done(self) -> int:
-        """Updates so far; waits for the device."""
+        """Return the number of updates so far; wait for the device."""
         return self._cell(abi.DONE)
 
     def skipped(self) -> int:
-        """Updates left out because a weight was not finite; waits for the device."""
+        """Return the number of updates skipped for a non-finite weight; wait for the device."""
         return self._cell(abi.SKIPPED)
 
     def _cell(self, place: int) -> int:
@@ -109,18 +109,18 @@ class StepCounter:
 
 
 def tables_of(weights: Sequence[Callable[[int], float]]) -> list[NDArray[np.float64]]:
-    """The tables of a clock for averages with these weights at the ``u``-th update that works."""
+    """Return a table per average, whose ``weight(u)`` is that of the ``u``-th effective update."""
     return [weight_table(weight) for weight in weights]
 
 
 def contexts_of(devices: Mapping[str, DeviceContext | None]) -> list[DeviceContext]:
-    """The devices of a clock; an ArgumentError names one that has none."""
+    """Return the device contexts of a counter; raise an ArgumentError for an unsuitable device."""
     for device, context in devices.items():
         if context is None:
             raise ArgumentError(
-                f"capturable=True is for weights on a GPU, and some are on {device}; on a CPU "
-                "there is nothing to capture: leave it out"
+                f"capturable=True is for weights on a GPU, but some are on {device}, where "
+                "nothing can be captured: leave it out"
             )
         if context.without_kernels is not None:
-            raise ArgumentError(f"capturable=True needs a GPU of NVIDIA: {context.without_kernels}")
+            raise ArgumentError(f"capturable=True needs an NVIDIA GPU: {context.without_kernels}")
     return [context for context in devices.values() if context is not None]

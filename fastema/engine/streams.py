@@ -1,4 +1,4 @@
-"""Memory of a device that must not be given away while launches work on it."""
+"""Keeping device memory from being reused while launches work on it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from fastema.layout.device_context import DeviceContext
 __all__ = ["StreamTracker", "keep_for_graphs"]
 
 _in_graphs: list[Any] = []
-"""Buffers used by captured graphs; kept forever, since CUDA does not report a graph's end."""
+"""Buffers of captured graphs; kept forever, since CUDA does not report a graph's destruction."""
 
 
 def keep_for_graphs(*objects: Any) -> None:
-    """Keep objects to the end of the process: a graph may work on them at any time."""
+    """Keep objects until the process ends: a captured graph may use them at any time."""
     _in_graphs.extend(objects)
 
 
 class StreamTracker:
-    """Records once with every stream what launches work on, and keeps it once it was captured.
+    """Records the memory of launches once with every stream, and keeps captured memory forever.
 
-    ``waits`` says that some of the memory cannot be recorded: who frees it has to wait for the
-    device.
+    ``waits`` is True if some of the memory cannot be recorded: then the device must be waited for
+    before the memory is freed.
     """
 
     def __init__(self, context: DeviceContext) -> None:
@@ -31,18 +31,18 @@ class StreamTracker:
         self.renew()
 
     def renew(self) -> None:
-        """Begin again, as the memory is another."""
+        """Forget all streams, because the memory has changed."""
         self._streams: set[int] = set()
         self._captured = False
 
     def stream(self, owners: Callable[[], Sequence[Any]], kept: Callable[[], Sequence[Any]]) -> int:
-        """Handle of the current stream, for a launch that follows at once.
+        """Return the handle of the current stream, for a launch that follows immediately.
 
-        ``owners`` are those of all memory that is worked on; ``kept`` is what a captured graph
-        needs besides the tensors that its user keeps for it.
+        ``owners`` returns the owners of all memory that the launch uses. ``kept`` returns what a
+        captured graph needs besides the tensors that its user keeps alive.
         """
         stream = self._context.stream()
-        if self._context.capturing():  # perhaps on a stream that is known, from a call before
+        if self._context.capturing():  # the stream may be known from an earlier call
             if not self._captured:
                 keep_for_graphs(*kept())
                 self._captured = True

@@ -1,4 +1,4 @@
-"""Noticing that tensors are no longer where a table says they are."""
+"""Detecting that tensors are no longer where a table says they are."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fastema.layout.spec import Leaves, TensorContainer, TensorSpec
 __all__ = ["SHARES", "Watch", "watch"]
 
 SHARES: Final = 16
-"""Parts of a container that may be looked at in turn."""
+"""Number of shares into which a container is divided, to check one share at a time."""
 
 
 class Watch:
-    """Remembers where the tensors of a container lie."""
+    """Remembers the tensors of a container and where they are in memory."""
 
     def __init__(self, held: Sequence[TensorContainer], transient: bool) -> None:
         self._transient = transient
@@ -34,11 +34,14 @@ class Watch:
         return self._replaced() or self._any_moved(None)
 
     def changed_in(self, share: int) -> bool:
-        """The same of one share of :data:`SHARES`, from 0; all containers belong to the first."""
+        """Return whether any tensor in one share of :data:`SHARES` changed.
+
+        Shares are counted from 0; share 0 also checks all containers.
+        """
         return (share == 0 and self._replaced()) or self._any_moved(share)
 
     def _replaced(self) -> bool:
-        """Return whether containers hold other objects."""
+        """Return whether any container holds other objects than before."""
         for one, members in self._held:
             now = _members(one, self._transient)
             if len(now) != len(members) or not all(map(is_, now, members)):
@@ -46,12 +49,12 @@ class Watch:
         return False
 
     def _any_moved(self, share: int | None) -> bool:
-        """Return whether tensors of a share, or any, are elsewhere or others."""
+        """Return whether a tensor of a share moved or was replaced; of all shares if None."""
         raise NotImplementedError
 
 
 def _members(held: TensorContainer, transient: bool) -> list[Any]:
-    """The objects that must stay: chosen values, keys and values of a mapping, or elements."""
+    """Return the objects that must stay: selected values, keys and values, or elements."""
     container, keys, loose = held
     if keys is not None:
         return [container.get(key) for key in keys]
@@ -65,7 +68,7 @@ def _members(held: TensorContainer, transient: bool) -> list[Any]:
 
 
 class _Wrapped:
-    """The tensors that wrappers hold now, in their order."""
+    """Iterates over the tensors that wrappers currently hold, in the order of their specs."""
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         self._wrappers = [(spec.wrapped, spec.owner) for spec in specs if spec.wrapped is not None]
@@ -78,14 +81,17 @@ _Fingerprint = Callable[[Any], object]
 
 
 def _seen(spec: TensorSpec, describe: _Fingerprint) -> tuple[Any, _Fingerprint, object]:
-    """A tensor, how it is looked at, and what was seen."""
+    """Return a tensor, its fingerprint function, and its current fingerprint."""
     if spec.fingerprint is None:
         return spec.owner, describe, spec
     return spec.owner, spec.fingerprint, spec.fingerprint(spec.owner)
 
 
 def _part(items: Sized, share: int | None) -> slice:
-    """A share of some items, never empty, so that what moves all of them shows in each; or all."""
+    """Return the slice of one share of some items; of all items if ``share`` is None.
+
+    A share of any items is never empty, so that a move of all items shows in every share.
+    """
     if share is None:
         return slice(None)
     return slice(len(items) * share // SHARES, -(len(items) * (share + 1) // -SHARES))
@@ -94,16 +100,16 @@ def _part(items: Sized, share: int | None) -> slice:
 def _differs(owner: Any, look: _Fingerprint, seen: object) -> bool:
     try:
         return look(owner) != seen
-    except FastemaError:  # no longer describable: looking again raises the reason
+    except FastemaError:  # no longer describable: locating it again raises the reason
         return True
 
 
 class _ByAttributes(Watch):
-    """Looks at every tensor again: about a microsecond each, or several, for any framework."""
+    """Describes every tensor again: one to several microseconds each, for any framework."""
 
     def __init__(self, leaves: Leaves, transient: bool = True) -> None:
         super().__init__(leaves.held, transient)
-        # A framework without a quicker fingerprint: the whole description.
+        # If the framework has no cheaper fingerprint, compare whole descriptions.
         self._seen = [_seen(leaf.spec, leaves.describe) for leaf in leaves.items]
 
     def _any_moved(self, share: int | None) -> bool:
@@ -115,7 +121,7 @@ def _c_address(function: Any) -> int:
 
 
 _ANY: Final = object()
-"""In the place of an object that may be replaced."""
+"""Placeholder for an object that may be replaced."""
 
 
 _dict_next = ctypes.PYFUNCTYPE(
@@ -124,15 +130,15 @@ _dict_next = ctypes.PYFUNCTYPE(
 
 
 class _Places:
-    """Positions at which ``PyDict_Next`` finds an entry of a dict, in half the time of a lookup."""
+    """Finds dict entries by position with ``PyDict_Next``, in half the time of a lookup."""
 
     def __init__(self) -> None:
         self._position, self._key = ctypes.c_ssize_t(), ctypes.py_object()
         self._known: dict[Any, int] = {}
 
     def find(self, container: dict[Any, Any], key: Any) -> tuple[int, Any]:
-        """The place of a key that is there, and the object that is the key in the dict."""
-        # Most modules have it where the module before had it.
+        """Return the position of an existing key, and the key object that the dict holds."""
+        # Most modules have a key at the same position as the module before.
         for place in (self._known.get(key, 0), 0):
             self._position.value = place
             while _dict_next(
@@ -148,7 +154,7 @@ class _Places:
 def _dict_tables(
     held: Sequence[TensorContainer], transient: bool
 ) -> tuple[list[tuple[int, ...]], list[Any]]:
-    """Rows of the table of dicts, and the keys and objects of their entries in turn."""
+    """Return the rows of the table of dicts, and keys and objects of all entries, alternating."""
     rows: list[tuple[int, ...]] = []
     entries: list[Any] = []
     places = _Places()
@@ -167,7 +173,7 @@ def _dict_tables(
 
 
 class _ByExchange(Watch):
-    """The same in one compiled loop, through the framework's DLPack exchange function."""
+    """Checks all tensors in one compiled loop, with the framework's DLPack exchange function."""
 
     def __init__(self, leaves: Leaves, transient: bool = True) -> None:
         self._check = function("check_tensors")
@@ -186,7 +192,7 @@ class _ByExchange(Watch):
         tensor[:, 0] = [id(owner) for owner in owners]
         tensor[:, 3], tensor[:, 4] = ranks, firsts[:-1]
         dims = np.zeros(firsts[-1], np.int64)
-        # Everything whose address is noted must outlive this.
+        # Every object whose address is stored must outlive this watch.
         containers = [one.container for one in dicts]
         self._kept: tuple[Any, ...] = (
             containers,
@@ -213,7 +219,7 @@ class _ByExchange(Watch):
 
         record = task_of(held[:0], tensor)
         record[abi.RECORD] = 1
-        # One that cannot be described any more has changed: the first check says so.
+        # A tensor that cannot be described any more has changed: the first check reports it.
         self._check(record.ctypes.data)
         tables = []
         tasks: dict[int | None, NDArray[np.int64]] = {None: task_of(held, tensor)}
@@ -234,13 +240,13 @@ class _ByExchange(Watch):
 
 
 def watch(leaves: Leaves, *, transient: bool = True) -> Watch:
-    """Begin to watch the tensors of a container, which are as ``leaves`` describes them.
+    """Start watching the tensors of a container, which ``leaves`` describes.
 
-    ``transient`` is False if what a module's state leaves out may change: it is then not among
-    ``leaves``. With an exchange function (torch from 2.10) a check costs about 50 ns per tensor.
+    Pass ``transient=False`` if tensors outside of a module's state dict may change; ``leaves`` must
+    not have them. With an exchange function (torch >= 2.10) a check takes about 50 ns per tensor.
     """
     exchanges = {leaf.spec.exchange for leaf in leaves.items}
-    # The exchange function does not tell a conjugated view from a plain tensor.
+    # The exchange function does not distinguish a conjugated view from a plain tensor.
     plain = all(leaf.spec.kind.parts == 1 for leaf in leaves.items)
     compiled = plain and len(exchanges) == 1 and 0 not in exchanges
     return (_ByExchange if compiled else _ByAttributes)(leaves, transient)

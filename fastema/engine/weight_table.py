@@ -1,8 +1,8 @@
 """The weights of a whole run as a small table, for kernels that count the updates themselves.
 
-A captured graph runs the same kernels again without the host, so the weight of an update has to be
-found on the device. Whatever the rule is, its weights are smooth or constant over most of a run;
-there a polynomial gives them to the rounding of double precision.
+A captured graph reruns the same kernels without the host, so the device must find the weight of an
+update by itself. The weights of any rule are smooth or constant over most of a run; there a
+polynomial reproduces them to double precision.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from fastema.kernels.table import COEFFICIENTS, DEGREE, FIRST, SCALE, WEIGHT_COL
 
 __all__ = ["evaluate", "weight_table"]
 
-_SINGLE: Final = 64  # first updates that have a row each: rules change fastest there
-_CLOSE: Final = 2e-15  # relative error up to which a polynomial stands for the weights
-_WHOLE: Final = 64  # up to this length every update of a piece is looked at
-_STRETCH: Final = 128  # updates on end where a longer piece is checked last
-_MOST: Final = 4096  # rows after which weights jump too often; our rules take about two hundred
-_ALL: Final = 8192  # so many first updates are compared with the table one by one
+_SINGLE: Final = 64  # first updates with a row each: rules change fastest there
+_CLOSE: Final = 2e-15  # relative error up to which a polynomial replaces the weights
+_WHOLE: Final = 64  # a piece up to this length is checked at every update
+_STRETCH: Final = 128  # consecutive updates that are checked last in a longer piece
+_MOST: Final = 4096  # most rows, before weights jump too often; our rules take about two hundred
+_ALL: Final = 8192  # first updates that are compared with the table one by one
 
 _ROUNDING: Final = 2.0**-40
-"""Most that rounding may leave of doubt about a weight. One minus a decay has an error of 2**-53,
-and over several steps at once so many times as much."""
+"""Largest uncertainty that rounding may leave in a weight. One minus a decay has an error of
+2**-53; over ``k`` steps at once the error is ``k`` times as large."""
 
 _GAIN: Final = 2.0
-"""Halving a piece divides its error by thousands where the weights are smooth. Where neither half
-has so many times less, the error is the rounding of the weights themselves."""
+"""Factor by which halving a piece must reduce its error. For smooth weights halving divides the
+error by thousands; if neither half gains this factor, the weights' own rounding is the error."""
 
 _FITTED: Final = 0.5 - 0.5 * np.cos(np.pi * (np.arange(36) + 0.5) / 36)
-"""Nodes of a polynomial fit, as shares of a piece: close together towards its ends."""
+"""Nodes of a polynomial fit, as fractions of a piece: denser towards its ends."""
 
 _CHECKED: Final = (np.arange(1, 25) * 0.6180339887498949) % 1.0
-"""Further points to check it at: multiples of the golden section, even and without a period."""
+"""Further points at which to check a fit: multiples of the golden ratio, even and aperiodic."""
 
 _ADVICE: Final = (
     "Update the average outside of the captured graph, or use a rule that changes smoothly"
@@ -51,26 +51,27 @@ _Updates = NDArray[np.int64]
 
 
 def weight_table(weight: Callable[[int], float], last: int = 2**31) -> NDArray[np.float64]:
-    """The weights of the updates 1, 2, ... as polynomials: float64[P, WEIGHT_COLUMNS], P < 4098.
+    """Return the weights of updates 1, 2, ... as polynomials in a table.
 
-    Each row is ``first, scale, c0, ..., c11``, ``first`` ascending from 1. The weight of update
-    ``u`` is in the last row whose first update is at most ``u``: with ``t = (u - first) * scale -
-    1``, in [-1, 1), it is ``c0 + c1 * t + ... + c11 * t**11`` by Horner's scheme, clamped to
-    [0, 1]. The scale is a power of two, so that t is exact, or 0 for a piece of one weight.
+    The table is float64[P, WEIGHT_COLUMNS], P < 4098. Each row is ``first, scale, c0, ..., c11``,
+    with ``first`` ascending from 1. The weight of update ``u`` is in the last row whose first
+    update is at most ``u``: with ``t = (u - first) * scale - 1``, in [-1, 1), it is ``c0 + c1 * t +
+    ... + c11 * t**11`` by Horner's scheme, clamped to [0, 1]. The scale is a power of two, so that
+    t is exact, or 0 for a piece of one weight.
 
     ``weight`` is a pure function: for a rule and ``update_every = k``, ``lambda u: rule.weight(u *
-    k, k)``. Updates after ``last`` have the weight of that one. Weights that are outside of [0, 1],
-    or jump too often for a table, are an ArgumentError.
+    k, k)``. Updates after ``last`` have the weight of ``last``. Weights outside of [0, 1], or that
+    jump too often for a table, raise an ArgumentError.
 
-    Equal to the bit are the first 64 updates, all up to the first change of the weight, all from
-    the last change on, and any piece of one weight. Elsewhere the relative error is at most 4e-15
-    where the weights are rounded by less. Where they are not, as in one minus a decay close to 1,
-    the piece goes through the middle of what they are rounded to: the error is about twice their
-    own at most, and below 2**-40, with fused multiply-adds or without.
+    The table is exact to the bit at the first 64 updates, up to the first change of the weight,
+    from the last change on, and in any piece of one weight. Elsewhere the relative error is at most
+    4e-15 if the weights are rounded by less. If they are not, as one minus a decay close to 1, the
+    piece passes through the middle of the rounded weights: the error is at most about twice their
+    own, and below 2**-40, with or without fused multiply-adds.
 
-    A piece is halved until it fits wherever it is looked at, and the first 8,192 updates are all
-    compared; what a rule does later at few single updates may not be seen. Our rules take up to
-    60,000 calls, those that are refused up to two million.
+    A piece is halved until it fits at every point checked, and the first 8,192 updates are all
+    compared; a later exception at a few single updates may go unnoticed. Our rules take up to
+    60,000 calls of ``weight``, refused rules up to two million.
     """
     if not 1 <= last < 2**53:
         raise ArgumentError(f"last={last!r}: expected a whole number from 1 to 2**53 - 1")
@@ -94,7 +95,7 @@ def weight_table(weight: Callable[[int], float], last: int = 2**31) -> NDArray[n
             _refine(at, first, length, _fitted(at, first, length), rows)
         rows.append(_constant(end, at(last)))
     table = np.array(rows)
-    # But those that only continue with the one weight of the row before.
+    # Drop rows that only continue the constant weight of the row before.
     one_weight = table[:, SCALE] == 0
     again = one_weight[1:] & one_weight[:-1] & (np.diff(table[:, COEFFICIENTS]) == 0)
     table = table[np.concatenate(([True], ~again))]
@@ -102,15 +103,15 @@ def weight_table(weight: Callable[[int], float], last: int = 2**31) -> NDArray[n
     wrong = np.abs(evaluate(table, updates) - _asked(at, updates)) > _ROUNDING
     if wrong.any():
         raise ArgumentError(
-            "the weights of this rule cannot be put down for a captured graph: that of update "
-            f"{updates[wrong][0]} stands out from those around it, and there may be more such. "
+            "the weights of this rule cannot be tabulated for a captured graph: that of update "
+            f"{updates[wrong][0]} stands out from its neighbors, and there may be more like it. "
             f"{_ADVICE}"
         )
     return table
 
 
 def evaluate(table: NDArray[np.float64], updates: Any) -> Any:
-    """The weights of updates, from 1 on, by a table: what a kernel computes."""
+    """Return the weights of updates (>= 1) from a table, as a kernel computes them."""
     rows = table[np.searchsorted(table[:, FIRST], updates, side="right") - 1]
     t = (updates - rows[..., FIRST]) * rows[..., SCALE] - 1.0
     values = 0.0
@@ -130,10 +131,10 @@ def _constant(first: int, value: float) -> _Row:
 
 
 def _blocks(first: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Updates from first up to stop as pieces, first and length, the longest that are aligned.
+    """Yield the longest aligned pieces, as first and length, that cover updates first up to stop.
 
     Counted from 0, a piece begins at a multiple of its length, a power of two, but not at 0: most
-    rules are powers of the update, and of those all octaves are alike.
+    rules are powers of the update, and all octaves of a power are alike.
     """
     start = first - 1
     while start < stop - 1:
@@ -145,9 +146,9 @@ def _blocks(first: int, stop: int) -> Iterator[tuple[int, int]]:
 
 
 def _same(at: _Weight, start: int, toward: int) -> int:
-    """Count the updates in a row that have the weight of the first, from start towards another."""
+    """Count the consecutive updates from start, in the direction of toward, that weigh the same."""
     value, sign = at(start), 1 if toward >= start else -1
-    # The run is longer than good and at most bad.
+    # The run is longer than good, and at most bad.
     good, bad, reach = 0, abs(toward - start) + 1, 1
     while reach < bad and at(start + sign * reach) == value:
         good, reach = reach, 2 * reach
@@ -172,17 +173,18 @@ def _same(at: _Weight, start: int, toward: int) -> int:
 
 
 def _fit_places(length: int) -> _Updates:
-    """Return the updates at which a piece is fitted, counted from its first."""
+    """Return the updates at which a piece is fitted, counted from its first update."""
     return np.arange(length) if length <= _WHOLE else np.unique((_FITTED * length).astype(np.int64))
 
 
 def _places(first: int, length: int) -> list[_Updates]:
-    """Updates at which a piece is looked at: where it is fitted, checked, and a stretch on end."""
+    """Return the updates at which a piece is fitted, checked, and checked consecutively."""
     fitted = first + _fit_places(length)
     if length <= _WHOLE:
         return [fitted]
     points = [first, first + length - 1]
-    # Where rules of people's own are likely to jump: the roundest numbers, and one of each kind.
+    # User-defined rules are likely to jump at round numbers: check all of the roundest ones, and
+    # one multiple of each smaller power of ten.
     for digits in range(1, len(str(length))):
         ten = 10**digits
         turns = range(-(-first // ten) * ten, first + length, ten)
@@ -195,10 +197,10 @@ def _places(first: int, length: int) -> list[_Updates]:
 
 @functools.cache
 def _solution(length: int) -> NDArray[np.float64]:
-    """The matrix from the weights at a piece's points to its coefficients, by least squares.
+    """Return the least-squares matrix from the weights at a piece's points to its coefficients.
 
-    There are more points than coefficients, so that the rounding of the weights evens out. It goes
-    by Chebyshev polynomials, as powers of t are too much alike to be told apart.
+    There are more points than coefficients, so the rounding of the weights averages out. The fit
+    uses Chebyshev polynomials, since powers of t are too ill-conditioned.
     """
     t = _fit_places(length) * (2.0 / length) - 1.0
     degree = min(DEGREE, len(t) - 1)
@@ -210,32 +212,32 @@ def _solution(length: int) -> NDArray[np.float64]:
 
 
 def _fitted(at: _Weight, first: int, length: int) -> tuple[_Row, bool, float]:
-    """A polynomial over some updates, whether it is close everywhere, and its largest error."""
+    """Fit a polynomial to a piece; return its row, whether it is close, and its largest error."""
     places = _places(first, length)
     weights = _asked(at, places[0])
     row = _constant(first, weights[0])
     if (weights != weights[0]).any():
         row[SCALE] = 2.0 / length
-        # The second time takes up what the first was rounded by.
+        # The second pass corrects the rounding of the first.
         for _ in range(2):
             row[COEFFICIENTS:] += _solution(length) @ (weights - evaluate(row[None], places[0]))
     close, error = True, 0.0
     for updates in places:
         weights = _asked(at, updates)
         errors = np.abs(evaluate(row[None], updates) - weights)
-        # A polynomial goes through any few points, on both sides of a jump too.
+        # A polynomial goes through any few points, even on both sides of a jump.
         allowed = _CLOSE * weights if length > DEGREE + 1 else 0.0
         close = close and bool((errors <= allowed).all())
         error = max(error, float(errors.max()))
         if not close and error > _ROUNDING:
-            break  # it is going to be halved: more is not worth the calls
+            break  # the piece will be halved: save the other calls
     return row, close, error
 
 
 def _refine(
     at: _Weight, first: int, length: int, fit: tuple[_Row, bool, float], rows: list[_Row]
 ) -> None:
-    """Append the row of a piece, or of its halves, or theirs."""
+    """Append the row of a piece; if it does not fit, append those of its halves, recursively."""
     row, close, error = fit
     if not close:
         length //= 2
@@ -248,6 +250,6 @@ def _refine(
     rows.append(row)
     if len(rows) > _MOST:
         raise ArgumentError(
-            "the weights of this rule jump too often to be put down for a captured graph: "
-            f"{_MOST} polynomials reach up to update {first - 1}. {_ADVICE}"
+            "the weights of this rule jump too often to be tabulated for a captured graph: "
+            f"{_MOST} polynomials reach only up to update {first - 1}. {_ADVICE}"
         )

@@ -1,1 +1,1 @@
-"""Where the bytes are: dtypes, tensor descriptions, groups and chunk tables."""
+"""Memory layout: dtypes, tensor descriptions, checked pairs and chunk tables."""

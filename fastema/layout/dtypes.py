@@ -1,4 +1,4 @@
-"""The dtypes fastema knows, by code, and what kernels see of each."""
+"""The dtypes that fastema supports, by code, and their formats in kernels."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["DTYPES", "NAMES", "NAME_OF", "DType", "average_of", "dtype", "parse"
 
 
 class DType(NamedTuple):
-    """One dtype: its code, bytes per element, and what it is to a kernel.
+    """A dtype: its code, bytes per element, and how kernels treat it.
 
-    ``real`` is the float format an element is made of (``parts`` of them), None where the dtype is
-    not averaged but copied bit for bit. ``whole`` says whether it holds integers or booleans, and
-    ``random`` whether averages in it can be rounded at random: there is a kernel format ``code~``.
+    An element consists of ``parts`` floats of the format ``real``, which is None if the dtype is
+    not averaged but copied bit for bit. ``whole`` is True for integers and booleans. ``random`` is
+    True if averages can be rounded stochastically: there is a kernel format ``code~``.
     """
 
     code: str
@@ -41,14 +41,14 @@ _EXACT: Final = (
 _SMALL: Final = {
     **{f"f8{kind}": f"float8_{kind}" for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")},
     "f8e8m0fnu": "float8_e8m0fnu",
-    "f4e2m1fnx2": "float4_e2m1fn_x2",  # two numbers are an element
+    "f4e2m1fnx2": "float4_e2m1fn_x2",  # an element is two numbers
 }
-"""Floats of a byte that are only copied, and what PyTorch calls them."""
+"""One-byte floats, which are only copied, and their names in PyTorch."""
 
 DTYPES: Final = {
     one.code: one for one in (*_FLOATS, *_EXACT, *(DType(code, 1, None) for code in _SMALL))
 }
-"""Code to dtype."""
+"""DType by code."""
 
 
 NAMES: Final = {
@@ -62,10 +62,10 @@ NAMES: Final = {
     **{f"int{n}": f"i{n}" for n in (8, 16, 32, 64)},
     **{f"uint{n}": f"u{n}" for n in (8, 16, 32, 64)},
 }
-"""Names that frameworks give to dtypes, to codes."""
+"""Code by the name of the dtype in frameworks."""
 
 NAME_OF: Final = {**{code: name for name, code in NAMES.items()}, **_SMALL}
-"""The way back, for those too that PyTorch alone has in buffers."""
+"""Framework name by code, including the one-byte floats that only PyTorch has."""
 
 _ALIASES: Final = {**NAMES, "double": "f64", "float": "f32", "half": "f16"}
 
@@ -73,14 +73,14 @@ _COMPLEX: Final = {"f32": "c64", "f64": "c128"}
 
 
 def parse(name: str) -> DType:
-    """The dtype of a code or a framework-neutral name such as ``"bfloat16"``."""
+    """Return the DType of a code or a framework-neutral name such as ``"bfloat16"``."""
     return dtype(_ALIASES.get(name, name))
 
 
 def average_of(weights: DType, wanted: DType | None) -> DType:
-    """The dtype of an average of such weights: the wanted one, complex where the weights are.
+    """Return the dtype of an average: ``wanted``, or its complex form for complex weights.
 
-    A DTypeError if an average of that dtype cannot hold them.
+    None means the weights' own dtype. Raises a DTypeError if such an average cannot hold them.
     """
     if wanted is None or wanted == weights:
         return weights
@@ -94,13 +94,13 @@ def average_of(weights: DType, wanted: DType | None) -> DType:
 
 
 def dtype(code: str) -> DType:
-    """The dtype of a code such as ``"bf16"``; a DTypeError if it is not in :data:`DTYPES`."""
+    """Return the DType of a code such as ``"bf16"``; raise a DTypeError if it is unknown."""
     try:
         return DTYPES[code]
     except KeyError:
-        raise DTypeError(f"unknown dtype {code!r}; known are {', '.join(DTYPES)}") from None
+        raise DTypeError(f"unknown dtype {code!r}; known dtypes: {', '.join(DTYPES)}") from None
 
 
 def raw(one: DType) -> str:
-    """The kernel format that moves a dtype's bits unchanged."""
+    """Return the kernel format that copies a dtype's bits unchanged."""
     return f"raw{one.itemsize // one.parts}"

@@ -14,18 +14,18 @@ from fastema.layout.spec import TensorSpec
 __all__ = ["ALIGNMENT", "Placement", "aligned_empty", "dense_strides", "place", "row_major"]
 
 ALIGNMENT: Final = 64
-"""Bytes: every tensor begins at a cache line of its own, so that threads never share one."""
+"""Bytes. Every tensor starts on its own cache line, so that threads never share one."""
 
 
 class Placement(NamedTuple):
-    """Places of tensors in a flat buffer: its length and each one's offset, in elements."""
+    """Length of a flat buffer and the offset of each tensor in it, in elements."""
 
     length: int
     offsets: list[int]
 
 
 def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Memory that begins at :data:`ALIGNMENT`: JAX takes it for an array's without a copy."""
+    """Return an empty array aligned to :data:`ALIGNMENT`: JAX adopts its memory without a copy."""
     size = dtype.itemsize * math.prod(shape)
     raw = np.empty(size + ALIGNMENT, np.uint8)
     first = -raw.ctypes.data % ALIGNMENT
@@ -33,12 +33,12 @@ def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def dense_strides(spec: TensorSpec) -> tuple[int, ...]:
-    """Strides of a gapless copy in the same order of axes (row-major where the spec has gaps)."""
+    """Return strides for a dense copy: the spec's own if it is dense, otherwise row-major."""
     return spec.strides if spec.dense else row_major(spec.shape)
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of an array without gaps whose last axis is adjacent, in elements."""
+    """Return the strides of a row-major (C-contiguous) array, in elements."""
     strides, step = [0] * len(shape), 1
     for axis in reversed(range(len(shape))):
         strides[axis] = step
@@ -47,7 +47,7 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def place(sizes: Sequence[int], itemsize: int) -> Placement:
-    """Offsets for tensors of these sizes (in elements), each aligned to :data:`ALIGNMENT` bytes."""
+    """Return aligned offsets in a flat buffer for tensors of these sizes, all in elements."""
     unit = max(ALIGNMENT // itemsize, 1)
     offsets, length = [], 0
     for size in sizes:

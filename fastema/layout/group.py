@@ -1,6 +1,6 @@
-"""Pairs of tensors: which may be worked on together, and what may not lie where.
+"""Pairs of tensors, and checks that kernels can process them and that none overlap.
 
-Nothing here touches memory; every refusal names the tensor and comes before the first write.
+Nothing here reads or writes tensors. Every error names the tensor and precedes the first write.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ __all__ = [
 class Pair(NamedTuple):
     """A tensor that is written and the tensor it is written from, under one name.
 
-    ``form`` is the kernel format of ``dst`` where it is not that of its dtype: rounded by random
-    bits, or completed by ``residual``, a companion with its shape and strides. ``ring`` is the
-    first slot of a ring that lies as ``dst`` does, and the bytes from slot to slot.
-    ``average_index`` is the place of the average among those that are updated together.
+    ``form`` is the kernel format of ``dst`` if it is not that of its dtype: rounded stochastically,
+    or completed by ``residual``, a companion tensor with the shape and strides of ``dst``. ``ring``
+    is the first slot of a ring with the strides of ``dst``, and the bytes from slot to slot.
+    ``average_index`` is the index of the average among those that are updated together.
     """
 
     name: str
@@ -47,10 +47,10 @@ class Pair(NamedTuple):
 
 
 def check_pair(pair: Pair) -> None:
-    """Refuse a pair that no kernel can work on.
+    """Raise an error if no kernel can process a pair.
 
-    A LayoutError if shapes or devices differ, or both sides are parts of a whole, but not the same;
-    a DTypeError if one side is complex and the other is not, or an integer meets another dtype.
+    Raises a LayoutError if shapes or devices differ, or if both sides are shards but not the same
+    one. Raises a DTypeError if only one side is complex, or if dtypes differ and one is an integer.
     """
     name, dst, src = pair.name, pair.dst, pair.src
     if dst.shape != src.shape:
@@ -66,7 +66,7 @@ def check_pair(pair: Pair) -> None:
     if dst.whole and src.whole and (dst.whole, dst.offset) != (src.whole, src.offset):
         raise LayoutError(
             f"{name}: the average is the part at {dst.offset} of {list(dst.whole)}, the weights "
-            f"that at {src.offset} of {list(src.whole)}; both sides must be the same part"
+            f"are the part at {src.offset} of {list(src.whole)}; both sides must be the same part"
         )
     if dst.dtype == src.dtype:
         return
@@ -80,10 +80,10 @@ def check_pair(pair: Pair) -> None:
 
 
 def averaged_form(operation: str, moves_bits: str, pair: Pair) -> str | None:
-    """The kernel format of the written side; None where an operation moves bits unchanged.
+    """Return the kernel format of the written side; None if the operation copies bits unchanged.
 
-    ``moves_bits`` is the operation's: never, always, or if equal. A DTypeError for integers that
-    would be averaged.
+    ``moves_bits`` is that of the operation: "never", "always", or "if equal" (dtypes). Raises a
+    DTypeError if integers would be averaged.
     """
     dst, src = pair.dst.kind, pair.src.kind
     equal = dst == src and "+" not in pair.form
@@ -94,11 +94,11 @@ def averaged_form(operation: str, moves_bits: str, pair: Pair) -> str | None:
             f"{operation}: {dst.code} is not averaged, only copied and swapped ({pair.name})"
         )
     form = pair.form or dst.real
-    return form.removesuffix("~") if moves_bits == "if equal" else form  # to nearest
+    return form.removesuffix("~") if moves_bits == "if equal" else form  # copies round to nearest
 
 
 def refuse_unwritable(name: str, spec: TensorSpec) -> None:
-    """Refuse to write where the framework, or the strides, do not allow it."""
+    """Raise a LayoutError for a tensor that is read-only, or whose indices share elements."""
     if not spec.writable:
         raise LayoutError(
             f"{name}: {spec} is read-only (so are all arrays of JAX, and tensors of TensorFlow); "
@@ -108,7 +108,7 @@ def refuse_unwritable(name: str, spec: TensorSpec) -> None:
 
 
 def refuse_shared_elements(name: str, spec: TensorSpec) -> None:
-    """Refuse a tensor whose indices share elements: it cannot hold an average."""
+    """Raise a LayoutError if indices of a tensor share elements: it cannot hold an average."""
     if spec.overlaps_itself:
         raise LayoutError(
             f"{name}: several indices of {spec} share one element (expanded, or strides "
@@ -117,7 +117,7 @@ def refuse_shared_elements(name: str, spec: TensorSpec) -> None:
 
 
 def unique(pairs: Iterable[Pair]) -> list[Pair]:
-    """The pairs without repetitions of the same memory (tied weights), first name kept."""
+    """Return the pairs, only the first of those with the same memory (tied weights)."""
     kept: dict[tuple[TensorSpec, TensorSpec], Pair] = {}
     for pair in pairs:
         kept.setdefault((pair.dst, pair.src), pair)
@@ -125,7 +125,7 @@ def unique(pairs: Iterable[Pair]) -> list[Pair]:
 
 
 def _view(spec: TensorSpec) -> NDArray[np.void]:
-    """A spec as NumPy sees memory, for its exact overlap test."""
+    """Return a NumPy view of a tensor's memory, for NumPy's exact overlap test."""
     itemsize = spec.kind.itemsize
     first, end = spec.span()
     memory = memoryview((ctypes.c_char * (end - first)).from_address(first)).cast("B")
@@ -134,13 +134,13 @@ def _view(spec: TensorSpec) -> NDArray[np.void]:
 
 
 def _spans(specs: Sequence[TensorSpec]) -> NDArray[np.int64]:
-    """First byte, and byte after the last, of each."""
+    """Return the addresses of each tensor's first byte and after its last byte."""
     ends = chain.from_iterable(spec.span() for spec in specs)
     return np.fromiter(ends, np.int64, 2 * len(specs)).reshape(-1, 2)
 
 
 class _Use(NamedTuple):
-    """A tensor that is read, or written."""
+    """A tensor that is read or written."""
 
     name: str
     spec: TensorSpec
@@ -148,24 +148,24 @@ class _Use(NamedTuple):
 
 
 def _share_an_element(one: TensorSpec, other: TensorSpec) -> bool:
-    """Return whether two tensors of one device do."""
+    """Return whether two tensors on the same device share an element, or may share one."""
     (first, end), (other_first, other_end) = one.span(), other.span()
     if first >= other_end or other_first >= end:
         return False
     if one.dense and other.dense:
         return True
     if one.device != "cpu":
-        return True  # cannot be looked at cheaply: refuse rather than corrupt
+        return True  # an exact test would be slow: refuse rather than corrupt
     return np.shares_memory(_view(one), _view(other))
 
 
 def refuse_overlap(
     written: Sequence[tuple[str, TensorSpec]], read: Sequence[tuple[str, TensorSpec]] = ()
 ) -> None:
-    """Refuse tensors that are written where another one is written or read.
+    """Raise a LayoutError if a written tensor overlaps another one that is written or read.
 
-    The time is linear in the number of tensors, and in that of the elements of those that lie
-    between each other's, such as the columns of one matrix. The LayoutError names both tensors.
+    The time is linear in the number of tensors, plus the number of elements of interleaved tensors,
+    such as the columns of one matrix. The error names both tensors.
     """
     sides = [*written, *read]
     numbers: dict[str, list[int]] = {}
@@ -177,7 +177,7 @@ def refuse_overlap(
         order = np.argsort(spans[:, 0], kind="stable")
         begin, end = spans[order].T
         placed = np.array(on_device)[order]
-        # Where all that began before has ended, nothing after shares memory with anything before.
+        # Where all earlier spans have ended, no later tensor shares memory with an earlier one.
         cuts = np.flatnonzero(begin[1:] >= np.maximum.accumulate(end)[:-1]) + 1
         bounds = np.concatenate([[0], cuts, [len(order)]])
         for i in np.flatnonzero(np.diff(bounds) > 1):
@@ -187,14 +187,14 @@ def refuse_overlap(
 
 
 _MARKED_FOR_A_TEST: Final = 1 << 14
-"""Elements that are marked in the time that one exact test of two tensors takes."""
+"""Elements that can be marked in the time of one exact test of two tensors."""
 
 
 def _refuse_sharing(uses: Sequence[_Use], begin: NDArray[np.int64], end: NDArray[np.int64]) -> None:
-    """The same for tensors whose spans are connected, in the order in which they begin."""
+    """Raise a LayoutError if tensors with connected spans, sorted by first byte, overlap."""
     if not any(use.writes for use in uses):
         return
-    within = np.searchsorted(begin, end)  # what begins before the end of each
+    within = np.searchsorted(begin, end)  # tensors that begin before the end of each
     tests = int(np.sum(within - np.arange(1, len(uses) + 1)))
     elements = sum(use.spec.size for use in uses)
     if uses[0].spec.device == "cpu" and tests > len(uses) + elements // _MARKED_FOR_A_TEST:
@@ -207,14 +207,14 @@ def _refuse_sharing(uses: Sequence[_Use], begin: NDArray[np.int64], end: NDArray
 
 
 def _refuse_marked(uses: Sequence[_Use], begin: NDArray[np.int64], end: NDArray[np.int64]) -> None:
-    """The same by marking every element that is written."""
+    """Raise a LayoutError like :func:`_refuse_sharing`, by marking every written element."""
     sizes = [use.spec.kind.itemsize for use in uses]
     cell = int(np.gcd.reduce(np.concatenate([begin - begin[0], sizes])))
     marks = np.zeros((int(end.max()) - int(begin[0])) // cell, np.bool_)
     written: list[_Use] = []
     for use in sorted(uses, key=lambda use: not use.writes):
         spec, cells = use.spec, use.spec.kind.itemsize // cell
-        # What is named by several indices is looked at once.
+        # Skip axes of stride 0: their indices share elements.
         axes = [(n, s * cells) for n, s in zip(spec.shape, spec.strides, strict=True) if s]
         shape, strides = zip(*axes, (cells, 1), strict=True)
         first = (spec.address - int(begin[0])) // cell
@@ -235,7 +235,7 @@ def _overlap(one: _Use, other: _Use) -> LayoutError:
 
 
 class OverlapGuard:
-    """Notices, in a few NumPy calls, that tensors which moved may lie where others are written."""
+    """Detects, in a few NumPy calls, whether tensors that moved may overlap written ones."""
 
     def __init__(
         self, written: Sequence[tuple[str, TensorSpec]], read: Sequence[tuple[str, TensorSpec]]
@@ -245,21 +245,21 @@ class OverlapGuard:
     def may_overlap(
         self, written: Mapping[str, int] | None, read: Mapping[str, int] | None
     ) -> bool:
-        """Return whether spans of the two sides meet: there the exact test has to decide.
+        """Return whether spans of the two sides overlap, so that an exact test is needed.
 
-        Addresses are given by name; a side without them is where it was.
+        ``written`` and ``read`` map names to current addresses; None means that none has moved.
         """
         begin, end = self._written.current_spans(written)
         order = np.argsort(begin)
         begin, end = begin[order], np.maximum.accumulate(end[order])
         low, high = self._read.current_spans(read)
-        # The last of those that begin before the end of what is read.
+        # The last written tensor that begins before the end of each read one.
         before = np.searchsorted(begin, high) - 1
         return bool(np.any((before >= 0) & (end[before] > low))) if len(end) else False
 
 
 class _Spans:
-    """First byte, and byte after the last, of the tensors of the host that have elements."""
+    """Addresses of the first and after the last byte of non-empty host tensors."""
 
     def __init__(self, specs: Sequence[tuple[str, TensorSpec]]) -> None:
         kept = [(name, spec) for name, spec in specs if spec.size and spec.device == "cpu"]

@@ -1,4 +1,4 @@
-"""Descriptions of tensors: where their elements lie, and who owns them."""
+"""Descriptions of tensors: address, shape, strides, dtype, device and owner."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ Role = Literal["weight", "frozen", "buffer"]
 
 
 class _Geometry(NamedTuple):
-    """Properties of a tensor that follow from shape, strides and dtype alone."""
+    """Properties of a tensor that depend only on shape, strides and dtype."""
 
     size: int
     nbytes: int
     dense: bool
     overlaps_itself: bool
-    low: int  # first byte, counted from the address of the first element
-    high: int  # byte after the last
+    low: int  # first byte, relative to the address of the first element
+    high: int  # byte after the last one, relative to the same address
 
 
 # A model has many tensors and few shapes.
@@ -63,37 +63,37 @@ def _geometry(shape: tuple[int, ...], strides: tuple[int, ...], code: str) -> _G
 
 
 class Division(Protocol):
-    """Division of a tensor among processes; two are equal on all of them or on none."""
+    """How a tensor is sharded over processes. Two are equal on all processes or on none."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the first of those that hold the same part."""
+        """Whether this process is the first of the processes that hold the same part."""
 
     def tensor(self, array: Any) -> Any:
-        """Make this process's part, in whatever memory, a tensor that is divided in this way."""
+        """Return a sharded tensor around an array, in any memory, as this process's part."""
 
     def stacked(self, count: int) -> Division:
-        """The division of that many such tensors along a new first axis."""
+        """Return the sharding of ``count`` such tensors stacked along a new first axis."""
 
 
-# Not frozen: that would make it take five times as long to make one, and every tensor has several.
+# Not frozen: a frozen dataclass takes five times as long to create, and every tensor has several.
 @dataclass(unsafe_hash=True, slots=True)
 class TensorSpec:
-    """A tensor in memory; never changed. Fields from the owner on are not compared.
+    """A tensor in memory; never modified. Comparisons ignore ``owner`` and all later fields.
 
     Attributes
     ----------
-    address : of the first element, in bytes
-    strides : in elements
+    address : address of the first element, in bytes
+    strides : strides in elements
     dtype : a code of :data:`fastema.layout.dtypes.DTYPES`
     writable : whether the framework allows writing
-    whole, offset : of a part (a shard), the whole's shape and the index of the first element in it
-    owner : keeps the memory alive
-    exchange : address of the DLPack exchange function of the tensor's class; 0 without one
-    context : the device, where it is not the host
-    fingerprint : ``owner -> object``, another once any of the above is; cheaper than describing
-    wrapped : ``owner -> tensor`` that lies there, where the owner is only a wrapper
-    division : how the tensor is divided among processes, also where this one has all of it
+    whole, offset : for a shard, the full shape and the index of the shard's first element in it
+    owner : object that keeps the memory alive
+    exchange : address of the DLPack exchange function of the tensor's class; 0 if it has none
+    context : context of the device; None for the host
+    fingerprint : ``owner -> object`` that changes with any of the above; cheaper than describing
+    wrapped : ``owner -> tensor`` with the memory, if the owner is only a wrapper
+    division : how the tensor is sharded over processes, even if this process holds all of it
     """
 
     address: int
@@ -112,17 +112,17 @@ class TensorSpec:
     division: Division | None = field(default=None, compare=False, repr=False)
 
     def with_owner(self, owner: Any) -> TensorSpec:
-        """The same with another owner."""
+        """Return a copy of this spec with another owner."""
         return replace(self, owner=owner)
 
     def at(self, address: int) -> TensorSpec:
-        """The same elsewhere."""
+        """Return a copy of this spec with another address."""
         return replace(self, address=address)
 
     def part(
         self, owner: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
     ) -> TensorSpec:
-        """A tensor within this one, of the same framework; all counts are in elements."""
+        """Return the spec of a view into this tensor; offset and strides are in elements."""
         return TensorSpec(
             self.address + offset * self.kind.itemsize,
             *(shape, strides, self.dtype, self.device, self.writable),
@@ -133,9 +133,9 @@ class TensorSpec:
         )
 
     def divided_like(self, other: TensorSpec) -> TensorSpec:
-        """The same memory as the part of a whole that another tensor of its shape is.
+        """Return a copy of this spec, sharded like another tensor of the same shape.
 
-        A ring's slots, which lie before the other axes, are not divided.
+        Extra leading axes (the slots of a ring) are not sharded.
         """
         whole, offset, division = other.whole, other.offset, other.division
         slots = self.shape[: len(self.shape) - len(other.shape)]
@@ -147,17 +147,17 @@ class TensorSpec:
 
     @property
     def tensor(self) -> Any:
-        """The owner, or what it wraps."""
+        """The owner, or the tensor that it wraps."""
         return self.owner if self.wrapped is None else self.wrapped(self.owner)
 
     @property
     def full_shape(self) -> tuple[int, ...]:
-        """The shape of the whole tensor."""
+        """The shape of the full tensor, also for a shard."""
         return self.shape if self.whole is None else self.whole
 
     @property
     def kind(self) -> DType:
-        """The dtype's row in the table."""
+        """The :class:`DType` of the code ``dtype``."""
         return dtype(self.dtype)
 
     @property
@@ -176,21 +176,21 @@ class TensorSpec:
 
     @property
     def dense(self) -> bool:
-        """Whether the elements fill one stretch of memory, in whatever order of axes."""
+        """Whether the elements fill one range of memory without gaps, in any order of axes."""
         return self._geometry.dense
 
     @property
     def overlaps_itself(self) -> bool:
-        """Whether several indices may share an element: stride 0, or strides within each other."""
+        """Whether several indices may share an element: a stride of 0, or interleaved strides."""
         return self._geometry.overlaps_itself
 
     def span(self) -> tuple[int, int]:
-        """First byte and the byte after the last, whatever the strides; empty if no element."""
+        """Return the addresses of the first byte and after the last byte, for any strides."""
         geometry = self._geometry
         return self.address + geometry.low, self.address + geometry.high
 
     def bytes(self) -> memoryview:
-        """The bytes of a row-major tensor on the host, for as long as its owner is kept."""
+        """Return the bytes of a row-major host tensor, valid while its owner lives."""
         if not self.nbytes:
             return memoryview(b"")
         return memoryview((ctypes.c_char * self.nbytes).from_address(self.address)).cast("B")
@@ -200,9 +200,9 @@ class TensorSpec:
 
 
 class Leaf(NamedTuple):
-    """A named tensor of a container; ``role`` says what a module uses it for.
+    """A named tensor of a container; ``role`` is its use in a module.
 
-    ``persistent`` is False for a buffer that the module's own state leaves out.
+    ``persistent`` is False for a buffer that is not in the module's state dict.
     """
 
     name: str
@@ -213,7 +213,7 @@ class Leaf(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """A named tensor that cannot be described, and why; no harm where it is skipped."""
+    """A named tensor that cannot be described, and the error; harmless if it is skipped."""
 
     name: str
     error: FastemaError
@@ -222,11 +222,11 @@ class Opaque:
 
 
 class TensorContainer(NamedTuple):
-    """A container through which tensors are held: its entries must stay the same objects.
+    """A container of tensors, or of other containers, whose entries must stay the same objects.
 
-    Of a dict, or of :class:`Attributes`, the ``keys`` count, whatever else it holds; by default all
-    of them, in the same order. ``transient`` are those of tensors that the state of a module leaves
-    out, or of None in their place.
+    ``keys`` are the entries to compare in a dict or :class:`Attributes`; None compares all, in
+    order. ``transient`` are the keys of tensors (or of None in their place) that are not in the
+    module's state dict.
     """
 
     container: Any
@@ -235,13 +235,13 @@ class TensorContainer(NamedTuple):
 
 
 class Attributes:
-    """An object's ``__dict__``, without keeping the object alive."""
+    """Access to an object's ``__dict__`` without keeping the object alive."""
 
     def __init__(self, owner: Any) -> None:
         self._owner = weakref.ref(owner)
 
     def get(self, name: str) -> Any:
-        """One of them; None where there is none, or where the object is gone."""
+        """Return an attribute; None if it is missing or the object is gone."""
         owner = self._owner()
         return None if owner is None else vars(owner).get(name)
 
@@ -250,30 +250,31 @@ class Ranks(Protocol):
     """The processes that hold parts of the same tensors."""
 
     def any(self, flag: bool) -> bool:
-        """Return whether a flag is set on any of them."""
+        """Return whether a flag is set on any of the processes."""
 
     def compare(self, facts: Mapping[str, str]) -> None:
-        """Raise a LayoutError on every process, if one has other facts than the first."""
+        """Raise a LayoutError on every process unless all have the same facts."""
 
 
 class Structure(Protocol):
-    """The structure of a container, without its tensors."""
+    """Structure of a container, without its tensors."""
 
     def flatten(self, container: Any, *, write: bool = False) -> Sequence[Any] | None:
-        """The tensors of a container, about to be written or not; None if it is built otherwise."""
+        """Return a container's tensors, ready for writing if ``write``; None if it differs."""
 
     def rebuild(self, tensors: Sequence[Any]) -> Any:
-        """A new container that holds other tensors; a BridgeError if there can be only one."""
+        """Return a new container of other tensors; raise a BridgeError if none can be created."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leaves:
-    """All tensors of a container, and how to notice that they are no longer the same.
+    """All tensors of a container, and what is needed to detect that they were replaced or moved.
 
-    ``items`` are in the container's order, tied weights of a module under every name. ``describe``
-    says where an owner's tensor is now. ``structure`` is None where only the owner of the container
-    knows it (a torch module). ``moving`` says that some are of a framework whose tensors lie
-    elsewhere after every step, so that they are looked up at every call.
+    ``items`` are in the container's order, with tied weights of a module under every name.
+    ``describe`` returns the current spec of an owner. ``held`` are the containers to watch.
+    ``opaque`` are tensors that cannot be described. ``structure`` is None if only the container
+    knows it (a torch module). ``moving`` is True if a framework moves tensors at every step, so
+    that they have to be located at every call.
     """
 
     items: Sequence[Leaf]
@@ -285,21 +286,21 @@ class Leaves:
 
     @property
     def names(self) -> list[str]:
-        """The names in order."""
+        """The names of ``items``, in order."""
         return [leaf.name for leaf in self.items]
 
     @property
     def roles(self) -> dict[str, Role]:
-        """Roles of all tensors by name, also of those without a description."""
+        """The roles of all tensors by name, including opaque ones."""
         everything: list[Leaf | Opaque] = [*self.items, *self.opaque]
         return {one.name: one.role for one in everything}
 
     def only(self, names: Container[str]) -> Leaves:
-        """The leaves of these names, in the same containers."""
+        """Return the leaves with these names, in the same containers."""
         kept = [leaf for leaf in self.items if leaf.name in names]
         return Leaves(kept, self.describe, self.held)
 
     def refuse_opaque(self) -> None:
-        """Raise what is wrong with the first tensor that cannot be described."""
+        """Raise the error of the first opaque tensor, if there is one."""
         for one in self.opaque:
             raise one.error

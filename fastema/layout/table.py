@@ -1,4 +1,4 @@
-"""Chunk tables: a pair of tensors as rows of elements that a kernel walks."""
+"""Chunk tables: pairs of tensors as rows of elements that a kernel iterates over."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Table = NDArray[np.int64]
 
 
 class Rows(NamedTuple):
-    """A table, and for each of its rows the place of its pair among the pairs."""
+    """A table, and for each of its rows the index of the row's pair."""
 
     table: Table
     pair: NDArray[np.int64]
@@ -59,9 +59,9 @@ _Form = tuple[object, ...]
 
 
 class _Axis(NamedTuple):
-    """Extent, and strides: of the written side, of the other, of the index in the whole tensor.
+    """Extent of an axis, and its strides in ``dst``, in ``src`` and in the index (``place``).
 
-    In elements of the format.
+    All are in elements of the kernel format. The index counts the full tensor in row-major order.
     """
 
     extent: int
@@ -70,19 +70,19 @@ class _Axis(NamedTuple):
     place: int
 
     def follows(self, inner: _Axis) -> bool:
-        """Return whether this axis continues in memory where an inner one ends."""
+        """Return whether this axis continues in memory where ``inner`` ends."""
         n = inner.extent
         return self.dst == n * inner.dst and self.src == n * inner.src
 
     def continues(self, inner: _Axis) -> bool:
-        """Return whether both are one axis."""
+        """Return whether this axis and ``inner`` can be merged, indices included."""
         return self.follows(inner) and self.place == inner.extent * inner.place
 
 
 class _Walk(NamedTuple):
-    """The axes that a row walks: one, and the next where its runs follow each other in memory.
+    """The axes that a row iterates over: one, and an outer one that continues it in memory.
 
-    Without an outer axis that one is of extent 1.
+    ``outer`` has extent 1 if there is none.
     """
 
     inner: _Axis
@@ -95,19 +95,19 @@ class _Walk(NamedTuple):
 
 
 _LONG: Final = 16
-"""Elements from which on a row of adjacent ones beats a longer row of spaced ones."""
+"""Elements from which a row of adjacent elements is faster than a longer, strided row."""
 
 _VECTOR: Final = 8
-"""Elements that a thread of a GPU moves at once, at most, of those that take random bits."""
+"""Maximum elements that a GPU thread moves at once if they take random bits."""
 
 _HALF: Final = 1 << 32
-"""Indices whose high half is the same: it is part of a row's key."""
+"""Number of indices with the same high half, which is part of a row's key."""
 
 
 def first_and_strides(pair: Pair) -> tuple[int, tuple[int, ...]]:
-    """Index of the first element in the whole tensor, and from one to the next on each axis.
+    """Return the index of a pair's first element in the full tensor, and the index strides.
 
-    In row-major order, whatever the order in memory; all 0 where no random bits are used.
+    Indices count in row-major order, for any order in memory. All are 0 without random bits.
     """
     if not pair.form.endswith("~"):
         return 0, (0,) * len(pair.dst.shape)
@@ -117,7 +117,7 @@ def first_and_strides(pair: Pair) -> tuple[int, tuple[int, ...]]:
 
 
 def _joint_axes(pair: Pair, index: tuple[int, ...]) -> list[_Axis]:
-    """The axes of both sides, outermost of the written side first, merged where all allow it."""
+    """Return the axes of a pair, outermost of ``dst`` first, merged where both sides allow it."""
     dst, src = pair.dst, pair.src
     parts = dst.kind.parts
     usual = row_major(dst.shape)
@@ -141,7 +141,7 @@ def _joint_axes(pair: Pair, index: tuple[int, ...]) -> list[_Axis]:
 
 
 def _walk(axes: list[_Axis], most: int, twofold: bool) -> _Walk:
-    """Take the axes that rows walk out of a list."""
+    """Remove the axes that rows iterate over from ``axes``, and return them."""
     if len(axes) == 1:
         return _Walk(axes.pop(), _Axis(1, 0, 0, 0))
     walks = [_Walk(axis, _Axis(1, 0, 0, 0)) for axis in axes]
@@ -159,12 +159,12 @@ def _walk(axes: list[_Axis], most: int, twofold: bool) -> _Walk:
 
 
 def tensor_key(pair: Pair) -> int:
-    """32 bits that tell a tensor's average from others, wherever and in what order they lie."""
+    """Return 32 bits that identify an average of a tensor, independent of address and order."""
     return zlib.crc32(f"{pair.average_index}/{pair.name}".encode())
 
 
 def _rows(pair: Pair, most: int) -> Table:
-    """Rows of one pair: the axes that are walked inside a row, the others spread out over rows."""
+    """Return the rows of a pair: inner axes inside of a row, the others spread over rows."""
     first, index = first_and_strides(pair)
     reach = first + sum([(n - 1) * i for n, i in zip(pair.dst.shape, index, strict=True)])
     one_half = first // _HALF == reach // _HALF
@@ -182,7 +182,7 @@ def _rows(pair: Pair, most: int) -> Table:
 
 
 def _streams(pair: Pair) -> list[tuple[int, int, int]]:
-    """List the streams: column of the address, column of the step, bytes of an element."""
+    """Return address column, step column and bytes per element for each tensor of a pair."""
     slot = None if pair.ring is None else pair.ring[0]
     streams = [
         *((DST, DST_STEP, pair.dst), (SRC, SRC_STEP, pair.src)),
@@ -196,7 +196,7 @@ def _streams(pair: Pair) -> list[tuple[int, int, int]]:
 
 
 def _spread(rows: Table, pair: Pair, axes: Sequence[_Axis]) -> Table:
-    """One row for every index of some axes, from one row."""
+    """Return a copy of a row for every index of ``axes``."""
     offsets = np.zeros((1, 3), np.int64)
     for n, *strides in axes:
         steps = np.arange(n, dtype=np.int64)[:, None] * np.array(strides, np.int64)
@@ -209,11 +209,11 @@ def _spread(rows: Table, pair: Pair, axes: Sequence[_Axis]) -> Table:
 
 
 def _chunked(rows: Table, pair: Pair, most: int) -> Table:
-    """The rows cut into pieces of at most ``most`` elements."""
-    count, run = rows[0, [COUNT, INDEX_RUN]]  # all rows of a tensor are alike
+    """Return rows cut into pieces of at most ``most`` elements."""
+    count, run = rows[0, [COUNT, INDEX_RUN]]  # all rows of a tensor have the same length
     if count <= most:
         return rows
-    if count > run:  # every piece begins with a run, where that can be at a vector's first byte
+    if count > run:  # start pieces at a run, and on a vector if possible
         vectors = math.lcm(run, _VECTOR)
         most -= most % (vectors if vectors <= most else run)
     pieces = -(-count // most)
@@ -222,7 +222,7 @@ def _chunked(rows: Table, pair: Pair, most: int) -> Table:
 
 
 def _halved(rows: Table, pair: Pair) -> Table:
-    """The rows cut where the high half of the index changes; none has more than one run."""
+    """Return rows cut where the high half of the index changes; rows must have one run each."""
     step = np.maximum(rows[:, INDEX_STEP], 1)
     last = rows[:, INDEX] + (rows[:, COUNT] - 1) * step
     pieces = last // _HALF - rows[:, INDEX] // _HALF + 1
@@ -233,12 +233,12 @@ def _halved(rows: Table, pair: Pair) -> Table:
         np.clip(-((cut[:, INDEX] - border) // step), 0, cut[:, COUNT])
         for border in (half, half + _HALF)
     )
-    kept = end > first  # a step may be longer than a half
+    kept = end > first  # a step may skip a whole half
     return _clip_rows(cut[kept], pair, first[kept], end[kept])
 
 
 def _clip_rows(rows: Table, pair: Pair, first: NDArray[np.int64], end: NDArray[np.int64]) -> Table:
-    """Keep the elements of every row from one place up to another, in place."""
+    """Cut every row down to its elements from ``first`` up to ``end``, in place."""
     for column, step, size in _streams(pair):
         rows[:, column] += first * rows[:, step] * size
     runs, rest = first // rows[:, INDEX_RUN], first % rows[:, INDEX_RUN]
@@ -248,7 +248,7 @@ def _clip_rows(rows: Table, pair: Pair, first: NDArray[np.int64], end: NDArray[n
 
 
 def _pattern(group: Sequence[Pair], chunk: int | None) -> Table:
-    """Rows of averages of one tensor: those that read one chunk of it follow each other."""
+    """Return rows of averages of one tensor, with rows that read the same chunk adjacent."""
     shared = len(group) > 1 or group[0].ring is not None
     most = chunk or (SHARED_CHUNK if shared else CHUNK)
     return np.stack([_rows(pair, most) for pair in group], axis=1).reshape(-1, COLUMNS)
@@ -273,7 +273,7 @@ def _addresses(pair: Pair) -> tuple[int, int, int, int]:
 
 
 def gpu_chunk(pairs: Sequence[Pair]) -> int:
-    """Most elements in a row of a GPU's table: a power of two that gives enough rows."""
+    """Return the maximum row length for a GPU: a power of two that yields enough rows."""
     least, most = GPU_CHUNKS
     wanted = sum(pair.dst.size for pair in pairs) // GPU_ROWS
     return min(max(1 << wanted.bit_length(), least), most)
@@ -282,13 +282,21 @@ def gpu_chunk(pairs: Sequence[Pair]) -> int:
 def numbered_tables(
     pairs: Iterable[Pair], together: int = 1, chunk: int | None = None
 ) -> dict[str, Rows]:
-    """The tables of pairs of one dtype pair: ``"flat"`` (adjacent elements) and ``"strided"``.
+    """Return the chunk tables of pairs with the same dtypes: ``"flat"`` and ``"strided"``.
 
-    A layout without rows is left out. Dense tensors give flat rows whatever their order of axes, as
-    long as both sides share it; where random bits are used, only parts in row-major order do.
-    ``together`` averages of one tensor follow each other among the pairs, and so do the rows that
-    read one chunk of it: it comes from memory once. A row has at most ``chunk`` elements, by
-    default what suits a CPU.
+    Flat rows have adjacent elements. Dense tensors have flat rows for any order of axes that both
+    sides share; with random bits, only parts in row-major order have. A layout without rows is left
+    out.
+
+    Parameters
+    ----------
+    pairs : iterable of Pair
+        Pairs with the same dtypes; averages of one tensor must be adjacent.
+    together : int
+        Averages per tensor. Rows that read the same chunk of a tensor are adjacent, so that it is
+        read from memory once.
+    chunk : int, optional
+        Maximum elements per row; by default what suits a CPU.
     """
     pairs = list(pairs)
     numbers = [number for number, pair in enumerate(pairs) if pair.dst.size]
@@ -296,17 +304,17 @@ def numbered_tables(
         return {}
     kept = [pairs[number] for number in numbers]
     groups = [kept[first : first + together] for first in range(0, len(kept), together)]
-    # A model has many tensors and few shapes: those of one form differ in addresses and keys alone.
+    # Models have many tensors and few shapes: tensors of one form differ in address and key only.
     firsts: dict[tuple[_Form, ...], int] = {}
     like = [firsts.setdefault(tuple(map(_form, one)), place) for place, one in enumerate(groups)]
     patterns = [_pattern(groups[place], chunk) for place in firsts.values()]
     form = np.searchsorted(list(firsts.values()), like)
-    # Of every row: its group, its place in the group's pattern, its pair, and the pattern's pair.
+    # For every row: its group, its row in the group's pattern, its pair, and the pattern's pair.
     lengths = np.array([len(pattern) for pattern in patterns])
     count = lengths[form]
     group = np.repeat(np.arange(len(groups)), count)
     place = np.arange(len(group)) - np.repeat(np.cumsum(count) - count, count)
-    member = place % np.array([len(one) for one in groups])[group]  # the last may have fewer
+    member = place % np.array([len(one) for one in groups])[group]  # the last group may be smaller
     pair = group * together + member
     model = np.array(like)[group] * together + member
     table = np.concatenate(patterns)[(np.cumsum(lengths) - lengths)[form][group] + place]
@@ -327,11 +335,11 @@ def numbered_tables(
 def chunk_tables(
     pairs: Iterable[Pair], together: int = 1, chunk: int | None = None
 ) -> dict[str, Table]:
-    """The tables of :func:`numbered_tables` alone."""
+    """Return the tables of :func:`numbered_tables`, without the pairs' indices."""
     found = numbered_tables(pairs, together, chunk)
     return {layout: rows.table for layout, rows in found.items()}
 
 
 def moved_bytes(pairs: Sequence[Pair]) -> int:
-    """Bytes of both sides together, by which work is shared out over threads."""
+    """Return the bytes of both sides, by which work is divided among threads."""
     return sum(p.dst.nbytes + p.src.nbytes for p in pairs)

@@ -1,4 +1,4 @@
-"""Shadow weights: averages of a model that are kept, applied for evaluation and taken back."""
+"""Averages of a model's weights: update them, apply them for evaluation, restore the weights."""
 
 from fastema.shadow.average import Average
 from fastema.shadow.ema import EMA

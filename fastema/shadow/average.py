@@ -1,4 +1,4 @@
-"""The base of all averages of weights: update, apply, restore, save and load."""
+"""The base class of all averages of weights: update, apply, restore, save and load."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ __all__ = ["Average", "Weights"]
 
 
 class Average(Saveable[Weights]):
-    """Averages of weights in flat buffers, updated in one call: what all kinds have in common.
+    """Base class of all averages of weights, kept in flat buffers and updated in one call.
 
-    At the n-th update ``avg += w(n) * (x - avg)``, computed in float32 (float64 where either side
-    is). An average begins as a copy of the weights, so build it when the weights are as training
-    starts from them.
+    At the n-th update ``avg += w(n) * (x - avg)``, computed in float32 (in float64 if the average
+    or the weights are float64). The average begins as a copy of the weights: build it after
+    loading or initializing them.
 
     Parameters
     ----------
     weights, **options
         See :class:`EMA`.
     rules : rule or sequence of rules
-        Of :mod:`fastema.rules`; several are followed in one pass over the weights.
+        Rules of :mod:`fastema.rules`, which give ``w(n)``. Each rule has its own average; one pass
+        over the weights updates all of them.
     ring : (int, dtype, bool), optional
-        Slots and dtype of the ring that a windowed mean needs, and whether it is on the host.
+        For a windowed mean: slots and dtype of its ring buffer, and whether the ring is in host
+        memory.
 
     Raises
     ------
     ArgumentError
-        For a parameter without a valid value, and a pattern that matches no name.
+        If a parameter has an invalid value, or a pattern matches no name.
     LayoutError
-        If there is nothing to average, or a tensor is expanded, read-only or partly shares memory
-        with another; if ranks do not agree.
+        If there is nothing to average; if a tensor is expanded, read-only or partly overlaps
+        another one; if ranks disagree.
     DTypeError, BridgeError
-        For tensors that no kernel can average: integers as weights, sparse, on the meta device.
+        For tensors that no kernel can average: integer weights, sparse or meta tensors.
 
     Examples
     --------
@@ -54,32 +56,32 @@ class Average(Saveable[Weights]):
 
     Notes
     -----
-    Two objects that average one model are independent of each other, but only one can be applied at
-    a time: the second would average, or keep, the first one's average.
+    Several averages of one model are independent, but apply only one at a time: a second one
+    would take the applied average for the weights.
 
-    A call on other threads while one runs waits; weights must not be re-pointed by another thread
-    during a call. Denormal values cost up to a hundred times as much as normal ones, in any
-    package.
+    Calls are thread-safe: a call waits while another thread's call runs. During a call no other
+    thread may re-point weights. Subnormal values cost up to a hundred times as much as normal
+    ones, in any package.
     """
 
     @property
     def averaged_names(self) -> set[str]:
-        """Names of the tensors that are averaged; the others are copied."""
+        """Names of the averaged tensors; all other tensors in :attr:`shadow` are copies."""
         return {name for name, entry in self._store.sets[0].items() if entry.averaged}
 
     @property
     def skipped_names(self) -> set[str]:
-        """Names of the tensors that the average leaves out."""
+        """Names of the model's tensors that are neither averaged nor copied."""
         return set(self._names.skipped)
 
     @property
     def aliases(self) -> dict[str, str]:
-        """Further names of tied weights, to the name that their average has."""
+        """Further names of tied weights, each mapped to the name under which they are averaged."""
         return dict(self._names.aliases)
 
     @property
     def drifts(self) -> tuple[Drift, ...]:
-        """:attr:`drift` of every average."""
+        """Distance between every average and the weights, in the order of the rules."""
         program = self._measured
         if program is None:
             raise StateError("no drift was measured: build with drift=True, and update first")
@@ -87,12 +89,16 @@ class Average(Saveable[Weights]):
 
     @property
     def drift(self) -> Drift:
-        """Distance between average and weights after the latest update.
+        """Distance between the average and the weights after the latest update, a :class:`Drift`.
+
+        Reading it waits for the GPU. With several averages use :attr:`drifts`.
 
         Raises
         ------
         StateError
-            If it was not built with ``drift=True``, or before the first update.
+            If the average was built without ``drift=True``, or before the first update.
+        ArgumentError
+            If there are several averages.
         """
         return self.drifts[self._average_index(None)]
 
@@ -103,7 +109,7 @@ class Average(Saveable[Weights]):
         relative = distance / size if size else math.inf if distance else 0.0
         return Drift(distance, relative, still / max(reals, 1))
 
-    if not TYPE_CHECKING:  # which would let every name pass
+    if not TYPE_CHECKING:  # with it, type checkers would accept every attribute
 
         def __getattr__(self, name):
             try:
@@ -114,7 +120,11 @@ class Average(Saveable[Weights]):
                 raise AttributeError(f"{error}{hint(name)}", name=name, obj=self) from None
 
     def report(self) -> str:
-        """In words, what the average averages over at this point of the run."""
+        """Return a description of what the average covers at this point of the run.
+
+        For each average: the mean age of its weights in steps, its standard deviation, and the
+        share of the initial weights that remains.
+        """
         return report(self._kind, self._schedule, self.num_updates, self.num_skipped)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""An average's own memory bound to a model."""
+"""The binding of a stored average to a model's tensors."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fastema.shadow.store import Store
 __all__ = ["SYNC", "ShadowBinding", "ShadowSwap"]
 
 SYNC: Final = {"averaged": "copy", "copied": "copy"}
-"""Operations that make the averages, and what is only copied, the weights themselves."""
+"""Kernel operations that copy the weights into all averages and copied tensors."""
 
 
 class ShadowSwap(Swap):
-    """One of the averages, by its index, in a model."""
+    """Swap of the average with number ``index`` into a model."""
 
     def __init__(self, index: int, memory: InMemory, watch: WriteWatch, container: Any) -> None:
         super().__init__(WatchedMemory(memory, watch))
@@ -32,7 +32,7 @@ class ShadowSwap(Swap):
 
 
 class _Matcher:
-    """Pairs averages with a model's tensors; it knows no binding, which it would keep alive."""
+    """Pairs averages with a model's tensors. It holds no reference to the binding: no cycle."""
 
     def __init__(self, store: Store, names: Names) -> None:
         self.store, self.names = store, names
@@ -42,7 +42,7 @@ class _Matcher:
         return self._matched(model, match_subset=False)
 
     def match_subset(self, _: Leaves, model: Leaves) -> Match:
-        """Match where the model has tensors besides, or unfrozen ones: to take an average back."""
+        """Match a model that may have new or unfrozen tensors: to restore its weights."""
         return self._matched(model, match_subset=True)
 
     def _matched(self, model: Leaves, *, match_subset: bool) -> Match:
@@ -53,7 +53,7 @@ class _Matcher:
         for pair in pairs:
             check_pair(pair)
             refuse_shared_elements(pair.name, pair.src)
-        # All that can be written has to take an average in turn.
+        # A swap writes the weights: writable ones must not overlap.
         weights = [(pair.name, pair.src) for pair in pairs if not pair.average_index]
         refuse_overlap([one for one in weights if one[1].writable])
         parts: dict[str, list[Pair]] = {"averaged": [], "copied": []}
@@ -68,7 +68,7 @@ class _Matcher:
 
 
 class ShadowBinding(Binding):
-    """Pairs of averages, in memory of ours, with the tensors of a model."""
+    """Pairs stored averages with the tensors of a model."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class ShadowBinding(Binding):
     # -- pairs ------------------------------------------------------------------------------------
 
     def pair(self, name: str, index: int) -> Pair:
-        """Return a tensor's pair in one of the averages."""
+        """Return the pair of a tensor and one of its averages."""
         numbers = self.cached(
             "numbers",
             lambda: {(p.name, p.average_index): n for n, p in enumerate(self._bound.pairs)},
@@ -93,24 +93,24 @@ class ShadowBinding(Binding):
         return self.pair_at(numbers[name, index if name in self._averaged else 0])
 
     def of(self, index: int) -> list[Pair]:
-        """Return the pairs of one average, with those that are only copied."""
+        """Return the pairs of one average, including copied tensors."""
         return [p for p in self.pairs if p.name not in self._averaged or p.average_index == index]
 
     def is_unmoved(self, name: str) -> bool:
-        """Return whether the memory of one weight is where it was; of tensors that do not move."""
+        """Return whether a weight is at its recorded address; False if its framework moves it."""
         spec = self.weights[name]
         try:
             return not self.model.moving and describe(spec.owner) == spec
-        except FastemaError:  # it has no memory now
+        except FastemaError:  # the tensor has no memory now
             return False
 
     def swap(self, index: int) -> ShadowSwap:
-        """Return what puts an average into the model; kept, unless it holds weights."""
+        """Return the swap of one average with the model; cached unless it copied raw weights."""
         model = self.model
         if model.fixed:
             raise LayoutError(
-                "arrays that never change (of JAX, read-only NumPy) cannot hold the average in "
-                "turn: 'with ema.swapped() as weights:' and ema.averaged() give new arrays\n"
+                "immutable arrays (JAX, read-only NumPy) cannot be swapped in place: "
+                "'with ema.swapped() as weights:' and ema.averaged() give new arrays\n"
                 + listed(repr(name) for name in model.fixed)
             )
         key = "swap", index
@@ -126,12 +126,12 @@ class ShadowBinding(Binding):
         watch = self.cached("watch", lambda: WriteWatch(self.weights, trained))
         return ShadowSwap(index, InMemory(self.of(index)), watch, self.container)
 
-    # -- numbers that are none --------------------------------------------------------------------
+    # -- NaN and infinity -------------------------------------------------------------------------
 
     def not_finite(self) -> list[str]:
-        """Name weights, and floats that are copied, that hold a NaN or an infinity.
+        """Return the names of weights and copied floats that hold a NaN or an infinity.
 
-        A copy that holds one already, such as a mask of infinities, is not looked at.
+        Tensors whose copy already holds one, such as a mask of infinities, are not checked.
         """
         names, program = self.cached("finite", self._finite_program)
         if self.addresses:
@@ -140,15 +140,15 @@ class ShadowBinding(Binding):
         return [] if program.all_finite() else _not_finite(self._sources(names))
 
     def flag_nonfinite(self, args: LaunchArgs) -> None:
-        """Have the device's counter leave the next update out if a weight is not finite.
+        """Make the device's counter skip the next update if a weight is not finite.
 
-        The same tensors are looked at as by :meth:`not_finite`; nothing waits.
+        Checks the same tensors as :meth:`not_finite`, without waiting for the device.
         """
         _, program = self.cached("finite", self._finite_program)
         program.run({"all": "finite"}, args)
 
     def prepare_flag(self) -> None:
-        """Load what :meth:`flag_nonfinite` needs."""
+        """Load the kernels that :meth:`flag_nonfinite` runs."""
         _, program = self.cached("finite", self._finite_program)
         program.prepare({"all": "finite"})
 
@@ -159,13 +159,13 @@ class ShadowBinding(Binding):
         return names, Program({"all": self._sources(names)})
 
     def _sources(self, names: set[str]) -> list[Pair]:
-        # On both sides: the averages have no part in it.
+        # Weights on both sides: the check does not read the averages.
         pairs = (p for p in self.pairs if p.name in names and not p.average_index)
         return [Pair(p.name, p.src, p.src) for p in pairs]
 
 
 def _not_finite(pairs: list[Pair]) -> list[str]:
-    """Name the tensors that the sources of some pairs are not finite of."""
+    """Return the names of pairs whose source holds a NaN or an infinity."""
     program = Program({"all": pairs})
     program.run({"all": "finite"})
     if program.all_finite():

@@ -14,97 +14,104 @@ __all__ = ["EMA"]
 
 
 class EMA(Average[Weights]):
-    """Exponential moving average of weights, kept in flat buffers and updated in one call.
+    """Exponential moving average (EMA) of model weights, kept in flat buffers, updated in one call.
 
-    At the n-th update ``avg += w(n) * (x - avg)`` with ``w(n) = 1 - decay(n)``.
+    At the n-th update ``avg += w(n) * (x - avg)`` with ``w(n) = 1 - decay(n)``, computed in float32
+    (in float64 if the average or the weights are float64). The average begins as a copy of the
+    weights: build it after loading them.
 
     Parameters
     ----------
     weights : torch module, Keras model, JAX pytree, array, or list, tuple, dict of arrays
-        What is averaged. A module's structure is watched: a parameter that was re-pointed
-        (``p.data = ...``, ``.to()``, ``load_state_dict(assign=True)``) is found again; one that was
+        The tensors to average. A module's structure is watched: a re-pointed parameter (``p.data =
+        ...``, ``.to()``, ``load_state_dict(assign=True)``) is found again; a parameter that was
         added, removed, renamed, reshaped or untied is an error. Tied weights are averaged once. A
-        list of torch modules is one model, such as the stages of a pipeline. With DTensors (FSDP2,
-        tensor parallel) each rank averages its part; all ranks of the mesh must build the average.
+        list of torch modules counts as one model, such as the stages of a pipeline. With DTensors
+        (FSDP2, tensor parallel) each rank averages its shard; all ranks of the mesh must build the
+        average.
     decay : float or rule, or a sequence of them
-        Weight of the old average, in [0, 1), or a schedule of :mod:`fastema.rules`. Several are
-        averages of their own that are updated in one pass over the weights; ``shadows`` holds them,
-        and ``which=`` names one of them in a call.
+        Weight of the old average, in [0, 1), 0.999 by default, or a schedule of
+        :mod:`fastema.rules`. A sequence builds one average per item; one pass over the weights
+        updates all of them. ``shadows`` holds them, and methods take ``which=`` to select one.
     zero_debias : bool
-        Begin with nothing and correct the bias, as Adam does: the weights of the start have no
-        share in the average, which is that of the weights seen so far.
+        Start from zero and correct the bias, as Adam does: the initial weights then have no share
+        in the average. By default they have one, which decays.
     shadow_dtype : dtype or str, optional
         Dtype of the average, such as ``torch.float32`` or ``"float32"``; by default that of the
-        weights. ``"bf16+16"`` is a float32 in two halves: ``shadow`` holds the nearest bfloat16,
-        ready to be used or saved, and another buffer the 16 bits that complete it.
+        weights. ``"bf16+16"`` splits a float32 average into two halves: ``shadow`` holds the
+        nearest bfloat16, ready to use or save, and a second buffer the remaining 16 bits.
     rounding : {"stochastic", "nearest"}, optional
         Rounding of 16-bit averages, stochastic by default. Rounded to nearest, an average stops
-        moving once ``w * |x - avg|`` is below half of its last place. Random bits are a function of
-        ``seed``, the step, the tensor's name and the element's index in the tensor, so that a run
-        has the same bits however it is resumed or sharded. Other averages round to nearest even.
+        moving once ``w * |x - avg|`` is below half of its last place. The random bits are a
+        function of ``seed``, the step, the tensor's name and the element's index in the tensor, so
+        a resumed or resharded run gets the same bits. Wider averages round to nearest even.
     seed : int
-        Seed for stochastic rounding, >= 0.
+        Seed for stochastic rounding, from 0 (the default) to 2**63 - 1.
     update_every : int
-        Work at every k-th call only, as the rule says for steps of length k: the same horizon.
+        Average at every k-th call only, >= 1 (the default). The rule's weight for k steps is used,
+        such as ``1 - decay ** k``, so that the horizon in steps does not change.
     start_after : int
-        For this many calls the average is the weights themselves.
+        Start averaging after this many calls, >= 0 (the default). Until then the average equals
+        the weights.
     frozen : {"skip", "copy", "average"}
-        What to do with parameters that need no gradient. Skipped ones take no memory and no time
-        and are no part of the average; unfreezing one later is then an error.
+        What to do with parameters that need no gradient. Skipped ones (the default) cost no memory
+        and no time and are not part of the average; unfreezing one later is an error.
     buffers : {"copy", "average", "skip"}
-        What to do with buffers, such as BatchNorm statistics: ``copy`` keeps those of the latest
-        update, ``average`` averages floats. Integers and booleans are always copied exactly.
-        Buffers registered with ``persistent=False`` are always skipped.
+        What to do with buffers, such as BatchNorm statistics: ``copy`` (the default) keeps those of
+        the latest update, ``average`` averages floats. Integers and booleans are always copied
+        exactly. Buffers registered with ``persistent=False`` are always skipped.
     policy : mapping of str to {"average", "copy", "skip"}, optional
         What to do with names that match a pattern (:mod:`fnmatch`), such as ``{"*.expert_bias":
-        "average", "visual.*": "skip"}``, instead of ``frozen`` and ``buffers``. The first match
-        wins. Tensors that match a ``"skip"`` may come and go later, as adapters do.
+        "average", "visual.*": "skip"}``, instead of ``frozen`` and ``buffers``. The first matching
+        pattern wins. Tensors that match a ``"skip"`` may come and go later, as adapters do.
     on_nonfinite : {"propagate", "skip", "raise"}
-        What to do with a NaN or an infinity in the weights or in copied floats: average it, leave
-        out the whole call and count it in ``num_skipped``, or raise. The last two read the tensors
-        once more first. Ranks that share DTensors decide together, by an all-reduce of one number.
-        With ``capturable=True`` the GPU leaves updates out, and nothing waits; it cannot raise.
+        What to do with a NaN or an infinity in the weights or in copied floats: average it (the
+        default), skip the whole call and count it in ``num_skipped``, or raise. ``"skip"`` and
+        ``"raise"`` read the tensors once more first, and wait for a GPU. Ranks that share DTensors
+        decide together, by an all-reduce of one number. With ``capturable=True`` the GPU skips
+        updates without waiting, and ``"raise"`` is an error.
     drift : bool
-        Measure in the same pass how far the weights are from the average, see :attr:`drift`. Not
-        for DTensors.
+        Measure the distance between weights and average in the same pass; read it from
+        :attr:`drift`. False by default; not available for DTensors.
     capturable : bool
         Count the updates on the GPU, so that :meth:`update` can be captured in a CUDA graph whose
         replays follow the schedule, warm-ups and random bits included. Costs one small kernel per
         update; reading :attr:`num_updates` or :attr:`num_skipped` waits for the GPU. Call
-        :meth:`update` once on the capturing stream first, or build the average there.
+        :meth:`update` once on the capturing stream first, or build the average there. False by
+        default.
     watch : {"all", "sample"}
-        Which tensors :meth:`update` checks for having moved: all of them, about 40 nanoseconds each
-        for torch, or a sixteenth of them in turn. What moves every tensor is then still noticed at
-        once, a single ``p.data = ...`` up to 15 updates late; until then the average follows the
-        memory that the tensor had, which is kept. Not for storage that is freed and filled again
-        (FSDP).
+        Which tensors :meth:`update` checks for having moved: all of them (the default), at about
+        40 nanoseconds each for torch, or a sixteenth of them in turn. ``"sample"`` still notices at
+        once if every tensor moves, but a single ``p.data = ...`` up to 15 updates late; until then
+        the average reads the tensor's old memory, which is kept alive. Do not use it for storage
+        that is freed and refilled (FSDP).
     offload : bool or "skip"
-        Keep the average in memory of the host and update it there on a thread, beside the training
-        step; for PyTorch models. Where the thread falls behind, :meth:`update` waits for it; with
-        ``"skip"`` updates are left out then, and the next one counts for their steps too (ranks
-        decide together, by an all-reduce of one number). See ``docs/offload.md``.
+        Keep the average in host memory and update it there on a thread, beside the training step;
+        for PyTorch models. If the thread falls behind, :meth:`update` waits for it; with ``"skip"``
+        it skips updates instead, and the next one counts for their steps too (ranks decide
+        together, by an all-reduce of one number). False by default. See ``docs/offload.md``.
 
     Attributes
     ----------
     shadow : Mapping of str to array
-        The averaged tensors.
+        The averaged and copied tensors by name.
     num_updates : int
-        Calls of :meth:`update` so far.
+        Number of steps counted by :meth:`update` so far, without skipped calls.
 
     Raises
     ------
     ArgumentError
-        For a parameter without a valid value, and a pattern that matches no name.
+        If a parameter has an invalid value, or a pattern matches no name.
     LayoutError
-        If there is nothing to average, or a tensor is expanded, read-only or partly shares memory
-        with another; if ranks do not agree.
+        If there is nothing to average; if a tensor is expanded, read-only or partly overlaps
+        another one; if ranks disagree.
     DTypeError, BridgeError
-        For tensors that no kernel can average: integers as weights, sparse, on the meta device.
+        For tensors that no kernel can average: integer weights, sparse or meta tensors.
 
     Notes
     -----
-    Bytes moved per element and update: the weights once, each average twice (12 for float32, 10 for
-    bfloat16 weights with a float32 average, ``4 + 8 * K`` for K averages in float32).
+    An update reads the weights once and reads and writes each average: 12 bytes per element in
+    float32, 10 for bfloat16 weights with a float32 average, ``4 + 8 * K`` for K float32 averages.
 
     Examples
     --------
@@ -126,7 +133,7 @@ class EMA(Average[Weights]):
     """
 
     _on_host: ClassVar[Any] = None
-    """The class of averages in memory of the host."""
+    """Class that ``offload=True`` builds; set by :mod:`fastema.shadow.offload`."""
 
     def __init__(
         self,
@@ -163,7 +170,7 @@ class EMA(Average[Weights]):
     def _become_offloaded(
         self, weights: Any, decay: Any, zero_debias: bool, offload: Any, options: Any
     ) -> None:
-        # With __new__ a class would show its parameters, and type checkers its result.
+        # Not by __new__: signatures and type checkers would then report that method's.
         if type(self) is not EMA:
             raise ArgumentError(f"offload=True is for fastema.EMA, not for {type(self).__name__}")
         if offload is not True and offload != "skip":

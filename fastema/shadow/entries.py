@@ -1,4 +1,4 @@
-"""Selection: which tensors of a model are averaged, by which policy, in which format."""
+"""Select which tensors of a model are averaged, copied or skipped, and their storage format."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ Rounding = Literal["nearest", "stochastic"]
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Names that are skipped, frozen or aliases."""
+    """Names of a model's tensors that need special treatment."""
 
     skipped: set[str]
-    frozen: set[str]  # copied
-    buffers: set[str]  # copied or averaged
-    aliases: dict[str, str]  # further names of tied weights, to the name that is kept
-    chosen: set[str]  # those whose policy a pattern gives
-    patterns: Mapping[str, Policy]  # of the user's
+    frozen: set[str]  # frozen parameters that are copied
+    buffers: set[str]  # buffers that are copied or averaged
+    aliases: dict[str, str]  # further name of a tied weight: the name it is averaged under
+    chosen: set[str]  # names whose policy comes from a pattern
+    patterns: Mapping[str, Policy]  # the user's, in order
 
     def may_come(self, name: str) -> bool:
-        """Return whether a new tensor is skipped by a pattern, as an adapter of its own may be."""
+        """Return whether a pattern skips a new tensor, for example an adapter added later."""
         matching = (policy for one, policy in self.patterns.items() if fnmatchcase(name, one))
         return next(matching, None) == "skip"
 
     @property
     def still(self) -> set[str]:
-        """Names that have to stay frozen."""
+        """Names of parameters that must stay frozen."""
         return (self.skipped | self.frozen) - self.chosen
 
 
 class Selection(NamedTuple):
-    """The leaves that an average holds: by policy, each memory once."""
+    """The leaves that an average holds, without aliases."""
 
     averaged: list[Leaf]
     copied: list[Leaf]
@@ -58,7 +58,13 @@ class Selection(NamedTuple):
 
 
 def by_pattern(leaves: Leaves, patterns: Mapping[str, Policy]) -> dict[str, Policy]:
-    """Find the names that patterns match, each with the policy of the first that does."""
+    """Return the policy of every name that a pattern matches; the first matching pattern wins.
+
+    Raises
+    ------
+    ArgumentError
+        For patterns that match no name.
+    """
     found: dict[str, Policy] = {}
     unused = dict.fromkeys(patterns)
     named: list[Leaf | Opaque] = [*leaves.items, *leaves.opaque]
@@ -87,10 +93,19 @@ def select(
     buffers: Policy,
     patterns: Mapping[str, Policy] | None = None,
 ) -> Selection:
-    """Sort a container's leaves by policy, each memory once; refuse what cannot be averaged.
+    """Sort a container's leaves by policy, tied weights once; refuse tensors without an average.
 
-    Buffers that a module's own state leaves out, such as tables and masks that it keeps for speed,
-    are skipped by any policy: they may change their shape, come and go.
+    Non-persistent buffers, such as cached tables and masks, are skipped under every policy: they
+    may change shape, appear and disappear.
+
+    Raises
+    ------
+    LayoutError
+        If nothing is averaged, or a tensor is expanded.
+    DTypeError
+        For floats that no kernel averages.
+    ArgumentError
+        For a pattern that matches no name.
     """
     of_role: dict[Role, Policy] = {"weight": "average", "frozen": frozen, "buffer": buffers}
     chosen = by_pattern(leaves, patterns or {})
@@ -117,10 +132,10 @@ def select(
             + listed(problems)
             + "\nKeep them in another dtype, or pass buffers='copy' or frozen='copy'."
         )
-    # Of several names of one memory, one that is averaged is kept.
+    # Tied tensors keep the name of an averaged one, if there is any.
     first: dict[object, str] = {}
     for leaf in sorted(held, key=lambda leaf: leaf.name not in averages):
-        if leaf.spec.writable:  # what never changes is tied to nothing
+        if leaf.spec.writable:  # immutable arrays that share memory are not tied
             first.setdefault(_memory(leaf.spec), leaf.name)
     aliases = {
         leaf.name: first[_memory(leaf.spec)]
@@ -150,12 +165,12 @@ def select(
 
 
 def _memory(spec: TensorSpec) -> object:
-    """Return a key of a tensor's memory; an empty part is tied if its object is."""
+    """Return a key that tied tensors share. Empty tensors are tied only if they are one object."""
     return spec if spec.size else id(spec.owner)
 
 
 def companion(kind: DType, weights: DType, form: str) -> DType:
-    """The dtype of what an average keeps beside itself: its other half, or a mean's remainder."""
+    """Return the dtype of an average's residual: its second half, or a mean's rounding error."""
     if form == SPLIT:
         return parse("i16")
     real = "f64" if "f64" in (kind.real, weights.real) else "f32"
@@ -165,23 +180,29 @@ def companion(kind: DType, weights: DType, form: str) -> DType:
 class ShadowFormat(NamedTuple):
     """Storage format of averages."""
 
-    dtype: DType | None = None  # None for that of the weights
+    dtype: DType | None = None  # None: the dtype of the weights
     split: bool = False  # a float32 in two halves
-    random: bool = True  # 16-bit averages are rounded by random bits
-    num_averages: int = 1  # kept together
-    window: int = 0  # slots of a ring
-    ring: DType | None = None  # None for that of the weights
+    random: bool = True  # stochastic rounding of 16-bit averages
+    num_averages: int = 1  # updated in one pass
+    window: int = 0  # slots of the ring; 0 without one
+    ring: DType | None = None  # None: the dtype of the weights
     ring_on_host: bool = False
 
     def stored(self, weights: DType) -> tuple[DType, str]:
-        """Return the dtype and the kernel format of an average of such weights."""
+        """Return the dtype and the kernel format of an average of weights with this dtype.
+
+        Raises
+        ------
+        DTypeError
+            If weights of this dtype cannot be stored in this format.
+        """
         if self.split:
             if self.window:
                 raise DTypeError(
-                    "a windowed mean keeps a remainder of its own and cannot be in two halves"
+                    "a windowed mean has its own residual and cannot be split into two halves"
                 )
             if weights.parts > 1:
-                raise DTypeError(f"an average of {weights.code} weights cannot be in two halves")
+                raise DTypeError(f"an average of {weights.code} weights cannot be split")
         kind = average_of(weights, self.dtype)
         if self.split:
             return kind, SPLIT

@@ -1,4 +1,4 @@
-"""An average in its model for evaluation, and the other ways to see it."""
+"""Put an average into its model for evaluation, copy it into another one, or view it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Other = TypeVar("Other")
 def _refuse_written(names: Sequence[str]) -> None:
     if names:
         raise StateError(
-            "weights were written while the model held the average. The model has its raw weights "
-            "back; the average as it was is lost, it now holds what was written:\n"
+            "weights were written while the model held the average. The raw weights are restored; "
+            "the average is lost, it now holds the written values:\n"
             + listed(repr(name) for name in names)
             + "\nLoad it from a checkpoint, or build a new one. Call restore(), or leave the "
             "swapped() block, before training or loading weights."
@@ -39,34 +39,50 @@ def _refuse_written(names: Sequence[str]) -> None:
 
 
 class Evaluated(Updating[Weights]):
-    """Averages that a model, or a copy of it, can hold; see :class:`Average`."""
+    """Averages that can be applied to a model or copied into one; see :class:`Average`."""
 
     @property
     def applied(self) -> bool:
-        """Whether the model holds the average now."""
+        """Whether the model holds the average now, between apply and restore."""
         return self._applied is not None
 
     def apply_shadow(self, model: Any = None, *, which: int | None = None) -> None:
         """Put the average into the model, in place, and keep the raw weights for :meth:`restore`.
 
-        Nothing is lost or copied where average and weights have one dtype, or are float32 and
-        bfloat16 (the model then gets the nearest bfloat16, ties away from zero); for other pairs of
-        dtypes the raw weights take a spare buffer meanwhile. Before the first update the model gets
-        the weights the average was built from, before ``start_after`` those it has.
+        Average and weights swap places without a copy if their dtypes agree, or if a float32
+        average meets bfloat16 weights (the model then gets the nearest bfloat16, ties away from
+        zero). For other pairs of dtypes a spare buffer keeps the raw weights. Before the first
+        update the model gets the weights the average was built from; before ``start_after`` it
+        keeps its current ones.
 
         Parameters
         ----------
         model : optional
-            See :meth:`update`.
+            The model to write, by default the averaged one; see :meth:`update`.
         which : int, optional
-            The average, by its place among the rules; needed where there are several.
+            Index of the average among the rules, negative from the end; required if there are
+            several.
 
         Raises
         ------
         StateError
             If an average is applied already.
+        ArgumentError
+            If ``which`` is out of range, or missing with several averages.
         LayoutError
-            If the model's tensors are no longer the same; nothing was written.
+            If the model's tensors no longer match the average, or its arrays are immutable;
+            nothing was written.
+
+        Examples
+        --------
+        >>> import numpy as np, fastema
+        >>> w = np.array([1.0])
+        >>> ema = fastema.EMA([w], decay=0.5)
+        >>> w += 2
+        >>> ema.update(); ema.apply_shadow(); w.item()
+        2.0
+        >>> ema.restore(); w.item()
+        3.0
         """
         with self._lock:
             self._refuse_applied("apply_shadow")
@@ -80,30 +96,31 @@ class Evaluated(Updating[Weights]):
                     self._applied = swap
 
     def restore(self, model: Any = None) -> None:
-        """Put the raw weights back, bit for bit, and the average where it was.
+        """Put the raw weights back into the model, bit for bit, and take the average out of it.
 
-        What the model holds by then becomes the average: do not train while it is applied.
+        Do not train while the average is applied: the values in the model become the average.
 
         Parameters
         ----------
         model : optional
-            The model given to :meth:`apply_shadow`.
+            The model given to :meth:`apply_shadow`, which is the default.
 
         Raises
         ------
         StateError
-            If the average is not applied, or the model's dtypes changed meanwhile. After the
-            weights are back: if averaged tensors of PyTorch were written while it was applied, by
-            an optimizer or ``load_state_dict``, say; the average now holds what was written.
-            (Copied buffers may be written, as :func:`fastema.update_bn` does.)
+            If the average is not applied, is applied to another model, or the model's dtypes
+            changed since. Also, after restoring the weights, if averaged PyTorch tensors were
+            written while the average was applied, for example by an optimizer or
+            ``load_state_dict``: the average now holds the written values. (Writing copied buffers
+            is allowed, as :func:`fastema.update_bn` does.)
         LayoutError
-            If the model's tensors are no longer the same.
+            If the model's tensors no longer match the average.
         """
         with self._lock:
             _refuse_written(self._restore(model))
 
     def _restore(self, model: Any) -> list[str]:
-        """Put the raw weights back; the names of averaged tensors that were written meanwhile."""
+        """Put the raw weights back; return the names of averaged tensors written since the swap."""
         if self._applied is None:
             raise StateError("restore() without apply_shadow(): the model holds its own weights")
         if model is not None:
@@ -119,7 +136,7 @@ class Evaluated(Updating[Weights]):
 
     @contextmanager
     def _applied_swap(self) -> Iterator[ShadowSwap]:
-        """Yield what takes the average back, wherever the model's tensors are by now."""
+        """Yield the swap that is applied, relocated if the model's tensors have moved."""
         swap, binding = self._applied, self._binding
         assert swap is not None
         weights = swap.watch.weights
@@ -143,10 +160,10 @@ class Evaluated(Updating[Weights]):
             yield swap
 
     def averaged(self, *, which: int | None = None) -> Any:
-        """The average in a new container like that of the weights, in new arrays of their dtypes.
+        """Return the average as new arrays, in a container like that of the weights.
 
-        What frameworks whose arrays never change are evaluated and saved with; the average goes on
-        as it is.
+        Use it to evaluate and save with frameworks whose arrays are immutable (JAX). The average
+        itself does not change.
 
         Parameters
         ----------
@@ -156,14 +173,16 @@ class Evaluated(Updating[Weights]):
         Returns
         -------
         pytree, list, tuple, dict or array
-            What the average was built from, or was given last, with other arrays.
+            A container with the structure of the latest weights; its arrays have their dtypes.
 
         Raises
         ------
         StateError
             While an average is applied.
+        ArgumentError
+            If ``which`` is out of range, or missing with several averages.
         BridgeError
-            For a module or model: there is only one.
+            If the weights belong to a module or model, which cannot be duplicated.
 
         Examples
         --------
@@ -199,23 +218,36 @@ class Evaluated(Updating[Weights]):
         pass
 
     def swapped(self, model: Any = None, *, which: int | None = None) -> RestoringBlock[Any]:
-        """A block in which the model holds the average; the raw weights come back however it ends.
+        """Return a context manager in which the model holds the average.
 
-        ``with ema.swapped() as weights:`` names what holds the average in the block: the model, or,
-        where arrays never change (JAX), a new container of :meth:`averaged`.
+        The raw weights are restored on exit, also after an exception. ``with ema.swapped() as
+        weights:`` binds the model, or, where arrays are immutable (JAX), the new container that
+        :meth:`averaged` returns. The result also works as a decorator.
 
         Parameters
         ----------
         model : optional
-            See :meth:`update`.
+            See :meth:`apply_shadow`.
         which : int, optional
             See :meth:`apply_shadow`.
 
         Raises
         ------
+        StateError, ArgumentError, LayoutError
+            On entry, as :meth:`apply_shadow`.
         StateError
-            If an average is applied already. At the end of the block, as :meth:`restore` does,
-            unless the block itself raised.
+            On exit, as :meth:`restore`, unless the block itself raised.
+
+        Examples
+        --------
+        >>> import numpy as np, fastema
+        >>> w = np.array([1.0])
+        >>> ema = fastema.EMA([w], decay=0.5)
+        >>> w += 2
+        >>> ema.update()
+        >>> with ema.swapped() as weights:
+        ...     weights[0].item()
+        2.0
         """
         model = None if model is None else materialised(model)
         return RestoringBlock(lambda: self._swap_steps(model, which))
@@ -232,19 +264,22 @@ class Evaluated(Updating[Weights]):
             return self._container if model is None else model
 
         def restore() -> None:
-            with self._lock:  # an outer block's average is not this one's to restore
+            with self._lock:  # leave an average that an outer block applied
                 if self._applied is not None and self._applied in own:
                     written.extend(self._restore(model))
 
         return Steps(apply, restore, lambda: _refuse_written(written))
 
     def copy_to(self, model: Any, *, which: int | None = None) -> None:
-        """Write the average into a model, rounded to its dtypes, and keep nothing of what it held.
+        """Overwrite a model's weights with the average, rounded to the model's dtypes.
+
+        The previous weights are not kept; use :meth:`swapped` to get them back.
 
         Parameters
         ----------
         model : module, array, list, tuple or dict
-            The same names and shapes; further frozen tensors and buffers are left alone.
+            Must have the names and shapes of the average. Its other frozen tensors and buffers are
+            left alone.
         which : int, optional
             See :meth:`apply_shadow`.
 
@@ -252,8 +287,10 @@ class Evaluated(Updating[Weights]):
         ------
         StateError
             While an average is applied.
+        ArgumentError
+            If ``which`` is out of range, or missing with several averages.
         LayoutError
-            Naming every tensor that the model lacks or that differs in shape; nothing was written.
+            If tensors are missing or differ in shape; the message names them, nothing was written.
         """
         with self._lock:
             self._refuse_applied("copy_to")
@@ -275,27 +312,29 @@ class Evaluated(Updating[Weights]):
     def model_state_dict(self, model: Any = None, *, which: int | None = None) -> dict[str, Any]:
         """Return what ``model.state_dict()`` would hold with the average applied, in new tensors.
 
-        For ``other.load_state_dict(ema.model_state_dict())``, ``torch.save``, safetensors, or
-        :func:`torch.func.functional_call`; the model is only read.
+        Use it with ``other.load_state_dict(ema.model_state_dict())``, ``torch.save``, safetensors
+        or :func:`torch.func.functional_call`. The model is only read.
 
         Parameters
         ----------
         model : optional
-            See :meth:`update`. Its keys are used, with the prefixes of its wrappers.
+            See :meth:`update`. The result has its keys, with the prefixes of its wrappers.
         which : int, optional
             See :meth:`apply_shadow`.
 
         Returns
         -------
         dict of str to tensor
-            Averages rounded to the model's dtypes, one tensor for tied weights. What the average
-            leaves out (frozen weights, extra state) is the model's own, not copied. For what has no
-            ``state_dict()``, the names are those of :attr:`shadow` and of tied arrays.
+            Averages rounded to the model's dtypes; tied weights share one tensor. Entries that the
+            average leaves out (frozen weights, extra state) are the model's own, not copies.
+            Containers without ``state_dict()`` give the names of :attr:`shadow` and of tied arrays.
 
         Raises
         ------
         StateError
-            While an average is applied: ``model.state_dict()`` holds it then.
+            While an average is applied: call ``model.state_dict()`` instead.
+        ArgumentError
+            If ``which`` is out of range, or missing with several averages.
         LayoutError
             If a shape differs.
 
@@ -312,7 +351,7 @@ class Evaluated(Updating[Weights]):
             entries, found, kept = self._state_of(model, which)
             averaged = {name: key for key, name in reversed(kept.items()) if name in entries}
             wanted = {name: describe(found[key][1]) for name, key in averaged.items()}
-            # Separate memory for each, so that keeping one does not keep all.
+            # Allocate each tensor on its own, so that keeping one does not keep all of them.
             made = {name: allocate([(spec, spec.kind)])[0] for name, spec in wanted.items()}
             pairs = [
                 entries[name].pair(spec, 0)._replace(name=averaged[name], ring=None)
@@ -327,7 +366,7 @@ class Evaluated(Updating[Weights]):
     def _state_of(
         self, model: Any, which: int | None
     ) -> tuple[Mapping[str, Entry], Mapping[str, tuple[str, Any]], dict[str, str]]:
-        """Return an average's entries, the model's state, and the entries' names by its keys."""
+        """Return an average's entries, the model's state, and for its keys the entries' names."""
         entries = self._store.sets[self._average_index(which)]
         self._sync()
         container = self._container if model is None else materialised(model)
@@ -339,8 +378,8 @@ class Evaluated(Updating[Weights]):
 
     @property
     def shadows(self) -> tuple[Shadow, ...]:
-        """:attr:`shadow` of every average."""
-        # Created each time: kept ones and the average would keep each other alive, with GPU memory.
+        """The mapping of names to tensors of every average, in the order of the rules."""
+        # Not cached: a reference cycle with the average would keep GPU memory alive.
         return tuple(
             Shadow(list(entries), partial(self._tensor, index))
             for index, entries in enumerate(self._store.sets)
@@ -348,7 +387,7 @@ class Evaluated(Updating[Weights]):
 
     @property
     def shadow(self) -> Shadow:
-        """The averaged tensors by name; where there are several averages, see :attr:`shadows`."""
+        """The averaged and copied tensors by name; with several averages use :attr:`shadows`."""
         return self.shadows[self._average_index(None)]
 
     def _tensor(self, index: int, name: str) -> Any:
@@ -357,10 +396,10 @@ class Evaluated(Updating[Weights]):
             entry = self._store.sets[index][name]
             array, _ = entry.parts["shadow"]
             applied = self._applied
-            # What is only copied is in all averages, and out with any of them.
+            # All averages share the copied tensors, which are swapped with any of them.
             if applied is None or (index != applied.index and entry.averaged):
                 self._sync()
-            elif self._binding.is_unmoved(name):  # the others do not matter here
+            elif self._binding.is_unmoved(name):  # skip checking all other tensors
                 (array,) = recovered([self._binding.pair(name, index)])
             else:
                 with self._applied_swap():

@@ -1,4 +1,4 @@
-"""Updates by the hooks of optimizers: once after all of them have stepped."""
+"""Update an average from optimizer hooks, once after all optimizers have stepped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HOOK = "register_step_post_hook"
 
 
 class Follower:
-    """Calls ``update(steps)`` once after all of some optimizers have stepped.
+    """Calls ``update(steps)`` once whenever all given optimizers have stepped.
 
     Parameters
     ----------
@@ -21,7 +21,7 @@ class Follower:
     update : function
         Called with the number of steps since its previous call.
     update_if : function, optional
-        Whether the weights of a step are to be averaged; those that are not count in the next.
+        Returns whether to average the weights of a step; a skipped step counts in the next update.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Follower:
 
     def _hook(self, number: int) -> Callable[..., None]:
         def stepped(optimizer: Any, *_: Any) -> None:
-            # A fused optimizer that GradScaler calls decides on the device whether it steps.
+            # With GradScaler, a fused optimizer decides on the device whether it steps.
             found_inf = getattr(optimizer, "found_inf", None)
             if found_inf is None or not float(found_inf):
                 self._stepped(number)
@@ -62,18 +62,18 @@ class Follower:
             self._update(steps)
 
     def close(self) -> None:
-        """Follow no longer."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
 
 def _unwrapped(optimizer: Any) -> Any:
-    """The optimizer whose step is the one that hooks see: within Lightning's and Accelerate's."""
+    """Return the torch optimizer inside the wrappers of Lightning and Accelerate."""
     while hasattr(getattr(optimizer, "optimizer", None), "step"):
         optimizer = optimizer.optimizer
     if not callable(getattr(optimizer, _HOOK, None)):
         raise ArgumentError(
             f"follow() was given a {type(optimizer).__name__}: expected optimizers of torch.optim, "
-            "or of a class of theirs; elsewhere call update() after each step"
+            "or subclasses of them; with others call update() after each step"
         )
     return optimizer

@@ -1,4 +1,4 @@
-"""Mappings that are no state of an average as it stands: what they are, and what reads them."""
+"""Recognize the checkpoints of other libraries, and name the call that reads them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fastema.shadow.store import PARTS
 __all__ = ["identify", "library_of", "unflattened"]
 
 _PLAIN: Final = "state"
-"""Name of the tensor of a file that holds the state's plain values, as JSON."""
+"""Name of the file's tensor that holds the state's plain values, as JSON."""
 
 _TENSOR: Final = re.compile(rf"({'|'.join(PARTS)})\.(\d+)\.(.+)", re.DOTALL)
 
 
 def unflattened(state: Any) -> Any:
-    """The state in a file of ours from what ``safetensors.torch.load_file`` makes of the file.
+    """Return the state dict in a fastema file that ``safetensors.torch.load_file`` has read.
 
-    What is given is returned where it is anything else.
+    Anything else is returned unchanged.
     """
     if not isinstance(state, Mapping) or _PLAIN not in state or not _is_flat(state):
         return state
@@ -46,18 +46,18 @@ def _is_flat(state: Mapping[Any, Any]) -> bool:
 
 
 _PLAIN_TYPES: Final = (Mapping, list, str, int, float)
-"""What is no tensor, nor stands for one that has not been read."""
+"""Types that are neither a tensor nor a placeholder for an unread one."""
 
 
 class _Layout(NamedTuple):
-    """A library's way to save an average."""
+    """The format in which a library saves an average."""
 
-    library: str  # as its module in fastema.compat is called; empty where no average is in it
-    keys: str  # entries that every such state has
-    what: str
-    reads: str  # the call that takes it
-    prefix: str = ""  # of its other entries
-    flat: bool = False  # its other entries are tensors, whose names have no dots
+    library: str  # name of its module in fastema.compat; empty if the format holds no average
+    keys: str  # keys that are always present
+    what: str  # description for messages
+    reads: str  # the call that reads it
+    prefix: str = ""  # prefix of all other keys
+    flat: bool = False  # all other entries are tensors, with no dots in their names
 
 
 _COMPAT: Final = "fastema.compat."
@@ -137,18 +137,18 @@ _LAYOUTS: Final = (
         "module.",
     ),
 )
-"""The first that fits counts."""
+"""Known formats; the first that fits wins."""
 
 
 def identify(state: Any) -> str:
-    """Say why something is no state of a fastema average, what it is, and which call reads it."""
+    """Return a message that says why an object is not a fastema state, and which call reads it."""
     lacks = "it is not a fastema state dict"
     if not isinstance(state, Mapping) or not state:
         return lacks
     if _is_flat(state):
         return (
-            f"{lacks}, but tensors of one without what they are of, as from a file's tensors alone:"
-            " read the file with fastema.checkpoint.load_state(path, like=ema.shadow)"
+            f"{lacks}, but the tensors of one without its plain values, as a generic reader of the "
+            "file returns: read it with fastema.checkpoint.load_state(path, like=ema.shadow)"
         )
     inside = [name for name, one in state.items() if isinstance(one, Mapping) and "format" in one]
     for name in inside:
@@ -157,19 +157,19 @@ def identify(state: Any) -> str:
     for layout in _LAYOUTS:
         if _fits(state, layout):
             return (
-                f"{lacks}, but {layout.what}, which {layout.reads} takes; "
-                "fastema.checkpoint.load_into(ema, path) reads a file of it"
+                f"{lacks}, but {layout.what}, which {layout.reads} reads; "
+                "fastema.checkpoint.load_into(ema, path) reads a file in this format"
             )
     if all(isinstance(name, str) and hasattr(one, "shape") for name, one in state.items()):
         return (
-            f"{lacks}, but tensors by name, as the state of a model: load it into the model, of "
-            "which a new average begins with these weights"
+            f"{lacks}, but tensors by name, like a model's state: load it into the model, and "
+            "build a new average, which begins with these weights"
         )
     return lacks
 
 
 def library_of(state: Mapping[Any, Any]) -> str:
-    """The library in whose layout a mapping holds an average; empty for none that is known."""
+    """Return the library whose format a mapping has; an empty string if it is unknown."""
     return next((layout.library for layout in _LAYOUTS if _fits(state, layout)), "")
 
 

@@ -1,4 +1,4 @@
-"""What other libraries call the parts of an average, and what to call here."""
+"""Suggest fastema's name for an attribute that other libraries' averages have."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ _HINTS: Final = {
 
 
 def hint(name: str) -> str:
-    """Return what to call in place of a name that an average does not have; empty if unknown."""
+    """Return a suggestion for an attribute that averages lack; an empty string if there is none."""
     return f": {_HINTS[name]}" if name in _HINTS else ""

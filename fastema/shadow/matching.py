@@ -1,4 +1,4 @@
-"""Whether a model still fits an average: names, shapes, ties, roles, division among ranks."""
+"""Check that a model still fits an average: names, shapes, ties, roles, division among ranks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,15 @@ __all__ = [
 def refuse_other_model(
     leaves: Leaves, entries: Mapping[str, Entry], names: Names, *, match_subset: bool
 ) -> None:
-    """Refuse a model with tensors added, removed, renamed, reshaped, untied, or unfrozen.
+    """Refuse a model with tensors added, removed, renamed, reshaped, untied or unfrozen.
 
-    With ``match_subset`` tensors may be new or unfrozen: to take back an average applied before.
+    With ``match_subset`` new and unfrozen tensors are accepted: restoring weights needs the old
+    tensors only.
+
+    Raises
+    ------
+    LayoutError
+        Listing every mismatch, including a different division among ranks.
     """
     for one in leaves.opaque:
         if one.name in entries:
@@ -41,14 +47,14 @@ def refuse_other_model(
         advice = "Build a new average for the changed model."
         if gone.keys() & names.buffers:
             advice = (
-                "A buffer that changes its shape, or is None at times: register it with "
+                "If a buffer changes its shape, or is sometimes None, register it with "
                 f"persistent=False, or build the average with buffers='skip'.\n{advice}"
             )
         raise LayoutError(f"the model no longer matches the average:\n{listed(problems)}\n{advice}")
 
 
 def _gone_or_reshaped(found: Mapping[str, Leaf], entries: Mapping[str, Entry]) -> dict[str, str]:
-    """List what is wrong with averaged tensors, by name."""
+    """Return what is wrong with averaged tensors, by name."""
     problems = {name: f"{name!r} is gone from the model" for name in entries if name not in found}
     for name, entry in entries.items():
         if name in found and found[name].spec.full_shape != entry.spec.full_shape:
@@ -58,7 +64,7 @@ def _gone_or_reshaped(found: Mapping[str, Leaf], entries: Mapping[str, Entry]) -
 
 
 def refuse_divided_otherwise(found: Mapping[str, Leaf], entries: Mapping[str, Entry]) -> None:
-    """Refuse a model that is divided among ranks in another way than the average, on all ranks."""
+    """Refuse a model that is divided among ranks differently from the average."""
     both = [
         (name, found[name].spec.division, entry.spec.division)
         for name, entry in entries.items()
@@ -72,9 +78,9 @@ def refuse_divided_otherwise(found: Mapping[str, Leaf], entries: Mapping[str, En
     if problems:
         raise LayoutError(
             f"the model is not divided as its average is:\n{listed(problems)}\nFSDP gathers "
-            "parameters for a forward pass, and leaves them so where no backward pass follows. "
-            "Call update() after optimizer.step(), or reshard() on the modules before; an "
-            "average of a model that is divided in another way takes over a state_dict()."
+            "parameters for a forward pass, and leaves them gathered if no backward pass follows. "
+            "Call update() after optimizer.step(), or call reshard() on the modules first. To "
+            "change the division, load the state_dict() into a new average of the new model."
         )
 
 
@@ -106,10 +112,12 @@ def _new_or_unfrozen(leaves: Leaves, entries: Mapping[str, Entry], names: Names)
 def names_of_state(
     found: Mapping[str, tuple[str, Any]], entries: Mapping[str, Entry], names: Names
 ) -> dict[str, str]:
-    """Find an average's names for the keys of a model's state.
+    """Return the average's name for every key of a model's state dict.
 
-    Averaged tensors under keys that cannot be told are refused: their raw values would be taken for
-    averages.
+    Raises
+    ------
+    LayoutError
+        If averaged tensors have unknown keys: their raw values would pass for averages.
     """
     kept = {key: names.aliases.get(name, name) for key, (name, _) in found.items()}
     missing = {name for name, entry in entries.items() if entry.averaged} - {*kept.values()}
@@ -119,32 +127,38 @@ def names_of_state(
     ]
     if missing and strange:
         raise LayoutError(
-            "the model's state_dict() has other names, and copies, of averaged tensors (a hook "
-            f"of its own): {strange[0]!r} is not known, {min(missing)!r} is not there; use "
+            "the model's state_dict() renames or copies averaged tensors (by a hook): "
+            f"{strange[0]!r} is unknown, {min(missing)!r} is missing; use "
             "ema.shadow, or swapped() and model.state_dict()"
         )
     return kept
 
 
 def refuse_other_holder(container: Any, holder: Any, weights: Mapping[str, TensorSpec]) -> None:
-    """Refuse to take the average back from a model other than ``holder``, which has it."""
+    """Refuse to restore a model other than ``holder``, to which the average is applied."""
     if container is holder:
         return
     found = {leaf.name: leaf.spec for leaf in leaves_of(container).items}
 
     def is_same(name: str, spec: TensorSpec) -> bool:
-        # Where tensors move, the place says nothing.
+        # Addresses of tensors that move prove nothing: compare their owners too.
         return name in found and (found[name] == spec or found[name].owner is spec.owner)
 
     if not all(is_same(name, spec) for name, spec in weights.items()):
         raise StateError(
-            "the average is applied to another model; restore() without an argument takes it back "
-            "from there"
+            "the average is applied to another model; call restore() without an argument to "
+            "restore that one"
         )
 
 
 def pairs_to(leaves: Leaves, entries: Mapping[str, Entry], names: Names) -> list[Pair]:
-    """Pair every name of an average with the tensor of another model that it is written to."""
+    """Pair every name of an average with the tensor of a model that will receive it.
+
+    Raises
+    ------
+    LayoutError
+        If tensors are missing, trained weights have no average, or the division differs.
+    """
     found = {leaf.name: leaf for leaf in leaves.items}
     wanted = {name: name for name in entries} | {
         name: kept for name, kept in names.aliases.items() if name in found

@@ -1,4 +1,4 @@
-"""The exponential moving average in memory of the host, updated beside the training step."""
+"""An exponential moving average in host memory, updated on a thread beside the training step."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ __all__ = ["OffloadStats", "OffloadedEMA"]
 
 
 class OffloadStats(NamedTuple):
-    """What an average on the host has cost so far.
+    """Costs of an offloaded average so far.
 
     Attributes
     ----------
     queue_depth : int
-        Updates that are not done yet: 0 or 1.
+        Updates that have not finished: 0 or 1.
     seconds_waited : float
-        That training waited, for the weights to be copied or for an update to be done.
+        Time that training waited for copies of the weights and for updates.
     bytes_moved : int
-        Over the link, in both directions.
+        Bytes copied between the host and the model's devices, in both directions.
     steps_skipped : int
-        Updates left out because the one before was not done (``offload="skip"``).
+        Updates skipped because the previous one had not finished (``offload="skip"``).
     """
 
     queue_depth: int
@@ -65,7 +65,7 @@ class OffloadStats(NamedTuple):
 
 
 _offloaded: weakref.WeakSet[Any] = weakref.WeakSet()
-"""All averages on the host: a fork waits until what is under way is done, or half would be seen."""
+"""All offloaded averages. A fork waits for their updates: the child would see half of one."""
 
 
 def _wait_before_fork() -> None:
@@ -79,15 +79,25 @@ if hasattr(os, "register_at_fork"):
 
 
 class OffloadedEMA(EMA[Any]):
-    """What ``EMA(model, offload=True)`` builds; see :class:`fastema.EMA`.
+    """Exponential moving average in host memory, built by ``fastema.EMA(model, offload=True)``.
 
-    The weights are copied to memory of the host as large as they are, and averaged there on a
-    thread, while training goes on. Before an optimizer of PyTorch steps again it waits until the
-    weights are copied; :meth:`wait` does so for a loop that writes them in another way.
+    The weights are copied to a host buffer of their own size and averaged there on a thread, while
+    training continues. Before its next step a PyTorch optimizer waits until the weights are copied;
+    loops that write the weights in another way call :meth:`wait` first.
 
-    :meth:`update` returns at once. If the update before is not done, it is waited for; with
-    ``offload="skip"`` this one is left out instead, and the next one counts for its steps too. What
-    an update raises, the next call raises, and does nothing else.
+    :meth:`update` returns at once, unless the previous update has not finished: then it waits, or,
+    with ``offload="skip"``, skips this update and lets the next one count for its steps too. If an
+    update fails, the next call raises its error and does nothing else. See :class:`fastema.EMA` for
+    the formula and the parameters.
+
+    Examples
+    --------
+    >>> import torch, fastema
+    >>> model = torch.nn.Linear(2, 1)
+    >>> ema = fastema.EMA(model, decay=0.9, offload=True)
+    >>> ema.update()
+    >>> ema.offload_stats.steps_skipped
+    0
     """
 
     def __init__(
@@ -116,8 +126,8 @@ class OffloadedEMA(EMA[Any]):
             leaf.spec.division is not None for leaf in leaves.items if leaf.name in kept
         ):
             raise ArgumentError(
-                f"on_nonfinite={on_nonfinite!r} is decided by all ranks that share DTensors, which "
-                "a thread beside the training step cannot ask; leave it or offload=True out"
+                f"on_nonfinite={on_nonfinite!r} needs a decision of all ranks that share DTensors, "
+                "which the offload thread cannot ask for; leave it or offload=True out"
             )
         self._kept, self._module = list(kept), module
         tensors = self._owners(leaves)
@@ -127,34 +137,34 @@ class OffloadedEMA(EMA[Any]):
         self._job: Future[None] | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._pid = os.getpid()
-        self._target: int | None = None  # number of updates once the one under way is done
+        self._target: int | None = None  # number of updates after the running one
         self._waited, self._moved = 0.0, 0
-        # Steps that were left out, and those of them that the update under way counts for.
+        # Skipped steps that no update counts yet, and those that the running update counts.
         self._behind, self._taken_behind = 0, 0
         self._skips_behind, self._num_behind = when_behind == "skip", 0
-        self._writes: WriteWatch | None = None  # of the model that holds the average
+        self._writes: WriteWatch | None = None  # while the model holds the average
         self._link.fetch(tensors).complete()
         exactly = {glob.escape(name): what for name, what in kept.items()}
         super().__init__(
             self._link.staging, decay, policy=exactly, on_nonfinite=on_nonfinite, **options
         )
-        self._names = chosen.names  # as the user knows them
+        self._names = chosen.names  # of the model, not of the staged copies
         self._model = Binding(None, module, partial(self._match, False), leaves=leaves)
         _offloaded.add(self)
 
     @property
     def _kind(self) -> str:
-        return "EMA"  # states go from one to the other
+        return "EMA"  # both load each other's states
 
     # -- the model --------------------------------------------------------------------------------
 
     def _owners(self, leaves: Leaves) -> dict[str, Any]:
-        """The model's tensors that are kept, by name."""
+        """Return the model's averaged and copied tensors by name."""
         found = {leaf.name: leaf.spec.owner for leaf in leaves.items}
         return {name: found[name] for name in self._kept}
 
     def _match(self, match_subset: bool, _: Leaves, model: Leaves) -> Match:
-        """Check that a model still fits; nothing is paired, since no kernel reads it."""
+        """Check that a model still fits. Pair nothing: no kernel reads the model."""
         names = self._names
         refuse_other_model(model, self._store.sets[0], names, match_subset=match_subset)
         frozen = [
@@ -165,7 +175,7 @@ class OffloadedEMA(EMA[Any]):
         return Match({}, NOTHING, model.only({*self._kept, *names.aliases}), frozen)
 
     def _leaves(self, model: Any = None, *, write: bool = False, restore: bool = False) -> Leaves:
-        """The model's tensors as they lie now, looked up again only where one is elsewhere."""
+        """Return the model's tensors; look them up again only if one has moved."""
         match = partial(self._match, True) if restore else None
         with self._model.current(
             self._module if model is None else model, write=write, match=match
@@ -180,10 +190,10 @@ class OffloadedEMA(EMA[Any]):
     # -- the worker -------------------------------------------------------------------------------
 
     def wait(self) -> None:
-        """Return when the weights may be written: the latest update has its copy of them.
+        """Wait until the latest update has copied the weights, so that they may be written.
 
-        On a GPU its stream waits, and the host goes on. Called before each step of an optimizer of
-        PyTorch; call it where something else writes the weights.
+        On a GPU the current stream waits and the host continues. PyTorch optimizers call this
+        before each step; call it yourself before other writes to the weights.
         """
         if self._fetch is not None:
             began = time.perf_counter()
@@ -191,7 +201,7 @@ class OffloadedEMA(EMA[Any]):
                 self._waited += time.perf_counter() - began
 
     def _drain(self) -> None:
-        """Wait until all updates are done; raise what one of them raised."""
+        """Wait for the running update; raise its error, if any."""
         job = self._job
         if job is None:
             return
@@ -199,42 +209,42 @@ class OffloadedEMA(EMA[Any]):
         try:
             job.result()
         except BaseException:
-            if job.done():  # the steps that were left out before it still count
+            if job.done():  # the steps skipped before it still count
                 self._behind += self._taken_behind
             raise
         finally:
             self._waited += time.perf_counter() - began
-            if job.done():  # an interrupt leaves it to the next call
+            if job.done():  # not after an interrupt: the next call waits again
                 self._job, self._fetch, self._taken_behind = None, None, 0
 
     def _settle(self) -> None:
-        """Wait until all updates are done; until start_after the average is the weights of now."""
+        """Wait for the running update. Before start_after, copy the current weights."""
         self._drain()
         if self._applied is None and self._is_synced():
             self._link.fetch(self._tensors()).complete()
 
     def _submit(self, steps: int) -> None:
-        if self._pool is None or self._pid != os.getpid():  # threads are not forked
+        if self._pool is None or self._pid != os.getpid():  # a fork copies no threads
             self._pool, self._pid = ThreadPoolExecutor(1, "fastema-offload"), os.getpid()
         fetch = self._fetch
 
         def work() -> None:
             try:
                 fetch.complete()
-                self._take_in(None, steps)  # all others wait for it, under the lock
+                self._take_in(None, steps)  # no lock: other calls hold it and wait for this job
             finally:
                 self._target = None
 
         self._target = self._done + steps
         try:
             self._job = self._pool.submit(work)
-        except BaseException:  # no thread could be started
+        except BaseException:  # the thread did not start
             self._target, self._fetch = None, None
             raise
 
     @property
     def offload_stats(self) -> OffloadStats:
-        """Updates under way, seconds waited, bytes moved over the link, steps skipped."""
+        """Costs so far, an :class:`OffloadStats`: queue, waits, bytes moved, skipped steps."""
         depth = int(self._job is not None and not self._job.done())
         return OffloadStats(depth, self._waited, self._moved, self._num_behind)
 
@@ -250,44 +260,49 @@ class OffloadedEMA(EMA[Any]):
                 return
             self._drain()
             tensors = self._tensors(model)
-            with defer_signals():  # weights that are fetched are averaged and counted
+            with defer_signals():  # fetched weights must be averaged and counted
                 self._fetch = self._link.fetch(tensors)
                 self._submit(steps + self._behind)
                 self._moved += self._link.nbytes
                 self._behind, self._taken_behind = 0, self._behind
 
     def _is_behind(self) -> bool:
-        """Return whether the update before is not done; on any rank, where there are several."""
+        """Return whether the previous update is still running, here or on any other rank."""
         behind = self._job is not None and not self._job.done()
         ranks = self._deciding_ranks()
         return behind if ranks is None else ranks.any(behind)
 
     @property
     def num_updates(self) -> int:
-        """Steps taken in so far, with those of the update that is not done yet."""
+        """Number of steps averaged so far, including those of the running update."""
         target = self._target
         return self._done if target is None else target
 
     @property
     def version(self) -> int:
-        """See :attr:`fastema.EMA.version`; waits for the latest update."""
+        """Number that grows with every write of the averages; waits for the latest update."""
         with self._lock:
             self._drain()
             return super().version
 
     @property
     def num_skipped(self) -> int:
-        """Updates that changed nothing because a weight was not finite; waits for the latest."""
+        """Updates skipped because a weight was not finite; waits for the latest update."""
         with self._lock:
             self._drain()
             return self._num_skipped
 
     def update_from_host(self, tensors: Mapping[str, Any]) -> None:
-        """Take in weights that are on the host already, by name; nothing goes over the link.
+        """Update the average from copies of the weights in host memory.
 
-        For trainers that keep copies in the weights' dtypes there, to save or to send them. The
-        tensors may be written when this returns. Master weights of another dtype are averaged
-        themselves: ``EMA(masters)``.
+        Use it when a trainer already keeps such copies, to save or send them: nothing is copied
+        from the device. The tensors may be overwritten after the call. For master weights of
+        another dtype build the average of them: ``EMA(masters)``.
+
+        Parameters
+        ----------
+        tensors : mapping of str to tensor
+            The weights by the model's names, in the model's dtypes. Other names are ignored.
 
         Raises
         ------
@@ -314,7 +329,7 @@ class OffloadedEMA(EMA[Any]):
             self._refuse_applied("apply_shadow")
             leaves = self._leaves(model, write=True)
             tensors, writes = self._owners(leaves), self._write_watch(leaves)
-            self._link.fetch(tensors).complete()  # the raw weights, to the bit
+            self._link.fetch(tensors).complete()  # keeps the raw weights exactly
             with defer_signals():
                 super().apply_shadow(which=which)
                 try:
@@ -363,7 +378,7 @@ class OffloadedEMA(EMA[Any]):
         return Steps(apply, steps.restore, steps.verify)
 
     def copy_to(self, model: Any, *, which: int | None = None) -> None:
-        """Write the average into a model; see :meth:`fastema.EMA.copy_to`."""
+        """Overwrite a model's weights with the average; see :meth:`fastema.EMA.copy_to`."""
         with self._lock:
             self._settle()
             container = materialised(model)
@@ -375,7 +390,10 @@ class OffloadedEMA(EMA[Any]):
             link.send(tensors)
 
     def model_state_dict(self, model: Any = None, *, which: int | None = None) -> dict[str, Any]:
-        """Return the model's state with the average applied, on the model's devices."""
+        """Return the model's state dict with the average, in new tensors on the model's devices.
+
+        See :meth:`fastema.EMA.model_state_dict`.
+        """
         container = self._module if model is None else materialised(model)
         reshard(container)
         found = state_of(container)
@@ -385,7 +403,7 @@ class OffloadedEMA(EMA[Any]):
             self._settle()
             staged = self._link.staging
             if any(one.dtype != staged[name].dtype for name, one in theirs.items()):
-                staged = {**staged, **link_of(theirs).staging}  # to be rounded to their dtypes once
+                staged = {**staged, **link_of(theirs).staging}  # round once, to their dtypes
             held = super().model_state_dict(staged, which=which)
         return {
             key: held[name].to(found[key][1].device) if name in held else found[key][1]
@@ -394,7 +412,7 @@ class OffloadedEMA(EMA[Any]):
 
     @property
     def shadows(self) -> tuple[Shadow, ...]:
-        """The averaged tensors by name, on the host, of every average."""
+        """The mapping of names to tensors of every average, in host memory."""
         with self._lock:
             self._settle()
             return super().shadows
@@ -407,22 +425,22 @@ class OffloadedEMA(EMA[Any]):
     # -- saving -----------------------------------------------------------------------------------
 
     def to(self, *target: Any, device: Any = None, dtype: Any = None, **options: Any) -> Any:
-        """Change the dtype of the average; it stays on the host."""
+        """Change the average's dtype; it stays on the host. See :meth:`fastema.EMA.to`."""
         there, _ = destination(target, device, dtype)
         if there is not None and not str(there).startswith("cpu"):
-            raise ArgumentError(f"to({there!r}): the average was built with offload=True; it stays")
+            raise ArgumentError(f"to({there!r}): an average with offload=True stays on the CPU")
         with self._lock:
             self._drain()
             return super().to(*target, device=device, dtype=dtype, **options)
 
     def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
-        """Return what is needed to continue; see :meth:`fastema.EMA.state_dict`."""
+        """Return the state needed to resume the run; see :meth:`fastema.EMA.state_dict`."""
         with self._lock:
             self._settle()
             return super().state_dict(copy=copy)
 
     def load_state_dict(self, state: Mapping[str, Any], **options: Any) -> None:
-        """Take over a saved average; see :meth:`fastema.EMA.load_state_dict`."""
+        """Load a saved average; see :meth:`fastema.EMA.load_state_dict`."""
         with self._lock:
             self._drain()
             super().load_state_dict(state, **options)

@@ -1,4 +1,4 @@
-"""Checks of the keywords that all averages share."""
+"""Check and parse the keyword arguments that all averages share."""
 
 from __future__ import annotations
 
@@ -38,28 +38,34 @@ _OPTIONS: Final = (
 
 
 def checked_which(which: int | None, decay: Any) -> int | None:
-    """Check which of the averages of these decays a callback evaluates and saves."""
+    """Return ``which`` if it selects one of the averages of ``decay``.
+
+    Raises
+    ------
+    ArgumentError
+        If it is out of range, or missing with several averages.
+    """
     count = len(decay) if isinstance(decay, Sequence) else 1
     if which not in range(-count, count) and (which is not None or count > 1):
         raise ArgumentError(
-            f"which={which!r}: expected a number from 0 to {count - 1}, that of the average of "
+            f"which={which!r}: expected a number from 0 to {count - 1}, the average of "
             f"decay={decay!r} to evaluate and to save"
         )
     return which
 
 
 def options_in(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Pick the keywords that all averages share from the ``locals()`` of a constructor."""
+    """Return the shared keyword arguments among the ``locals()`` of a constructor."""
     return {name: value for name, value in arguments.items() if name in _OPTIONS}
 
 
 def patterns_of(policy: Any) -> dict[str, Policy]:
-    """Check the patterns of names that a user gave, each with a policy."""
+    """Return the policies by name pattern that a user passed; raise an ArgumentError if invalid."""
     if policy is None:
         return {}
     if not isinstance(policy, Mapping):
         raise ArgumentError(
-            f"policy={policy!r}: expected patterns of names and what is done with them, such as "
+            f"policy={policy!r}: expected a mapping of name patterns to policies, such as "
             "{'*.expert_bias': 'average', 'visual.*': 'skip'}"
         )
     return {
@@ -69,24 +75,29 @@ def patterns_of(policy: Any) -> dict[str, Policy]:
 
 
 def checked(value: Any, name: str, known: Any) -> Any:
-    """A value of a literal type, or an :class:`ArgumentError` that lists the known ones."""
+    """Return a value of a literal type; raise an ArgumentError with the valid ones otherwise."""
     if value not in get_args(known):
         raise ArgumentError(f"{name}={value!r}: expected one of {', '.join(get_args(known))}")
     return value
 
 
 def dtype_of(value: Any) -> DType | None:
-    """The dtype a user named: None, a name such as ``"float32"``, or a framework's own object."""
+    """Return the dtype for a name such as ``"float32"`` or a framework's dtype; None for None."""
     if value is None:
         return None
     return parse(value if isinstance(value, str) else dtype_code(value))
 
 
 def destination(target: Sequence[Any], device: Any, dtype: Any) -> tuple[Any, Any]:
-    """Name the device and the dtype in the arguments of ``to()``; None for what stays.
+    """Return the device and the dtype that the arguments of ``to()`` ask for; None: unchanged.
 
-    ``target`` has the positional ones, as :meth:`torch.Tensor.to` takes them: a device, a dtype, or
-    both in this order, or an array whose device and dtype are meant.
+    ``target`` holds the positional arguments, as in :meth:`torch.Tensor.to`: a device, a dtype,
+    both in this order, or an array whose device and dtype to use.
+
+    Raises
+    ------
+    ArgumentError
+        If the device or the dtype is given twice.
     """
     found: dict[str, Any] = {"device": device, "dtype": dtype}
     for given in target:
@@ -101,12 +112,12 @@ def destination(target: Sequence[Any], device: Any, dtype: Any) -> tuple[Any, An
 
 
 def _named_target(given: Any) -> dict[str, Any]:
-    """One positional argument of ``to()``, by what it is."""
+    """Return a positional argument of ``to()`` as keywords: device, dtype, or both."""
     if given is None:
         return {}
     if isinstance(given, bool):
         raise ArgumentError(
-            f"to({given!r}): expected a device, a dtype or a tensor; non_blocking goes by keyword"
+            f"to({given!r}): expected a device, a dtype or a tensor; pass non_blocking by keyword"
         )
     if not isinstance(given, str | int):
         with suppress(BridgeError):
@@ -126,7 +137,7 @@ def _is_dtype(value: Any) -> bool:
 
 
 def format_of(shadow_dtype: Any, rounding: Any, num_averages: int) -> ShadowFormat:
-    """Return how averages are to be stored, as the keywords say."""
+    """Return the storage format that the keyword arguments of an average describe."""
     split = isinstance(shadow_dtype, str) and shadow_dtype == SPLIT
     if rounding is not None:
         checked(rounding, "rounding", Rounding)

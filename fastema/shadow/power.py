@@ -1,4 +1,4 @@
-"""Power-function averages, from which any other is synthesised after training."""
+"""Power-function averages, from which averages of any width are synthesized after training."""
 
 from __future__ import annotations
 
@@ -13,28 +13,49 @@ __all__ = ["PowerEMA"]
 
 
 class PowerEMA(Average[Weights]):
-    """Averages whose profile is a power of time, so that their length grows with training.
+    """Power-function averages of model weights, whose width grows in proportion to training.
 
-    At step ``n`` of a run, ``avg += w * (x - avg)`` with ``w = 1 - (1 - k/n)**(gamma + 1)`` where
-    ``k`` is the number of steps since the update before: the weight of the weights of step ``t`` is
-    proportional to ``t**gamma``. ``gamma`` follows from the relative standard deviation of that
-    profile, ``sigma_rel = sqrt((gamma + 1) / ((gamma + 2)**2 * (gamma + 3)))``.
+    At step ``n`` of a run ``avg += w * (x - avg)`` with ``w = 1 - (1 - k/n)**(gamma + 1)``, where
+    ``k`` is the number of steps since the previous update (``update_every``). The weights of step
+    ``t`` then contribute in proportion to ``t**gamma``. The relative standard deviation of this
+    profile is ``sigma_rel = sqrt((gamma + 1) / ((gamma + 2)**2 * (gamma + 3)))``. From snapshots of
+    two such averages, :func:`fastema.posthoc.synthesize` builds an average of another width after
+    training.
 
     Parameters
     ----------
     weights : torch module, array, or list, tuple, dict or iterator of arrays
-        See :class:`fastema.EMA`.
+        The tensors to average; see :class:`fastema.EMA`.
     sigma_rels : float or sequence of float
-        Of each average, in (0, 0.288); two are needed to synthesise others. They are updated in one
-        pass over the weights.
+        Width of each average: standard deviation of its profile divided by the steps so far, in
+        (0, 0.2887], (0.05, 0.10) by default. Synthesis needs two. One pass over the weights updates
+        all of them.
     shadow_dtype, rounding, seed, update_every, start_after
         See :class:`fastema.EMA`.
     frozen, buffers, policy, on_nonfinite, drift, capturable, watch
         See :class:`fastema.EMA`.
 
+    Raises
+    ------
+    ArgumentError
+        If a width or another parameter is invalid, or a pattern matches no name.
+    LayoutError, DTypeError, BridgeError
+        See :class:`fastema.EMA`.
+
     See Also
     --------
     fastema.posthoc.save_snapshot, fastema.posthoc.synthesize
+
+    Examples
+    --------
+    >>> import numpy as np, fastema
+    >>> w = np.array([1.0])
+    >>> ema = fastema.PowerEMA([w], sigma_rels=(0.05, 0.10))
+    >>> for value in (2.0, 3.0):
+    ...     w[:] = value
+    ...     ema.update()
+    >>> [bool(2.9 < shadow["0"][0] < 3.0) for shadow in ema.shadows]
+    [True, True]
 
     References
     ----------

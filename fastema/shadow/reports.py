@@ -1,4 +1,4 @@
-"""Reports in words: what an average averages over."""
+"""Describe in words what an average covers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastema.rules.units import effective_steps
 __all__ = ["named", "named_schedule", "report"]
 
 _NEGLIGIBLE = 0.0005
-"""Shares below this one are called nothing."""
+"""Shares below this are reported as nothing."""
 
 
 def _number(number: float) -> str:
@@ -21,7 +21,7 @@ def _count(number: float, thing: str) -> str:
 
 
 def named(rule: Rule) -> str:
-    """Say in words which average a rule gives."""
+    """Return a rule's average in words, such as ``decay 0.999 with warm-up``."""
     if isinstance(rule, Constant):
         return f"decay {rule.value!r}"
     if isinstance(rule, Warmup):
@@ -65,7 +65,7 @@ def _of_rule(rule: Rule, n: int, every: int) -> str:
 
 
 def report(kind: str, schedule: Schedule, step: int, skipped: int) -> str:
-    """Lines that say what each average of a schedule averages over at a step."""
+    """Return lines that say what each average of a schedule covers after ``step`` updates."""
     every, start = schedule.update_every, schedule.start_after
     lines = [f"{kind} after {_count(step, 'update')}"]
     if every > 1:

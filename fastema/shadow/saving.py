@@ -1,4 +1,4 @@
-"""An average's state: saved, loaded, moved to another device or dtype."""
+"""Save and load an average's state; move it to another device or dtype."""
 
 from __future__ import annotations
 
@@ -26,32 +26,33 @@ Self = TypeVar("Self", bound="Saveable[Any]")
 
 
 class Saveable(Evaluated[Weights]):
-    """Averages that are saved, loaded and moved; see :class:`Average`."""
+    """Averages that can be saved, loaded and moved; see :class:`Average`."""
 
     def to(
         self: Self, *target: Any, device: Any = None, dtype: Any = None, non_blocking: bool = False
     ) -> Self:
-        """Move the average to a device, or change the dtype of its averaged tensors; returns it.
+        """Move the average to a device, or change the dtype of its averaged tensors, in place.
 
-        Takes what :meth:`torch.Tensor.to` takes: ``to(device)``, ``to(dtype)``, ``to(device,
-        dtype)``, ``to(tensor)`` for the device and dtype of that tensor, and keywords. Values are
-        rounded once where the new dtype is narrower; stochastic rounding stays on or off as it was.
-        A graph that captured an update continues with the average as it was: capture it again.
+        Takes the arguments of :meth:`torch.Tensor.to`: ``to(device)``, ``to(dtype)``, ``to(device,
+        dtype)``, ``to(tensor)`` for the device and dtype of that tensor, and keywords. A narrower
+        dtype rounds the values once; stochastic rounding stays on or off. A CUDA graph that
+        captured an update keeps updating the old memory: capture it again.
 
         Parameters
         ----------
         *target : device, dtype, str or array
-            A name is a dtype where ``shadow_dtype`` takes it, else a device.
+            A string counts as a dtype if ``shadow_dtype`` accepts it, otherwise as a device.
         device : str, int or device, optional
-            By default the average stays where it is.
+            By default the device does not change.
         dtype : dtype or str, optional
-            As ``shadow_dtype``; by default unchanged.
+            See ``shadow_dtype``; by default the dtype does not change.
         non_blocking : bool
             Accepted and ignored: the copies are done when the call returns.
 
         Returns
         -------
-        the average itself
+        Average
+            The average itself.
 
         Raises
         ------
@@ -60,9 +61,9 @@ class Saveable(Evaluated[Weights]):
         ArgumentError
             If device or dtype is given twice; for the dtype of a windowed mean.
         DTypeError
-            If the average cannot have the dtype.
+            If the average cannot have this dtype.
         DeviceError, BridgeError
-            For what is no device of the weights' framework.
+            If the weights' framework has no such device.
 
         Examples
         --------
@@ -94,28 +95,47 @@ class Saveable(Evaluated[Weights]):
                 contexts = binding.contexts
                 count = ScheduleCounter(contexts, self._schedule, self._seed, done, skipped)
                 self._warm_up(count, binding)
-            if self._captured:  # its replays must not write where others are
+            if self._captured:  # its replays write the old memory, which must not be reused
                 keep_for_graphs(self._store, self._count)
             self._binding, self._store, self._format = binding, store, stored_as
             self._count, self._captured = count, False
             return self
 
     def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
-        """Return what is needed to continue: counters, schedule and the averaged tensors by name.
+        """Return the state needed to resume the run: counters, schedule and averages by name.
 
-        Plain values and tensors only: ``torch.load(weights_only=True)`` reads it. It holds the
-        average also while that is applied to the model, never the raw weights in its place.
-        Averages of DTensors are DTensors, for :mod:`torch.distributed.checkpoint`: all ranks have
-        to call this.
-        ``"shadow"`` is a list with a mapping of names to tensors for each average; ``"residual"``
-        and ``"ring"`` are lists of the same kind, of what an average in two halves, or a windowed
-        mean, needs besides.
+        It consists of plain values and tensors, which ``torch.load(weights_only=True)`` reads. It
+        also holds the average while that is applied to the model, never the raw weights in its
+        place. Averages of DTensors are DTensors, for :mod:`torch.distributed.checkpoint`: all ranks
+        must call this method.
 
         Parameters
         ----------
         copy : bool
-            False saves the memory of a copy: the tensors are then the average's own, to be written
-            out before anything else is called (while an average is applied they are copies).
+            True by default. False saves the memory of a copy and returns the average's own tensors:
+            write them out before calling anything else. (While an average is applied, the tensors
+            are always copies.)
+
+        Returns
+        -------
+        dict
+            ``"shadow"`` is a list with one mapping of names to tensors per average. ``"residual"``
+            and ``"ring"`` are such lists too: the second half of a split average or the rounding
+            error of a windowed mean, and the windowed mean's ring. The other entries are numbers,
+            strings and the description of the schedule.
+
+        Raises
+        ------
+        LayoutError
+            If ranks that share DTensors disagree about the settings.
+
+        Examples
+        --------
+        >>> import numpy as np, fastema
+        >>> ema = fastema.EMA({"w": np.array([1.0])})
+        >>> state = ema.state_dict()
+        >>> state["num_updates"], state["shadow"]
+        (0, [{'w': array([1.])}])
         """
         with self._lock:
             if self._ranks is not None:
@@ -126,7 +146,7 @@ class Saveable(Evaluated[Weights]):
                 "seed": self._seed,
             }
             log_decays = self._log_decays
-            if self._count is not None:  # it counts single steps alone
+            if self._count is not None:  # on the GPU every update is one step
                 log_decays = self._schedule.log_decays(counters["num_updates"])
             rounding: Rounding = "stochastic" if self._format.random else "nearest"
             return pack(
@@ -139,7 +159,7 @@ class Saveable(Evaluated[Weights]):
             )
 
     def _wait_for_the_ring(self) -> None:
-        # Its memory is the host's, the work on it a device's: nothing else puts them in order.
+        # The host reads a ring that kernels on the device write: nothing else orders the two.
         if self._store.on_host:
             self._binding.wait()
 
@@ -150,7 +170,7 @@ class Saveable(Evaluated[Weights]):
         if self._applied is None:
             return (self._store.duplicate() if copy else self._store).tensors()
         with self._applied_swap() as swap:
-            # Written into the copy: beside it, the raw weights there would be saved along.
+            # Overwrite the raw weights in the copy: they must not be saved.
             store = self._store.duplicate()
             applied = [
                 (index, entry.name)
@@ -168,28 +188,29 @@ class Saveable(Evaluated[Weights]):
         return store.tensors()
 
     def load_state_dict(self, state: Mapping[str, Any], *, schedule: SavedOrMine = "saved") -> None:
-        """Take over a saved average: a run continues to the bit as if it had not been interrupted.
+        """Load a saved average, so that the run continues to the bit as if never interrupted.
 
-        The counters, the seed and the rounding are the saved ones, and so is the schedule unless
-        you keep your own. Tensors are copied into the average's memory.
+        Counters, seed and rounding are restored, and by default the schedule. The tensors are
+        copied into the average's memory.
 
         Parameters
         ----------
         state : mapping
-            Of :meth:`state_dict`.
+            The result of :meth:`state_dict`, or of a safetensors reader for a fastema file.
         schedule : {"saved", "mine"}
-            Which rules, ``update_every`` and ``start_after`` to continue with. By default the saved
-            ones, with a warning that names both where they differ from those this average was built
-            with. ``"mine"`` keeps those it was built with, to change the decay on purpose.
+            Rules, ``update_every`` and ``start_after`` to continue with. ``"saved"`` (the default)
+            restores the saved ones, and warns if they differ from those this average was built
+            with. ``"mine"`` keeps the latter, to change the decay on purpose.
 
         Raises
         ------
         StateError
             While an average is applied.
         ArgumentError
-            For another ``schedule``.
+            For another value of ``schedule``.
         CheckpointError
-            Listing every mismatch of names, shapes, dtypes and schedule; nothing was changed.
+            If the state does not fit; the message lists every mismatch of names, shapes, dtypes and
+            schedule. Nothing was changed.
 
         Warns
         -----
@@ -205,7 +226,7 @@ class Saveable(Evaluated[Weights]):
             tables = [] if self._count is None else tables_for(saved.schedule)
             if self._count is not None:
                 refuse_uneven(saved.schedule, saved.counters["num_updates"], saved.log_decays)
-            program.prepare({"all": "copy"})  # nothing is changed where it fails
+            program.prepare({"all": "copy"})  # may fail, so before any change
             rounded = self._rounded_as(saved.rounding)
             self._wait_for_the_ring()
             with defer_signals():
@@ -216,7 +237,7 @@ class Saveable(Evaluated[Weights]):
                 self._log_decays = saved.log_decays
                 self._version += 1
                 self._measured = None
-                if self._count is not None:  # first: it waits for replays that are still to come
+                if self._count is not None:  # before the copy: this waits for pending replays
                     self._count.set(
                         self._schedule, tables, self._seed, self._done, self._num_skipped
                     )
@@ -229,7 +250,7 @@ class Saveable(Evaluated[Weights]):
             )
 
     def _rounded_as(self, rounding: Rounding) -> tuple[ShadowFormat, Store, ShadowBinding]:
-        """Round 16-bit averages in this way from now on, in the same memory."""
+        """Return format, store and binding with this rounding of 16-bit averages, in place."""
         stored_as = self._format._replace(random=rounding == "stochastic")
         if stored_as == self._format:
             return stored_as, self._store, self._binding
@@ -240,5 +261,5 @@ class Saveable(Evaluated[Weights]):
         return stored_as, store, binding
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse: a copy would share, or double, the memory of a model it is not bound to."""
-        raise StateError("an average is not copied or pickled; build another and load state_dict()")
+        """Refuse to copy or pickle: the copy would not be bound to a model."""
+        raise StateError("averages cannot be copied or pickled; build another, load state_dict()")

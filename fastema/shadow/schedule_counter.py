@@ -1,4 +1,4 @@
-"""An average's count of updates on the GPU, where a captured graph finds it."""
+"""Count an average's updates on the GPU, so that captured graphs can advance the count."""
 
 from __future__ import annotations
 
@@ -23,17 +23,23 @@ def _by_update(rule: Rule, every: int) -> Callable[[int], float]:
 
 
 def _window(schedule: Schedule) -> int:
-    """Slots of the ring of a windowed mean, 0 for other averages."""
+    """Return the ring slots of a windowed mean; 0 for other averages."""
     first = schedule.rules[0]
     return first.size if isinstance(first, Window) else 0
 
 
 def tables_for(schedule: Schedule) -> Tables:
-    """Return what a counter needs to know of a schedule; refuse one that no table can hold."""
+    """Return the tables by which a counter follows a schedule.
+
+    Raises
+    ------
+    ArgumentError
+        If no table can represent the schedule.
+    """
     if schedule.offset:
         raise ArgumentError(
             f"capturable=True counts update_every={schedule.update_every} from start_after="
-            f"{schedule.start_after}, and {schedule.rules[0]!r} asks for other steps"
+            f"{schedule.start_after}, but {schedule.rules[0]!r} averages at other steps"
         )
     if _window(schedule):
         return []
@@ -41,20 +47,20 @@ def tables_for(schedule: Schedule) -> Tables:
 
 
 def refuse_uneven(schedule: Schedule, done: int, log_decays: Sequence[float]) -> None:
-    """Refuse a saved run that took several steps at once where a bias correction depends on it."""
+    """Refuse a saved run whose bias correction depends on updates of several steps at once."""
     for rule, saved, even in zip(
         schedule.rules, log_decays, schedule.log_decays(done), strict=True
     ):
         if not math.isclose(saved, even, rel_tol=1e-9):
             raise CheckpointError(
                 f"{rule!r} was saved by a run that took several steps at once, update(steps=n), "
-                "which an average that counts on the GPU cannot continue with: build it without "
+                "which an average that counts on the GPU cannot continue: build it without "
                 "capturable=True"
             )
 
 
 class ScheduleCounter:
-    """Counts updates by a schedule on every device that holds a part of an average."""
+    """Counts updates by a schedule, on every device that holds a part of the average."""
 
     def __init__(
         self,
@@ -70,23 +76,23 @@ class ScheduleCounter:
 
     @property
     def args(self) -> LaunchArgs:
-        """The arguments that a program runs with."""
+        """Arguments for running a program with the counted step and weights."""
         return self._clock.args
 
     def advance(self) -> None:
-        """Put the step to the next update on the current streams."""
+        """Advance to the next update, on the current streams."""
         self._clock.advance()
 
     def done(self) -> int:
-        """Updates so far; waits for the device."""
+        """Return the number of updates so far; wait for the device."""
         return self._clock.done()
 
     def skipped(self) -> int:
-        """Updates left out because a weight was not finite; waits for the device."""
+        """Return how many updates were skipped for a non-finite weight; wait for the device."""
         return self._clock.skipped()
 
     def set(self, schedule: Schedule, tables: Tables, seed: int, done: int, skipped: int) -> None:
-        """Go on from another update, by another schedule whose tables these are."""
+        """Continue after ``done`` updates with another schedule; ``tables`` are its tables."""
         self._clock.set(
             tables,
             done=done,

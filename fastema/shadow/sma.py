@@ -1,4 +1,4 @@
-"""The mean of the last W weights, streamed."""
+"""The moving mean of the weights of the last W updates."""
 
 from __future__ import annotations
 
@@ -15,37 +15,50 @@ __all__ = ["SMA"]
 
 
 class SMA(Average[Weights]):
-    """Mean of the weights of the last ``window`` updates, at a cost that does not depend on it.
+    """Simple moving average: the mean of the weights of the last ``window`` updates.
 
-    ``avg += (x - oldest) / W`` over flat buffers, the oldest slot of a ring of W copies of the
-    weights being overwritten by the newest; until there are W it is the mean of those there are.
-    The mean is kept as a sum of two floats, and every update computes one W-th of its elements
-    afresh from the whole ring: no error is older than ``2 * W`` updates, and it is below
-    ``8 * W * u**2`` of the largest weight among those (``u = 2**-24`` in float32), which is far
-    below the last place of the mean.
+    ``avg += (x - oldest) / W`` with ``W = window``: a ring holds the last W copies of the weights,
+    and the newest overwrites the oldest. Before the W-th update it is the mean of all updates so
+    far. The cost of an update does not depend on W.
 
     Parameters
     ----------
     weights : torch module, array, or list, tuple, dict or iterator of arrays
-        See :class:`fastema.EMA`.
+        The tensors to average; see :class:`fastema.EMA`.
     window : int
-        Updates, at least 1. With ``update_every=k`` it reaches back ``k * window`` steps.
+        Number of updates in the mean, >= 1, 10 by default. With ``update_every=k`` it covers the
+        last ``k * window`` steps.
     ring_dtype : dtype or str, optional
-        Of the ring, by default that of the weights. A narrower one, such as ``"bfloat16"``, takes
-        less memory; the mean is then that of the weights as they are stored there.
+        Dtype of the ring, by default that of the weights. A narrower dtype, such as ``"bfloat16"``,
+        saves memory; the result is then the mean of the rounded weights.
     ring_device : {"cpu"}, optional
-        Keep the ring in the memory of the host, for weights on a GPU that has no room for so many
-        copies of them. The kernel reads and writes one slot of it per update, over the bus. (Torch
-        takes a power of two of such memory: 70 GB become 128.)
+        Keep the ring in host memory, if the GPU has no room for ``window`` copies of the weights.
+        The kernel reads and writes one slot per update over the bus. By default the ring is on the
+        weights' device. (Torch rounds such memory up to a power of two: 70 GB become 128.)
     shadow_dtype, rounding, seed, update_every, start_after
         See :class:`fastema.EMA`.
     frozen, buffers, policy, on_nonfinite, capturable, watch
         See :class:`fastema.EMA`.
 
+    Raises
+    ------
+    ArgumentError
+        If ``window``, ``ring_device`` or another parameter is invalid, or a pattern matches no
+        name.
+    DTypeError
+        For ``shadow_dtype="bf16+16"``, which a windowed mean cannot have.
+    LayoutError, BridgeError
+        See :class:`fastema.EMA`.
+
     Notes
     -----
-    Memory: ``window + 2`` times that of the weights. Bytes moved per element and update, in
-    float32: 4 of the weights, 8 of the slot, 16 of the mean, 4 of what is computed afresh.
+    The mean is kept as a sum of two floats, and every update recomputes one W-th of its elements
+    from the whole ring. No rounding error is older than ``2 * W`` updates, and the error is below
+    ``8 * W * u**2`` of the largest weight in them (``u = 2**-24`` in float32), far below the last
+    place of the mean.
+
+    It takes ``window + 2`` times the memory of the weights. Bytes moved per element and update, in
+    float32: 4 for the weights, 8 for the slot, 16 for the mean, 4 for the recomputed elements.
 
     A NaN or an infinity stays in the mean while it is in the window, and for at most ``window``
     updates more; ``on_nonfinite="skip"`` keeps it out.
@@ -91,7 +104,7 @@ class SMA(Average[Weights]):
         options = options_in(locals())
         if ring_device not in (None, "cpu"):
             raise ArgumentError(
-                f"ring_device={ring_device!r}: expected 'cpu', or None for that of the weights"
+                f"ring_device={ring_device!r}: expected 'cpu', or None for the weights' device"
             )
         rule = Window(window)
         ring = window, ring_dtype, ring_device == "cpu"

@@ -1,4 +1,4 @@
-"""Saved averages: what a state dict holds, and whether one fits."""
+"""Pack an average's state into a dict of plain values and tensors, and check one on loading."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fastema.shadow.store import PARTS, Tensors
 __all__ = ["Saved", "SavedOrMine", "pack", "unpack"]
 
 SavedOrMine = Literal["saved", "mine"]
-"""Whose schedule continues when a state is loaded."""
+"""Schedule to continue with after loading: that of the state, or that of the average."""
 
 FORMAT: Final = "fastema"
 VERSION: Final = 1
 
 
 class Saved(NamedTuple):
-    """A state dict's contents, checked."""
+    """The checked contents of a state dict."""
 
     counters: dict[str, int]
     schedule: Schedule
@@ -35,10 +35,10 @@ class Saved(NamedTuple):
 
 
 COUNTERS: Final = ("num_updates", "num_skipped", "seed")
-"""Whole numbers of at least 0 that a state holds."""
+"""Entries of a state that are whole numbers from 0 to 2**63 - 1."""
 
 LOG_DECAYS: Final = "log_decays"
-"""In a state with a bias correction: for each average how much of its beginning would be left."""
+"""Entry of a bias-corrected state: per average, the log of the initial weights' remaining share."""
 
 
 def pack(
@@ -49,7 +49,7 @@ def pack(
     rounding: Rounding,
     tensors: Tensors,
 ) -> dict[str, Any]:
-    """A state dict: strings, numbers and tensors only, so that ``weights_only=True`` loads it."""
+    """Return a state dict of strings, numbers and tensors, which ``weights_only=True`` loads."""
     head = {"format": FORMAT, "version": VERSION, "kind": kind}
     debiased = {LOG_DECAYS: list(log_decays)} if _is_debiased(schedule) else {}
     return {
@@ -67,7 +67,7 @@ def _is_debiased(schedule: Schedule) -> bool:
 
 
 def _is(found: Any, expected: str | int) -> bool:
-    """Return whether they are equal; an array, whose comparison is none, is not."""
+    """Return whether type and value are equal; arrays, whose ``==`` is elementwise, never are."""
     return type(found) is type(expected) and found == expected
 
 
@@ -129,8 +129,8 @@ def _body(
             and (found.shape, found.offset) != (spec.shape, spec.offset)
         ):
             yield (
-                f"{name!r} is the part of another rank, at {found.offset}, expected that at "
-                f"{spec.offset}{label}; torch.distributed.checkpoint gives each rank its own"
+                f"{name!r} is another rank's part, at {found.offset}, expected the part at "
+                f"{spec.offset}{label}; torch.distributed.checkpoint loads each rank's own"
             )
         if found.dtype != spec.dtype:
             yield (
@@ -140,10 +140,10 @@ def _body(
 
 
 def _log_decays(found: Any, schedule: Schedule, which: SavedOrMine) -> tuple[float, ...] | None:
-    """Return a state's shares of the beginning; None if they fit no run of the schedule."""
+    """Return a state's ``log_decays`` for a schedule; None if they do not fit the schedule."""
     if not _is_debiased(schedule):
         return schedule.log_decays(0) if found is None or which == "mine" else None
-    if found is None and which == "mine":  # it was averaged with its beginning, and keeps that
+    if found is None and which == "mine":  # the average already includes its initial weights
         return (GONE,) * len(schedule.rules)
     if not isinstance(found, list | tuple) or len(found) != len(schedule.rules):
         return None
@@ -153,22 +153,22 @@ def _log_decays(found: Any, schedule: Schedule, which: SavedOrMine) -> tuple[flo
 
 
 def _schedule(plain: Any, own: Schedule, which: SavedOrMine) -> Schedule:
-    # A rule of the user's own cannot be rebuilt from its description, but recognised by it.
+    # A user-defined rule cannot be rebuilt from its description, but compared with it.
     same = plain_value(plain, "it") == own.to_dict()
     if which == "mine" and not same and any(_windows(own)):
         raise ArgumentError(
-            "'mine' is not possible: the ring of a windowed mean is as it was saved"
+            "'mine' is not possible for a windowed mean: its ring comes from the state"
         )
     return own if same or which == "mine" else Schedule.from_dict(plain)
 
 
 def _windows(schedule: Schedule) -> list[Rule | None]:
-    """The rules that have a ring of their size."""
+    """Return the rules with None in place of those that need no ring."""
     return [rule if isinstance(rule, Window) else None for rule in schedule.rules]
 
 
 def _named(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors by the average's own names: what wrappers put before them does not count."""
+    """Return the tensors by the average's own names, without the prefixes of wrappers."""
     names = list(tensors)
     if set(names) != set(expected):
         names = plain_names(names)
@@ -178,10 +178,25 @@ def _named(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str,
 def unpack(
     state: Any, kind: str, own: Schedule, expected: Tensors, which: SavedOrMine = "saved"
 ) -> Saved:
-    """Return a state dict's contents, if every part fits an average with this schedule and tensors.
+    """Return a state dict's contents after checking that they fit an average.
 
-    ``state`` is as it was saved, or the tensors of a file of ours. A CheckpointError lists every
-    mismatch: names, shapes, dtypes, counters, schedule, and another class than ``kind``.
+    Parameters
+    ----------
+    state : object
+        A saved state, or the tensors of a fastema file.
+    kind : str
+        Class name of the average.
+    own : Schedule
+        Schedule of the average.
+    expected : Tensors
+        Descriptions of the average's tensors.
+    which : {"saved", "mine"}
+        Schedule to continue with.
+
+    Raises
+    ------
+    CheckpointError
+        Listing every mismatch of names, shapes, dtypes, counters, schedule and class.
     """
     state = unflattened(state)
     problems = _head(state, kind, expected)
@@ -198,8 +213,8 @@ def unpack(
             log_decays = _log_decays(found, schedule, which)
             if log_decays is None:
                 problems.append(
-                    f"{LOG_DECAYS} is {found!r}, expected for each rule a number from {GONE} to 0 "
-                    "where one is bias-corrected, and none elsewhere"
+                    f"{LOG_DECAYS} is {found!r}, expected one number from {GONE} to 0 per rule if "
+                    "any rule is bias-corrected, otherwise none"
                 )
             if len(schedule.rules) != len(own.rules):
                 problems.append(f"it has {len(schedule.rules)} averages, not {len(own.rules)}")

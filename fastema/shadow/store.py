@@ -1,4 +1,4 @@
-"""The memory of averages: for every tensor the averages of it, and what they keep beside them."""
+"""Memory of averages: per tensor the averages, their residuals and rings."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ from fastema.shadow.entries import Selection, ShadowFormat, companion
 __all__ = ["PARTS", "Entry", "Store", "Tensors"]
 
 PARTS: Final = ("shadow", "residual", "ring")
-"""Parts of a tensor's average: itself, its residual, the ring of a window."""
+"""Parts of a tensor's average: the average itself, its residual, the ring of a windowed mean."""
 
 Tensors = dict[str, list[dict[str, Any]]]
-"""Part to one mapping of names to something, for each of the averages."""
+"""For each part, a list with one mapping per average, from names to arrays or descriptions."""
 
 
 class Entry(NamedTuple):
     """One average of one tensor."""
 
     name: str
-    averaged: bool  # or copied
-    form: str  # kernel format, where it is not that of the dtype
+    averaged: bool  # False: copied
+    form: str  # kernel format; empty for that of the dtype
     to_framework: Callable[[Any], Any]
-    parts: dict[str, Memory]  # by PARTS; "shadow" has the weights' shape and order of axes
+    parts: dict[str, Memory]  # keys of PARTS; "shadow" has the weights' shape and axis order
 
     @property
     def spec(self) -> TensorSpec:
-        """The description of the average."""
+        """Description of the average's tensor."""
         return self.parts["shadow"][1]
 
     @property
     def ring_on_host(self) -> bool:
-        """Whether its ring is memory of the host while the average is elsewhere."""
+        """Whether the ring is in host memory and the average on another device."""
         return "ring" in self.parts and self.parts["ring"][1].device != self.spec.device
 
     def pair(self, weights: TensorSpec, which: int) -> Pair:
-        """The average and the weights it is written from."""
+        """Return the pair of this average, as number ``which``, and its weights."""
         residual, ring = self.parts.get("residual"), self.parts.get("ring")
         slots = None
         if ring is not None:
             _, spec = ring
             stride = spec.strides[0] * spec.kind.itemsize
-            # A ring on the host is memory of the average's device as well, by the same addresses.
+            # The average's device reads a ring in host memory at the same addresses.
             one = replace(
                 spec,
                 shape=spec.shape[1:],
@@ -69,14 +69,20 @@ class Entry(NamedTuple):
 
 
 class Store:
-    """Averages by name: a mapping for each that is kept; what is only copied is in all of them."""
+    """Averages by name, one mapping per average; all mappings share the copied tensors."""
 
     def __init__(self, sets: list[dict[str, Entry]]) -> None:
         self.sets = sets
 
     @classmethod
     def of(cls, selection: Selection, stored_as: ShadowFormat) -> Store:
-        """Allocate the averages of a selection; name those that cannot have the wanted dtype."""
+        """Allocate the averages of a selection.
+
+        Raises
+        ------
+        DTypeError
+            Naming every tensor that cannot be stored in this format.
+        """
         problems = []
         kinds = {}
         for leaf in selection.averaged:
@@ -97,20 +103,20 @@ class Store:
         )
 
     def __iter__(self) -> Iterator[tuple[int, Entry]]:
-        """Every entry once, with the number of its average; averages of a tensor together."""
+        """Yield every entry once with the index of its average, tensor by tensor."""
         for entries in zip(*(one.values() for one in self.sets), strict=True):
             yield from enumerate(entries if entries[0].averaged else entries[:1])
 
     def pairs(self, weights: Mapping[str, TensorSpec]) -> list[Pair]:
-        """Every entry with the weights of its name."""
+        """Return the pair of every entry with the weights of its name."""
         return [entry.pair(weights[entry.name], which) for which, entry in self]
 
     def specs(self) -> Tensors:
-        """Descriptions of all memory, as :meth:`tensors` has the arrays."""
+        """Return the descriptions of all memory, in the structure of :meth:`tensors`."""
         return self._collect(lambda memory: memory[1])
 
     def tensors(self) -> Tensors:
-        """The arrays, as a state dict holds them; parts that no entry has are left out."""
+        """Return the arrays as a state dict holds them, without parts that no entry has."""
         return self._collect(_saved)
 
     def _collect(self, what: Any) -> Tensors:
@@ -126,15 +132,15 @@ class Store:
 
     @property
     def on_host(self) -> bool:
-        """Whether there is a ring on the host for averages elsewhere."""
+        """Whether rings are in host memory and their averages on another device."""
         return any(e.ring_on_host for _, e in self)
 
     def duplicate(self) -> Store:
-        """A copy with memory of its own."""
+        """Return a copy in new memory."""
         return self._converted(lambda part, memory: memory[1], self.on_host)
 
     def on(self, device: str, *, ring_on_host: bool = False) -> Store:
-        """The same on a device, but for a ring that is to be on the host."""
+        """Return a copy on a device; with ``ring_on_host`` its rings stay in host memory."""
 
         def there(part: str, memory: Memory) -> TensorSpec:
             array, spec = memory
@@ -145,13 +151,13 @@ class Store:
         return self._converted(there, ring_on_host)
 
     def _converted(self, source: Callable[[str, Memory], TensorSpec], ring_on_host: bool) -> Store:
-        """New memory of the same kinds, filled from what ``source`` makes of the old."""
+        """Return a store in new memory of the same dtypes, filled from ``source(part, old)``."""
         old = {id(entry): entry for _, entry in self}
         keys = [(key, part) for key, entry in old.items() for part in entry.parts]
         sources = [source(part, old[key].parts[part]) for key, part in keys]
         made: dict[int, dict[str, Memory]] = {key: {} for key in old}
         slots = {of.shape[0] for (_, part), of in zip(keys, sources, strict=True) if part == "ring"}
-        for count in (0, *slots):  # a ring lies as its average does, slot after slot
+        for count in (0, *slots):  # averages first: ring slots have their layout
             chosen = [
                 (key, part, of)
                 for (key, part), of in zip(keys, sources, strict=True)
@@ -170,7 +176,7 @@ class Store:
         return Store([{name: entries[id(e)] for name, e in one.items()} for one in self.sets])
 
     def cast(self, stored_as: ShadowFormat) -> Store:
-        """Return the averages in another dtype."""
+        """Return the averages converted to another format, in new memory."""
         sets = []
         pairs: dict[str, list[Pair]] = {"copy": [], "cast_back": []}
         for one in self.sets:
@@ -186,7 +192,7 @@ class Store:
         return Store(sets)
 
     def rounded(self, stored_as: ShadowFormat) -> Store:
-        """The same memory, with 16-bit averages rounded as the format says."""
+        """Return a store of the same memory, with the format's rounding of 16-bit averages."""
         as_stored = stored_as._replace(dtype=None)
 
         def entry(old: Entry) -> Entry:
@@ -197,7 +203,7 @@ class Store:
         return Store([{name: entry(e) for name, e in one.items()} for one in self.sets])
 
     def load(self, tensors: Mapping[str, Iterable[Mapping[str, Any]]]) -> Program:
-        """A program whose ``{"all": "copy"}`` copies a state's tensors, which fit, in here."""
+        """Return a program whose ``{"all": "copy"}`` copies a state's checked tensors here."""
         pairs = []
         for part, of_part in self.specs().items():
             for specs, arrays in zip(of_part, tensors[part], strict=True):
@@ -208,13 +214,13 @@ class Store:
 
 
 def _brought(array: Any, device: str) -> Any:
-    """An array of whatever framework on a device; those that only read are left on the host."""
+    """Return an array of any framework on a device; raise a BridgeError if it cannot be moved."""
     transfer = getattr(bridge_of(array), "transfer", None)
     if transfer is not None:
         return transfer(array, device)
     if device != "cpu":
         raise BridgeError(
-            f"a {type(array).__module__}.{type(array).__qualname__} cannot be put on {device}; "
+            f"a {type(array).__module__}.{type(array).__qualname__} cannot be moved to {device}; "
             "pass a NumPy array, or a tensor of the average's framework"
         )
     return array
@@ -223,7 +229,7 @@ def _brought(array: Any, device: str) -> Any:
 def _averages(
     likes: Mapping[str, TensorSpec], kinds: Mapping[str, tuple[DType, str]], stored_as: ShadowFormat
 ) -> dict[str, Entry]:
-    """Memory for one average of each tensor."""
+    """Allocate one average of each tensor."""
     parts: dict[str, dict[str, Memory]] = {name: {} for name in likes}
 
     def add(part: str, wanted: Mapping[str, DType], slots: int = 0) -> None:
@@ -270,7 +276,7 @@ def _converter_by(bridge: ModuleType) -> Callable[[Any], Any]:
 
 
 def _conversion(old: Entry, new: Entry) -> tuple[str, list[Pair]]:
-    """The operation, and its pairs, that fill an average from one of another kind."""
+    """Return the operation and the pairs that fill an average from one in another format."""
     if old.form == SPLIT and new.form == SPLIT:
         return "copy", [Pair(old.name, new.parts[p][1], old.parts[p][1]) for p in new.parts]
     if old.form == SPLIT:

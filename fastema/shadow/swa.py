@@ -1,4 +1,4 @@
-"""The mean of all weights since a step."""
+"""The mean of all weights since a step: stochastic weight averaging."""
 
 from __future__ import annotations
 
@@ -13,25 +13,31 @@ __all__ = ["SWA"]
 
 
 class SWA(Average[Weights]):
-    """Mean of the weights of all updates: stochastic weight averaging.
+    """Stochastic weight averaging (SWA): the plain mean of the weights of all updates.
 
-    At the n-th update ``avg += (x - avg) / n``; the first takes the weights over. With
-    ``start_after`` and ``update_every`` it is the mean of every k-th step from there on.
+    At the n-th update ``avg += (x - avg) / n``; the first update copies the weights. With
+    ``start_after=s`` and ``update_every=k`` it is the mean of every k-th step after step ``s``.
 
     Parameters
     ----------
     weights : torch module, array, or list, tuple, dict or iterator of arrays
-        See :class:`fastema.EMA`.
+        The tensors to average; see :class:`fastema.EMA`.
     shadow_dtype : dtype or str, optional
-        ``"float64"`` keeps long means exact enough for :func:`fastema.mean_between`.
+        Dtype of the mean, by default that of the weights; see :class:`fastema.EMA`. ``"float64"``
+        keeps long means exact enough for :func:`fastema.mean_between`.
     rounding, seed, update_every, start_after
         See :class:`fastema.EMA`.
     frozen, buffers, policy, on_nonfinite, drift, capturable, watch
         See :class:`fastema.EMA`.
 
+    Raises
+    ------
+    ArgumentError, LayoutError, DTypeError, BridgeError
+        See :class:`fastema.EMA`.
+
     Notes
     -----
-    BatchNorm statistics belong to weights: recompute them for the average, with
+    The running statistics of BatchNorm do not fit averaged weights. Recompute them with
     ``with swa.swapped(): fastema.update_bn(loader, model)``.
 
     Examples

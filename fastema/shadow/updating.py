@@ -1,4 +1,4 @@
-"""Averages of weights that take in a model's weights at every step."""
+"""Update averages from a model's weights, by calls or after optimizer steps."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ else:
 _WATCHES: Final[dict[WatchMode, type[Watched]]] = {"all": Watched, "sample": Sampled}
 
 _ONCE: Final = "ema.update(params)"
-"""How to pass new arrays where arrays never change."""
+"""How to pass new immutable arrays; quoted in errors."""
 
 
 class Updating(Generic[Weights]):
-    """Averages in flat buffers and the update of all in one call; see :class:`Average`."""
+    """Averages in flat buffers, all updated in one call; see :class:`Average`."""
 
     _operation: ClassVar[str] = "lerp"
     """Kernel operation for the averaged tensors."""
 
     @property
     def _kind(self) -> str:
-        """The class that states and reports name."""
+        """Class name in saved states and reports."""
         return type(self).__name__
 
     @uncollected
@@ -90,8 +90,8 @@ class Updating(Generic[Weights]):
         self._on_nonfinite = checked(on_nonfinite, "on_nonfinite", OnNonFinite)
         if capturable and on_nonfinite == "raise":
             raise ArgumentError(
-                "on_nonfinite='raise' is decided by the host, which a captured graph does not ask; "
-                "with capturable=True 'skip' leaves the update out"
+                "on_nonfinite='raise' needs the host, which a captured graph does not ask; with "
+                "capturable=True use 'skip', which leaves the update out"
             )
         self._seed = checked_seed(seed)
         self._measures = drift
@@ -114,8 +114,8 @@ class Updating(Generic[Weights]):
         if self._ranks is not None:
             if drift:
                 raise ArgumentError(
-                    "drift=True measures what one rank holds, and these weights are divided among "
-                    "several; build the average without it"
+                    "drift=True measures one rank's part, and these weights are divided among "
+                    "several ranks; build the average without it"
                 )
             self._ranks.compare(self._common_settings())
         self._log_decays = self._schedule.log_decays(0)
@@ -125,7 +125,7 @@ class Updating(Generic[Weights]):
         self._applied: ShadowSwap | None = None
         self._measured: Program | None = None
         self._binding = self._bind(container, self._store, leaves)
-        # Arrays that never change are not kept: those that came last are the model.
+        # Do not keep immutable arrays: the arrays passed last are the model.
         self._own_model = None if self._binding.model.fixed else container
         with self._binding.current(once=_ONCE) as program:
             program.run(SYNC)
@@ -137,7 +137,7 @@ class Updating(Generic[Weights]):
             self._warm_up(self._count, self._binding)
 
     def _refuse_several_deciders(self) -> None:
-        """Refuse devices, or ranks, that would each skip updates by what they see themselves."""
+        """Refuse several devices or ranks that would each decide on their own to skip an update."""
         several = len(self._binding.contexts) > 1 or self._ranks is not None
         if self._on_nonfinite == "skip" and several:
             raise ArgumentError(
@@ -149,7 +149,7 @@ class Updating(Generic[Weights]):
         return ShadowBinding(container, store, self._names, self._watch, leaves)
 
     def _common_settings(self) -> dict[str, str]:
-        """Return the settings that all ranks have to share, by name."""
+        """Return the settings that all ranks must share, by name."""
         facts = {
             "class": self._kind,
             "schedule": str(self._schedule),
@@ -172,7 +172,7 @@ class Updating(Generic[Weights]):
         Raises
         ------
         StateError
-            Where something slower stands in for one of them.
+            If a slower substitute runs in place of a kernel.
         """
         with binding.current() as program:
             program.run(self._operations, count.args)
@@ -184,86 +184,102 @@ class Updating(Generic[Weights]):
     def _current(
         self, model: Any, *, write: bool = False, once: str = ""
     ) -> AbstractContextManager[Program]:
-        """Bind the model's tensors as they lie now; all checks, nothing written."""
+        """Bind the model's tensors at their current addresses. Run all checks, write nothing."""
         model = self._own_model if model is None else model
         return self._binding.current(model, write=write, once=once)
 
     @property
     def _container(self) -> Any:
-        """The model the average was built from; of arrays that never change the latest ones."""
+        """The model the average was built from; for immutable arrays, those passed last."""
         return self._binding.container if self._own_model is None else self._own_model
 
     # -- training ---------------------------------------------------------------------------------
 
     @property
     def num_updates(self) -> int:
-        """Calls of :meth:`update` so far, without those that were skipped."""
+        """Number of steps counted by :meth:`update` so far, without skipped calls.
+
+        Reading it waits for the GPU with ``capturable=True``.
+        """
         return self._done if self._count is None else self._count.done()
 
     @property
     def num_skipped(self) -> int:
-        """Calls of :meth:`update` that changed nothing because a weight was not finite."""
+        """Number of :meth:`update` calls skipped because a weight was not finite.
+
+        Reading it waits for the GPU with ``capturable=True``.
+        """
         return self._num_skipped if self._count is None else self._count.skipped()
 
     @property
     def decay(self) -> float | tuple[float, ...]:
-        """Decay per step in force at the latest update (at the first, before any)."""
+        """Decay per step at the latest update (before any, at the first); a tuple for several."""
         decays = self._schedule.decays(max(self.num_updates, 1))
         return decays[0] if len(decays) == 1 else decays
 
     @property
     def lock(self) -> AbstractContextManager[Any]:
-        """Held by every call; in a ``with`` block of one's own the calls of other threads wait."""
+        """Lock that every call holds; ``with ema.lock:`` makes calls of other threads wait."""
         lock: AbstractContextManager[Any] = self._lock
         return lock
 
     @property
     def schedule(self) -> Schedule:
-        """When the average is updated and with what weight."""
+        """The rules, ``update_every`` and ``start_after`` of the average."""
         return self._schedule
 
     def update(self, model: Any = None, *, steps: int = 1) -> None:
-        """Take the current weights into the average; call it after ``optimizer.step()``.
+        """Update the average with the current weights; call it after each ``optimizer.step()``.
 
         Parameters
         ----------
         model : optional
-            The weights, where they are not those the average was built from: the same names and
-            shapes. Names may differ by what wrappers add (``module.``, ``_orig_mod.``). Users of
-            JAX give the new arrays at every step: those that were averaged never change, and are
-            refused if this is left out.
+            The weights, by default those the average was built from. They must have the same names
+            and shapes; names may have the prefixes of wrappers (``module.``, ``_orig_mod.``). JAX
+            users pass the new arrays at every step: arrays are immutable, so averaging the previous
+            ones again is an error.
         steps : int
-            Steps of training since the previous call, where not every one can be seen: they are
-            taken in at once, with ``decay ** steps``.
+            Training steps since the previous call, >= 1 (the default). Several are averaged at
+            once, with the weight of that many steps, such as ``1 - decay ** steps``.
 
         Raises
         ------
         StateError
             While the average is applied, while it follows optimizers (each step would count twice),
-            or in a capture without ``capturable=True``.
+            or in a CUDA graph capture without ``capturable=True``.
         ArgumentError
-            For more than one step of a windowed mean, or of an average that counts on the GPU; for
-            more than 2**63 - 1 updates in all; if no new arrays are given and the latest ones never
-            change.
+            If ``steps`` is invalid, or above 1 for a windowed mean or with ``capturable=True``; for
+            more than 2**63 - 1 updates in all; if ``model`` is left out where its arrays are
+            immutable.
         LayoutError
-            If the model's tensors are no longer the same by name and shape; nothing was written.
+            If names or shapes of the model's tensors have changed; nothing was written.
         BridgeError
-            Inside a function that JAX or TensorFlow traces; for arrays that were donated.
+            Inside a function that JAX or TensorFlow traces; for donated arrays.
         DeviceError
-            If the GPU's driver refuses, or in a process forked after CUDA was used.
+            If the GPU's driver fails, or in a process forked after CUDA was used.
         NonFiniteError
             With ``on_nonfinite="raise"``, naming the tensors; nothing was written.
+
+        Examples
+        --------
+        >>> import numpy as np, fastema
+        >>> w = np.array([1.0])
+        >>> ema = fastema.EMA([w], decay=0.5)
+        >>> w += 2
+        >>> ema.update()
+        >>> ema.shadow["0"]
+        array([2.])
         """
         self._refuse_following("update")
         self._advance(model, steps)
 
     def _advance(self, model: Any, steps: int) -> None:
-        """Do what :meth:`update` does, whoever calls it."""
+        """Update the average, also while it follows optimizers."""
         with self._lock:
             self._take_in(model, steps)
 
     def _take_in(self, model: Any, steps: int) -> None:
-        """Do what :meth:`update` does; the caller sees to it that nobody else calls meanwhile."""
+        """Update the average; the caller must exclude concurrent calls."""
         steps = checked_whole(steps, "steps", 1, MOST - self._done)
         self._refuse_applied("update")
         if steps != 1:
@@ -274,34 +290,36 @@ class Updating(Generic[Weights]):
             self._own_model = None
 
     def follow(self, *optimizers: Any, update_if: Callable[[], bool] | None = None) -> None:
-        """Update after each step of these optimizers, by their own hooks; call no ``update()``.
+        """Update the average automatically after each step of the given optimizers.
 
-        Once after all of them have stepped: with accumulated gradients, closures, schedulers, and
-        ``GradScaler``, whose skipped steps do not count. Where a fused optimizer is stepped by
-        ``GradScaler``, whether it did is read from the device.
+        The optimizers' hooks call :meth:`update` once after all of them have stepped; do not call
+        it yourself. This works with accumulated gradients, closures, schedulers and ``GradScaler``,
+        whose skipped steps do not count. For a fused optimizer under ``GradScaler``, reading from
+        the device whether it stepped waits for the GPU.
 
         Parameters
         ----------
         *optimizers : torch.optim.Optimizer
-            All that train the averaged weights; also as Lightning or Accelerate wrap them.
+            All optimizers that train the averaged weights, at least one; wrappers of Lightning and
+            Accelerate are accepted.
         update_if : function, optional
-            Called after each step; where it returns False, the weights of this step are left out,
-            and the next that are averaged count for the steps since the latest update
-            (``steps=``; a windowed mean has one entry fewer). With several ranks they are left out
-            if any of them says so, by one all-reduce of a number.
+            Called after each step. If it returns False, the weights of this step are not averaged,
+            and the next update counts for all steps since the latest one (``steps=``; a windowed
+            mean has one entry fewer). With several ranks, one rank's False skips the step on all of
+            them, by an all-reduce of one number. By default every step is averaged.
 
         Raises
         ------
         StateError
-            If it follows optimizers already.
+            If the average already follows optimizers.
         ArgumentError
-            If one is no optimizer of PyTorch, is given twice, or there is none; for ``update_if``
-            of an average that counts on the GPU.
+            If an argument is not a PyTorch optimizer or is passed twice; if there is none; for
+            ``update_if`` with ``capturable=True``.
 
         Notes
         -----
-        Steps that were left out since the latest update are not saved. An optimizer that steps
-        several times before another one does counts once.
+        Steps skipped since the latest update are not saved. If one optimizer steps several times
+        before another one does, these steps count once.
 
         Examples
         --------
@@ -316,10 +334,10 @@ class Updating(Generic[Weights]):
         1
         """
         if self._follower is not None:
-            raise StateError("follow() was called already: unfollow() first, or give all at once")
+            raise StateError("follow() was called already: unfollow() first, or pass all at once")
         if update_if is not None and self._count is not None:
             raise ArgumentError(
-                "update_if= is decided by the host, which a captured graph does not ask; leave it "
+                "update_if= is called on the host, which a captured graph does not do; leave it "
                 "or capturable=True out"
             )
         together = self._deciding_ranks()
@@ -342,23 +360,23 @@ class Updating(Generic[Weights]):
             )
 
     def _deciding_ranks(self) -> Any:
-        """All ranks that hold parts or replicas of the weights; None where there is one process."""
+        """Return all ranks that hold parts or replicas of the weights; None with one process."""
         if self._ranks is not None:
             return self._ranks
         return world_of(spec.owner for spec in self._binding.weights.values())
 
     def unfollow(self) -> None:
-        """Follow no optimizers any more; nothing happens if it follows none."""
+        """Stop updating after optimizer steps. Do nothing if :meth:`follow` is not in force."""
         if self._follower is not None:
             self._follower.close()
             self._follower = None
 
     @property
     def version(self) -> int:
-        """A number that grows whenever the averages were written: by updates and by loading.
+        """Number that grows with every write of the averages, by an update or by loading.
 
-        What was computed with the average, such as a teacher's targets, is up to date while it is
-        the same. Reading it waits for the GPU if the average counts there.
+        Results computed with the average, such as a teacher's targets, are valid until it changes.
+        Reading it waits for the GPU with ``capturable=True``.
         """
         return self._version if self._count is None else self._version + self._count.done()
 
@@ -373,8 +391,8 @@ class Updating(Generic[Weights]):
             return
         if self._binding.capturing():
             raise StateError(
-                "update() while the stream is captured: the step and the decay would be those "
-                "of now at every replay; build the average with capturable=True"
+                "update() while the stream is captured: every replay would use the current step "
+                "and decay; build the average with capturable=True"
             )
         step = self._done + steps
         weights, log_decays = self._schedule.weigh(step, steps, self._log_decays)
@@ -384,8 +402,8 @@ class Updating(Generic[Weights]):
         if self._on_nonfinite != "propagate" and not self._check_finite(step):
             return
         begins = step <= self._schedule.start_after
-        # The weights are 1 then: rounded as on a device that counts by itself. Only a mean of
-        # none has no slot yet.
+        # Until start_after, update with weight 1: capturable averages do, and rounding must agree.
+        # A windowed mean has no slot yet, so copy.
         operations = SYNC if begins and self._format.window else self._operations
         args = self._launch_args(step, weights)
         with defer_signals():
@@ -395,7 +413,7 @@ class Updating(Generic[Weights]):
             self._measured = None if begins or not self._measures else program
 
     def _update_by(self, count: ScheduleCounter, program: Program) -> None:
-        """Update by the step and weights that the device looks up, now or in a replay."""
+        """Update with the step and weights that the device reads, now and in replays."""
         program.prepare(self._operations)
         self._captured = self._captured or self._binding.capturing()
         with defer_signals():
@@ -409,15 +427,15 @@ class Updating(Generic[Weights]):
         return LaunchArgs(weights, self._seed, step)
 
     def _check_finite(self, step: int) -> bool:
-        """Check that all weights are finite; else do what ``on_nonfinite`` says."""
+        """Return whether all weights are finite; otherwise follow ``on_nonfinite``."""
         names = self._binding.not_finite()
         if not (names if self._ranks is None else self._ranks.any(bool(names))):
             return True
         if self._on_nonfinite == "raise":
             found = [f"{name!r} holds a NaN or an infinity" for name in names]
             raise NonFiniteError(
-                f"weights are not finite at update {step}; the average is as it was:\n"
-                + listed(found or ["those of another rank, which names them"])
+                f"weights are not finite at update {step}; the average is unchanged:\n"
+                + listed(found or ["on another rank, whose error names them"])
             )
         self._num_skipped += 1
         return False
@@ -425,7 +443,7 @@ class Updating(Generic[Weights]):
     # -- before start_after -----------------------------------------------------------------------
 
     def _sync(self) -> None:
-        """Until ``start_after`` the average is the weights: bring it up to date where seen."""
+        """Before ``start_after``, copy the current weights into the average."""
         if self._applied is None and self._is_synced():
             with self._binding.current() as program:
                 self._sync_by(program)
@@ -433,14 +451,14 @@ class Updating(Generic[Weights]):
     def _sync_by(self, program: Program) -> None:
         if self._binding.capturing():
             raise StateError(
-                "until start_after the average is the weights, and a graph that copies them now "
-                "would do so at every replay: capture it after that, or without the average"
+                "until start_after the average is a copy of the weights, and a captured graph "
+                "would repeat the copy at every replay: capture after that, or without the average"
             )
         program.run(SYNC)
         self._version += 1
 
     def _is_synced(self) -> bool:
-        # Where nothing is waited for, the count need not be fetched from a device.
+        # Without start_after, do not fetch the count from a device.
         return self._schedule.start_after > 0 and self._schedule.follows(self.num_updates)
 
     # -- several averages -------------------------------------------------------------------------
@@ -453,13 +471,13 @@ class Updating(Generic[Weights]):
             )
 
     def _average_index(self, which: int | None) -> int:
-        """The average that a call is about."""
+        """Return the index of the average that ``which`` selects."""
         count = len(self._store.sets)
         if which is None and count == 1:
             return 0
         if isinstance(which, bool) or not isinstance(which, int) or not -count <= which < count:
             rules = ", ".join(f"{i}: {named(rule)}" for i, rule in enumerate(self._schedule.rules))
             raise ArgumentError(
-                f"which={which!r}: say which of the averages is meant ({rules}); `shadows` has all"
+                f"which={which!r}: choose one of the averages ({rules}); `shadows` has all of them"
             )
         return which % count

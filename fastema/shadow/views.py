@@ -1,4 +1,4 @@
-"""Views of an average: its tensors by name, and its distance to the weights."""
+"""Read-only views of an average: its tensors by name, and its distance to the weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Drift(NamedTuple):
     Attributes
     ----------
     distance : float
-        Euclidean norm of the weights minus the average.
+        Euclidean norm of ``weights - average``, over all averaged tensors.
     relative : float
-        The same, divided by the norm of the average.
+        ``distance`` divided by the norm of the average; infinite if only that norm is 0.
     still : float
-        The share of elements that the update did not change, in [0, 1].
+        Share of the elements that the update did not change, in [0, 1].
     """
 
     distance: float
@@ -27,10 +27,10 @@ class Drift(NamedTuple):
 
 
 class Shadow(Mapping[str, Any]):
-    """The averaged tensors by name; the mapping cannot be changed.
+    """Read-only mapping of names to averaged tensors.
 
-    While training, each is a view of the average's memory: read it, do not write it. While the
-    average is applied to the model, each is a copy.
+    A tensor is a view of the average's memory: read it, do not write it. While the average is
+    applied to the model, it is a copy.
     """
 
     def __init__(self, names: Sequence[str], tensor: Callable[[str], Any]) -> None:

@@ -138,7 +138,7 @@ def test_an_average_is_loaded_by_the_library_it_is_converted_for_and_comes_back(
     wanted = dict(ema.shadow)
     if to in ("torch_ema", "diffusers", "litema"):
         wanted = {name: wanted[name] for name in PARAMETERS}
-        assert any("no parameter: 1.num_batches_tracked" in one for one in done.lost)
+        assert any("not parameters: 1.num_batches_tracked" in one for one in done.lost)
         assert not any("schedule" in one for one in done.lost)
         assert load(done.path).schedule.rules[0] == Constant(0.75)
     assert_same({name: found[name].detach() for name in wanted}, wanted)
@@ -265,7 +265,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "the model": ("d2go", {"to": "torch_ema", "names": "m", "dst": "m"}, "names are taken from"),
     **{f"no decay, {to}": ("d2go", {"to": to}, "pass decay") for to in ("fastema", "torch_ema")},
     **{f"no decay, {to}": ("d2go", {"to": to}, "pass decay") for to in ("litema", "diffusers")},
-    "windowed mean": ("sma", {"to": "fastema"}, "goes on from its own file only"),
+    "windowed mean": ("sma", {"to": "fastema"}, "only from its own file"),
 }
 
 
@@ -291,13 +291,13 @@ def test_a_models_weights_and_another_models_average_are_refused() -> None:
     torch.save(MODEL, "model.pt")
     assert load("model.pt").library == "model"
     done = convert("model.pt", "d2go.pt", to="d2go")
-    assert done.lost == ["nothing tells that these are averages: a model's weights"]
+    assert done.lost == ["an average: the source holds only a model's weights"]
     torch.save({"decay": 0.9, "num_updates": 3, "shadow_params": [torch.ones(2)]}, "list.pt")
     ema = fastema.EMA(build_model(), decay=0.9)
     before = ema.state_dict()
     for path, said in (
         ("model.pt", "holds a model's weights and no average"),
-        ("list.pt", "a list of 1 tensors, which by their shapes"),
+        ("list.pt", "a list of 1 tensors, whose shapes"),
     ):
         with pytest.raises(CheckpointError, match=said):
             load_into(ema, path)

@@ -55,7 +55,7 @@ def test_version_interrupts_and_what_is_no_command(
 def test_missing_packages_are_named_with_the_way_to_get_them(missing: str, named: str) -> None:
     done = run_python("-c", WITHOUT, *missing.split())
     assert (done.returncode, done.stdout) == (2, "")
-    way = 'get what this command needs with: pip install "fastema[demo]"'
+    way = 'install what this command needs: pip install "fastema[demo]"'
     assert done.stderr == f"fastema demo: {named} not installed; {way}\n"
 
 
@@ -66,7 +66,7 @@ def test_the_doctor_says_what_is_there_and_notices_wrong_kernels(
     out, err = fastema("doctor")
     assert err == ""
     threads = f"{get_num_threads()} thread"
-    for said in (f"numpy {np.__version__}", "8 of 8 as their references", threads, "GB/s, read"):
+    for said in (f"numpy {np.__version__}", "8 of 8 match their references", threads, "GB/s, read"):
         assert said in out
     found = json.loads(fastema("doctor --json").out)
     assert set(found["checks"].values()) == {"right"}
@@ -90,7 +90,7 @@ def test_the_doctor_says_what_is_there_and_notices_wrong_kernels(
     assert "update of float32 is wrong: off by" in err
     assert "swap" not in err
     monkeypatch.setattr(EMA, "_restore", spoilt)
-    said = "swap and back of float32 is wrong: the weights did not come back"
+    said = "swap and back of float32 is wrong: the weights were not restored"
     assert said in fastema("doctor", code=1).err
 
 
@@ -176,7 +176,7 @@ NO_AVERAGE = {
     "--dir . step-100.safetensors -o x.safetensors": "not both",
     "--dir .": "name the output: -o OUT",
     "--dir nothing -o x.safetensors": "cannot read nothing: No such file or directory",
-    "--dir . --last 9 -o x.safetensors": "last=9: 5 checkpoints of . are left",
+    "--dir . --last 9 -o x.safetensors": "last=9: 5 checkpoints of . qualify",
     "--dir . --sma 9 -o x.safetensors": "sma=9: there are 5 checkpoints",
     "--dir . --weights 1,2 -o x.safetensors": "--weights has 2 numbers for 5 checkpoints",
     "--dir . -o step-100.safetensors": "is one of the checkpoints; name another output",
@@ -259,7 +259,7 @@ NOT_CONVERTED = {
     "inspect ema.safetensors --index 3": "fastema inspect: index=3",
     "convert ema.safetensors out.pt --to keras": "fastema convert: to='keras'",
     "convert ema.safetensors nowhere/out.pt --to d2go": "fastema convert: cannot write",
-    "convert ema.safetensors out.pt --to torch_ema": "fastema convert: torch_ema keeps a list",
+    "convert ema.safetensors out.pt --to torch_ema": "fastema convert: torch_ema stores a list",
 }
 
 

@@ -79,7 +79,7 @@ def test_the_columns(path: Path, tmp_path: Path, smooth: Any) -> None:
     assert " ".join(said[1].split()) == "values last SMA 7 EMA 0.9 EMA 0.99 EMA 0.5"
     last = [float(got[name][-1]) for name in ("loss", "loss_sma", "loss_ema_0.9")]
     assert said[2].split()[:5] == ["loss", "200", *(f"{value:.5g}" for value in last)]
-    assert said[-2:] == ["Left out, not all numbers: note", f"Averages: {out}"]
+    assert said[-2:] == ["Left out, because not all values are numbers: note", f"Averages: {out}"]
     assert {file.name for file in tmp_path.iterdir()} == {"metrics.csv", "out.csv"}
     printed = smooth(path, "--weights", "size", "--debias", "--metrics", "loss", "--quiet")
     assert printed.err == ""
@@ -108,7 +108,7 @@ def test_the_picture_shows_the_columns(
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda n: None if "plot" in n else find(n))
         said = smooth(path, "--plot", path.with_suffix(".png"), code=2).err
-    assert "--plot takes the matplotlib package: pip install matplotlib" in said
+    assert "--plot needs the matplotlib package: pip install matplotlib" in said
     require_packages("matplotlib")
     from fastema.tracking.plots import picture
 
@@ -152,7 +152,7 @@ REFUSALS = {
 USAGE = {
     "--ema 1": "--ema: expected a number in [0, 1), got 1",
     "--sma 0": "--sma: expected a whole number of at least 1, got 0",
-    "--plot a.txt": "--plot: expected a name that ends in .png, .svg, .pdf, got a.txt",
+    "--plot a.txt": "--plot: expected a name ending in .png, .svg, .pdf, got a.txt",
     "-o nowhere/a.csv": "cannot write nowhere/a.csv: No such file or directory",
     "--bogus": "unrecognized arguments: --bogus",
     "--on-nonfinite hide": "invalid choice: 'hide'",

@@ -150,7 +150,7 @@ def test_saved_folders_that_are_not_what_they_should_be(
             consolidate(spoilt(**{data.name: content}), "out", which=0)
     escaped = description.replace(data.name.encode(), b"../" + data.name.encode()[3:])
     assert escaped != description
-    with pytest.raises(CheckpointError, match="no file of the folder"):
+    with pytest.raises(CheckpointError, match="not a file in the folder"):
         consolidate(spoilt(**{".metadata": escaped}), "out", which=0)
     # Such as would take gigabytes, wait for ever, or leave holes.
     doubled = b"\x80\x02cpathlib\nPosixPath\nX\x40\x00\x00\x00" + b"x" * 64
@@ -164,7 +164,7 @@ def test_saved_folders_that_are_not_what_they_should_be(
         folder = spoilt()
         (folder / name).unlink()
         os.mkfifo(folder / name)
-        with pytest.raises(CheckpointError, match=r"no plain file|is not a file"):
+        with pytest.raises(CheckpointError, match="is not a file"):
             consolidate(folder, "out", which=0)
         (folder / name).unlink()
     generator = np.random.default_rng(0)

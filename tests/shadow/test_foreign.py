@@ -71,23 +71,23 @@ FOREIGN: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "NeMo": (
         lambda m: {"opt": {}, "ema": (), "current_step": 3, "decay": 0.9, "every_n_steps": 1},
-        r"NeMo's EMAOptimizer, which fastema\.compat\.nemo\.load takes",
+        r"NeMo's EMAOptimizer, which fastema\.compat\.nemo\.load reads",
     ),
     "Composer": (
         lambda m: compat.composer.export(
             fastema.EMA(m, compat.composer.rule(), buffers="average", start_after=1), m
         ),
-        r"Composer's EMA, which fastema\.compat\.composer\.load takes",
+        r"Composer's EMA, which fastema\.compat\.composer\.load reads",
     ),
     "D2Go": (
         lambda m: compat.d2go.export(fastema.EMA(m, frozen="average", buffers="average")),
-        r"D2Go, which fastema\.compat\.d2go\.load takes",
+        r"D2Go, which fastema\.compat\.d2go\.load reads",
     ),
     "Ultralytics": (
         lambda m: compat.ultralytics.export(compat.ultralytics.ModelEMA(m)),
-        r"Ultralytics, which fastema\.compat\.ultralytics\.load takes",
+        r"Ultralytics, which fastema\.compat\.ultralytics\.load reads",
     ),
-    "a model": (lambda m: m.state_dict(), "tensors by name, as the state of a model"),
+    "a model": (lambda m: m.state_dict(), "tensors by name, like a model's state"),
     "one inside another": (
         lambda m: {"model": m.state_dict(), "ema": fastema.EMA(m).state_dict()},
         "holds one: load the entry 'ema'",

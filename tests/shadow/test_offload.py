@@ -138,7 +138,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ArgumentError,
         "not for Own",
     ),
-    "a GPU": (lambda: build()[1].to("cuda"), ArgumentError, "it stays"),
+    "a GPU": (lambda: build()[1].to("cuda"), ArgumentError, "stays on the CPU"),
 }
 
 

@@ -68,7 +68,7 @@ def test_wrong_patterns_are_refused() -> None:
         fastema.EMA(Model(), policy={"table": "average"})
     with pytest.raises(ArgumentError, match=r"policy\['\*'\]='mean'"):
         fastema.EMA(Model(), policy={"*": "mean"})  # type: ignore[dict-item]
-    with pytest.raises(ArgumentError, match="expected patterns"):
+    with pytest.raises(ArgumentError, match="expected a mapping of name patterns"):
         fastema.EMA(Model(), policy="average")  # type: ignore[arg-type]
     with pytest.raises(LayoutError, match="nothing to average"):
         fastema.EMA(Model(), policy={"*": "skip"})

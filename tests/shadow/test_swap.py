@@ -227,7 +227,7 @@ def test_weights_written_meanwhile_raise_once_the_raw_ones_are_back(
 ) -> None:
     dtype, shadow = dtypes
     model, ema = trained(NAMES[dtype], shadow and NAMES[shadow])
-    now_holds = r"(?s)now holds what was written:.*'head\.weight'"
+    now_holds = r"(?s)now holds the written values:.*'head\.weight'"
     with unchanged(model), pytest.raises(StateError, match=now_holds):
         how(model, ema, what)
     assert not ema.applied
