@@ -1,8 +1,8 @@
-"""The classes people already use, with their checkpoints: each peer's names in a module of its own.
+"""Drop-in classes for other libraries' averages, checkpoints included: one module for each peer.
 
-A class here has the constructor, the methods, the attributes and the state of the peer's, and does
-its work with this package's kernels. Where it differs on purpose, its docstring says so. Change the
-import, or leave the script as it is and replace the peer's classes from outside::
+A class here has the constructor, methods, attributes and state of the peer's class, and runs on
+fastema's kernels. Its docstring lists intended differences. Change the import, or leave the script
+unchanged and replace the peer's classes before it runs::
 
     import fastema
 

@@ -1,4 +1,4 @@
-"""Averages in the user's own tensors that follow a model: shared by the drop-in classes."""
+"""Averages of a model in tensors that the user owns; shared by the drop-in classes."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Result = TypeVar("Result")
 
 @torch.no_grad()
 def duplicate(model: torch.nn.Module, memo: dict[int, Any] | None = None) -> torch.nn.Module:
-    """Copy a model deeply.
+    """Return a deep copy of a model, made without autograd.
 
-    With gradients, a scripted module's copy would be computed from it: that keeps its graph alive,
-    and refuses ``requires_grad_(False)``.
+    Autograd would record the copy of a scripted module: its graph would stay alive, and the copy
+    would refuse ``requires_grad_(False)``.
     """
     return deepcopy(model, memo)
 
@@ -50,10 +50,10 @@ class _Plan(Plan):
 
 
 class _Stage:
-    """Memory beside the averages, for weights that are on other devices."""
+    """Copies of weights on the averages' devices, for weights that are on other devices."""
 
     def __init__(self, averages: Mapping[str, Tensor], weights: Leaves) -> None:
-        # A plan names those that have no average, unless they are skipped.
+        # Keep weights without an average: a plan reports them, unless they are skipped.
         self.tensors = _tensors(weights)
         self._first_names = _first_names(averages, weights)
         owners = {leaf.spec: leaf.spec.owner for leaf in weights.items}
@@ -66,7 +66,7 @@ class _Stage:
         }
 
     def fits(self, averages: Mapping[str, Tensor], weights: Leaves) -> bool:
-        """Return whether it is of these names, shapes, dtypes and devices, tied in the same way."""
+        """Return whether the copies match these names, shapes, dtypes, devices and ties."""
         other = _tensors(weights)
         return (
             self.tensors.keys() == other.keys()
@@ -80,7 +80,7 @@ class _Stage:
         )
 
     def copy_from(self, weights: Leaves) -> None:
-        """Copy the weights; what the host is to read of them is there when this returns."""
+        """Copy the weights. Copies in host memory are complete when this returns."""
         now = _tensors(weights)
         for name in self._first_names.values():
             self.tensors[name].copy_(now[name].detach(), non_blocking=True)
@@ -90,7 +90,7 @@ class _Stage:
 
 
 def _first_names(averages: Container[str], weights: Leaves) -> dict[TensorSpec, str]:
-    """Each memory of the weights that have an average, by the first of its names."""
+    """Return each distinct weight that has an average, with the first of its names."""
     found: dict[TensorSpec, str] = {}
     for leaf in weights.items:
         if leaf.name in averages:
@@ -102,7 +102,7 @@ def _empty_beside(average: Tensor, weight: Tensor) -> Tensor:
     return torch.empty_like(
         weight,
         device=average.device,
-        # A GPU writes there on its own: waited for once, not tensor by tensor.
+        # Pinned, so that a GPU copies asynchronously: wait once, not for each tensor.
         pin_memory=average.device.type == "cpu" and weight.is_cuda,
         requires_grad=False,
     )
@@ -113,7 +113,7 @@ def _empty_beside(average: Tensor, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _write_back(kept: Mapping[str, Tensor], container: Any) -> None:
-    """Write what was kept into the tensors of a container that lie elsewhere by now."""
+    """Write kept values into those of a container's tensors that no longer share their memory."""
     now = _tensors(leaves_of(container))
     problems = []
     for name, old in kept.items():
@@ -125,16 +125,16 @@ def _write_back(kept: Mapping[str, Tensor], container: Any) -> None:
             now[name].data.copy_(old)
     if problems:
         raise LayoutError(
-            "tensors were taken away while the model held the average; the others have their own "
-            "contents back:\n" + listed(problems)
+            "tensors were removed or reshaped while the model held the average; all others were "
+            "restored:\n" + listed(problems)
         )
 
 
 class _WriteBack:
-    """Writes what was kept to where tensors were moved meanwhile; comes first in a swap.
+    """Restores kept values into tensors that moved during a swap; must come first in the swap.
 
-    Autograd is not told, as by the peers, which write through ``.data``: a graph that needs the
-    weights is right when they are back to the bit.
+    Like the peers, it writes through ``.data`` and does not notify autograd: a graph that needs the
+    weights is correct again once they are restored bit for bit.
     """
 
     def __init__(
@@ -143,16 +143,16 @@ class _WriteBack:
         self._moved, self._kept, self._container = moved, kept, container
 
     def apply(self) -> None:
-        """Nothing was moved yet."""
+        """Do nothing: no tensor has moved yet."""
 
     def restore(self) -> None:
-        """Write into tensors that are elsewhere, or of another dtype, by now."""
+        """Write the kept values into tensors that have moved or changed their dtype."""
         if self._moved():
             _write_back(self._kept, self._container)
 
 
 class _InPlace:
-    """Averages and weights that change places, held by own tensor objects, so none of it moves."""
+    """A swap of averages and weights within their memory, which private aliases hold in place."""
 
     def __init__(self, plan: Plan) -> None:
         averages, weights = plan.binding.watched
@@ -174,14 +174,14 @@ class _InPlace:
         self.memory = InMemory(self._pairs)
 
     def averages(self) -> dict[str, Tensor]:
-        """Copy the averages, which the model has."""
+        """Return copies of the averages, which the model holds."""
         shadows = recovered(self._pairs)
         found = dict(zip((pair.dst for pair in self._pairs), shadows, strict=True))
         return {name: found[spec] for name, spec in self._specs.items()}
 
 
 class _CopiedOut:
-    """A copy of the averages in a model on another device, and copies of the weights beside it."""
+    """Averages copied into a model on another device, with clones of the raw weights."""
 
     def __init__(self, averages: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         self._averages, self._weights = dict(averages), dict(weights)
@@ -195,7 +195,7 @@ class _CopiedOut:
             weight.data.copy_(self._averages[name])
 
     def restore(self) -> None:
-        """Leave it to :class:`_WriteBack`, which looks where the weights are."""
+        """Do nothing: :class:`_WriteBack` restores the weights, wherever they are now."""
 
     def averages(self) -> dict[str, Tensor]:
         """Return the averages."""
@@ -203,12 +203,13 @@ class _CopiedOut:
 
 
 class ModelAverager:
-    """Averages that stay the tensors of their owner, and follow the weights of a model.
+    """Updates averages, which stay tensors of their owner, from the weights of a model.
 
-    ``averaged`` is a module, list or dict of tensors; ``policy`` is asked about each name with the
-    role that it has in the model (see :class:`fastema.Plan`), and averages everything by default.
-    Weights on another device than their averages are first copied beside these, into memory that
-    is kept. Every method refuses to run inside :meth:`swapped`.
+    ``averaged`` is a module, list or dict of tensors. ``policy`` is called with each name and its
+    role in the model (see :class:`fastema.Plan`); by default everything is averaged. Weights on
+    another device than their averages are first copied to the averages' device, into memory that
+    is reused. Every method that writes, checks or copies raises a StateError inside
+    :meth:`swapped`.
     """
 
     def __init__(
@@ -219,7 +220,7 @@ class ModelAverager:
         rounding: str = "stochastic",
         seed: int = 0,
     ) -> None:
-        Plan({}, {}, rounding=rounding, seed=seed)  # refuses what it would refuse later
+        Plan({}, {}, rounding=rounding, seed=seed)  # validates the arguments now
         self._averaged = averaged
         self._policy = policy or _average
         self._rounding, self._seed = rounding, seed
@@ -227,14 +228,14 @@ class ModelAverager:
         self.forget()
 
     def forget(self) -> None:
-        """Look everything up at the next call, and ask the policy again."""
+        """Drop the plan: the next call locates all tensors and asks the policy again."""
         self._plan: _Plan | None = None
         self._model: weakref.ref[Any] | None = None
         self._stage: _Stage | None = None
         self._roles: dict[str, Role] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is bound to memory: a copy looks everything up for itself."""
+        """Return the constructor's arguments alone: a copy locates its tensors for itself."""
         self._refuse_swapped("copying it")
         plain = "_averaged", "_policy", "_rounding", "_seed"
         return {name: getattr(self, name) for name in plain}
@@ -246,9 +247,9 @@ class ModelAverager:
     # -- every step -------------------------------------------------------------------------------
 
     def update(self, model: Any, weight: float, step: int) -> None:
-        """``avg += weight * (x - avg)``; ``step`` is that of the random bits of 16-bit averages.
+        """Compute ``avg += weight * (x - avg)``; random rounding of 16-bit averages uses ``step``.
 
-        An error names the tensors; nothing was written then.
+        An error names the tensors that do not match; nothing is written then.
         """
 
         def lerp(plan: _Plan, weights: Any) -> None:
@@ -259,21 +260,21 @@ class ModelAverager:
         self._call_with_plan(materialised(model), lerp)
 
     def copy(self, model: Any) -> None:
-        """Make the averages the weights, rounded to nearest."""
+        """Copy the weights into the averages, rounded to nearest."""
         self._refuse_swapped("copy()")
         self._call_with_plan(materialised(model), lambda plan, weights: plan.copy_(weights))
 
     def check(self, model: Any) -> None:
-        """Raise what :meth:`update` and :meth:`copy` would; nothing is written."""
+        """Raise the errors that :meth:`update` and :meth:`copy` would raise, without writing."""
         self._refuse_swapped("check()")
         self._call_with_plan(materialised(model), lambda plan, weights: plan.check(weights))
 
     def _refuse_swapped(self, call: str) -> None:
         if self._held is not None:
-            raise StateError(f"{call} while the model holds the average: leave that block first")
+            raise StateError(f"{call} while the model holds the average: exit that block first")
 
     def _call_with_plan(self, model: Any, call: Callable[[_Plan, Any], Result]) -> Result:
-        """Call with the plan there is; with another one where devices have changed."""
+        """Return ``call(plan, source)``, with a new plan if devices have changed."""
         try:
             if self._plan is not None and self._stage is None:
                 try:
@@ -286,7 +287,7 @@ class ModelAverager:
             self._release(model)
 
     def _release(self, model: Any) -> None:
-        """Keep no model alive, and nothing of one that is gone."""
+        """Release the model's tensors, and forget the plan once the model is deleted."""
         if self._plan is None or not isinstance(model, torch.nn.Module):
             return
         self._plan.binding.forget_container()
@@ -300,7 +301,7 @@ class ModelAverager:
 
             self._model = weakref.ref(model, forget)
 
-    # -- where everything is ----------------------------------------------------------------------
+    # -- plans and devices ------------------------------------------------------------------------
 
     def _is_apart(self, weights: Leaves) -> bool:
         """Return whether an average is on another device than its weights."""
@@ -308,7 +309,7 @@ class ModelAverager:
         return any(averages[n].device != theirs[n].device for n in averages.keys() & theirs)
 
     def _plan_for(self, model: Any) -> tuple[_Plan, Any]:
-        """Return a plan, and what the averages follow: the model, or its copy beside them."""
+        """Return a plan and its source: the model, or copies of the weights beside the averages."""
         weights = leaves_of(model)
         bits: dict[str, Any] = {"rounding": self._rounding, "seed": self._seed}
         if not self._is_apart(weights):
@@ -330,14 +331,14 @@ class ModelAverager:
         return self._plan, self._stage.tensors
 
     def _named(self, weights: Leaves) -> PolicyOf:
-        """The policy, by the roles that names have in the model."""
+        """Return the policy, called with the roles that names have in the model."""
         roles = weights.roles
         return lambda name, role: self._policy(name, roles.get(name, role))
 
     # -- the average in the model -----------------------------------------------------------------
 
     def give(self, model: Any) -> None:
-        """Write the averages, and what was copied, into a model, rounded to nearest."""
+        """Write the averages and the copied tensors into a model, rounded to nearest."""
         self._refuse_swapped("give()")
         model = materialised(model)
         weights = leaves_of(model)
@@ -351,11 +352,12 @@ class ModelAverager:
         Plan(model, averages, policy=self._named(weights)).copy_()
 
     def swapped(self, model: Any) -> RestoringBlock[None]:
-        """A block in which the model holds the average; the raw weights come back however it ends.
+        """Return a block in which the model holds the average; restore the raw weights on exit.
 
-        Exactly, also into tensors that were moved, cast or replaced inside. They are kept where the
-        average was where :class:`InMemory` can; else, and on another device, in memory of their
-        own. Its end names tensors that are gone or reshaped; the others have their contents back.
+        They are restored exactly, also after an exception, and also into tensors that were moved,
+        cast or replaced inside the block. Their values stay in the averages' memory if
+        :class:`InMemory` can swap them; otherwise, and on another device, they are copied. On exit,
+        a LayoutError names tensors that are gone or reshaped; all others are restored.
         """
         return RestoringBlock(partial(self._swap_steps, model))
 
@@ -392,7 +394,7 @@ class ModelAverager:
         )
 
     def averages(self) -> dict[str, Tensor]:
-        """Return the averages by name: the tensors themselves, or copies while a model has them."""
+        """Return the averages by name: the tensors themselves, or copies while swapped in place."""
         if self._held is None:
             return _tensors(leaves_of(self._averaged))
         return self._held.averages()

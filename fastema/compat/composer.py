@@ -1,4 +1,4 @@
-"""Composer's averages of models: ``compute_ema``, their schedule as a rule, their checkpoints."""
+"""Composer's model averages: ``compute_ema``, the schedule as a rule, and checkpoints."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TIME: Final = re.compile(r"(\d+)(ba|ep)")
 
 
 class _CallState:
-    """The averager of averages that a caller keeps, and its number of calls."""
+    """The averager for one caller's averages, and its number of calls."""
 
     def __init__(self) -> None:
         self.names: frozenset[str] = frozenset()
@@ -43,24 +43,24 @@ class _CallState:
         self.calls = 0
 
     def update(self, averages: dict[str, Tensor], model: nn.Module, weight: float) -> None:
-        """Update averages by name, those too that have further names in the model."""
+        """Update averages by name, including those whose parameters are tied in the model."""
         if self.names != averages.keys():
             names, tied = frozenset(averages), _tied(model, averages)
             averager = NamedAverager([*averages, *tied])
             self.tied, self.averager, self.names = tied, averager, names
         more = {name: averages[first] for name, first in self.tied.items()}
         follows = self.averager.of({**averages, **more})
-        with defer_signals():  # an update is done and counted, or neither
+        with defer_signals():  # an interrupt never separates an update from its count
             follows.update(model, weight, self.calls)
             self.calls += 1
 
 
 _call_states: weakref.WeakKeyDictionary[Any, _CallState] = weakref.WeakKeyDictionary()
-"""By the object that holds the averages; does not keep it alive."""
+"""Keyed weakly by the object that holds the averages."""
 
 
 def _tied(model: nn.Module, averages: Mapping[str, Tensor]) -> dict[str, str]:
-    """Further names that averaged parameters have in a model, to the one of the average."""
+    """Return further names of averaged parameters, each with the name that has the average."""
     named = by_plain_name(dict(model.named_parameters(remove_duplicate=False)))
     held = {id(one): name for name, one in named.items() if name in averages}
     return {
@@ -71,7 +71,7 @@ def _tied(model: nn.Module, averages: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _averages(ema_model: Any) -> dict[str, Tensor]:
-    """The tensors that are averages, by plain names."""
+    """Return the averages by plain name."""
     if isinstance(ema_model, nn.Module):
         found = ema_model.state_dict(keep_vars=True)
         named = {name: one for name, one in found.items() if isinstance(one, Tensor)}
@@ -87,28 +87,30 @@ def _averages(ema_model: Any) -> dict[str, Tensor]:
 
 
 def compute_ema(model: nn.Module, ema_model: Any, smoothing: float = 0.99) -> None:
-    """``ema = smoothing * ema + (1 - smoothing) * model`` in place, for parameters and buffers.
+    """Update the average of a model's parameters and buffers in place.
 
-    The function of ``composer/algorithms/ema/ema.py``, version 0.32. There a tensor that one side
-    lacks is left out silently; here only what is frozen, or a buffer, may have no average. Random
-    bits depend on the number of calls with this ``ema_model``; a resumed run draws others.
+    ``ema = smoothing * ema + (1 - smoothing) * model``, like ``compute_ema`` in
+    ``composer/algorithms/ema/ema.py``, version 0.32. Composer silently skips tensors that one side
+    lacks; here only buffers and frozen parameters may lack an average. Random bits depend on the
+    number of calls with this ``ema_model``, so a resumed run draws different bits.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The weights in training. A sharded (FSDP) model has to be summoned by the caller.
+        The weights in training. The caller must summon the parameters of a sharded (FSDP) model.
     ema_model : torch.nn.Module, or Composer's EMAParameters
-        What is written: whatever its state dict holds, or its dicts of parameters and buffers.
+        The averages to update: all tensors of its state dict, or its dicts of parameters and
+        buffers.
     smoothing : float
-        Weight of the old average, in [0, 1].
+        Weight of the old average, in [0, 1]. Default 0.99.
 
     Raises
     ------
     LayoutError
-        Naming the averages that the model lacks, the trained parameters that have no average, and
-        those with other shapes; nothing was written.
+        If the model lacks averaged tensors, a trained parameter has no average, or shapes differ.
+        The error names them; nothing is written.
     ArgumentError, BridgeError
-        For a ``smoothing`` out of range; for another kind of ``ema_model``.
+        If ``smoothing`` is out of range; if ``ema_model`` is of another kind.
 
     Examples
     --------
@@ -127,27 +129,28 @@ def rule(
     smoothing: float | None = None,
     update_interval: str | None = None,
 ) -> Aligned:
-    """The schedule of Composer's ``EMA``: ``smoothing = 2 ** (-update_interval / half_life)``.
+    """Return the schedule of Composer's ``EMA`` as a rule for :class:`fastema.EMA`.
 
-    It is the decay per batch (or epoch), for ``fastema.EMA(model, decay=rule(...), update_every=k,
-    buffers="average", start_after=1)``, with ``k`` the number in ``update_interval``; call
-    ``update()`` once per batch (or epoch). As with Composer's ``ema_start="0.0dur"`` the average
-    begins with the weights after the first batch, and is updated after the batches whose number is
-    a multiple of ``k``, with the same weights. For ``ema_start="50ba"`` it is ``start_after=50``.
+    Composer has ``smoothing = 2 ** (-update_interval / half_life)``; the rule is the decay per
+    batch (or epoch). Pass it to ``fastema.EMA(model, decay=rule(...), update_every=k,
+    buffers="average", start_after=1)``, where ``k`` is the number in ``update_interval``, and call
+    ``update()`` once per batch (or epoch). As with Composer's ``ema_start="0.0dur"``, the average
+    starts as the weights after the first batch; it is updated after each batch whose number is a
+    multiple of ``k``, with Composer's decay. For ``ema_start="50ba"`` pass ``start_after=50``.
 
     Parameters
     ----------
     half_life : str, optional
-        In batches or epochs, such as ``"1000ba"`` or ``"2ep"``.
+        Half-life in batches or epochs, such as ``"1000ba"`` (default) or ``"2ep"``.
     smoothing : float, optional
-        In its place: the weight of the old average in an update, in (0, 1).
+        Weight of the old average in an update, in (0, 1); replaces ``half_life``.
     update_interval : str, optional
-        In the same unit; one of it by default.
+        Time between updates, in the unit of ``half_life``. Default: one batch or epoch.
 
     Raises
     ------
     ArgumentError
-        If both or none of ``half_life`` and ``smoothing`` are given, or a time is none.
+        If both or neither of ``half_life`` and ``smoothing`` are given, or a value is invalid.
 
     Examples
     --------
@@ -184,13 +187,13 @@ def _time(value: str, name: str) -> tuple[int, str]:
 
 
 def _state_of(checkpoint: Any) -> tuple[Mapping[str, Any], Any, int | None]:
-    """The algorithm's state; the model's and the batches of the run, where they are there."""
+    """Return the EMA's state, and the model's state and the batch count, or None if absent."""
     whole = mapping_in(checkpoint, "the checkpoint")
     state = mapping_in(whole.get("state", whole), "'state' of the checkpoint")
     if "ema_model" in state:
         return state, None, None
     algorithms = state.get("algorithms", ())
-    if isinstance(algorithms, Mapping):  # as in old checkpoints
+    if isinstance(algorithms, Mapping):  # in old checkpoints
         algorithms = list(algorithms.items())
     if not isinstance(algorithms, list | tuple) or not all(
         isinstance(one, list | tuple) and len(one) == 2 for one in algorithms
@@ -218,21 +221,21 @@ def _state_of(checkpoint: Any) -> tuple[Mapping[str, Any], Any, int | None]:
 
 
 def _read(checkpoint: Any) -> tuple[dict[str, Any], int | None]:
-    """The averages by name, and the batches of the run where they are there."""
+    """Return the averages by name, and the batch count, or None if it is absent."""
     state, model, batches = _state_of(checkpoint)
     if state["ema_model"] is None:
         raise CheckpointError(
             "'ema_model' is None: the run was saved before its average began, at ema_start"
         )
     averages = dict(mapping_in(state["ema_model"], "'ema_model'"))
-    if averages.keys() >= set(_PARTS):  # else a state dict, from before Composer 0.13
+    if averages.keys() >= set(_PARTS):  # before Composer 0.13 it was a state dict
         parts = [mapping_in(averages[part], f"{part!r} of 'ema_model'") for part in _PARTS]
         averages = {name: one for part in parts for name, one in part.items()}
     if state.get("ema_weights_active") and "training_model" not in state:
         if model is None:
             raise CheckpointError(
-                "the state holds the weights in place of the average (ema_weights_active), which "
-                "is in the model's: pass the whole checkpoint of the Trainer"
+                "the state holds the weights, not the average (ema_weights_active): the average is "
+                "in the model's state; pass the whole checkpoint of the Trainer"
             )
         weights = by_plain_name(mapping_in(model, "'model' of the checkpoint"))
         averages = {name: weights[name] for name in by_plain_name(averages) if name in weights}
@@ -240,36 +243,41 @@ def _read(checkpoint: Any) -> tuple[dict[str, Any], int | None]:
 
 
 def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None) -> None:
-    """Take over the average of a checkpoint of Composer.
+    """Load the average of a Composer checkpoint into ``ema``.
 
-    A checkpoint that Composer wrote in training has average and weights in each other's places,
-    ``ema_weights_active``: the average is then taken from the model's state.
+    In a checkpoint that Composer wrote during training, average and weights are swapped
+    (``ema_weights_active``): the average is then read from the model's state.
 
     Parameters
     ----------
     ema : EMA
-        Of the same model. Several averages, or one in two halves, are an ArgumentError; an applied
-        one is a StateError.
+        Average of the same model.
     checkpoint : mapping
-        Of a ``Trainer``, or the state of its ``EMA`` algorithm alone. A CheckpointError names what
-        is missing or does not fit; nothing was changed then.
+        Checkpoint of a ``Trainer``, or the state of its ``EMA`` algorithm alone.
     num_updates : int, optional
-        Batches of the run; by default those in the checkpoint, or else what ``ema`` has.
+        Batches of the run. Default: the number in the checkpoint; without one, that of ``ema``.
+
+    Raises
+    ------
+    CheckpointError
+        If something is missing or does not fit. The error names it; nothing is changed.
+    ArgumentError, StateError
+        If ``ema`` has several averages, or one split into two halves; if ``ema`` is applied.
     """
     averages, batches = _read(checkpoint)
     take_over(ema, averages, batches if num_updates is None else num_updates)
 
 
 def export(ema: EMA, model: nn.Module) -> dict[str, Any]:
-    """The state of Composer's ``EMA`` algorithm with this average, for its ``load_state_dict``.
+    """Return this average as a state of Composer's ``EMA``, for its ``load_state_dict``.
 
     Parameters
     ----------
     ema : EMA
-        Several averages, or one in two halves, are an ArgumentError.
+        Average to export. Several averages, or one split into two halves, raise an ArgumentError.
     model : torch.nn.Module
-        The state holds copies of all its buffers and of its trained parameters' averages; a
-        CheckpointError names those that are not averaged.
+        The averaged model. The state holds copies of all its buffers, and of the averages of its
+        trained parameters; a CheckpointError names trained parameters that are not averaged.
     """
     averages = averages_of(ema)
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}

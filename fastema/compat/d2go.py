@@ -1,4 +1,4 @@
-"""D2Go's averages of models: their schedule as a rule, and their checkpoints."""
+"""D2Go's model averages: the schedule as a rule, and checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["WarmUp", "export", "load", "rule"]
 
 @dataclass(frozen=True, slots=True)
 class WarmUp(Rule):
-    """See :func:`rule`."""
+    """A decay that grows to ``limit``, the schedule of D2Go; see :func:`rule`."""
 
     limit: float
     factor: float
@@ -30,24 +30,24 @@ class WarmUp(Rule):
         object.__setattr__(self, "factor", factor)
 
     def decay(self, n: int) -> float:
-        """``min(limit, (1 + n) / (factor + n))``."""
+        """Return ``min(limit, (1 + n) / (factor + n))``."""
         return min(self.limit, (1 + n) / (self.factor + n))
 
 
 def rule(decay: float = 0.999, decay_warm_up_factor: float = -1) -> Rule:
-    """The schedule of D2Go's ``EMAUpdater``: ``min(decay, (1 + n) / (factor + n))``.
+    """Return the schedule of D2Go's ``EMAUpdater``: ``min(decay, (1 + n) / (factor + n))``.
 
-    It is for ``fastema.EMA(model, decay=rule(...), frozen="average", buffers="average")``: D2Go
-    averages frozen parameters and buffers unless ``INCLUDE_FROZEN`` and ``INCLUDE_BUFFER`` say
-    otherwise (``"skip"``).
+    Pass it to ``fastema.EMA(model, decay=rule(...), frozen="average", buffers="average")``. D2Go
+    averages frozen parameters and buffers by default; pass ``"skip"`` instead if
+    ``INCLUDE_FROZEN`` or ``INCLUDE_BUFFER`` is off.
 
     Parameters
     ----------
     decay : float
-        ``MODEL_EMA.DECAY``, in [0, 1); else an ArgumentError.
+        ``MODEL_EMA.DECAY``, in [0, 1), otherwise an ArgumentError. Default 0.999.
     decay_warm_up_factor : float
-        ``MODEL_EMA.DECAY_WARM_UP_FACTOR``; below 0 the decay is the same at every step. Up to 1
-        it has no effect either: the fraction is then never below 1.
+        ``MODEL_EMA.DECAY_WARM_UP_FACTOR``. Below 0 (default -1) the decay is constant. A factor
+        up to 1 has no effect either: the fraction is then never below 1.
 
     Examples
     --------
@@ -60,22 +60,27 @@ def rule(decay: float = 0.999, decay_warm_up_factor: float = -1) -> Rule:
 
 
 def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None) -> None:
-    """Take over the average of a checkpoint of D2Go.
+    """Load the average of a D2Go checkpoint into ``ema``.
 
-    D2Go averages integers and cuts them off, so that counters lag behind. They are taken as they
-    are, and copied exactly from the next update on.
+    D2Go averages integers and truncates them, so counters lag behind. They are loaded unchanged,
+    and copied exactly from the next update on.
 
     Parameters
     ----------
     ema : EMA
-        Of the same model. Several averages, or one in two halves, are an ArgumentError; an applied
-        one is a StateError.
+        Average of the same model.
     checkpoint : mapping
-        With ``"ema_state"``, a mapping of names to tensors; or that mapping itself. A
-        CheckpointError names every tensor that does not fit; nothing was changed then.
+        Mapping with ``"ema_state"``, a mapping of names to tensors, or the latter itself.
     num_updates : int, optional
-        Steps of the run, which D2Go does not save: its warm-up begins again when a run is resumed.
-        By default the number that ``ema`` has.
+        Steps of the run. D2Go does not save them and repeats its warm-up when a run is resumed.
+        Default: the number of ``ema``.
+
+    Raises
+    ------
+    CheckpointError
+        If tensors do not fit. The error names each of them; nothing is changed.
+    ArgumentError, StateError
+        If ``ema`` has several averages, or one split into two halves; if ``ema`` is applied.
     """
     whole = mapping_in(checkpoint, "the checkpoint")
     state = whole.get("ema_state", whole)
@@ -83,17 +88,18 @@ def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None
 
 
 def export(ema: EMA, model: nn.Module | None = None) -> dict[str, dict[str, Tensor]]:
-    """Return D2Go's checkpoint of an average: ``{"ema_state": {name: tensor}}``, copies.
+    """Return D2Go's checkpoint of an average, ``{"ema_state": {name: tensor}}``, with copies.
 
-    D2Go asks for every name that it averages: build the average with ``frozen="average",
+    D2Go requires every name that it averages: build the average with ``frozen="average",
     buffers="average"`` for its default configuration.
 
     Parameters
     ----------
     ema : EMA
-        Several averages, or one in two halves, are an ArgumentError.
+        Average to export. Several averages, or one split into two halves, raise an ArgumentError.
     model : torch.nn.Module, optional
-        Adds its buffers that the average leaves out, such as those with ``persistent=False``.
+        Also export this model's buffers that ``ema`` skips, such as those with
+        ``persistent=False``.
     """
     averages = averages_of(ema)
     buffers = {} if model is None else averages_or_copies(averages, dict(model.named_buffers()))

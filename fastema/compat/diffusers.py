@@ -1,10 +1,10 @@
-"""The class of diffusers on our kernels: ``EMAModel``, as the training scripts use it.
+"""``EMAModel`` of diffusers, as its training scripts use it, on fastema's kernels.
 
 Notes
 -----
 Where it differs:
 
-- Theirs: lists of another length are cut to the shorter; here: refused.
+- Theirs: lists of different lengths are cut to the shorter one; here: an error.
 - Theirs: ``store()`` after ``copy_to()`` loses the weights; here: an error.
 """
 
@@ -35,56 +35,58 @@ _KINDS: Final[dict[str, type]] = {
     "inv_gamma": Real,
     "power": Real,
 }
-"""Entries of a state besides the tensors; in a saved model, of its configuration."""
+"""Entries of a state besides the tensors, with their types; a saved model's configuration has them.
+"""
 
 _RENAMED: Final = {"max_value": "decay", "min_value": "min_decay", "device": "to()"}
-"""Deprecated arguments, and what diffusers says to use instead."""
+"""Deprecated arguments, and the replacements that diffusers recommends."""
 
 
 class EMAModel(ListAverage):
     """Exponential moving average of parameters, with the names and the state of diffusers' class.
 
-    At the n-th step ``shadow += (1 - d) * (x - shadow)``, computed in float32 (float64 where either
-    side is), with the decay ``d`` of :meth:`get_decay`.
+    Each step computes ``shadow += (1 - d) * (x - shadow)`` in float32 (float64 if either side is
+    float64), with the decay ``d`` of :meth:`get_decay`.
 
     Parameters
     ----------
     parameters : iterable of Tensor
-        Such as ``model.parameters()``, of any shapes and dtypes. Those that require no gradient
-        are copied at each step, and so are integers. None of them is kept.
+        Parameters to average, such as ``model.parameters()``, of any shapes and dtypes. Parameters
+        that require no gradient, and integers, are copied at each step. No reference is kept.
     decay, min_decay : float
-        The highest weight of the old average, and the lowest from the second step after
-        ``update_after_step`` on, in [0, 1], else an ArgumentError. ``min_decay=decay`` makes the
-        decay constant, which it never is otherwise.
+        Highest weight of the old average, and the lowest from the second step after
+        ``update_after_step`` on; in [0, 1], otherwise an ArgumentError. Defaults 0.9999 and 0.0.
+        The decay is constant only with ``min_decay=decay``.
     update_after_step : int
-        Steps until which the average is the parameters themselves.
+        Up to the step after this one, the average is a copy of the parameters. Default 0.
     use_ema_warmup : bool
-        Let the decay grow as a power of the step.
+        Let the decay grow as a power of the step. Default False.
     inv_gamma, power : float
-        Of that growth. ``power=1`` and ``inv_gamma=1`` is the mean of all weights; 2/3 reaches
-        0.999 after 31,600 steps, 3/4 after 10,000.
+        Scale and exponent of that growth. Defaults 1.0 and 2/3. ``inv_gamma=1`` and ``power=1``
+        give the mean of all weights; 2/3 reaches 0.999 after 31,600 steps, 3/4 after 10,000.
     foreach : bool
-        Accepted and kept; all tensors are updated in one call in any case.
+        Accepted and stored; all tensors are updated in one call in any case.
     model_cls, model_config : type, dict
-        The diffusers model, for :meth:`save_pretrained`.
+        Class and configuration of the diffusers model, for :meth:`save_pretrained`.
     **kwargs
-        What is deprecated in diffusers, a module as ``parameters`` too, works with a
-        ``FutureWarning``; others are ignored, with a warning.
+        Arguments that diffusers has deprecated work with a ``FutureWarning``, as does a module as
+        ``parameters``; other arguments are ignored, with a warning.
 
     Attributes
     ----------
     optimization_step, cur_decay_value : int, float or None
-        Steps so far, and the decay of the latest.
+        Number of steps so far, and the decay of the latest step.
     shadow_params, temp_stored_params : list of Tensor
-        The averages, and what :meth:`store` stored in the host's memory, if any.
+        The averages, and the copies that :meth:`store` keeps in host memory, if any.
 
     Notes
     -----
-    The other parameters are attributes that may be set between steps. Random bits are a function of
-    ``optimization_step``, the parameter's place in the list and the element's in the tensor. Where
-    it differs from diffusers 0.42.1, ``docs/drop-in.md`` aside: :meth:`load_state_dict` takes
-    copies, on the devices of the present averages; a ``min_decay`` of 0, an ``int``, can be saved
-    and loaded again; averages on another device than the parameters are updated there.
+    All arguments but ``parameters`` are attributes that may be set between steps. Random bits are a
+    function of ``optimization_step``, the parameter's place in the list and the element's place in
+    the tensor. Differences from diffusers 0.42.1 beyond those in ``docs/drop-in.md``:
+    :meth:`load_state_dict` copies the tensors to the devices of the current averages; a
+    ``min_decay`` of 0, an ``int``, can be saved and loaded again; averages on another device than
+    the parameters are updated there.
 
     Examples
     --------
@@ -144,11 +146,11 @@ class EMAModel(ListAverage):
         self.model_config = model_config
 
     def get_decay(self, optimization_step: int) -> float:
-        """Weight of the old average at a step, counted from 1.
+        """Return the weight of the old average at a step, counted from 1.
 
-        With ``s = max(0, step - update_after_step - 1)`` it is 0 where ``s = 0``, else
-        ``1 - (1 + s / inv_gamma) ** -power`` with ``use_ema_warmup``, or ``(1 + s) / (10 + s)``; at
-        most ``decay`` and at least ``min_decay``.
+        With ``s = max(0, step - update_after_step - 1)`` it is 0 if ``s = 0``. Otherwise it is
+        ``1 - (1 + s / inv_gamma) ** -power`` with ``use_ema_warmup``, and ``(1 + s) / (10 + s)``
+        without; at most ``decay`` and at least ``min_decay``.
         """
         step = max(0, optimization_step - self.update_after_step - 1)
         if not step:
@@ -160,11 +162,11 @@ class EMAModel(ListAverage):
         return max(min(grown, self.decay), self.min_decay)
 
     def step(self, parameters: Iterable[Tensor]) -> None:
-        """Take the current parameters into the average; call it after ``optimizer.step()``.
+        """Update the average from the current parameters; call it after ``optimizer.step()``.
 
-        Whether one requires a gradient is looked at now. An ArgumentError if they are no tensors; a
-        LayoutError, DTypeError or BridgeError if they are of another number, shape or kind. Nothing
-        was changed then.
+        Each call checks which parameters require a gradient. Raise an ArgumentError if they are not
+        tensors, and a LayoutError, DTypeError or BridgeError if their number, shapes or kinds do
+        not match the average. Nothing is changed then.
         """
         if isinstance(parameters, torch.nn.Module):
             _deprecated("a torch.nn.Module", "EMAModel.step", "its parameters()")
@@ -174,19 +176,19 @@ class EMAModel(ListAverage):
         decay = float(self.get_decay(step))
         frozen = frozenset(at for at, one in enumerate(weights) if not one.requires_grad)
         try:
-            with defer_signals():  # an update is done and counted, or neither
+            with defer_signals():  # an interrupt never separates an update from its count
                 self._averager.update(self._shadow, weights, 1 - decay, step, frozen)
                 self.optimization_step, self.cur_decay_value = step, decay
         except LayoutError:
             if any(hasattr(one, "ds_id") for one in weights):
                 raise LayoutError(
-                    "the parameters are spread over processes by DeepSpeed's ZeRO-3: call step() "
+                    "DeepSpeed's ZeRO-3 has sharded the parameters across processes: call step() "
                     "within deepspeed.zero.GatheredParameters(parameters)"
                 ) from None
             raise
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
-        """Write what :meth:`store` kept into parameters, to the bit, and keep it no longer."""
+        """Write the weights that :meth:`store` kept back, bit for bit, and drop the copies."""
         super().restore(parameters)
         self.temp_stored_params = None
 
@@ -196,30 +198,30 @@ class EMAModel(ListAverage):
         dtype: torch.dtype | None = None,
         non_blocking: bool = False,
     ) -> None:
-        """Move the averages to a device; cast those that are floats.
+        """Move the averages to a device, and cast floating-point averages to a dtype.
 
-        Averages that are not where the parameters are cost a copy of the parameters at each step.
-        What a GPU copies to the host, ``non_blocking``, is there once the GPU was waited for, as
-        :meth:`step` does.
+        Averages on another device than the parameters cost a copy of the parameters at each step.
+        A ``non_blocking`` copy from a GPU to the host is complete after a synchronization with the
+        GPU, which :meth:`step` makes.
         """
         self.shadow_params = move_list(self.shadow_params, device, dtype, non_blocking)
 
     def pin_memory(self) -> None:
-        """Move the averages to pinned memory of the host, where a GPU copies without waiting."""
+        """Move the averages to pinned host memory, which a GPU copies to asynchronously."""
         self.shadow_params = [one.pin_memory() for one in self.shadow_params]
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters, the schedule and the tensors themselves, not copies of them."""
+        """Return counters, schedule and averages: the tensors themselves, not copies."""
         state = {name: getattr(self, name) for name in _KINDS}
-        # diffusers refuses an int where it loads, though not where it is given.
+        # diffusers accepts an int in its constructor, but not in load_state_dict().
         state["min_decay"] = float(self.min_decay)
         return {**state, "shadow_params": self.shadow_params}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over copies of a saved average, of this class or diffusers'; what is missing stays.
+        """Load copies of a saved average, of this class or of diffusers'; keep missing entries.
 
-        A CheckpointError if an entry is not what it should be, a LayoutError that lists the tensors
-        that differ; nothing was changed then.
+        Raise a CheckpointError if an entry has the wrong type or range, and a LayoutError that
+        lists tensors that do not match. Nothing is changed then.
         """
         found = {name: state_dict.get(name, getattr(self, name)) for name in _KINDS}
         for name, value in found.items():
@@ -236,9 +238,9 @@ class EMAModel(ListAverage):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, model_cls: Any, foreach: bool = False) -> EMAModel:
-        """Load an average that :meth:`save_pretrained`, of this class or of diffusers', wrote.
+        """Load an average that :meth:`save_pretrained` of this class or of diffusers' wrote.
 
-        A CheckpointError if a counter in the configuration is not what it should be.
+        Raise a CheckpointError if an entry of the configuration has the wrong type or range.
         """
         config = model_cls.load_config(path)
         model = model_cls.from_pretrained(path)
@@ -249,10 +251,10 @@ class EMAModel(ListAverage):
         return ema
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Save the average as a diffusers model, counters and schedule in its ``config.json``.
+        """Save the average as a diffusers model, with counters and schedule in its ``config.json``.
 
-        An ArgumentError without ``model_cls`` or ``model_config``, a LayoutError if the average is
-        of another model; nothing was written then.
+        Raise an ArgumentError without ``model_cls`` or ``model_config``, and a LayoutError if the
+        average does not fit that model. Nothing is written then.
         """
         for name in ("model_cls", "model_config"):
             if getattr(self, name) is None:

@@ -1,4 +1,4 @@
-"""Puts our classes in place of a peer's, for scripts that import the peer's."""
+"""Replacement of a peer's classes with fastema's, for scripts that import the peer."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ _KNOWN: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "timm": {"timm.utils.model_ema": ("ModelEma", "ModelEmaV2", "ModelEmaV3")},
     "torch_ema": {"torch_ema.ema": _AVERAGE},
 }
-"""The places where each peer's names are replaced: definitions and imports."""
+"""Per peer, the modules that define or export the replaced names, and these names."""
 
 
 class _Replaced(NamedTuple):
-    """A name in a module, and what it was bound to."""
+    """A name in a module, with the peer's object and ours."""
 
     module: ModuleType
     name: str
@@ -66,9 +66,9 @@ _horizons: dict[str, Horizon] = {}
 
 
 class Installation:
-    """Peers whose classes are replaced until the end of a ``with`` block, or for good.
+    """Peers whose classes are replaced until a ``with`` block ends, or until :func:`uninstall`.
 
-    ``peers`` are those that the call replaced; what was replaced before stays so.
+    ``peers`` names the peers that this call replaced; peers that were replaced before stay so.
     """
 
     def __init__(self, places: dict[str, list[_Replaced]]) -> None:
@@ -81,7 +81,7 @@ class Installation:
     def __exit__(self, *_: object) -> None:
         with _lock:
             for peer, places in self._places.items():
-                if _installed.get(peer) is places:  # not one that was installed again meanwhile
+                if _installed.get(peer) is places:  # skip one that was installed again since
                     uninstall(peer)
 
     def __repr__(self) -> str:
@@ -89,32 +89,33 @@ class Installation:
 
 
 def install(*peers: str, horizon: Horizon = "peer") -> Installation:
-    """Put our classes in place of a peer's: an existing script gains the kernels unchanged.
+    """Replace peers' classes with fastema's, so that an existing script uses the kernels unchanged.
 
-    Their names are replaced where they are defined and in every module that has imported them, so
-    it does not matter whether the script imports them before or after. They update after the same
-    steps as the peer's, with the same weights. Averages that exist already stay what they are;
-    their states can be saved, but pickled as whole objects only once the peer's classes are back.
-    The result gives these back at the end of a ``with`` block, :func:`uninstall` without one.
+    The names are replaced where they are defined and in every module that has imported them, so the
+    script may import them before or after this call. Averages are updated after the same steps as
+    the peer's, with the same weights. Averages that already exist keep the peer's class: their
+    states can be saved, but they can be pickled as whole objects only after the peer's classes are
+    restored. The end of a ``with`` block restores these; without one, call :func:`uninstall`.
 
     Parameters
     ----------
     *peers : str
         ``"diffusers"``, ``"ema_pytorch"``, ``"keras"``, ``"lightning"``, ``"swa_utils"`` (of
         :mod:`torch.optim`), ``"tensorflow"``, ``"timm"``, ``"torch_ema"``: docs/drop-in.md lists
-        their classes. One that is replaced already is left so.
+        their classes. A peer that is already replaced stays so.
     horizon : {"peer", "corrected"}
-        Over how many steps ``update_every`` (ema_pytorch) and ``update_every_n_steps`` (Lightning)
-        average. ``"peer"`` (default): as there, times as many as it says. ``"corrected"``: as many
-        as with an update after every step, as the classes of :mod:`fastema.compat` do.
+        How ``update_every`` (ema_pytorch) and ``update_every_n_steps`` (Lightning) affect the
+        number of steps that are averaged. ``"peer"`` (default): multiply it, as the peers do.
+        ``"corrected"``: leave it as with an update after every step, like the classes of
+        :mod:`fastema.compat`.
 
     Raises
     ------
     ArgumentError
-        For no name, an unknown name or horizon, or another horizon than an installed peer has.
+        For no name, an unknown name or horizon, or a peer that is installed with another horizon.
     PeerError
-        If a peer is missing, or its interface differs from the known one: every difference is
-        named. Nothing is replaced then, of any peer.
+        If a peer is missing, or its interface differs from the known one: the error names every
+        difference. No peer is replaced then.
 
     Examples
     --------
@@ -152,10 +153,10 @@ def install(*peers: str, horizon: Horizon = "peer") -> Installation:
 
 
 def uninstall(*peers: str) -> None:
-    """Give peers' classes back, by default all, wherever :func:`install` replaced them.
+    """Restore peers' classes, by default all, wherever :func:`install` replaced them.
 
-    What a module has imported in the meantime it keeps, and so do averages that were built. An
-    ArgumentError for one that is not installed; nothing was changed then.
+    Names that a module has imported since, and averages that were built, keep fastema's classes.
+    Raise an ArgumentError for a peer that is not installed; nothing is changed then.
     """
     with _lock:
         strange = [peer for peer in peers if peer not in _installed]
@@ -167,20 +168,20 @@ def uninstall(*peers: str) -> None:
         for peer in dict.fromkeys(peers or _installed):
             _horizons.pop(peer)
             for place in _installed.pop(peer):
-                # Whoever has put something else there meant it.
+                # Leave a replacement that somebody else installed.
                 members = _members(place.module)
                 if members.get(place.name) is place.ours:
                     members[place.name] = place.theirs
 
 
 def installed() -> tuple[str, ...]:
-    """The peers whose classes are replaced now."""
+    """Return the peers whose classes are replaced now."""
     with _lock:
         return tuple(_installed)
 
 
 def _checked(name: str, horizon: Horizon) -> list[tuple[Any, Any]]:
-    """Theirs and ours of every name, if the peer's interface is the known one."""
+    """Return (theirs, ours) for each name of a peer; raise a PeerError if its interface differs."""
     known = _KNOWN[name]
     present = [home for home in known if _is_installed(home.partition(".")[0])]
     if not present:
@@ -214,7 +215,7 @@ def _version(distribution: str) -> str:
 def _is_installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ValueError:  # of a module made by hand
+    except ValueError:  # the module has no __spec__
         return package in sys.modules
 
 
@@ -223,7 +224,7 @@ def _compared(
 ) -> tuple[list[str], list[tuple[Any, Any]]]:
     try:
         theirs = import_module(home)
-    except Exception as error:  # whatever goes wrong in a package that is broken
+    except Exception as error:  # a broken package may raise anything
         return [f"{home} cannot be imported: {type(error).__name__}: {error}"], []
     ours = import_module(module)
     missing = [f"{home}.{one} is missing" for one in names if not hasattr(theirs, one)]
@@ -234,13 +235,13 @@ def _compared(
 
 
 def _places(theirs: Any, ours: Any) -> Iterator[_Replaced]:
-    """Every name of a module that is bound to theirs; ours builds on some of them."""
+    """Yield every name that a module outside fastema binds to ``theirs``."""
     for module in list(sys.modules.values()):
-        # Modules that are imported when they are looked at are not to be looked at.
+        # Read __dict__ without attribute access, which would import lazy modules.
         members = _members(module)
         name = members.get("__name__")
         if isinstance(name, str) and name.partition(".")[0] == "fastema":
-            continue
+            continue  # fastema builds on some of the peers' classes
         for name, value in list(members.items()):
             if value is theirs:
                 yield _Replaced(module, name, theirs, ours)

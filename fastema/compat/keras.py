@@ -1,15 +1,15 @@
-"""``keras.callbacks.SwapEMAWeights``: evaluation with the average of an optimizer's ``use_ema``.
+"""``keras.callbacks.SwapEMAWeights``: evaluation with the average that an optimizer keeps.
 
 Notes
 -----
 Where it differs:
 
-- Theirs: on TensorFlow a swap changes weights in their last place; here: exact.
-- Theirs: ``predict`` leaves the average in the model; here: takes it back.
-- Theirs: evaluates zeros before the first step; here: the weights as they are.
-- Theirs: an evaluation that raises leaves the average in the model; here: the weights come back, at
-  the latest when the model is used again.
-- Theirs: a ``fit`` with ``swap_on_epoch=True`` that stops early leaves the average nowhere; here:
+- Theirs: on TensorFlow a swap changes the last digit of weights; here: it is exact.
+- Theirs: ``predict`` leaves the average in the model; here: restores the weights.
+- Theirs: evaluates zeros before the first step; here: evaluates the weights.
+- Theirs: an evaluation that raises leaves the average in the model; here: the weights are restored,
+  at the latest when the model is used again.
+- Theirs: a ``fit`` with ``swap_on_epoch=True`` that stops early loses the average; here: leaves it
   in the model.
 - Theirs: on JAX a second ``fit`` with ``use_ema=True`` fails; here: works.
 - Theirs: two callbacks undo each other; here: an error.
@@ -32,27 +32,27 @@ from fastema.plan import Plan
 
 __all__ = ["SwapEMAWeights"]
 
-# Where in a run the average was put into the model: it is taken back at the end of the same.
+# The phase of a run that put the average into the model; its end restores the weights.
 Hook: TypeAlias = Literal["test", "predict", "epoch"]
 
 _FINALIZE: Final = "finalize_variable_values"
 
 _OWNERS: Final = "_swap_ema_weights"
-"""Attribute of a model's: the callbacks that watch over it, or have put the average there.
+"""Attribute of a model: the callbacks that guard it or have put the average into it, latest last.
 
-The latest is the last. A call takes back what it finds there, however the one before ended.
+Each call of Keras starts by undoing what these callbacks did, however the earlier call ended.
 """
 
 
 def _optimizers(model: Any) -> list[Any]:
-    """Return the optimizers of the model that average."""
+    """Return the model's optimizers with ``use_ema=True``."""
     optimizer = getattr(model, "optimizer", None)  # a model that was not compiled has none
     found = [] if optimizer is None else inner(optimizer)
     return [one for one in found if one.use_ema]
 
 
 def _averaged(model: Any) -> list[tuple[Any, Any]]:
-    """The model's weights with their averages in the optimizer, those that there are by now."""
+    """Return pairs of a weight and its average in the optimizer, as far as averages exist yet."""
     pairs: list[tuple[Any, Any]] = []
     for one in _optimizers(model):
         averages = getattr(one, "_model_variables_moving_average", None)
@@ -63,9 +63,9 @@ def _averaged(model: Any) -> list[tuple[Any, Any]]:
 
 
 def _separate(model: Any) -> None:
-    """Give averages arrays of their own, which Keras lets share those of the model after a fit.
+    """Give averages arrays of their own, since Keras lets them share the model's after a fit.
 
-    On the JAX backend the next fit would donate the same array twice, and fail.
+    On the JAX backend the next fit would otherwise donate the same array twice, and fail.
     """
     if keras.backend.backend() == "jax":
         for variable, average in _averaged(model):
@@ -85,10 +85,10 @@ def _one_by_one(pairs: list[tuple[Any, Any]]) -> None:
 
 
 class _Exchanged(Aside):
-    """On the JAX backend, whose arrays are never written, variables change arrays.
+    """A swap for the JAX backend, whose arrays are immutable: variables exchange arrays.
 
-    What an evaluation is given it may donate, and a failing one leaves nothing behind. The model
-    gets copies, therefore, and the arrays themselves are kept.
+    An evaluation may donate the arrays that it gets, and leaves variables without a value if it
+    fails. The model therefore gets copies, and the originals are kept.
     """
 
     def __init__(self, model: Any, pairs: list[tuple[Any, Any]]) -> None:
@@ -109,7 +109,7 @@ class _Exchanged(Aside):
             average.assign(weight)
 
     def restore(self) -> None:
-        """Give both their own, also where an evaluation left the model without any."""
+        """Restore weights and averages, even if an evaluation left the model without values."""
         self._sync()
         held = [variable._value for variable, _ in self._pairs]
         super().restore()
@@ -118,50 +118,50 @@ class _Exchanged(Aside):
 
 
 def _way(model: Any, pairs: list[tuple[Any, Any]]) -> Way:
-    """Choose how weights and averages change places."""
+    """Return the way to swap these weights and averages on this backend."""
     if keras.backend.backend() == "jax":
         return _Exchanged(model, pairs)
     variables, averages = (list(side) for side in zip(*pairs, strict=True))
     try:
         exchange = Plan(variables, averages).swap_
     except (BridgeError, DTypeError):
-        # Of several replicas, on a device that only the backend reaches, or of 8 bits.
+        # The variables have several replicas or 8 bits, or only the backend reaches their device.
         exchange = partial(_one_by_one, pairs)
     return Calls(exchange, exchange)
 
 
 class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
-    """Validation, test and prediction run with the average that the optimizer keeps.
+    """Callback that runs validation, test and prediction with the optimizer's average.
 
-    For an optimizer with ``use_ema=True``. Average and weights change places before an evaluation
-    and after it: while the model holds the average, the optimizer's variables hold the weights. At
-    the end of ``fit`` Keras leaves the average in the model whenever ``use_ema=True``.
+    The optimizer needs ``use_ema=True``. Average and weights are swapped before and after an
+    evaluation: while the model holds the average, the optimizer's variables hold the weights. At
+    the end of ``fit``, Keras leaves the average in the model whenever ``use_ema=True``.
 
     Parameters
     ----------
     swap_on_epoch : bool
-        Put the average into the model at the end of each epoch too, for the callbacks that come
-        after this one in the list: a ``ModelCheckpoint`` there saves the average. The weights come
-        back as the next epoch begins.
+        Also put the average into the model at the end of each epoch, for the callbacks after this
+        one in the list: a ``ModelCheckpoint`` there saves the average. The weights are restored
+        when the next epoch begins. Default False.
 
     Raises
     ------
     ArgumentError
-        In a run, if no optimizer has ``use_ema=True``, or the model was not compiled.
+        During a run, if no optimizer has ``use_ema=True`` or the model was not compiled.
     StateError
-        As a run begins, if there are two ``SwapEMAWeights`` in its list of callbacks.
+        When a run begins, if its list of callbacks has two ``SwapEMAWeights``.
 
     Notes
     -----
-    The interface is that of ``keras.callbacks.SwapEMAWeights``, Keras 3.15; docs/drop-in.md says
-    what differs. After an evaluation that raises the weights come back at once where the model
-    raised, or anything in the validation of ``fit``; where it was the data or another callback, as
-    the next ``fit``, ``evaluate``, ``predict``, ``train_on_batch``, ``save`` or ``load_weights``
-    begins, with this callback or without. :meth:`restore` does it by hand.
+    The interface is that of ``keras.callbacks.SwapEMAWeights``, Keras 3.15; docs/drop-in.md lists
+    the differences. After an evaluation that raises, the weights are restored at once if the model
+    raised, or anything in the validation of ``fit``. If the data or another callback raised, they
+    are restored when the next ``fit``, ``evaluate``, ``predict``, ``train_on_batch``, ``save`` or
+    ``load_weights`` begins, with or without this callback. :meth:`restore` does it by hand.
 
-    What ``use_ema`` averages is Keras' own affair: weights that are trained, at each batch, also
-    where gradients are accumulated over several. :class:`fastema.keras.EMAWeights` counts steps of
-    the optimizer, and averages with any schedule.
+    Keras defines what ``use_ema`` averages: trained weights, at each batch, even if gradients are
+    accumulated over several batches. :class:`fastema.keras.EMAWeights` counts optimizer steps
+    instead, and averages with any schedule.
 
     Examples
     --------
@@ -182,11 +182,11 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._guards: list[WeightGuard] = []
         self._fit_guards: list[WeightGuard] = []
         self._model_owned: Any = None
-        self._run: Any = None  # parameters of the call of Keras, one object for all its callbacks
+        self._run: Any = None  # ``params`` of a Keras call, which its callbacks share
 
     def _register(self) -> None:
         """Register with the model, so that a later callback finds this one."""
-        # Unseen by Keras, which tracks what is set.
+        # Bypass setattr, with which Keras would track the list.
         owners = self.model.__dict__.setdefault(_OWNERS, [])
         if self not in owners:
             owners.append(self)
@@ -203,7 +203,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             vars(model).pop(_OWNERS, None)
 
     def _restore_earlier(self) -> None:
-        """Take back what earlier calls left in the model, whichever callback's they were."""
+        """Undo what callbacks of earlier calls left in the model; refuse two in one call."""
         self._clean_up()
         self._run = self.params
         others = self.model.__dict__.pop(_OWNERS, [])
@@ -217,18 +217,18 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             )
 
     def _apply(self, hook: Hook) -> None:
-        """Put the average into the model, unless it is there or there is none yet."""
+        """Put the average into the model. Do nothing if it is already there or does not exist."""
         if self._hook is not None:
             return
         model = self.model
         latest = vars(model).get(_OWNERS, [])[-1:]
         if any(one is not self and one._hook is not None for one in latest):
-            return  # it is there, at the end of an epoch of the fit around this
+            return  # the enclosing fit put it there at the end of an epoch
         if not _optimizers(model):
             raise ArgumentError(
-                f"the model {model.name!r} has no optimizer with use_ema=True, whose average could "
-                "be evaluated: compile it with one, or use fastema.keras.EMAWeights, which "
-                "averages itself"
+                f"the model {model.name!r} has no optimizer with use_ema=True, so there is no "
+                "average to evaluate: compile it with one, or use fastema.keras.EMAWeights, which "
+                "keeps its own average"
             )
         pairs = _averaged(model)
         if not pairs:
@@ -245,7 +245,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self.restore()
 
     def restore(self) -> None:
-        """Give the model its own weights back, if it holds the average, however it came to it."""
+        """Restore the model's own weights if it holds the average, whatever put it there."""
         with defer_signals():
             swap, self._swap, self._hook = self._swap, None, None
             if swap is not None:
@@ -260,38 +260,38 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._unregister()
 
     def _clean_up(self) -> None:
-        """Leave nothing in the model."""
+        """Restore the weights and remove all guards."""
         self.restore()
         self._end_fit()
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Give back what an earlier call left, and watch over the validation."""
+        """Undo what an earlier call left in the model, and guard the validation."""
         self._restore_earlier()
         _separate(self.model)
-        # fit() validates by self.evaluate: an attribute of the instance comes before the class's.
+        # fit() calls self.evaluate: an attribute of the instance takes precedence over the method.
         restore = partial(self._restore_after, "test")
         self._fit_guards.append(ErrorGuard(self.model, "evaluate", restore))
         self._fit_guards += guard_use(self.model, self._clean_up)
         self._register()
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Stop watching."""
+        """Remove the guards."""
         self._end_fit()
         _separate(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Give the model its weights back."""
+        """Restore the model's weights."""
         self._restore_after("epoch")
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Put the average into the model where that is wanted; after the last epoch for good."""
+        """Put the average into the model if ``swap_on_epoch``; after the last epoch it stays."""
         if not self.swap_on_epoch:
             return
         self._apply("epoch")
         if self._hook != "epoch":
             return
         if epoch == (self._run or self.params)["epochs"] - 1:
-            # As Keras is about to do, whose last word would give the model its weights otherwise.
+            # Keras is about to copy the optimizer's averages, now the weights, into the model.
             for variable, average in _averaged(self.model):
                 average.assign(keras.ops.copy(variable))
             self._swap = self._hook = None
@@ -304,7 +304,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._begin("test")
 
     def on_test_end(self, logs: Any = None) -> None:
-        """Give the model its weights back."""
+        """Restore the model's weights."""
         self._restore_after("test")
 
     def on_predict_begin(self, logs: Any = None) -> None:
@@ -312,12 +312,12 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._begin("predict")
 
     def on_predict_end(self, logs: Any = None) -> None:
-        """Give the model its weights back."""
+        """Restore the model's weights."""
         self._restore_after("predict")
 
     def _begin(self, hook: Literal["test", "predict"]) -> None:
         if is_running(self.model, "fit"):
-            self._restore_after("test", "predict")  # of one that was left by an exception
+            self._restore_after("test", "predict")  # of an evaluation that raised
         else:
             self._restore_earlier()
         if self._hook is None:

@@ -4,30 +4,33 @@
 >>> from fastema.compat.lightning import EMAWeightAveraging
 >>> trainer = Trainer(callbacks=[EMAWeightAveraging(decay=0.999)])     # doctest: +SKIP
 
-They are callbacks of ``lightning`` and of ``pytorch_lightning``, of whichever is installed, and
-work with those older versions, too, that have none of their own.
+They work with ``lightning`` and ``pytorch_lightning``, whichever is installed, and also with older
+versions that have no averaging callbacks.
 
 Notes
 -----
 Where it differs:
 
-- Theirs: swaps before the first update: validation sees weights of no training; here: the weights
-  as they are.
-- Theirs: under ``bf16-true`` each validation rounds the float32 average; here: exact.
-- Theirs: an exception in validation leaves the average in the model; here: the weights come back.
-- Theirs: ``update_every_n_steps=n`` makes the horizon n times as long; here: ``decay ** n`` (*).
-- Theirs: of several steps in a batch ``should_update`` is asked about the last; here: about each
+- Theirs: swaps before the first update, so that validation sees untrained weights; here: validates
+  the weights in training.
+- Theirs: under ``bf16-true`` each validation rounds the float32 average; here: it stays exact.
+- Theirs: an exception in validation leaves the average in the model; here: the weights are
+  restored.
+- Theirs: ``update_every_n_steps=n`` makes the horizon n times as long; here: uses ``decay ** n``
   (*).
-- Theirs: ``save_weights_only=True`` saves raw weights where the average was monitored; here: the
+- Theirs: calls ``should_update`` only for the last of several steps in a batch; here: for each (*).
+- Theirs: ``save_weights_only=True`` saves raw weights although the average was monitored; here:
+  saves the average.
+- Theirs: a checkpoint at the end of training holds the average twice; here: the average and the
+  weights in training.
+- Theirs: a run that ends without an update resets the model to its initial weights; here: keeps the
+  trained weights.
+- Theirs: resuming a finished run leaves the weights in training in the model; here: leaves the
   average.
-- Theirs: a checkpoint at the end of training has the average twice; here: and the weights in
-  training.
-- Theirs: a run that ends without an update goes back to where it began; here: stays.
-- Theirs: a finished run that is resumed gives the model the weights in training; here: the average.
-- Theirs: outside ``fit`` puts the average, or weights, of an earlier one into the model; here:
-  leaves the model alone.
-- Theirs: a second ``fit`` continues with the step of the first, and the epoch of the latest
-  update is not saved; here: the count starts again, and the epoch is saved.
+- Theirs: outside of ``fit``, puts the average or the weights of an earlier ``fit`` into the model;
+  here: leaves the model alone.
+- Theirs: a second ``fit`` continues the step count of the first, and the epoch of the latest update
+  is not saved; here: the count restarts, and the epoch is saved.
 """
 
 from __future__ import annotations
@@ -47,18 +50,18 @@ __all__ = ["EMAWeightAveraging", "WeightAveraging"]
 
 
 def _peers(name: str) -> tuple[type, ...]:
-    """Lightning's classes of this name, for ``isinstance``; nothing of them is used."""
+    """Return Lightning's classes of this name, to inherit from them for ``isinstance`` only."""
     return tuple(getattr(one.callbacks, name, one.Callback) for one in LIGHTNINGS)
 
 
 def _is_averaging(callback: Any) -> bool:
-    """Return whether it is an averaging callback, of ours or of Lightning's."""
+    """Return whether a callback is an averaging callback, ours or Lightning's."""
     theirs = (getattr(one.callbacks, "WeightAveraging", WeightAveraging) for one in LIGHTNINGS)
     return isinstance(callback, (WeightAveraging, *theirs))
 
 
 def _is_sharding(strategy: Any) -> bool:
-    """Return whether a strategy divides weights among processes."""
+    """Return whether a strategy shards the weights across processes."""
     names = ("FSDPStrategy", "ModelParallelStrategy")
     theirs = (getattr(one.strategies, name, ()) for one in LIGHTNINGS for name in names)
     return isinstance(strategy, tuple(theirs))
@@ -70,31 +73,31 @@ _WeightAveraging: Any = type("WeightAveraging", _peers("WeightAveraging"), {})
 
 
 class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
-    """Averages the weights in training; validation, and the model at the end, have the average.
+    """Callback that averages the weights in training, and uses the average for validation.
 
-    Override :meth:`should_update` to say after which steps and epochs the average is updated. The
-    first update copies the weights; before it the average is not used for anything. Checkpoints
-    have the layout of Lightning's own (2.6.6), and each of the two resumes the other's.
-    docs/drop-in.md says what they hold, and what differs.
+    At the end of training the model gets the average. Override :meth:`should_update` to choose the
+    steps and epochs after which the average is updated. The first update copies the weights; before
+    it, the average is not used. Checkpoints have the layout of Lightning's own (2.6.6): each
+    callback resumes the other's. docs/drop-in.md describes their contents and all differences.
 
     Parameters
     ----------
     device : torch.device, str or int, optional
-        Of the average; by default the model's. 0 is the first GPU.
+        Device of the average. Default: the model's. 0 is the first GPU.
     use_buffers : bool
-        Average floating-point buffers too; else they are copied at each update.
+        Average floating-point buffers too (default). If False, copy them at each update.
     **kwargs
-        Of :class:`fastema.compat.swa_utils.AveragedModel`: ``avg_fn`` or ``multi_avg_fn``. Without
-        either it is the mean of all weights (SWA).
+        ``avg_fn`` or ``multi_avg_fn`` of :class:`fastema.compat.swa_utils.AveragedModel`. Without
+        either, the average is the mean of all weights (SWA).
 
     Raises
     ------
     LayoutError
-        At an update, where the model has other tensors than when ``fit`` began, naming them.
+        At an update, if the model's tensors have changed since ``fit`` began; names them.
     StateError
-        As ``fit`` begins, for a trainer with two averaging callbacks, of ours or Lightning's.
+        When ``fit`` begins, if the trainer has two averaging callbacks, ours or Lightning's.
     ArgumentError
-        As ``fit`` begins, for a strategy that divides the weights among processes.
+        When ``fit`` begins, if the strategy shards the weights across processes.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         use_buffers: bool = True,
         **kwargs: Any,
     ) -> None:
-        # The names of the attributes are Lightning's: scripts read them.
+        # Scripts read these attributes: keep Lightning's names.
         self._device = torch.device(device) if isinstance(device, str) else device
         self._use_buffers = use_buffers
         self._kwargs = kwargs
@@ -112,31 +115,31 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._latest_update_epoch = -1
         self._averager: ModelAverager | None = None
         self._exchange: RestoringBlock[None] | None = None
-        # "ended": the model has the average, and what is saved still has the weights in training.
+        # "ended": the model holds the average, and checkpoints still save the weights in training.
         self._phase: Literal["outside", "training", "ended", "failed"] = "outside"
         self._steps_seen = self._batches_since = 0
         self._unwrap: Callable[[], None] | None = None
 
     _as_peer: bool = False
-    """Whether it is updated when, and with the decay that, Lightning's callback would be."""
+    """Whether to update at the same steps, and with the same decay, as Lightning's callback."""
 
     @property
     def _has_updated(self) -> bool:
-        """Whether the average was updated yet."""
+        """Whether the average has been updated at least once."""
         return self._average_model is not None and bool(self._average_model.n_averaged)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Return whether to update the average now, by default after each step; override it.
 
-        ``step_idx`` is the number of the optimizer's latest step, from 0, or None at the end of an
-        epoch; ``epoch_idx`` that of the epoch that ends, or None after a step.
+        ``step_idx`` is the number of the latest optimizer step, from 0, or None at the end of an
+        epoch. ``epoch_idx`` is the number of the epoch that ends, or None after a step.
         """
         return step_idx is not None
 
     # -- Lightning's hooks -------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Make the average as ``fit`` begins; a checkpoint is loaded after this."""
+        """Create the average when ``fit`` begins; Lightning loads a checkpoint after this."""
         if stage != "fit":
             if self._phase == "failed":
                 self._clean_up()
@@ -144,21 +147,21 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._clean_up()
         if sum(map(_is_averaging, trainer.callbacks)) > 1:
             raise StateError(
-                "the trainer has more than one averaging callback, and the one would train on the "
-                "other's average: give it one of "
+                "the trainer has more than one averaging callback, and one would train on the "
+                "other's average: keep only one of "
                 + ", ".join(type(one).__name__ for one in trainer.callbacks if _is_averaging(one))
             )
         if _is_sharding(trainer.strategy):
             raise ArgumentError(
-                f"{type(trainer.strategy).__name__} divides the weights among processes when "
-                f"{type(self).__name__} has copied them already. With ModelParallelStrategy and "
-                "fully_shard keep fastema.EMA(pl_module) in a callback of your own: made in "
-                "on_fit_start, updated in on_train_batch_end, swapped around validation "
+                f"{type(trainer.strategy).__name__} shards the weights across processes after "
+                f"{type(self).__name__} has copied them. With ModelParallelStrategy and "
+                "fully_shard, keep fastema.EMA(pl_module) in a callback of your own: create it in "
+                "on_fit_start, update it in on_train_batch_end, swap it around validation "
                 "(docs/sharded.md)."
             )
         if _overrides_configure_model(pl_module):
             _utilities.rank_zero_warn(
-                "WeightAveraging calls configure_model() before the trainer does, to know all "
+                "WeightAveraging calls configure_model() before the trainer does, to find all "
                 "layers: they are not sharded, and may not fit in the memory of one device."
             )
             pl_module.configure_model()
@@ -178,11 +181,11 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update the average, if the optimizer made a step and :meth:`should_update` says so."""
+        """Update the average if the optimizer made a step and :meth:`should_update` is True."""
         done = trainer.global_step
         seen, self._steps_seen = self._steps_seen, done
         self._batches_since += done > seen
-        # Lightning's asks about the last step alone, and after each batch until it is updated.
+        # Lightning asks about the last step only, again after each batch until an update.
         asked = range(done - 1, done) if self._as_peer else range(seen, done)
         if done <= (self._latest_update_step if self._as_peer else seen):
             return
@@ -191,7 +194,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             self._latest_update_step, self._batches_since = done, 0
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Update the average, if :meth:`should_update` says so for this epoch."""
+        """Update the average if :meth:`should_update` is True for this epoch."""
         epoch = trainer.current_epoch
         if epoch > self._latest_update_epoch and self.should_update(epoch_idx=epoch):
             self._update(pl_module, by_step=False)
@@ -202,7 +205,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._average_model.update_parameters(pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Put the average into the model, for good as soon as nothing more of the fit is saved."""
+        """Swap the average into the model; after the last checkpoint :meth:`teardown` copies it."""
         self._restore()
         self._phase = "ended"
         self._copy_average_to_current(pl_module)
@@ -213,18 +216,18 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             self._swap_models(pl_module)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give the model its own weights back."""
+        """Restore the model's own weights."""
         if self._phase == "training" and self._exchange is not None:
             self._swap_models(pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give the model its own weights back, wherever the exception came from."""
+        """Restore the model's own weights, wherever the exception came from."""
         self._restore()
-        if self._phase != "outside":  # others save the run after this
+        if self._phase != "outside":  # other callbacks save the run after this
             self._phase = "failed"
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave the average in the model, and release the trainer."""
+        """Leave the average in the model and release the trainer."""
         if stage != "fit" and self._phase == "training":
             return
         has_average, not_trained = self._exchange is not None, self._phase == "training"
@@ -241,17 +244,17 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     # -- the average in the model ------------------------------------------------------------------
 
-    # Subclasses override these two: they are called when, and as often as, Lightning's are.
+    # Subclasses override these two methods: call them when, and as often as, Lightning does.
 
     def _swap_models(self, pl_module: Any) -> None:
-        """Average and weights change places, where there is an average; a second call undoes it."""
+        """Swap average and weights, if there is an average; a second call swaps them back."""
         if self._exchange is None:
             self._apply(pl_module)
         else:
             self._restore()
 
     def _copy_average_to_current(self, pl_module: Any) -> None:
-        """Give the model the average: as training ends in exchange, until nothing more is saved."""
+        """Put the average into the model, by a swap while checkpoints may follow, or by a copy."""
         if self._phase == "ended":
             self._apply(pl_module)
         else:
@@ -281,7 +284,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     # -- checkpoints -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """When the average was updated last."""
+        """Return the step and epoch of the latest update, and the batches since."""
         return {
             "latest_update_step": self._latest_update_step,
             "latest_update_epoch": self._latest_update_epoch,
@@ -289,7 +292,10 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there; in Lightning's own state no epoch is known, and all steps count."""
+        """Load the position of the latest update.
+
+        Lightning's own state lacks the epoch, and counts every step since as a batch.
+        """
         self._latest_update_step = state_dict["latest_update_step"]
         self._latest_update_epoch = state_dict.get("latest_update_epoch", -1)
         self._batches_since = state_dict.get(
@@ -297,11 +303,11 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         )
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Put the average into ``state_dict``, and what was there into ``current_model_state``."""
+        """Save the average as ``state_dict`` and the weights as ``current_model_state``."""
         if self._phase == "outside" or self._average_model is None:
             _utilities.rank_zero_info(
-                "WeightAveraging: there is no average outside fit, and the checkpoint holds none "
-                "besides the model's own weights (after a fit, these are the average)."
+                "WeightAveraging: there is no average outside of fit: the checkpoint holds only "
+                "the model's own weights (after a fit, these are the average)."
             )
             return
         if self._exchange is not None:
@@ -313,7 +319,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             checkpoint["state_dict"] = self._average_model.module.state_dict()
 
     def _save_in_exchange(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Save average and weights from their own places, as copies, and exchange them again."""
+        """Swap average and weights back, save copies of them, and swap them again."""
         self._restore()
         try:
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
@@ -327,26 +333,26 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             self._apply(pl_module)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Go on with the average and the weights of a checkpoint, this one's or Lightning's."""
-        # Elsewhere the model has been given what it needs: the average.
+        """Load average and weights from a checkpoint of this callback or of Lightning's."""
+        # Outside of fit the model needs only the average, which it has loaded already.
         if self._phase != "training" or self._average_model is None:
             return
         self._steps_seen = checkpoint["global_step"]
         if not {"current_model_state", "averaging_state"} <= checkpoint.keys():
             _utilities.rank_zero_warn(
-                "The checkpoint was written without WeightAveraging: the average begins with the "
-                "first update from here."
+                "The checkpoint was written without WeightAveraging: the average starts with the "
+                "next update."
             )
             return
-        _utilities.rank_zero_info("WeightAveraging: the checkpoint has an average: it continues.")
+        _utilities.rank_zero_info("WeightAveraging: continues the average of the checkpoint.")
         average = {f"module.{name}": value for name, value in checkpoint["state_dict"].items()}
         strict = getattr(pl_module, "strict_loading", True)
         self._average_model.load_state_dict(average | checkpoint["averaging_state"], strict=strict)
-        # It was given the average, which is what "state_dict" holds.
+        # Lightning has loaded "state_dict", the average, into the model.
         pl_module.load_state_dict(checkpoint["current_model_state"], strict=strict)
 
     def _wrap_strategy(self, strategy: Any) -> None:
-        """Stand before ``strategy.save_checkpoint``: weights alone are saved without hooks."""
+        """Wrap ``strategy.save_checkpoint``: Lightning calls no hooks to save weights alone."""
         self._unwrap_strategy()
         inner = strategy.save_checkpoint
         own = "save_checkpoint" in vars(strategy)
@@ -370,7 +376,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             self._unwrap = None
 
     def _averaged(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """A checkpoint whose ``state_dict`` is the average, if it is one of weights alone."""
+        """Return a weights-only checkpoint with the average in it; return others unchanged."""
         if "averaging_state" in checkpoint or self._exchange is not None or not self._has_updated:
             return checkpoint
         assert self._average_model is not None
@@ -386,7 +392,7 @@ def _no_op() -> Steps[None]:
 
 
 def _overrides_configure_model(pl_module: Any) -> bool:
-    """Return whether the user's module, and not Lightning's base class, has the hook."""
+    """Return whether the user's module, not Lightning's base class, defines the hook."""
     hook = getattr(type(pl_module), "configure_model", None)
     return hook is not None and not hook.__module__.startswith(PACKAGES)
 
@@ -399,31 +405,34 @@ _EMAWeightAveraging: Any = type(
 class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
     """Exponential moving average of the weights; see :class:`WeightAveraging`.
 
-    ``avg = decay**n * avg + (1 - decay**n) * x`` after every n-th step of the optimizer, the first
-    time ``avg = x``.
+    ``avg = decay**n * avg + (1 - decay**n) * x`` after every n-th optimizer step; the first update
+    sets ``avg = x``.
 
     Parameters
     ----------
     device, use_buffers, **kwargs
         See :class:`WeightAveraging`.
     decay : float
-        Weight of the old average per step, in [0, 1]; per batch where that makes several steps.
+        Weight of the old average per step, in [0, 1]; per batch if a batch makes several steps.
+        Default 0.999.
     update_every_n_steps : int
-        The average is updated after the steps whose number, from 0, this divides; 0 for after none.
-        Lightning numbers the steps of all optimizers in one row: with two of them, 2 is each batch.
+        Update after each step whose number, from 0, is a multiple of this; 0 for never. Default 1.
+        Lightning counts the steps of all optimizers together: with two optimizers, 2 means after
+        every batch.
     update_starting_at_step : int, optional
-        Number of the first such step, from 0.
+        Number, from 0, of the first step that may update the average. Default: 0.
     update_starting_at_epoch : int, optional
-        With this the average is updated at the end of each epoch too, from this one on, with
-        ``decay`` itself as the weight of the old average.
+        Also update at the end of each epoch from this one on, with ``decay`` itself as the weight
+        of the old average. Default: never.
     peer_exact : bool
-        Lightning's numbers: ``decay`` per update, not per step, so that ``update_every_n_steps=10``
-        averages over ten times as many steps. To resume a run of Lightning's callback.
+        Use Lightning's numbers: ``decay`` per update, not per step, so that
+        ``update_every_n_steps=10`` averages over ten times as many steps. Set it to resume a run of
+        Lightning's callback. Default False.
 
     Raises
     ------
     ArgumentError
-        For a decay outside [0, 1], and for an averaging function besides it.
+        If ``decay`` is outside [0, 1], or an averaging function is given too.
     """
 
     def __init__(
@@ -441,12 +450,12 @@ class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
         given = sorted({"avg_fn", "multi_avg_fn"} & kwargs.keys())
         if given:
             raise ArgumentError(
-                f"EMAWeightAveraging({given[0]}=...): it averages by decay={decay!r}; for another "
-                f"function use WeightAveraging({given[0]}=...)"
+                f"EMAWeightAveraging({given[0]}=...): it averages with decay={decay!r}; for "
+                f"another function use WeightAveraging({given[0]}=...)"
             )
         super().__init__(device, use_buffers, **kwargs)
-        # One for each decay in use: at the end of an epoch it may be another one. A wrong one is
-        # refused now, not in the first batch.
+        # One function for each decay in use, which differs at the end of an epoch. This one checks
+        # the decay now, not in the first batch.
         self._functions = {decay: get_ema_multi_avg_fn(decay)}
         self.decay = decay
         self.update_every_n_steps = update_every_n_steps

@@ -1,4 +1,4 @@
-"""Averages of lists of parameters, for classes that are given such lists and keep none of them."""
+"""Averages of lists of parameters, for classes that receive such lists and keep none of them."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ __all__ = [
 ]
 
 _PLANS: Final = 4
-"""Sets of frozen parameters that plans are kept for: those of a script that takes turns."""
+"""Plans to cache, one for each set of frozen parameters; scripts may alternate between sets."""
 
 _NOTHING: Final = torch.empty(0)
 
 
 def as_list(parameters: Iterable[Tensor], call: str) -> list[Tensor]:
-    """The tensors of ``model.parameters()`` or of any other iterable; else an ArgumentError."""
+    """Return a list of an iterable's tensors; raise an ArgumentError for anything else."""
     iterable = isinstance(parameters, Iterable) and not isinstance(parameters, Tensor)
     found = list(parameters) if iterable else []
     wrong: Any = next((one for one in found if not isinstance(one, Tensor)), None)
@@ -56,18 +56,18 @@ def as_list(parameters: Iterable[Tensor], call: str) -> list[Tensor]:
         )
     if any(is_divided(one) for one in found):
         raise ArgumentError(
-            f"{call}: these parameters are DTensors (FSDP2, tensor parallel), whose parts a list "
-            "does not follow; keep fastema.EMA(model), which does (docs/sharded.md)"
+            f"{call}: these parameters are DTensors (FSDP2, tensor parallel), which an average of "
+            "a list does not support; use fastema.EMA(model), which does (docs/sharded.md)"
         )
     return found
 
 
 def first_places(tensors: Iterable[Tensor]) -> list[int]:
-    """Places of the tensors, of those in the same memory only that of the first."""
+    """Return the places of the tensors; of tensors in the same memory, only the first one's."""
     found: dict[Any, int] = {}
     for at, one in enumerate(tensors):
         key: Any = at
-        # Tensors of several processes, and such as have no data, have no address.
+        # Distributed tensors, and tensors without data, have no address.
         if one.layout == torch.strided and one.numel() and one.data_ptr():
             key = one.device, one.data_ptr(), one.dtype, one.shape, one.stride()
         found.setdefault(key, at)
@@ -75,7 +75,7 @@ def first_places(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def clone_list(tensors: Sequence[Tensor], device: torch.device | str | None = None) -> list[Tensor]:
-    """Copies, on a device where one is named; tied ones have a copy each, as the peers have."""
+    """Return copies, on ``device`` if given. Tied tensors get a copy each, as in the peers."""
     return [one.detach().to(device or one.device, copy=True) for one in tensors]
 
 
@@ -85,7 +85,7 @@ def move_list(
     dtype: torch.dtype | None,
     non_blocking: bool = False,
 ) -> list[Tensor]:
-    """Tensors on a device, and floats of a dtype."""
+    """Return tensors on a device, with floating-point tensors cast to a dtype."""
     return [
         one.to(
             device=device,
@@ -130,14 +130,14 @@ def _refuse_unwritable(values: Sequence[Tensor], parameters: Sequence[Tensor], c
 
 
 def write(values: Sequence[Tensor], parameters: Sequence[Tensor], call: str) -> None:
-    """Write values into parameters, rounded to nearest, on whatever devices they are.
+    """Write values into parameters, rounded to nearest; devices may differ.
 
-    Autograd is not told, as by the peers: a graph that needs the parameters is right when they have
-    their values back. Errors name the tensors by their place; nothing was written then.
+    Like the peers, it does not notify autograd: a graph that needs the parameters is correct again
+    once they have their values back. Errors name tensors by place; nothing is written then.
     """
     _refuse_unlike(values, parameters, call)
     _refuse_unwritable(values, parameters, call)
-    # A plan would be used once: for a thousand small tensors it takes twenty times as long.
+    # No plan: it would be used only once, and takes 20 times as long for 1,000 small tensors.
     if places := first_places(parameters):
         torch._foreach_copy_(
             [parameters[at].data for at in places], [values[at].detach() for at in places]
@@ -147,9 +147,9 @@ def write(values: Sequence[Tensor], parameters: Sequence[Tensor], call: str) -> 
 def load_list(
     saved: Any, current: Sequence[Tensor], name: str, devices: Sequence[torch.device] | None = None
 ) -> list[Tensor]:
-    """Copies of saved tensors, in the wider of the dtypes that they and the present ones have.
+    """Return copies of saved tensors, each in the wider of its dtype and the current tensor's.
 
-    They come to lie on ``devices``, by default those of the present tensors.
+    The copies are on ``devices``, by default those of the current tensors.
     """
     if not isinstance(saved, list | tuple) or not all(isinstance(one, Tensor) for one in saved):
         raise CheckpointError(f"{name!r} of the state: expected a list of tensors")
@@ -171,20 +171,20 @@ def load_list(
 class _ListAverager:
     """Updates averages in a list from as many parameters, which it does not keep alive.
 
-    Plans are made over tensors of its own, which share the parameters' memory in an update and are
-    empty between updates. Weak references would keep torch from swapping tensors, which
-    ``torch.__future__.set_swap_module_params_on_conversion(True)`` makes ``model.to()`` do.
+    Plans use private tensors, which share the parameters' memory during an update and are empty
+    between updates. Weak references instead would prevent torch from swapping tensors, which
+    ``model.to()`` does after ``torch.__future__.set_swap_module_params_on_conversion(True)``.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def __reduce__(self) -> Any:
-        """Copied and pickled as a new one: what it knows is about memory."""
+        """Copy and pickle it as a new averager: all its state is bound to memory."""
         return type(self), ()
 
     def forget(self) -> None:
-        """Keep no averages."""
+        """Drop all averages and plans."""
         self._shadow: list[Tensor] = []
         self._memory: list[Tensor] = []
         self._plans: dict[frozenset[int], _Planned] = {}
@@ -197,9 +197,9 @@ class _ListAverager:
         step: int,
         copied: frozenset[int] = frozenset(),
     ) -> None:
-        """``shadow += weight * (x - shadow)``, and what is at the places ``copied`` is copied.
+        """Compute ``shadow += weight * (x - shadow)``; copy the tensors at the places ``copied``.
 
-        Errors name the tensors by their place; nothing was written then.
+        Errors name the tensors by their place; nothing is written then.
         """
         same = len(shadow) == len(self._shadow) and all(map(is_, shadow, self._shadow))
         if not (same and _share_memory(self._memory, parameters)):
@@ -216,10 +216,10 @@ class _ListAverager:
             )
             plan.averager.update(plan.weights, weight, step)
         except BaseException as error:
-            self.forget()  # tensors that it refuses are not to be kept
+            self.forget()  # do not keep tensors that were refused
             if not (was_there and isinstance(error, FastemaError)):
                 raise
-            # Made for parameters of another kind: float8 by now, say.
+            # The plan was made for another kind of parameters, which may be float8 now: retry.
             self.update(shadow, parameters, weight, step, copied)
             return
         if not _share_memory(self._memory, repeat(_NOTHING, len(parameters))):
@@ -239,7 +239,7 @@ class _ListAverager:
                 {str(at): one for at, one in enumerate(side) if at not in apart}
                 for side in (self._shadow, self._memory)
             )
-            # No method of this object's: they would keep each other, and memory of a GPU with them.
+            # Not a bound method: the reference cycle would keep GPU memory alive.
             averager = ModelAverager(averages, partial(_policy, copied))
             found = self._plans[copied] = _Planned(averager, weights, apart)
         return found
@@ -250,21 +250,21 @@ class _Planned(NamedTuple):
 
     averager: ModelAverager
     weights: dict[str, Tensor]
-    apart: frozenset[int]  # places of what no kernel copies: float8 into float32, sparse
+    apart: frozenset[int]  # places of tensors no kernel copies: float8 to float32, sparse
 
 
 def _share_memory(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
-    """Make tensors share the memory of others; whether torch can do so for all."""
+    """Make tensors share the memory of others; return whether torch can do so for all."""
     try:
         for one, other in zip(tensors, others, strict=True):
             one.data = other
-    except (RuntimeError, TypeError):  # of other kinds: sparse, fake
+    except (RuntimeError, TypeError):  # tensors of other kinds: sparse, fake
         return False
     return True
 
 
 def _has_kernel(average: Tensor, weight: Tensor) -> bool:
-    """Return whether one can be copied into the other by a kernel."""
+    """Return whether a kernel can copy the weight into the average."""
     try:
         kinds = describe(average).kind, describe(weight).kind
     except (BridgeError, DTypeError):
@@ -277,11 +277,11 @@ def _policy(copied: frozenset[int], name: str, role: Role) -> Literal["average",
 
 
 class StoredWeights:
-    """``store()`` and ``restore()`` of weights that are kept in an attribute of their owner's.
+    """``store()`` and ``restore()`` of weights, which are kept in an attribute of their owner.
 
-    The attribute ``name`` is ``nothing`` without stored weights. Whether parameters hold the
-    average in place of weights that were stored is noticed by their storages, without a reference
-    to the tensors: see :class:`_ListAverager`.
+    The attribute ``name`` equals ``nothing`` if no weights are stored. Weak references to storages
+    show whether parameters whose weights were stored hold the average now; tensors are not
+    referenced, for the reason given in :class:`_ListAverager`.
     """
 
     def __init__(self, name: str, nothing: Any = None) -> None:
@@ -289,16 +289,16 @@ class StoredWeights:
         self.forget()
 
     def __reduce__(self) -> Any:
-        """Copied and pickled as a new one: the parameters are those of this process."""
+        """Copy and pickle it as new: the referenced parameters belong to this process."""
         return type(self), (self._name, self._nothing)
 
     def forget(self) -> None:
-        """The weights are back, or given up."""
+        """Drop the references to parameters whose weights were restored or given up."""
         self._of: list[weakref.ref[torch.UntypedStorage]] = []
         self._overwritten = False
 
     def stored_weights(self, owner: Any) -> list[Tensor]:
-        """The stored weights; a StateError where there are none."""
+        """Return the stored weights; raise a StateError if there are none."""
         found: list[Tensor] | None = getattr(owner, self._name)
         if found in (None, self._nothing):
             raise StateError("restore() without store(): there are no weights to put back")
@@ -309,32 +309,31 @@ class StoredWeights:
         return {id(reference()) for reference in self._of} - {id(None)}
 
     def store(self, owner: Any, parameters: Iterable[Tensor], device: Any = None) -> None:
-        """Keep copies; a StateError where weights would be lost that are nowhere else."""
+        """Keep copies of parameters; raise a StateError if overwritten weights would be lost."""
         given = as_list(parameters, "store")
         given_up = getattr(owner, self._name) in (None, self._nothing)
         if self._overwritten and self._live_storages() and not given_up:
             raise StateError(
-                "store() while parameters hold the average since copy_to() would lose the weights "
-                f"that were stored before: restore() them first, or set {self._name} to "
-                f"{self._nothing} if they are not wanted back"
+                "store() after copy_to() would lose the weights that were stored before: "
+                f"restore() them first, or set {self._name} to {self._nothing} to discard them"
             )
         setattr(owner, self._name, clone_list(given, device))
         self._of, self._overwritten = [weakref.ref(one) for one in _storages(given)], False
 
     def overwritten(self, parameters: Iterable[Tensor]) -> None:
-        """These hold the average now."""
+        """Record that these parameters hold the average now."""
         self._overwritten |= bool(
             self._live_storages() & {id(one) for one in _storages(parameters)}
         )
 
     def restore(self, owner: Any, parameters: Iterable[Tensor]) -> None:
-        """Write the weights back; keep them. Raises as :meth:`stored_weights`, :func:`write`."""
+        """Write the weights back and keep them; raise as :meth:`stored_weights`, :func:`write`."""
         weights, given = self.stored_weights(owner), as_list(parameters, "restore")
         if len(weights) != len(given):
             raise LayoutError(
-                f"restore() was given {len(given)} parameters, store() {len(weights)}: give "
-                "those that were stored, in the same order and without what the model was given "
-                "since"
+                f"restore() was given {len(given)} parameters, store() {len(weights)}: pass the "
+                "parameters that were stored, in the same order, without any that were added to "
+                "the model since"
             )
         write(weights, given, "restore")
         self.forget()
@@ -345,13 +344,13 @@ def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
 
 
 class ListAverage:
-    """An average of a list of parameters: ``shadow_params``, copies, and evaluation with them."""
+    """An average of a list of parameters, in the copies ``shadow_params``, to evaluate with."""
 
     _stored_as: ClassVar[str]
-    """The attribute with what :meth:`store` keeps."""
+    """Name of the attribute with the copies that :meth:`store` keeps."""
 
     _stored_on: ClassVar[str | None] = None
-    """The device of that; None for where the parameters are."""
+    """Device of these copies; None for the parameters' devices."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
         self._averager, self._stored = _ListAverager(), StoredWeights(self._stored_as)
@@ -369,28 +368,28 @@ class ListAverage:
         self._averager.forget()
 
     def _checked_parameters(self, parameters: Iterable[Tensor], call: str) -> list[Tensor]:
-        """Return a list of parameters, as many as there are averages."""
+        """Return parameters as a list; raise a LayoutError if their number is not the averages'."""
         given = as_list(parameters, call)
         if len(given) != len(self._shadow):
             raise LayoutError(
-                f"{call}: {len(given)} parameters were given, the average is of "
-                f"{len(self._shadow)}: give all that it was built from, in the same order"
+                f"{call}: {len(given)} parameters were given, but the average has "
+                f"{len(self._shadow)}: pass all that it was built from, in the same order"
             )
         return given
 
     def copy_to(self, parameters: Iterable[Tensor]) -> None:
-        """Write the average into parameters, rounded to their dtypes; raises as an update does."""
+        """Write the average into parameters, rounded to their dtypes; raise like an update."""
         weights = as_list(parameters, "copy_to")
         write(self._shadow, weights, "copy_to")
         self._stored.overwritten(weights)
 
     def store(self, parameters: Iterable[Tensor]) -> None:
-        """Keep a copy of parameters for :meth:`restore`.
+        """Keep copies of parameters for :meth:`restore`.
 
-        A StateError where weights would be lost that :meth:`copy_to` has written over.
+        Raise a StateError if stored weights would be lost that :meth:`copy_to` has overwritten.
         """
         self._stored.store(self, parameters, self._stored_on)
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
-        """Write what :meth:`store` kept into parameters, to the bit; a StateError without it."""
+        """Write the stored weights back, bit for bit; raise a StateError without :meth:`store`."""
         self._stored.restore(self, parameters)

@@ -4,7 +4,7 @@ Notes
 -----
 Where it differs:
 
-- Theirs: an average of another dtype is never updated; here: averages.
+- Theirs: never updates an average whose dtype differs from the parameter's; here: updates it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _COUNTERS: Final = ("decay", "num_updates")
 
 
 def _dotless(names: Iterable[str]) -> dict[str, str]:
-    """Names to what checkpoints call them, without dots; a LayoutError if two become the same."""
+    """Map names to names without dots, as in checkpoints; raise a LayoutError if two collide."""
     found: dict[str, str] = {}
     taken = {name: f"the buffer {name!r}" for name in _COUNTERS}
     problems = []
@@ -41,54 +41,58 @@ def _dotless(names: Iterable[str]) -> dict[str, str]:
         taken.setdefault(short, repr(name))
     if problems:
         raise LayoutError(
-            "LitEma stores averages under names without dots, which would be the same here; rename "
-            "the parameters, or use fastema.EMA:\n" + listed(problems)
+            "LitEma stores averages under names without dots, and these names would collide; "
+            "rename the parameters, or use fastema.EMA:\n" + listed(problems)
         )
     return found
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by their names without wrappers' prefixes; tied ones by all their names."""
+    """Return parameters by their names without wrappers' prefixes; tied ones by all their names."""
     return by_plain_name(dict(model.named_parameters(remove_duplicate=False)))
 
 
 class LitEma(nn.Module):
     """Average of the trained parameters of a model, in buffers: the ``LitEma`` of SGM.
 
-    ``shadow += (1 - d) * (p - shadow)`` at each call, with ``d = decay``, or
-    ``d = min(decay, (1 + n) / (10 + n))`` at the n-th call where updates are counted.
+    Each call computes ``shadow += (1 - d) * (p - shadow)`` with ``d = decay``; if updates are
+    counted, the n-th call has ``d = min(decay, (1 + n) / (10 + n))``.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Its parameters that require a gradient are averaged, in their dtypes and on their devices.
+        Model whose parameters that require a gradient are averaged, in their dtypes and on their
+        devices.
     decay : float
-        Weight of the old average, in [0, 1]; else an ArgumentError.
+        Weight of the old average, in [0, 1], otherwise an ArgumentError. Default 0.9999.
     use_num_upates : bool
-        Count updates and let the decay grow with their number. The spelling is the peer's.
+        Count updates and let the decay grow with their number (default). The spelling is the
+        peer's.
 
     Attributes
     ----------
     decay, num_updates : Tensor
-        float32 buffer, and int32 buffer: -1 where updates are not counted.
+        float32 buffer, and int32 buffer, which is -1 if updates are not counted.
     m_name2s_name : dict of str to str
-        Names of parameters to those of their averages: buffers whose names have no dots. A
-        LayoutError if two are the same.
+        Maps names of parameters to names of buffers, which have no dots. Names that collide without
+        dots raise a LayoutError.
     collected_params : list of Tensor
-        What :meth:`store` keeps.
+        The copies that :meth:`store` keeps.
 
     Notes
     -----
     The interface and the checkpoints are those of ``sgm/modules/ema.py`` of Stability AI's
-    generative-models and of ``ldm/modules/ema.py``. Where it differs, ``docs/drop-in.md`` aside:
+    generative-models and of ``ldm/modules/ema.py``. Differences beyond those in
+    ``docs/drop-in.md``:
 
-    - For a float32 average of bfloat16 parameters build it, then call ``.float()``. Random bits are
-      a function of the update's number, the name and the element; where updates are not counted,
-      of the number of calls since it was made or loaded.
-    - :meth:`store` after :meth:`copy_to`, and :meth:`restore` of nothing or of fewer tensors, are
-      errors; there they lose the weights, or do nothing.
-    - A parameter that is frozen after the start is averaged on; there it is an error.
-    - The counters keep their dtypes and their device. There casting to 16 bits makes ``decay`` 1.0.
+    - For a float32 average of bfloat16 parameters, build it, then call ``.float()``. Random bits
+      are a function of the update's number, the name and the element. If updates are not counted,
+      the number is that of calls since the average was built or loaded.
+    - :meth:`store` after :meth:`copy_to`, and :meth:`restore` without stored weights or with fewer
+      tensors, raise an error; the peer loses the weights, or does nothing.
+    - A parameter that is frozen later is still averaged; in the peer that is an error.
+    - The counters keep their dtypes when the module is cast. In the peer, a cast to 16 bits turns
+      ``decay`` into 1.0.
 
     Examples
     --------
@@ -129,12 +133,12 @@ class LitEma(nn.Module):
         self._averager = NamedAverager(self._buffer_of)
 
     def _averages(self) -> dict[str, Tensor]:
-        """The averages by the names of the parameters, as they are now: ``.to()`` makes others."""
+        """Return the current averages by parameter name; ``.to()`` replaces the buffers."""
         buffers: Mapping[str, Any] = self._buffers
         return {name: buffers[short] for name, short in self._buffer_of.items()}
 
     def _apply(self, fn: Any, recurse: bool = True) -> LitEma:
-        """Move or cast the averages; the counters only move: 16 bits would make 1.0 of 0.9999."""
+        """Move or cast the averages; only move the counters, as 16 bits round 0.9999 to 1.0."""
         counters = {name: self.get_buffer(name) for name in _COUNTERS}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in counters.items():
@@ -144,12 +148,12 @@ class LitEma(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load, and forget the buffers that others were assigned in the place of."""
+        """Load, and drop references to buffers that loading may have replaced."""
         super()._load_from_state_dict(*args, **kwargs)
         self._averager.forget()
 
     def _call(self, model: nn.Module, call: Callable[[ModelAverager], None]) -> None:
-        """Call what follows the model; an error names the tensors that one of the two lacks."""
+        """Call ``call`` with the averager; raise an error that names tensors that do not match."""
         try:
             call(self._averager.of(self._averages()))
         except LayoutError:
@@ -157,8 +161,8 @@ class LitEma(nn.Module):
             if not problems:
                 raise
             raise LayoutError(
-                "the averages are not those of the model's trained parameters; freeze "
-                "what was not trained when LitEma was built, or build a new LitEma:\n"
+                "the averages do not match the model's trained parameters; freeze the parameters "
+                "that were frozen when LitEma was built, or build a new LitEma:\n"
                 + listed(problems)
             ) from None
 
@@ -178,53 +182,53 @@ class LitEma(nn.Module):
         return problems
 
     def reset_num_updates(self) -> None:
-        """Count updates from 0 on, also where they were not counted."""
+        """Restart the count of updates at 0; start counting if updates were not counted."""
         device = self.num_updates.device
         del self.num_updates
         self.register_buffer("num_updates", torch.tensor(0, dtype=torch.int, device=device))
 
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
-        """Take a model's parameters into the averages; call it after each optimizer step.
+        """Update the averages from a model's parameters; call it after each optimizer step.
 
-        A LayoutError if a trained parameter has no average, or an average no parameter, or shapes
-        differ; nothing was written then.
+        Raise a LayoutError if a trained parameter has no average, an average has no parameter, or
+        shapes differ. Nothing is written then.
         """
         done = int(self._count.read(self.num_updates))
         decay = self._limit.read(self.decay)
         if done >= 0:
             decay = min(decay, (2 + done) / (11 + done))
         step = done + 1 if done >= 0 else self._calls
-        with defer_signals():  # an update is done and counted, or neither
+        with defer_signals():  # an interrupt never separates an update from its count
             self._call(model, lambda averager: averager.update(model, 1.0 - decay, step))
             if done >= 0:
                 self._count.count(self.num_updates)
             self._calls += 1
 
     def copy_to(self, model: nn.Module) -> None:
-        """Write the averages into a model's parameters; raises as :meth:`forward`."""
+        """Write the averages into a model's parameters; raise the errors of :meth:`forward`."""
         self._call(model, lambda averager: averager.give(model))
         self._stored.overwritten(list(model.parameters()))
 
     def store(self, parameters: Iterable[Tensor]) -> None:
-        """Keep copies of parameters, for :meth:`restore`.
+        """Keep copies of parameters for :meth:`restore`.
 
-        A StateError while parameters that were stored hold the average, from :meth:`copy_to`: set
-        ``collected_params`` to ``[]`` if their weights are not wanted back.
+        Raise a StateError if :meth:`copy_to` has overwritten parameters whose weights are stored:
+        :meth:`restore` them first, or set ``collected_params`` to ``[]`` to discard them.
         """
         self._stored.store(self, parameters)
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
-        """Write back what :meth:`store` kept, in its order; it is kept further.
+        """Write the stored weights back, in the order of :meth:`store`, and keep the copies.
 
-        A StateError if nothing is stored, a LayoutError for tensors of another number or shape;
-        nothing was written.
+        Raise a StateError if nothing is stored, and a LayoutError if the number or shapes of the
+        tensors differ. Nothing is written then.
         """
         self._stored.restore(self, parameters)
 
 
 def _state_of(checkpoint: Any) -> Mapping[str, Any]:
-    """The tensors of a checkpoint: of Lightning, or by themselves."""
+    """Return the tensors of a checkpoint: a Lightning checkpoint, or a plain state dict."""
     whole = mapping_in(checkpoint, "the checkpoint")
     return mapping_in(whole.get("state_dict", whole), "'state_dict' of the checkpoint")
 
@@ -232,25 +236,27 @@ def _state_of(checkpoint: Any) -> Mapping[str, Any]:
 def ema_weights(
     checkpoint: Mapping[str, Any], model: nn.Module, prefix: str = "model_ema."
 ) -> dict[str, Tensor]:
-    """The averages in a whole Stable Diffusion checkpoint, by the names of the model's parameters.
+    """Return the averages in a Stable Diffusion checkpoint, by the model's parameter names.
 
-    They are the checkpoint's own tensors, for ``model.load_state_dict(..., strict=False)`` where
-    the model has buffers.
+    They are the checkpoint's own tensors. Load them with ``model.load_state_dict(...,
+    strict=False)`` if the model has buffers.
 
     Parameters
     ----------
     checkpoint : mapping
-        With ``model_ema.<name without dots>`` among its entries, or under ``"state_dict"``.
+        Whole checkpoint with ``model_ema.<name without dots>`` among its entries, or under
+        ``"state_dict"``.
     model : torch.nn.Module
-        What was averaged: in latent diffusion ``pipeline.model``, whose entries begin ``model.``.
+        The averaged model: in latent diffusion ``pipeline.model``, whose entries begin with
+        ``model.``.
     prefix : str
-        What the averages' entries begin with.
+        Prefix of the averages' entries. Default ``"model_ema."``.
 
     Raises
     ------
     CheckpointError
-        Naming parameters without an average, or one of another shape or without contents, and
-        averages without a parameter.
+        If parameters have no average, or one of another shape or without contents, or averages have
+        no parameter. The error names them.
     """
     state = _state_of(checkpoint)
     parameters = dict(model.named_parameters())
@@ -283,20 +289,20 @@ def with_ema_weights(
     num_updates: int = 0,
     prefix: str = "model_ema.",
 ) -> dict[str, Any]:
-    """A Stable Diffusion checkpoint with these averages in place of those that it has.
+    """Return a shallow copy of a Stable Diffusion checkpoint with its averages replaced by these.
 
     Parameters
     ----------
     checkpoint, prefix
-        See :func:`ema_weights`; the checkpoint stays as it is. A CheckpointError if it is no
-        mapping of names.
+        See :func:`ema_weights`; the checkpoint is not changed. Raise a CheckpointError if it is not
+        a mapping of names.
     averages : mapping of str to Tensor
-        By the names of the averaged model's parameters, such as ``ema.shadow`` of a
-        :class:`fastema.EMA` with ``buffers="skip"``. A LayoutError if two are the same without
-        dots.
+        Averages by the names of the averaged model's parameters, such as ``ema.shadow`` of a
+        :class:`fastema.EMA` with ``buffers="skip"``. Raise a LayoutError if two names collide
+        without dots.
     decay, num_updates : float, int
-        What a :class:`LitEma` that loads it continues with; -1 updates for a decay that does not
-        grow.
+        Values with which a :class:`LitEma` that loads the checkpoint continues. Pass -1 updates for
+        a constant decay. Defaults 0.9999 and 0.
     """
     state = _state_of(checkpoint)
     kept = {name: one for name, one in state.items() if not name.startswith(prefix)}

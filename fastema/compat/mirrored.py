@@ -1,4 +1,4 @@
-"""Numbers that a peer keeps in buffers, known to the host without asking the device each step."""
+"""Numbers that a peer keeps in device buffers, mirrored on the host to avoid a read per step."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ __all__ = ["Mirrored", "is_read_at_once", "read_number"]
 
 
 def is_read_at_once(buffer: Tensor) -> bool:
-    """Return whether to read a number each time: reading is free, or its writes are not counted."""
+    """Return whether to read the buffer each time: reads are free, or torch counts no writes."""
     return buffer.device.type == "cpu" or buffer.is_inference()
 
 
 def read_number(buffer: Tensor) -> float:
-    """The number in a tensor of one element; waits for its device."""
+    """Return the number in a one-element tensor; wait for its device."""
     return buffer.item()
 
 
 class Mirrored:
-    """The number in a buffer of one element, read from its device only after a write.
+    """The number in a one-element buffer, read from its device only after a write.
 
-    A buffer that was replaced (``.to()``, assigned) or written (``load_state_dict``, ``fill_``) is
-    noticed by its identity and its version. On an accelerator a write through ``.data`` is not.
+    The buffer's identity and version show that it was replaced (``.to()``, assignment) or written
+    (``load_state_dict``, ``fill_``). On an accelerator, a write through ``.data`` goes unnoticed.
     """
 
     def __init__(self) -> None:
         self._known: tuple[Tensor, int, float] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy belongs to another buffer."""
+        """Copy it as an empty mirror: a copy belongs to another buffer."""
         return Mirrored, ()
 
     def read(self, buffer: Tensor) -> float:
-        """The number."""
+        """Return the number in the buffer."""
         if is_read_at_once(buffer):
             return read_number(buffer)
         if self._known is None or self._known[0] is not buffer or self._known[1] != buffer._version:
@@ -43,12 +43,12 @@ class Mirrored:
         return self._known[2]
 
     def write(self, buffer: Tensor, value: float) -> None:
-        """Put a number into the buffer; its device is not waited for."""
+        """Write a number into the buffer, without waiting for its device."""
         with torch.no_grad():
             buffer.fill_(value)
         if not is_read_at_once(buffer):
             self._known = buffer, buffer._version, value
 
     def count(self, buffer: Tensor) -> None:
-        """Add 1 to it."""
+        """Add 1 to the number in the buffer."""
         self.write(buffer, self.read(buffer) + 1)

@@ -1,10 +1,11 @@
-"""The averaged models of MMEngine, and the averages in its checkpoints.
+"""MMEngine's averaged models, and the averages in its checkpoints.
 
 Notes
 -----
 Where it differs:
 
-- Theirs: ``interval=n`` makes the horizon n times as long; here: ``(1 - momentum) ** n`` (*).
+- Theirs: ``interval=n`` makes the horizon n times as long; here: uses a decay of
+  ``(1 - momentum) ** n`` (*).
 """
 
 from __future__ import annotations
@@ -45,36 +46,36 @@ def _buffers_only(name: str, role: Role) -> Literal["copy", "skip"]:
 
 
 class BaseAveragedModel(nn.Module):
-    """A copy of a model that holds an average of it: the base class of MMEngine's averages.
+    """A copy of a model that holds its average: the base class of MMEngine's averages.
 
-    The first update copies the model; of those after it, every ``interval``-th averages. Subclasses
-    of the user's write ``avg_func``, which is then called for each tensor.
+    The first update copies the model; after it, every ``interval``-th update averages. Your own
+    subclass implements ``avg_func``, which is then called for each tensor.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Copied, to ``module``, without gradients.
+        Model to average; deep-copied to ``module``, without gradients.
     interval : int
-        Updates between two that average, at least 1; else an ArgumentError.
+        Average at every ``interval``-th update; at least 1, otherwise an ArgumentError. Default 1.
     device : torch.device, optional
-        Where the average is kept.
+        Device of the average. Default: the model's.
     update_buffers : bool
-        Average the buffers that a state dict holds too. Otherwise all buffers are copied at each
+        Also average the buffers in the state dict. If False (default), copy all buffers at each
         update. May be changed between updates.
 
     Attributes
     ----------
     steps : Tensor
-        int64 buffer: updates so far.
+        int64 buffer: number of updates so far.
 
     Notes
     -----
     Interface, numbers and state dicts (``steps`` and ``module.*``) are those of
-    ``mmengine/model/averaged_model.py``, version 0.10.7. It asks the device for ``steps`` at each
-    update, and averages buffers that :meth:`to` moved where they were; here neither is so. Random
-    bits are a function of ``steps``, the name and the element. With an ``interval`` of k
-    :class:`ExponentialMovingAverage` and :class:`MomentumAnnealingEMA` average with
-    ``1 - (1 - momentum) ** k``; ``peer_exact=True`` gives the peer's ``momentum``.
+    ``mmengine/model/averaged_model.py``, version 0.10.7. MMEngine reads ``steps`` from the device
+    at each update, and after :meth:`to` keeps averaging the buffers' old tensors; this class does
+    neither. Random bits are a function of ``steps``, the name and the element. With an ``interval``
+    of k, :class:`ExponentialMovingAverage` and :class:`MomentumAnnealingEMA` average with
+    ``1 - (1 - momentum) ** k``; ``peer_exact=True`` uses the peer's ``momentum``.
     """
 
     steps: Tensor
@@ -99,34 +100,34 @@ class BaseAveragedModel(nn.Module):
 
     @property
     def avg_parameters(self) -> dict[str, Tensor]:
-        """The averaged tensors, by their names in :attr:`module`."""
+        """The averaged tensors by their names in :attr:`module`."""
         if self.update_buffers:
             return dict(self.module.state_dict())
         return dict(self.module.named_parameters())
 
     @abstractmethod
     def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: Any) -> None:
-        """Take a tensor into its average, in place, after ``steps`` (int or Tensor) updates."""
+        """Update a tensor's average in place, after ``steps`` (int or Tensor) updates."""
 
     def _weight(self, steps: int) -> float | None:
-        """Weight of the new value in the update after so many; None where ``avg_func`` says it."""
+        """Return the weight of the new value after ``steps`` updates; None to use ``avg_func``."""
         return None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the average."""
+        """Call the averaged model."""
         return self.module(*args, **kwargs)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Take a model, on any device, into the average; call it after each optimizer step.
+        """Update the average from a model on any device; call it after each optimizer step.
 
-        A LayoutError names the tensors that only one of the two has, or whose shapes differ;
-        nothing was written or counted then.
+        Raise a LayoutError that names tensors that only one of the two has, or whose shapes differ.
+        Nothing is written or counted then.
         """
         done = int(self._count.read(self.steps))
         buffers: Literal["saved", "copy"] = "saved" if self.update_buffers else "copy"
         averager = self._averager.of(self.module, buffers=buffers)
-        with defer_signals():  # an update is done and counted, or neither
+        with defer_signals():  # an interrupt never separates an update from its count
             if done == 0:
                 averager.copy(model)
             elif done % self.interval == 0:
@@ -143,7 +144,7 @@ class BaseAveragedModel(nn.Module):
         averages, sources = self._averaged_of(self.module), self._averaged_of(model)
         problems = mismatches(averages, sources)
         if problems:
-            raise LayoutError("the model's tensors are not the average's:\n" + listed(problems))
+            raise LayoutError("the model's tensors do not match the average:\n" + listed(problems))
         if not self.update_buffers:
             self._copier.copy(model)
         names = list(averages)
@@ -156,7 +157,7 @@ class BaseAveragedModel(nn.Module):
                 average.copy_(source)
 
     def _averaged_of(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return a model's averaged tensors, by all their names without wrappers' prefixes."""
+        """Return a model's tensors to average, by all their names without wrappers' prefixes."""
         found: Mapping[str, Any]
         if self.update_buffers:
             found = model.state_dict()
@@ -166,10 +167,10 @@ class BaseAveragedModel(nn.Module):
 
 
 class _Lerped(BaseAveragedModel):
-    """``averaged += share * (x - averaged)``, for all tensors in one call."""
+    """Base of averages that compute ``averaged += share * (x - averaged)`` in one kernel call."""
 
     def _share(self, steps: int) -> float:
-        """Weight of the new value after so many updates."""
+        """Return the weight of the new value after ``steps`` updates."""
         raise NotImplementedError
 
     def _weight(self, steps: int) -> float | None:
@@ -177,7 +178,7 @@ class _Lerped(BaseAveragedModel):
         return self._share(steps) if is_own else None
 
     def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: Any) -> None:
-        """Take a tensor into its average, in place, after ``steps`` (int or Tensor) updates."""
+        """Update a tensor's average in place, after ``steps`` (int or Tensor) updates."""
         averaged_param.lerp_(source_param, self._share(int(steps)))
 
 
@@ -185,7 +186,7 @@ class StochasticWeightAverage(_Lerped):
     """The mean of a model's weights at every ``interval``-th update: MMEngine's SWA.
 
     ``average += (x - average) / (steps // interval + 1)`` (Izmailov et al., 2018,
-    https://arxiv.org/abs/1803.05407). For all else see :class:`BaseAveragedModel`.
+    https://arxiv.org/abs/1803.05407). The parameters are those of :class:`BaseAveragedModel`.
 
     Examples
     --------
@@ -202,21 +203,22 @@ class StochasticWeightAverage(_Lerped):
 
 
 class ExponentialMovingAverage(_Lerped):
-    """An exponential moving average of a model: MMEngine's, with ``momentum = 1 - decay``.
+    """MMEngine's exponential moving average of a model, with ``momentum = 1 - decay``.
 
-    ``average += momentum * (x - average)``. In a configuration of MMEngine, register it in the
-    place of its own: ``MODELS.register_module(module=ExponentialMovingAverage, force=True)``.
+    ``average += momentum * (x - average)``. For use in an MMEngine configuration, register it in
+    place of MMEngine's class:
+    ``MODELS.register_module(module=ExponentialMovingAverage, force=True)``.
 
     Parameters
     ----------
     model, interval, device, update_buffers
-        See :class:`BaseAveragedModel`, for the differences too.
+        See :class:`BaseAveragedModel`, also for the differences from MMEngine.
     momentum : float
-        Weight of the *new* value, in (0, 1), else an ArgumentError. Above 0.5, most likely a decay,
-        it is a UserWarning.
+        Weight of the *new* value, in (0, 1), otherwise an ArgumentError. Default 0.0002. A value
+        above 0.5 is most likely a decay, and gives a UserWarning.
     peer_exact : bool
-        Average with ``momentum`` at every ``interval``-th update, as MMEngine does, to continue a
-        run that began there with an ``interval`` above 1.
+        Average with ``momentum`` itself at every ``interval``-th update, as MMEngine does. Set it
+        to continue an MMEngine run with an ``interval`` above 1. Default False.
 
     Examples
     --------
@@ -262,16 +264,17 @@ class ExponentialMovingAverage(_Lerped):
 
 
 class MomentumAnnealingEMA(ExponentialMovingAverage):
-    """An exponential moving average whose momentum falls to its value: MMEngine's.
+    """MMEngine's exponential moving average whose momentum decreases to its final value.
 
     ``average += m * (x - average)`` with ``m = max(momentum, gamma / (gamma + steps))``.
 
     Parameters
     ----------
     model, momentum, interval, device, update_buffers, peer_exact
-        See :class:`ExponentialMovingAverage`; the momentum is approached.
+        See :class:`ExponentialMovingAverage`; ``momentum`` is the final value.
     gamma : int
-        Updates after which it has fallen to a half, above 0; else an ArgumentError.
+        Number of updates after which ``gamma / (gamma + steps)`` is 1/2; above 0, otherwise an
+        ArgumentError. Default 100.
     """
 
     def __init__(
@@ -297,7 +300,7 @@ class MomentumAnnealingEMA(ExponentialMovingAverage):
 def _exchanged(
     state: Mapping[str, Any], ema_state: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two state dicts with the tensors that they share in name in each other's places."""
+    """Return both state dicts with the tensors of the average and of the weights exchanged."""
     weights, averages = dict(state), dict(ema_state)
     names = [name for name in averages if name.startswith(_INSIDE)]
     missing = [name for name in names if name.removeprefix(_INSIDE) not in weights]
@@ -312,11 +315,11 @@ def _exchanged(
 
 
 def export(average: BaseAveragedModel, model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return what MMEngine's checkpoint with an ``EMAHook`` holds of an average and its model.
+    """Return the entries for an average and its model in a checkpoint of MMEngine's ``EMAHook``.
 
-    ``"state_dict"`` is the *average* by the model's names, ready to be used; ``"ema_state_dict"``
-    has ``steps``, and the weights in training under ``module.*``. The tensors are not copied. A
-    CheckpointError if the model lacks some of the average.
+    ``"state_dict"`` holds the *average* under the model's names, ready for use;
+    ``"ema_state_dict"`` holds ``steps``, and the weights in training under ``module.*``. Tensors
+    are not copied. Raise a CheckpointError if the model lacks tensors of the average.
     """
     state, ema_state = _exchanged(model.state_dict(), average.state_dict())
     return {"state_dict": state, "ema_state_dict": ema_state}
@@ -325,16 +328,22 @@ def export(average: BaseAveragedModel, model: nn.Module) -> dict[str, dict[str, 
 def load(
     average: BaseAveragedModel, checkpoint: Mapping[str, Any], model: nn.Module | None = None
 ) -> None:
-    """Take over the average of a checkpoint that MMEngine's ``EMAHook`` wrote.
+    """Load the average of a checkpoint that MMEngine's ``EMAHook`` wrote.
 
     Parameters
     ----------
     average : BaseAveragedModel
+        Average to load into.
     checkpoint : mapping
-        With ``"state_dict"`` and ``"ema_state_dict"``; it stays as it is. A CheckpointError if one
-        is missing, or they are not of the model, naming the tensors; nothing was changed then.
+        Mapping with ``"state_dict"`` and ``"ema_state_dict"``, which is not changed.
     model : torch.nn.Module, optional
-        To be given the weights in training.
+        Also load the weights in training into this model.
+
+    Raises
+    ------
+    CheckpointError
+        If an entry is missing, or tensors are not those of the model. The error names them; nothing
+        is changed.
     """
     whole = mapping_in(checkpoint, "the checkpoint")
     named = {name: whole.get(name) for name in ("state_dict", "ema_state_dict")}

@@ -1,4 +1,4 @@
-"""Averages in modules, or in tensors by name, that their owners may replace at any time."""
+"""Averages in modules, or in tensors by name, that their owner may replace at any time."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ Buffers: TypeAlias = Literal["saved", "copy"]
 
 
 def frozen_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy of a model, without gradients."""
+    """Return a deep copy of a model whose parameters require no gradient."""
     found = duplicate(model, memo)
-    for parameter in found.parameters():  # a scripted module cannot do it for them
+    for parameter in found.parameters():  # a scripted module cannot do it for all
         parameter.requires_grad_(False)
     return found
 
 
 def _persistence(module: nn.Module) -> dict[str, bool]:
-    """Return whether each tensor is part of the module's state."""
+    """Return, by name, whether each tensor is part of the module's state dict."""
     leaves = leaves_of(module)
     named = {one.name: one.persistent for one in leaves.items}
     return {**named, **{one.name: one.persistent for one in leaves.opaque}}
 
 
 class _BufferPolicy:
-    """Averages parameters; copies all buffers, or averages those that are saved with a module."""
+    """Policy that averages parameters, and copies all buffers or averages the saved ones."""
 
     def __init__(self, averaged: nn.Module, buffers: Buffers, left_out: str) -> None:
         self._averaged, self._buffers, self._left_out = averaged, buffers, left_out
@@ -56,7 +56,7 @@ class _BufferPolicy:
 
 
 class ModuleAverager:
-    """Follows a model with an averaged module, under settings that may change between steps.
+    """Updates an averaged module from a model, with settings that may change between steps.
 
     Tensors whose names begin with ``left_out`` have no average.
     """
@@ -66,7 +66,7 @@ class ModuleAverager:
         self._made: tuple[nn.Module, dict[str, Any], _BufferPolicy, ModelAverager] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy looks everything up for itself."""
+        """Copy it without its averager: a copy locates its tensors for itself."""
         return type(self), (self._left_out,)
 
     def of(
@@ -77,10 +77,10 @@ class ModuleAverager:
         buffers: Buffers = "saved",
         **rounding: Any,
     ) -> ModelAverager:
-        """The averager of this module; ``rounding`` are options of :class:`ModelAverager`.
+        """Return the averager of a module; ``rounding`` are options of :class:`ModelAverager`.
 
-        ``buffers="saved"`` averages those that a state dict holds and skips the others, ``"copy"``
-        copies all. A saved buffer that only the model has is an error where ``model`` is given.
+        ``buffers="saved"`` averages the buffers in a state dict and skips all others; ``"copy"``
+        copies all buffers. With ``model``, a saved buffer that only the model has is an error.
         """
         settings = {"buffers": buffers, **rounding}
         if self._made is None or self._made[0] is not averaged or self._made[1] != settings:
@@ -96,9 +96,9 @@ def _trained_or_named(names: frozenset[str], name: str, role: Role) -> Literal["
 
 
 class NamedAverager:
-    """Follows a model with averages by name: of these names, and of all that is trained.
+    """Updates averages by name from a model: the given names, and all trained parameters.
 
-    A trained parameter without an average is an error; other tensors may have none.
+    A trained parameter without an average is an error; other tensors may lack one.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -107,15 +107,15 @@ class NamedAverager:
         self._averager = ModelAverager(self._averages, partial(_trained_or_named, self._names))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy looks everything up for itself."""
+        """Copy it without its averages: a copy locates its tensors for itself."""
         return type(self), (self._names,)
 
     def of(self, averages: Mapping[str, Tensor]) -> ModelAverager:
-        """The averager of these averages, which may be others at each call."""
+        """Return the averager of these averages, which may be other tensors at each call."""
         self._averages.update(averages)
         return self._averager
 
     def forget(self) -> None:
-        """Keep no averages alive."""
+        """Drop all references to averages."""
         self._averages.clear()
         self._averager.forget()

@@ -1,4 +1,4 @@
-"""NeMo's averages of models: their schedule as a rule, and the states of its ``EMAOptimizer``."""
+"""NeMo's model averages: the schedule as a rule, and the states of its ``EMAOptimizer``."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ __all__ = ["export", "load", "rule"]
 
 
 def rule(decay: float = 0.9999, every_n_steps: int = 1) -> Aligned:
-    """The schedule of NeMo's ``EMA``: a constant decay at every ``every_n_steps``-th step.
+    """Return the schedule of NeMo's ``EMA``: a constant decay at every ``every_n_steps``-th step.
 
-    NeMo uses ``decay`` at each update, so that its average looks back over ``every_n_steps`` times
-    as many steps. The rule says what that is per step, ``decay ** (1 / every_n_steps)``, for
-    ``fastema.EMA(model, decay=rule(decay, k), update_every=k)``. As in NeMo the first step updates
-    the average, then every k-th.
+    NeMo uses ``decay`` at each update, so its average looks back over ``every_n_steps`` times as
+    many steps. The rule has the equivalent decay per step, ``decay ** (1 / every_n_steps)``. Pass
+    it to ``fastema.EMA(model, decay=rule(decay, k), update_every=k)``. As in NeMo, the first step
+    updates the average, then every k-th.
 
     Parameters
     ----------
     decay : float
-        Of an update, in [0, 1); else an ArgumentError.
+        Decay per update, in [0, 1), otherwise an ArgumentError. Default 0.9999.
     every_n_steps : int
-        At least 1; else an ArgumentError.
+        Steps between updates, at least 1, otherwise an ArgumentError. Default 1.
 
     Examples
     --------
@@ -51,7 +51,7 @@ def rule(decay: float = 0.9999, every_n_steps: int = 1) -> Aligned:
 
 
 def _ordered(model: nn.Module, optimizer: Optimizer | None) -> list[tuple[str | None, Tensor]]:
-    """Parameters in the order of the optimizer, with their names in the model."""
+    """Return parameters in the optimizer's order, with their names in the model."""
     named = by_plain_name(dict(model.named_parameters()))
     names = {id(one): name for name, one in named.items()}
     if optimizer is None:
@@ -61,7 +61,7 @@ def _ordered(model: nn.Module, optimizer: Optimizer | None) -> list[tuple[str | 
 
 
 def _state_of(checkpoint: Any) -> Mapping[str, Any]:
-    """The state of the ``EMAOptimizer`` in a checkpoint, or the one that it is."""
+    """Return the state of an ``EMAOptimizer`` in a checkpoint, which may be that state itself."""
     whole = mapping_in(checkpoint, "the checkpoint")
     states = whole.get("optimizer_states", [whole])
     if not isinstance(states, list | tuple):
@@ -72,8 +72,8 @@ def _state_of(checkpoint: Any) -> Mapping[str, Any]:
     if len(found) != 1:
         raise CheckpointError(
             f"the checkpoint holds {len(found)} states of an EMAOptimizer, expected one; NeMo "
-            "writes them to the file whose name ends in -EMA. Of several optimizers, pass the "
-            "state of each"
+            "writes them to the file whose name ends in -EMA. With several optimizers, pass the "
+            "state of each one"
         )
     missing = [name for name in ("current_step", "every_n_steps") if name not in found[0]]
     if missing:
@@ -82,32 +82,37 @@ def _state_of(checkpoint: Any) -> Mapping[str, Any]:
 
 
 def _ahead_of(ema: EMA, every: int) -> int:
-    """Return the lead of its count over NeMo's, which updates with steps 1, 1 + every, ..."""
+    """Return how far ``ema``'s count is ahead of NeMo's, which updates at 1, 1 + every, ..."""
     return (ema.schedule.phase - 1) % every
 
 
 def load(
     ema: EMA, checkpoint: Mapping[str, Any], model: nn.Module, optimizer: Optimizer | None = None
 ) -> None:
-    """Take over the average in the state of NeMo's ``EMAOptimizer``.
+    """Load the average in the state of NeMo's ``EMAOptimizer`` into ``ema``.
 
-    The schedule is that of ``ema``: build it with ``rule(state["decay"], state["every_n_steps"])``
-    and ``update_every=state["every_n_steps"]`` to continue with the same numbers. The count of its
-    updates is set so that those that do work fall on the same steps.
+    ``ema`` keeps its schedule: build it with ``rule(state["decay"], state["every_n_steps"])`` and
+    ``update_every=state["every_n_steps"]`` to continue with NeMo's numbers. Its update count is set
+    so that the average changes at the same steps.
 
     Parameters
     ----------
     ema : EMA
-        Of ``model``. Several averages, or one in two halves, are an ArgumentError; an applied one
-        is a StateError.
+        Average of ``model``.
     checkpoint : mapping
-        With one such state under ``"optimizer_states"``, or the state itself. NeMo writes it to the
-        file whose name ends in ``-EMA``. A CheckpointError names what does not fit; nothing was
-        changed then.
+        Mapping with one state of an ``EMAOptimizer`` under ``"optimizer_states"``, or that state.
+        NeMo writes it to the file whose name ends in ``-EMA``.
     model : torch.nn.Module
-        Its parameters' names go with the tensors, which NeMo saves without.
+        Model that names the tensors, which NeMo saves without names.
     optimizer : torch.optim.Optimizer, optional
-        The tensors were saved in the order of its parameters; by default that of the model.
+        Optimizer in whose parameter order the tensors were saved. Default: the model's order.
+
+    Raises
+    ------
+    CheckpointError
+        If something does not fit. The error names it; nothing is changed.
+    ArgumentError, StateError
+        If ``ema`` has several averages, or one split into two halves; if ``ema`` is applied.
     """
     state = _state_of(checkpoint)
     ordered, saved = _ordered(model, optimizer), state["ema"]
@@ -124,8 +129,8 @@ def load(
     )
     if problems:
         raise CheckpointError(
-            "the averages, by the parameters at their places, do not fit; pass the optimizer that "
-            "they were saved with, in whose order they are:\n" + listed(problems)
+            "the averages do not fit the parameters at their places; pass the optimizer that they "
+            "were saved with, which defines their order:\n" + listed(problems)
         )
     every = whole_in(state["every_n_steps"], "every_n_steps", 1)
     done = whole_in(state["current_step"], "current_step")
@@ -135,19 +140,20 @@ def load(
 
 
 def export(ema: EMA, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The state of NeMo's ``EMAOptimizer`` with the average of a model.
+    """Return the state of NeMo's ``EMAOptimizer`` with the average of a model.
 
-    It holds ``opt``, the optimizer's own state; ``ema``, a tuple of copies in the order of its
-    parameters, of the weights themselves where they are not averaged; ``current_step``, ``decay``
-    (of an update) and ``every_n_steps``.
+    It holds ``opt``, the optimizer's own state; ``ema``, a tuple of copies in the order of the
+    optimizer's parameters: the averages, or the weights if they are not averaged; ``current_step``;
+    ``decay``, per update; and ``every_n_steps``.
 
     Parameters
     ----------
     ema : EMA
-        Several averages, or one in two halves, are an ArgumentError.
+        Average to export. Several averages, or one split into two halves, raise an ArgumentError.
     model : torch.nn.Module
+        The averaged model.
     optimizer : torch.optim.Optimizer
-        The one within NeMo's.
+        The optimizer that NeMo's ``EMAOptimizer`` wraps.
     """
     averages, every, done = averages_of(ema), ema.schedule.update_every, ema.num_updates
     step = done - _ahead_of(ema, every)

@@ -1,10 +1,11 @@
-"""``optax.incremental_update``, ``periodic_update`` and ``ema`` for trees in the host's memory.
+"""``optax.incremental_update``, ``periodic_update`` and ``ema`` for trees in host memory.
 
 Notes
 -----
 Where it differs:
 
-- Theirs: rounds ``step_size * new`` to bfloat16 for a float32 average; here: exact to rounding.
+- Theirs: rounds ``step_size * new`` to bfloat16 for a float32 average; here: rounds only the
+  result.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ def _is_none(leaf: Any) -> bool:
 
 
 def _traced(*trees: Any) -> bool:
-    """Return whether this runs while a function is traced, or with what stands for arrays then."""
+    """Return whether a function is being traced, or one of the trees holds tracers."""
     leaves = jax.tree.leaves(trees)
     return is_traced() or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
 
 
 def _on_host(leaf: Any) -> bool:
-    """Return whether a leaf's memory can be read: NumPy's, or of a JAX array on one CPU device."""
-    if type(leaf) is np.ndarray:  # others have rules of their own, such as masks
+    """Return whether a leaf is a NumPy array, or a JAX array on one CPU device."""
+    if type(leaf) is np.ndarray:  # subclasses have rules of their own, such as masks
         return bool(leaf.dtype.isnative)
     if not isinstance(leaf, jax.Array) or leaf.is_deleted():
         return False
@@ -49,11 +50,11 @@ def _on_host(leaf: Any) -> bool:
 
 
 _promoted: Final[dict[tuple[Any, ...], np.dtype[Any] | None]] = {}
-"""The dtypes that Optax gives, None where it gives none, by all that they depend on."""
+"""Dtypes of Optax's results, or None if it raises, cached by everything they depend on."""
 
 
 def _promoted_dtype(new: Any, old: Any, step_size: Any) -> np.dtype[Any] | None:
-    """The dtype that Optax gives, asked with nothing in the arrays; None where it gives none."""
+    """Return the dtype of Optax's result, computed for empty arrays; None if Optax raises."""
     sides = [(isinstance(one, np.ndarray), one.dtype) for one in (new, old)]
     weight = type(step_size), getattr(step_size, "dtype", None), _is_weak(step_size)
     key = *sides, *weight, bool(jax.config.jax_enable_x64)
@@ -68,12 +69,12 @@ def _promoted_dtype(new: Any, old: Any, step_size: Any) -> np.dtype[Any] | None:
 
 
 def _is_weak(value: Any) -> bool:
-    """Return whether it gives way to the dtypes of others, as Python's numbers do."""
+    """Return whether a value adopts the dtype of other operands, as Python's numbers do."""
     return bool(getattr(value, "weak_type", False))
 
 
 def _averaged_dtype(new: Any, old: Any, step_size: Any) -> np.dtype[Any] | None:
-    """The dtype of the average of two leaves; None where it is Optax's affair."""
+    """Return the dtype of the average of two leaves; None if Optax has to compute it."""
     if not (_on_host(new) and _on_host(old) and new.shape == old.shape and old.size):
         return None
     if _is_weak(new) or _is_weak(old):
@@ -88,7 +89,7 @@ def _averaged_dtype(new: Any, old: Any, step_size: Any) -> np.dtype[Any] | None:
 
 
 def _devices(*arrays: Any) -> set[Any]:
-    """Return the devices that arrays are committed to; more than one is an error of Optax."""
+    """Return the devices that arrays are committed to; Optax raises for more than one."""
     found = [one for one in arrays if isinstance(one, jax.Array) and one.committed]
     return {device for one in found for device in one.devices()}
 
@@ -100,7 +101,7 @@ def _copied(array: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def _to_jax(memory: NDArray[Any], *like: Any) -> Any:
-    """Turn memory that is referenced nowhere else into a JAX array on the default device."""
+    """Turn memory that nothing else references into a JAX array on the device of ``like``."""
     arrays = [one for one in like if isinstance(one, jax.Array)]
     chosen = next((one for one in arrays if one.committed), arrays[0] if arrays else None)
     (device,) = (None,) if chosen is None else chosen.devices()
@@ -111,10 +112,10 @@ def _to_jax(memory: NDArray[Any], *like: Any) -> Any:
 def _lerp(
     new: Any, old: Any, weight: Any, step: int | None, kept: np.dtype[Any] | None = None
 ) -> Any:
-    """``old + weight * (new - old)`` as a new tree: leaves of host memory in one call.
+    """Return ``old + weight * (new - old)`` as a new tree; host leaves take one kernel call.
 
-    The old value may be None, which is zero for all leaves. Leaves of another dtype than Optax
-    gives are rounded to it, ``kept``, from the float32 of the computation.
+    ``old=None`` means zero for all leaves. If ``kept`` is given, real leaves are rounded from the
+    float32 of the computation to this dtype, not to the one that Optax returns.
     """
     others, treedef = jax.tree.flatten(new, is_leaf=_is_none)
     leaves = others if old is None else treedef.flatten_up_to(old)
@@ -149,20 +150,21 @@ def _lerp(
 def incremental_update(
     new_tensors: Any, old_tensors: Any, step_size: Any, *, step: int | None = None
 ) -> Any:
-    """Return ``step_size * new + (1 - step_size) * old`` of two trees, as a new one.
+    """Return ``step_size * new + (1 - step_size) * old`` of two trees, as a new tree.
 
-    Its leaves are JAX arrays, or NumPy's where both are such, in the dtype that Optax gives.
+    Leaves of the result are JAX arrays, or NumPy arrays if both inputs are, with the dtype that
+    Optax returns.
 
     Parameters
     ----------
     new_tensors, old_tensors : pytree of JAX or NumPy arrays
-        Of one structure; both stay as they are. None stands for what is left out.
+        Trees of the same structure, which are not changed. None stands for a leaf to leave out.
     step_size : float or scalar array
         Weight of the *new* values, ``1 - decay``.
     step : int, optional
-        The number of the update: averages in float16 and bfloat16 are then rounded at random, by
-        bits that are a function of it, the leaf's place in the tree and the element. Without it
-        they are rounded to nearest, as by Optax, and stand still at a small ``step_size``.
+        Number of the update. If given, averages in float16 and bfloat16 are rounded at random, with
+        bits that are a function of ``step``, the leaf's place in the tree and the element. By
+        default they are rounded to nearest, as in Optax, and stop moving at a small ``step_size``.
 
     Raises
     ------
@@ -171,10 +173,10 @@ def incremental_update(
 
     Notes
     -----
-    One call of a compiled kernel, computed in float32 and rounded once, where Optax (0.2.8) makes
-    two temporaries and three passes per leaf. Within ``jax.jit``, with an array of step sizes, and
-    for leaves on an accelerator, of integers, of subclasses of NumPy's arrays, or that are
-    broadcast, this *is* Optax's function, which XLA makes one pass. To keep one average in place
+    One call of a compiled kernel computes in float32 and rounds once; Optax (0.2.8) makes two
+    temporaries and three passes per leaf. Optax's own function is called within ``jax.jit``, where
+    XLA fuses it into one pass; with an array of step sizes; and for leaves on an accelerator, of
+    integers, of subclasses of NumPy's arrays, or that are broadcast. To keep one average in place
     over a run, use :class:`fastema.EMA`.
 
     Examples
@@ -188,18 +190,18 @@ def incremental_update(
         return _lerp(new_tensors, old_tensors, step_size, step)
     if step is not None:
         raise ArgumentError(
-            f"step={step!r}: within a traced function, and with an array of step sizes, Optax "
-            "rounds, to nearest"
+            f"step={step!r}: not supported within a traced function or with an array of step "
+            "sizes, where Optax rounds to nearest"
         )
     return optax.incremental_update(new_tensors, old_tensors, step_size)
 
 
 def periodic_update(new_tensors: Any, old_tensors: Any, steps: Any, update_period: Any) -> Any:
-    """Return the new tree where ``steps`` is a multiple of ``update_period``, the old one between.
+    """Return the new tree if ``steps`` is a multiple of ``update_period``, otherwise the old one.
 
-    Without a copy of JAX arrays; NumPy arrays become copies of JAX. Within ``jax.jit``, and for
-    floats as steps, it *is* Optax's function (0.2.8). A period below 1 is an ArgumentError, trees
-    that differ in more than their values are a TypeError.
+    JAX arrays are not copied; NumPy arrays are copied to JAX arrays. Within ``jax.jit``, and for
+    floating-point steps, Optax's own function (0.2.8) is called. A period below 1 raises an
+    ArgumentError; trees that differ in more than their values raise a TypeError.
 
     >>> import jax.numpy as jnp
     >>> old, new = {"w": jnp.zeros(2)}, {"w": jnp.ones(2)}
@@ -221,12 +223,12 @@ def periodic_update(new_tensors: Any, old_tensors: Any, steps: Any, update_perio
 
 
 def _is_whole(number: Any) -> bool:
-    """Return whether it is an integer, or an array of just one."""
+    """Return whether a number is an integer or a scalar array of integers."""
     return np.ndim(number) == 0 and jnp.issubdtype(jnp.result_type(number), jnp.integer)
 
 
 def _forms(tree: Any) -> Any:
-    """Return what two trees must have in common to be exchanged."""
+    """Return a tree's structure, shapes and dtypes, which two trees must share."""
     leaves, treedef = jax.tree.flatten(tree)
     return treedef, [(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
 
@@ -241,26 +243,26 @@ def _as_jax(leaf: Any) -> Any:
 def ema(
     decay: Any, debias: bool = True, accumulator_dtype: Any | None = None
 ) -> optax.GradientTransformation:
-    """Return the moving average of updates as a gradient transformation.
+    """Return a gradient transformation that keeps a moving average of updates.
 
-    ``ema = decay * ema + (1 - decay) * update`` from zero; the transformed update is ``ema / (1 -
-    decay ** n)`` at the n-th step where it is debiased, and ``ema`` itself otherwise. The state is
-    Optax's own :class:`EmaState`, of ``count`` and ``ema``.
+    ``ema = decay * ema + (1 - decay) * update``, starting from zero. The transformed update at the
+    n-th step is ``ema / (1 - decay ** n)`` with ``debias``, and ``ema`` itself without. The state
+    is Optax's own :class:`EmaState`, with ``count`` and ``ema``.
 
     Parameters
     ----------
     decay : float or scalar array
         Weight of the old average.
     debias : bool
-        Divide by the share that updates have in the average.
+        Divide by the total weight of the updates in the average (default).
     accumulator_dtype : dtype, optional
-        Of the average in the state; by default that of the parameters.
+        Dtype of the average in the state. Default: that of the parameters.
 
     Notes
     -----
-    Outside of ``jax.jit``, on leaves in the host's memory, one call of a kernel averages, and one
-    more divides; 16-bit averages are rounded at random, by bits that are a function of ``count``,
-    the leaf's place in the tree and the element. Within ``jax.jit`` this *is* Optax's (0.2.8).
+    Outside of ``jax.jit``, for leaves in host memory, one kernel call averages and another one
+    divides; 16-bit averages are rounded at random, with bits that are a function of ``count``, the
+    leaf's place in the tree and the element. Within ``jax.jit``, Optax's own (0.2.8) is called.
 
     Examples
     --------
@@ -289,7 +291,7 @@ def ema(
         share = 1.0 - old_weight**steps
         shown = _lerp(average, None, 1.0 / share, None) if debias and share else average
         if is_narrow and any(jnp.result_type(leaf) != kept for leaf in jax.tree.leaves(average)):
-            # Rounded once, and at random, from the same numbers.
+            # Average again from the same numbers, to round only once, at random.
             average = _lerp(updates, state.ema, weight, steps, kept)
         return shown, EmaState(count, optax.tree.cast(average, kept))
 

@@ -1,4 +1,4 @@
-"""Checks of the decays that users give to drop-in classes."""
+"""Checks of the decays that users pass to drop-in classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["refuse_no_share"]
 def refuse_no_share(
     value: Any, name: str, error: type[ArgumentError | CheckpointError] = ArgumentError
 ) -> None:
-    """Refuse what is no number in [0, 1]; of a rule it says where such a one can be given."""
+    """Raise ``error`` unless ``value`` is a number in [0, 1]; refer rules to fastema.EMA."""
     try:
         if not isinstance(value, str) and 0.0 <= value <= 1.0:
             return
@@ -21,5 +21,5 @@ def refuse_no_share(
     changing = callable(value) or hasattr(value, "decay")
     raise error(
         f"{name}={value!r}: expected a number from 0 to 1"
-        + ("; fastema.EMA takes the rules of fastema.rules, which change it" if changing else "")
+        + ("; fastema.EMA takes the rules of fastema.rules as its decay" if changing else "")
     )

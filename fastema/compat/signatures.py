@@ -1,4 +1,4 @@
-"""Whether a peer's class or function has the interface that ours stands in for."""
+"""Comparison of a peer's class or function with the interface that fastema replaces."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _NAMED: Final = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL
 
 
 def differences(theirs: Any, ours: Any) -> list[str]:
-    """List what a peer's class or function has and ours lacks, and the reverse.
+    """List the differences between the interfaces of a peer's class or function and ours.
 
-    Parameters and their defaults have to be the same, but for further ones of ours that are given
-    by keyword; every public method and property of theirs has to be there.
+    Parameters and defaults must be the same, except for keyword-only parameters that only ours has.
+    Every public method and property of a peer's class must exist in ours.
     """
     is_class = inspect.isclass(ours)
     if inspect.isclass(theirs) is not is_class or not callable(theirs):
-        # Something else stands in for it: a mock, say.
+        # Something else replaces it already, such as a mock.
         expected = "class" if is_class else "function"
-        return [f"{ours.__name__} is a {type(theirs).__name__}, and no {expected}"]
+        return [f"{ours.__name__} is a {type(theirs).__name__}, not a {expected}"]
     if not is_class:
         return list(_parameters(ours.__name__, theirs, ours))
     found = list(_parameters(theirs.__name__, theirs.__init__, ours.__init__))
@@ -37,7 +37,7 @@ def differences(theirs: Any, ours: Any) -> list[str]:
 
 
 def _public(theirs: type) -> list[str]:
-    """Methods and properties of the peer's own; those of a framework's base class are inherited."""
+    """Return names of methods and properties that the peer itself defines, not its framework."""
     package = theirs.__module__.partition(".")[0]
     names: dict[str, None] = {}
     for base in theirs.__mro__:
@@ -54,7 +54,7 @@ def _public(theirs: type) -> list[str]:
 def _parameters(label: str, theirs: Callable[..., Any], ours: Callable[..., Any]) -> Iterator[str]:
     try:
         known, found = (dict(inspect.signature(one).parameters) for one in (ours, theirs))
-    except ValueError:  # of a function in C that does not say
+    except ValueError:  # a C function without a signature
         yield f"{label} has no signature"
         return
     for name, parameter in found.items():
@@ -64,7 +64,7 @@ def _parameters(label: str, theirs: Callable[..., Any], ours: Callable[..., Any]
             if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values()):
                 yield f"{label} takes {name!r}, which is not known"
         elif repr(parameter.default) != repr(known[name].default):
-            yield (f"{label} has {name}={parameter.default!r}, known is {known[name].default!r}")
+            yield (f"{label} has {name}={parameter.default!r}, expected {known[name].default!r}")
     places = [[n for n, p in side.items() if p.kind in _NAMED] for side in (found, known)]
     for name in places[1]:
         if name not in found:

@@ -1,7 +1,7 @@
-"""The names of :mod:`torch.optim.swa_utils` (PyTorch 2.13), on this package's kernels.
+"""Classes and functions of :mod:`torch.optim.swa_utils` (PyTorch 2.13), on fastema's kernels.
 
-The functions work in torch's own ``AveragedModel``, and through it in Lightning's
-``WeightAveraging``, as well as in the one of this module:
+The functions work in this module's ``AveragedModel`` and in torch's own, and therefore in
+Lightning's ``WeightAveraging``:
 
 >>> import torch
 >>> from fastema.compat import swa_utils
@@ -16,10 +16,10 @@ Notes
 Where it differs:
 
 - Theirs: raises for a float32 average of bfloat16 weights; here: averages.
-- Theirs: integer buffers with ``use_buffers=True`` stay where they began; here: exact.
-- Theirs: pairs tensors by position, and stops at the shorter list; here: by name; another model is
-  refused.
-- Theirs: waits for the GPU at each step; here: reads the count when it was loaded.
+- Theirs: integer buffers with ``use_buffers=True`` keep their first values; here: are copied.
+- Theirs: pairs tensors by position, and stops at the shorter list; here: pairs them by name, and
+  refuses another model.
+- Theirs: waits for the GPU at each step; here: reads the count only after it was loaded.
 """
 
 from __future__ import annotations
@@ -59,32 +59,32 @@ Rounding: TypeAlias = Literal["stochastic", "nearest"]
 _NARROW: Final = (torch.float16, torch.bfloat16)
 
 _MOVES: Final = 3
-"""Steps in a row with the weights in other memory, after which they are taken for copies that are
-made for one step each (of a model on another device, say) and are not kept for the next."""
+"""Consecutive steps with weights in new memory after which they are no longer kept: they are
+copies made for a single step, for example of a model on another device."""
 
 _SPARE_CALLS: Final = 8
-"""Further calls, beyond two for each group, that a group is kept without having a turn."""
+"""Number of calls, beyond two per group, for which an unused group is kept."""
 
 
-# -- what is averaged, and how often it was -------------------------------------------------------
+# -- update rules ---------------------------------------------------------------------------------
 
 
 class _UpdateRule:
-    """Decay of an update (none for the mean of all), and rounding of 16-bit averages."""
+    """Decay of an update (None for the mean of all weights), and rounding of 16-bit averages."""
 
     def __init__(self, decay: float | None, rounding: Rounding, seed: int) -> None:
-        ModelAverager({}, rounding=rounding, seed=seed)  # refuses what it would refuse later
+        ModelAverager({}, rounding=rounding, seed=seed)  # validates the arguments now
         self.decay, self.rounding, self.seed = decay, rounding, seed
 
     def __repr__(self) -> str:
         return "swa" if self.decay is None else f"ema, decay={self.decay}"
 
     def weight(self, count: int) -> float:
-        """Return the weight of the new weights after ``count`` models."""
+        """Return the weight of the new value after ``count`` updates."""
         return 1.0 / (count + 1) if self.decay is None else 1.0 - self.decay
 
     def average(self, averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-        """The new average of wide floats of one dtype, without reading the count."""
+        """Return the new average of tensors of one wide dtype, without reading the count."""
         if self.decay is None:
             return averaged + (current - averaged) / (count + 1)
         return torch.lerp(averaged, current, 1.0 - self.decay)
@@ -99,24 +99,24 @@ def _exponential(decay: float, rounding: Rounding, seed: int) -> _UpdateRule:
 
 
 class _KnownMemory:
-    """Tensors that are kept, and known again under other tensor objects."""
+    """Tensors that are kept, to recognize their memory under other tensor objects."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = [tensor.detach() for tensor in tensors]
         self._dtypes = [tensor.dtype for tensor in tensors]
 
     def is_of(self, others: Sequence[Tensor]) -> bool:
-        """Return whether these have the same storages, strides and dtypes."""
+        """Return whether other tensors have the same storages, strides and dtypes."""
         if [other.dtype for other in others] != self._dtypes:
             return False
         try:
             return all(map(Tensor.is_set_to, others, self.tensors))
-        except RuntimeError:  # of a layout, or on a device, where it is not defined
+        except RuntimeError:  # not defined for this layout or device
             return False
 
 
 class _DeviceGroup:
-    """Lists of tensors that are averaged together, under new tensor objects at each step."""
+    """Tensors that are averaged together, under new tensor objects at each step."""
 
     def __init__(self, averaged: Sequence[Tensor], rule: _UpdateRule) -> None:
         self.averaged = _KnownMemory(averaged)
@@ -141,7 +141,7 @@ class _DeviceGroup:
 
 
 class _MultiAverage:
-    """``fn(averaged, current, num_averaged)``, in place, of lists of tensors."""
+    """Function ``fn(averaged, current, num_averaged)`` that averages lists of tensors in place."""
 
     def __init__(self, rule: _UpdateRule) -> None:
         self.rule = rule
@@ -153,7 +153,7 @@ class _MultiAverage:
         return f"<multi_avg_fn of fastema: {self.rule!r}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy begins without the memory of any model."""
+        """Copy it without the memory of any model."""
         return type(self), (self.rule,)
 
     def __call__(
@@ -182,18 +182,18 @@ class _MultiAverage:
             return int(num_averaged)
         waits = not mirrored.is_read_at_once(num_averaged)
         if waits and group.step is not None and self.rule.decay is not None:
-            return group.step + 1  # only random bits depend on it: not worth waiting for
+            return group.step + 1  # only random bits depend on it: do not wait
         return int(self._count.read(num_averaged))
 
     def _drop_unused(self) -> None:
-        """Drop the memory of averages that are not updated any more, or lie elsewhere by now."""
+        """Drop groups whose averages are no longer updated, or have moved."""
         oldest = self._calls - 2 * len(self._groups) - _SPARE_CALLS
         for key in [key for key, group in self._groups.items() if group.last_call < oldest]:
             del self._groups[key]
 
 
 class _SingleAverage:
-    """``fn(averaged, current, num_averaged)``: a new tensor."""
+    """Function ``fn(averaged, current, num_averaged)`` that returns a new tensor."""
 
     def __init__(self, rule: _UpdateRule) -> None:
         self.rule = rule
@@ -219,21 +219,22 @@ class _SingleAverage:
 def get_ema_multi_avg_fn(
     decay: float = 0.999, *, rounding: Rounding = "stochastic", seed: int = 0
 ) -> MultiAvgFn:
-    """Return an exponential moving average of lists of tensors, in place.
+    """Return a function that updates an exponential moving average of tensors in place.
 
-    ``avg += (1 - decay) * (x - avg)``, in one call per list. The function keeps the memory of both
-    lists, to know them again, until several calls went by without them, or it is dropped.
+    ``avg += (1 - decay) * (x - avg)``, in one call per list. To recognize both lists again, the
+    function keeps their memory alive until several calls have passed without them, or the function
+    is deleted.
 
     Parameters
     ----------
     decay : float
-        Weight of the old average, in [0, 1].
+        Weight of the old average, in [0, 1]. Default 0.999.
     rounding : {"stochastic", "nearest"}
-        Of 16-bit averages; at random they move by what is below their resolution, on average. Not
-        in torch's.
+        Rounding of 16-bit averages. With ``"stochastic"`` (default), changes below their resolution
+        count on average. Not in torch.
     seed : int
-        Of the random bits, which also depend on the step, the tensor's place in the list, and the
-        element's place in the tensor. Not in torch's.
+        Seed of the random bits, which also depend on the step, the tensor's place in the list, and
+        the element's place in the tensor. Default 0. Not in torch.
 
     Returns
     -------
@@ -245,17 +246,17 @@ def get_ema_multi_avg_fn(
     Raises
     ------
     ArgumentError
-        For a decay outside of [0, 1], or NaN.
+        If ``decay`` is outside [0, 1] or NaN.
     """
     return _MultiAverage(_exponential(decay, rounding, seed))
 
 
 def get_swa_multi_avg_fn(*, rounding: Rounding = "stochastic", seed: int = 0) -> MultiAvgFn:
-    """Return the mean of lists of tensors, in place: ``avg += (x - avg) / (num_averaged + 1)``.
+    """Return a function that updates the mean of lists of tensors in place.
 
-    See :func:`get_ema_multi_avg_fn`. A ``num_averaged`` on an accelerator has to be waited for;
-    :class:`AveragedModel` does not. Float64 tensors are averaged with a float64 weight; torch's
-    float32 leaves errors of 1e-8.
+    ``avg += (x - avg) / (num_averaged + 1)``; for the parameters see :func:`get_ema_multi_avg_fn`.
+    The function waits for a ``num_averaged`` on an accelerator; :class:`AveragedModel` does not.
+    Float64 tensors are averaged with a float64 weight; torch's float32 causes errors of 1e-8.
     """
     return _MultiAverage(_UpdateRule(None, rounding, seed))
 
@@ -263,20 +264,20 @@ def get_swa_multi_avg_fn(*, rounding: Rounding = "stochastic", seed: int = 0) ->
 def get_ema_avg_fn(
     decay: float = 0.999, *, rounding: Rounding = "stochastic", seed: int = 0
 ) -> AvgFn:
-    """Return an exponential moving average of one tensor, as a new one of the same dtype.
+    """Return a function that returns the exponential moving average of one tensor as a new tensor.
 
-    ``decay * avg + (1 - decay) * x``. See :func:`get_ema_multi_avg_fn`, which does it in place and
-    for a whole model at once, several times as fast; this module's :class:`AveragedModel` does so
-    with either. The random bits depend on the number of the call here, and are others in a resumed
-    run.
+    ``decay * avg + (1 - decay) * x``, in the dtype of ``avg``. :func:`get_ema_multi_avg_fn`, which
+    has the same parameters, averages a whole model in place, several times as fast; this module's
+    :class:`AveragedModel` does so with either function. Random bits depend on the number of calls,
+    so a resumed run draws different bits.
     """
     return _SingleAverage(_exponential(decay, rounding, seed))
 
 
 def get_swa_avg_fn(*, rounding: Rounding = "stochastic", seed: int = 0) -> AvgFn:
-    """Return the mean of one tensor, as a new one: ``avg + (x - avg) / (num_averaged + 1)``.
+    """Return a function that returns the mean of one tensor as a new tensor.
 
-    See :func:`get_ema_avg_fn`.
+    ``avg + (x - avg) / (num_averaged + 1)``; otherwise see :func:`get_ema_avg_fn`.
     """
     return _SingleAverage(_UpdateRule(None, rounding, seed))
 
@@ -293,25 +294,26 @@ def _parameters(name: str, role: str) -> Literal["average", "copy"]:
 class AveragedModel(peer.AveragedModel):
     """A copy of a model that holds the average of its weights.
 
-    A subclass of torch's class of that name (PyTorch 2.13), with its constructor, attributes and
-    ``state_dict``: checkpoints of either are loaded by the other. docs/drop-in.md says how it
-    differs.
+    This is a subclass of torch's ``AveragedModel`` (PyTorch 2.13), with its constructor, attributes
+    and ``state_dict``: each class loads the other's checkpoints. docs/drop-in.md lists the
+    differences.
 
-    The first :meth:`update_parameters` makes the average a copy of the weights; each further one
-    is ``avg += w * (x - avg)`` for all tensors in one call, with ``w = 1 / (n_averaged + 1)`` by
+    The first :meth:`update_parameters` copies the weights; each later one computes
+    ``avg += w * (x - avg)`` for all tensors in one call, with ``w = 1 / (n_averaged + 1)`` by
     default and ``1 - decay`` for an exponential moving average.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Is deep-copied.
+        Model to average; deep-copied to ``module``.
     device : torch.device, str or int, optional
-        Where the average is kept; by default where the model is.
+        Device of the average. Default: the model's.
     avg_fn, multi_avg_fn : callable, optional
-        ``avg_fn(averaged, current, num_averaged) -> Tensor``, or in place and of lists. One of this
-        module's, of either kind, runs as above; one of your own is called as torch calls it.
+        ``avg_fn(averaged, current, num_averaged) -> Tensor``, or ``multi_avg_fn`` for lists in
+        place. Functions of this module, of either kind, run as above; your own function is called
+        as torch calls it.
     use_buffers : bool
-        Average buffers of floats as well. Otherwise they are copied at each update.
+        Average floating-point buffers too. If False (default), copy them at each update.
 
     Attributes
     ----------
@@ -319,13 +321,13 @@ class AveragedModel(peer.AveragedModel):
         The averaged copy. Cast it, ``averaged.module.to(torch.float32)``, for a float32 average of
         16-bit weights.
     n_averaged : int64 tensor of shape []
-        Updates so far; random bits depend on it. On an accelerator, what is written to it through
-        ``.data`` is not noticed.
+        Number of updates so far; random bits depend on it. On an accelerator, a write to it through
+        ``.data`` goes unnoticed.
 
     Raises
     ------
     AssertionError
-        If both functions are given.
+        If both ``avg_fn`` and ``multi_avg_fn`` are given.
 
     References
     ----------
@@ -350,7 +352,7 @@ class AveragedModel(peer.AveragedModel):
         self._used: tuple[_UpdateRule, bool, ModelAverager] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is bound to memory."""
+        """Return the state without the attributes that are bound to memory."""
         return {k: v for k, v in vars(self).items() if k not in ("_count", "_used")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -358,10 +360,10 @@ class AveragedModel(peer.AveragedModel):
         self._begin()
 
     def update_parameters(self, model: nn.Module) -> None:
-        """Take the weights of a model into the average; it may be wrapped, and on another device.
+        """Update the average from a model, which may be wrapped and on another device.
 
-        A LayoutError, DTypeError or BridgeError names the tensors that do not match or cannot be
-        averaged; nothing was written then.
+        Raise a LayoutError, DTypeError or BridgeError that names tensors that do not match or
+        cannot be averaged. Nothing is written then.
         """
         rule = self._rule()
         if rule is None:
@@ -370,7 +372,7 @@ class AveragedModel(peer.AveragedModel):
             return
         count = int(self._count.read(self.n_averaged))
         averager = self._averager(rule)
-        with defer_signals():  # an update is done and counted, or neither
+        with defer_signals():  # an interrupt never separates an update from its count
             if count == 0:
                 averager.copy(model)
             else:
@@ -378,7 +380,7 @@ class AveragedModel(peer.AveragedModel):
             self._count.count(self.n_averaged)
 
     def _rule(self) -> _UpdateRule | None:
-        """Return the rule behind averaging functions; None for functions from elsewhere."""
+        """Return the rule of this module's averaging functions; None for other functions."""
         found = self.avg_fn if self.multi_avg_fn is None else self.multi_avg_fn
         if found is None:
             return _DEFAULT
@@ -401,7 +403,7 @@ def _shapes(module: nn.Module) -> dict[str, list[int]]:
 
 
 def _refuse_other(averaged: nn.Module, model: nn.Module) -> None:
-    """Refuse a model whose tensors are not those of the average."""
+    """Raise a LayoutError if the names or shapes of a model's tensors differ from the average's."""
     ours, theirs = _shapes(averaged), _shapes(model)
     problems = [
         f"{name!r} is {theirs.get(name, 'not')} in the model, "
@@ -410,4 +412,4 @@ def _refuse_other(averaged: nn.Module, model: nn.Module) -> None:
         if ours.get(name) != theirs.get(name)
     ]
     if problems:
-        raise LayoutError("the model is not the one that is averaged:\n" + listed(problems))
+        raise LayoutError("the model does not match the average:\n" + listed(problems))

@@ -1,4 +1,4 @@
-"""``tf.train.ExponentialMovingAverage`` on our kernels, which is :mod:`fastema.tensorflow`'s."""
+"""``tf.train.ExponentialMovingAverage`` on fastema's kernels, from :mod:`fastema.tensorflow`."""
 
 from __future__ import annotations
 

@@ -1,16 +1,18 @@
-"""``ModelEma``, ``ModelEmaV2`` and ``ModelEmaV3`` of timm (1.0.31), on this package's kernels.
+"""``ModelEma``, ``ModelEmaV2`` and ``ModelEmaV3`` of timm (1.0.31), on fastema's kernels.
 
 timm itself is not needed. Its ``CheckpointSaver``, ``load_checkpoint(use_ema=True)`` and
-``unwrap_model`` take these classes as they take its own.
+``unwrap_model`` accept these classes like its own.
 
 Notes
 -----
 Where it differs:
 
-- Theirs: averages tied weights once for each name: 0.19 in place of 0.10 at decay 0.9; here: once.
-- Theirs: ``ModelEma``, ``ModelEmaV2`` truncate integer buffers; here: exact.
+- Theirs: averages tied weights once per name, with weight 0.19 instead of 0.10 at decay 0.9; here:
+  averages them once.
+- Theirs: ``ModelEma`` and ``ModelEmaV2`` truncate integer buffers; here: copied exactly.
 - Theirs: pairs tensors by position; here: by name.
-- Theirs: stochastic bits are lost on resumption; here: with ``update(model, step=...)`` the same.
+- Theirs: a resumed run draws other bits for stochastic rounding; here: the same bits with
+  ``update(model, step=...)``.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ _logger = logging.getLogger(__name__)
 
 
 class _TimmAverager(ModuleAverager):
-    """Counts the step that random bits depend on, too."""
+    """An averager that also counts the step, on which random bits depend."""
 
     step = 0
 
@@ -45,36 +47,36 @@ class _TimmAverager(ModuleAverager):
         return type(self), (), {"step": self.step}
 
     def update(self, averaged: nn.Module, model: nn.Module, decay: float, **settings: Any) -> None:
-        """``avg = decay * avg + (1 - decay) * x``."""
+        """Compute ``avg = decay * avg + (1 - decay) * x``."""
         refuse_no_share(decay, "decay")
         averager = self.of(averaged, model, **settings)
-        with defer_signals():  # an update is done and counted, or neither
+        with defer_signals():  # an interrupt never separates an update from its count
             averager.update(model, 1.0 - decay, self.step)
             self.step += 1
 
 
 class ModelEma:
-    """timm's first class: a copy of a model with the average of all that is in its state.
+    """timm's first class: a copy of a model with the average of its state dict.
 
-    ``ema = decay * ema + (1 - decay) * x`` for parameters and persistent buffers of floats; others
-    are copied. The copy is in evaluation mode, and its parameters need no gradient.
+    ``ema = decay * ema + (1 - decay) * x`` for floating-point parameters and persistent buffers;
+    others are copied. The copy is in evaluation mode, and its parameters require no gradient.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Is deep-copied, to ``ema``, also called ``module``.
+        Model to average; deep-copied to ``ema``, also available as ``module``.
     decay : float
-        Weight of the old average; may be changed between steps.
+        Weight of the old average, in [0, 1]; may be changed between steps. Default 0.9999.
     device : str
-        Where the average is kept; empty for where the model is.
+        Device of the average; empty (default) for the model's.
     resume : str
-        A checkpoint file of timm's training script, whose ``state_dict_ema`` is loaded; empty for
-        none. A CheckpointError if it holds no dict.
+        Checkpoint file of timm's training script, whose ``state_dict_ema`` is loaded; empty
+        (default) for none. Raise a CheckpointError if the file holds no dict.
 
     Attributes
     ----------
     ema_has_module : bool
-        Whether the copy is of a data parallel wrapper.
+        Whether the copied model is a data-parallel wrapper.
     """
 
     def __init__(
@@ -100,8 +102,7 @@ class ModelEma:
         return self.ema
 
     def _load_checkpoint(self, checkpoint_path: str | PathLike[str]) -> None:
-        # timm's checkpoints hold the arguments of the script beside the weights. Before torch 2.5
-        # there is no way to allow for them.
+        # timm's checkpoints also hold the script's arguments. Torch before 2.5 cannot allow them.
         allowed = getattr(torch.serialization, "safe_globals", None)
         with nullcontext() if allowed is None else allowed([argparse.Namespace]):
             checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
@@ -122,15 +123,16 @@ class ModelEma:
         _logger.info("loaded 'state_dict_ema' of %s", checkpoint_path)
 
     def update(self, model: nn.Module) -> None:
-        """Take the weights of a model, wrapped or on another device too, into the average.
+        """Update the average from a model, which may be wrapped or on another device.
 
-        A LayoutError, DTypeError or BridgeError names the tensors; nothing was written then.
+        Raise a LayoutError, DTypeError or BridgeError that names tensors that do not match, and an
+        ArgumentError for a decay outside [0, 1]. Nothing is written then.
         """
         self._averager.update(self.ema, model, self.decay)
 
 
 class _Module(nn.Module):
-    """A module around the averaged copy of another."""
+    """A module around the averaged copy of a model."""
 
     def __init__(
         self, model: nn.Module, decay: float, device: Any, dtype: torch.dtype | None = None
@@ -146,11 +148,11 @@ class _Module(nn.Module):
         self._averager = _TimmAverager()
 
     def _settings(self, exclude_buffers: bool = False) -> dict[str, Any]:
-        """Return keywords for :meth:`ModuleAverager.of`, from the attributes as they are now."""
+        """Return keyword arguments for :meth:`ModuleAverager.of` from the current attributes."""
         return {}
 
     def set(self, model: nn.Module) -> None:
-        """Make the average the weights of a model; raises as :meth:`ModelEma.update`."""
+        """Copy a model's weights into the average; raise the errors of :meth:`ModelEma.update`."""
         self._averager.of(self.module, model, **self._settings()).copy(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -159,10 +161,10 @@ class _Module(nn.Module):
 
 
 class ModelEmaV2(_Module):
-    """timm's second class: a module around a copy of a model, with the average of its state.
+    """timm's second class: a module around a copy of a model, with the average of its state dict.
 
-    ``ema = decay * ema + (1 - decay) * x`` for parameters and persistent buffers of floats; others
-    are copied. Parameters are those of :class:`ModelEma`; the copy is ``module``.
+    ``ema = decay * ema + (1 - decay) * x`` for floating-point parameters and persistent buffers;
+    others are copied. For the parameters see :class:`ModelEma`; the copy is ``module``.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, device: Any = None) -> None:
@@ -170,7 +172,7 @@ class ModelEmaV2(_Module):
 
     @torch.no_grad()
     def _update(self, model: nn.Module, update_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
-        # Subclasses in the wild call this with functions of their own.
+        # Users' subclasses call this with functions of their own.
         ours, theirs = self.module.state_dict(), model.state_dict()
         if len(ours) != len(theirs):
             raise LayoutError(
@@ -185,49 +187,50 @@ class ModelEmaV2(_Module):
             average.copy_(new)
 
     def update(self, model: nn.Module) -> None:
-        """Take the weights of a model into the average; see :meth:`ModelEma.update`."""
+        """Update the average from a model; see :meth:`ModelEma.update`."""
         if self._is_overridden():
             self._update(model, lambda ema, new: self.decay * ema + (1.0 - self.decay) * new)
         else:
             self._averager.update(self.module, model, self.decay)
 
     def set(self, model: nn.Module) -> None:
-        """Make the average the weights of a model; raises as :meth:`update`."""
+        """Copy a model's weights into the average; raise the errors of :meth:`update`."""
         if self._is_overridden():
             self._update(model, lambda ema, new: new)
         else:
             super().set(model)
 
     def _is_overridden(self) -> bool:
-        # timm's own goes through the method, so subclasses have what they do in it.
+        # timm's update() and set() call this method, so subclasses override it.
         return type(self)._update is not ModelEmaV2._update
 
 
 class ModelEmaV3(_Module):
-    """timm's third class: a module around a copy of a model, with the average of its state.
+    """timm's third class: a module around a copy of a model, with the average of its state dict.
 
-    ``ema += (1 - d) * (x - ema)`` for parameters and persistent buffers of floats, in one call;
-    other persistent buffers are copied. The decay ``d`` is :meth:`get_decay`'s; where it is 0 the
-    average is the weights, also over a NaN.
+    ``ema += (1 - d) * (x - ema)`` for floating-point parameters and persistent buffers, in one
+    call; other persistent buffers are copied. :meth:`get_decay` gives the decay ``d``. If it is 0,
+    the average becomes the weights, even if it held a NaN.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Is deep-copied, to ``module``, in evaluation mode.
+        Model to average; deep-copied to ``module``, in evaluation mode.
     decay, min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power
-        See :meth:`get_decay`. Attributes like all that follow; but for ``device`` and ``dtype``
-        they may be changed between steps.
+        See :meth:`get_decay`. These and all following arguments are attributes, which may be
+        changed between steps, except for ``device`` and ``dtype``.
     device, dtype : optional
-        Of the average, for ``dtype`` of its floats; by default those of the model.
+        Device of the average, and dtype of its floating-point tensors. Default: the model's.
     stochastic_rounding : bool
-        Round 16-bit averages, float16 too, at random, otherwise to nearest.
+        Round 16-bit averages, including float16, at random (default). If False, round to nearest.
     stochastic_rounding_seed : int
-        Of the random bits, which also depend on the step, the tensor's name, and the element's
-        place in the tensor. A resumed run has the same if ``update`` is given the step.
+        Seed of the random bits, which also depend on the step, the tensor's name, and the element's
+        place in the tensor. A resumed run draws the same bits if ``update`` gets the step. Default
+        0.
     foreach : bool
         Without effect: every update is one call.
     exclude_buffers : bool
-        Copy all buffers, also those that are not persistent, instead of averaging them.
+        Copy all buffers, including non-persistent ones, instead of averaging them. Default False.
 
     Examples
     --------
@@ -267,11 +270,12 @@ class ModelEmaV3(_Module):
         self.exclude_buffers = exclude_buffers
 
     def get_decay(self, step: int | None = None) -> float:
-        """The decay at a step of the training, counted from 0.
+        """Return the decay at a training step, counted from 0.
 
-        With ``n = step - update_after_step - 1`` it is 0 where ``n <= 0``; ``decay`` without
-        warm-up, or without a step; else ``1 - (1 + n / warmup_gamma) ** -warmup_power``, at most
-        ``decay`` and at least ``min_decay``.
+        Without a step it is ``decay``. Otherwise, with ``n = step - update_after_step - 1``, it is
+        0 if ``n <= 0``, ``decay`` without warm-up, and ``1 - (1 + n / warmup_gamma) **
+        -warmup_power`` with it, at most ``decay`` and at least ``min_decay``. Raise an
+        ArgumentError if ``decay`` is outside [0, 1].
         """
         refuse_no_share(self.decay, "decay")
         if step is None:
@@ -285,9 +289,9 @@ class ModelEmaV3(_Module):
         return max(min(grown, self.decay), self.min_decay)
 
     def update(self, model: nn.Module, step: int | None = None) -> None:
-        """Take the weights of a model into the average; raises as :meth:`ModelEma.update`.
+        """Update the average from a model; raise the errors of :meth:`ModelEma.update`.
 
-        The decay and random bits depend on ``step``, of the training, from 0.
+        The decay and the random bits depend on ``step``, the training step counted from 0.
         """
         decay = self.get_decay(step)
         if step is not None:
@@ -298,17 +302,17 @@ class ModelEmaV3(_Module):
             self.apply_update_(model, decay)
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
-        """One update, of parameters and buffers, with a given decay; raises as :meth:`update`."""
+        """Average parameters and buffers with this decay; raise as :meth:`update`."""
         self._averager.update(self.module, model, decay, **self._settings())
 
     def apply_update_no_buffers_(self, model: nn.Module, decay: float) -> None:
-        """One update with a given decay, in which buffers are copied; raises as :meth:`update`."""
+        """Average parameters with this decay, and copy buffers; raise as :meth:`update`."""
         self._averager.update(self.module, model, decay, **self._settings(exclude_buffers=True))
 
     def _settings(self, exclude_buffers: bool = False) -> dict[str, Any]:
         return {
             "buffers": "copy" if exclude_buffers else "saved",
             "rounding": "stochastic" if self.stochastic_rounding else "nearest",
-            # torch's generators take negative seeds as well.
+            # torch's generators accept negative seeds too.
             "seed": int(self.stochastic_rounding_seed) % 2**63,
         }

@@ -1,4 +1,4 @@
-"""The class of torch_ema on our kernels: ``ExponentialMovingAverage`` of a list of parameters.
+"""``ExponentialMovingAverage`` of torch_ema, for a list of parameters, on fastema's kernels.
 
 Notes
 -----
@@ -6,8 +6,8 @@ Where it differs:
 
 - Theirs: ``load_state_dict`` rounds a float32 average of a bfloat16 model to bfloat16; here: keeps
   the wider dtype.
-- Theirs: ``average_parameters()`` within another one loses the weights; here: both put back what
-  they found.
+- Theirs: nested ``average_parameters()`` blocks lose the weights; here: each block restores what it
+  found.
 - Theirs: ``store()`` after ``copy_to()`` loses the weights; here: an error.
 """
 
@@ -34,34 +34,36 @@ _NARROW = torch.float16, torch.bfloat16
 class ExponentialMovingAverage(ListAverage):
     """Exponential moving average of parameters, with torch_ema's names and its state.
 
-    At the n-th update ``shadow += (1 - d) * (x - shadow)`` with ``d = min(decay, (1 + n) / (10 +
-    n))``, or ``d = decay`` without ``use_num_updates``; computed in float32 (float64 where either
-    side is). It begins as a copy of the parameters.
+    It starts as a copy of the parameters. The n-th update computes ``shadow += (1 - d) * (x -
+    shadow)`` with ``d = min(decay, (1 + n) / (10 + n))``, or ``d = decay`` without
+    ``use_num_updates``, in float32 (float64 if either side is float64).
 
     Parameters
     ----------
     parameters : iterable of Tensor
-        Such as ``model.parameters()``, of any shapes and dtypes. All of them are averaged, whether
+        Parameters to average, such as ``model.parameters()``, of any shapes and dtypes, whether
         they require a gradient or not; integers are copied. Only weak references to them are kept.
     decay : float
-        Weight of the old average, in [0, 1], else an ArgumentError; may be set between updates.
+        Weight of the old average, in [0, 1], otherwise an ArgumentError; may be set between
+        updates.
     use_num_updates : bool
-        Begin with a smaller decay that grows with the number of updates.
+        Start with a smaller decay that grows with the number of updates (default).
 
     Attributes
     ----------
     num_updates : int or None
-        Updates so far; None without ``use_num_updates``.
+        Number of updates so far; None without ``use_num_updates``.
     shadow_params, collected_params : list of Tensor
-        The averages, and what :meth:`store` stored, if any.
+        The averages, and the copies that :meth:`store` keeps, if any.
 
     Notes
     -----
     Random bits are a function of ``num_updates``, the parameter's place in the list and the
-    element's in the tensor. Where it differs from torch_ema 0.3, ``docs/drop-in.md`` aside: shapes
-    that differ are refused; stored weights can be copied and loaded; without ``use_num_updates``
-    the state of a 16-bit average holds ``"num_calls"``. It can be pickled: with the model it goes
-    on with that model's parameters; by itself, each call has to be given the parameters.
+    element's place in the tensor. Differences from torch_ema 0.3 beyond those in
+    ``docs/drop-in.md``: tensors of different shapes are an error; stored weights can be copied and
+    loaded; without ``use_num_updates`` the state of a 16-bit average holds ``"num_calls"``. The
+    average can be pickled. Pickled with its model, it continues with that model's parameters;
+    pickled by itself, each call needs the parameters as an argument.
 
     Examples
     --------
@@ -98,22 +100,24 @@ class ExponentialMovingAverage(ListAverage):
         if len(alive) < len(known):
             raise ArgumentError(
                 f"{call}: {len(known) - len(alive)} of the {len(known)} parameters that the "
-                "average was built from no longer exist; give the parameters, or keep their model"
+                "average was built from no longer exist; pass the parameters, or keep their model"
             )
         return alive
 
     def update(self, parameters: Iterable[Tensor] | None = None) -> None:
-        """Take the current parameters into the average; call it after ``optimizer.step()``.
+        """Update the average from the current parameters; call it after ``optimizer.step()``.
 
         Parameters
         ----------
         parameters : iterable of Tensor, optional
-            By default those that the average was built from; an ArgumentError if some are gone.
+            Default: the parameters that the average was built from; raise an ArgumentError if some
+            no longer exist.
 
         Raises
         ------
         LayoutError, DTypeError, BridgeError, ArgumentError
-            For parameters of another number, shape or kind, or no tensors; nothing was changed.
+            If the number, shapes or kinds of the parameters differ from the average's, or they are
+            not tensors. Nothing is changed.
         """
         decay = float(self.decay)
         step = self._num_calls + 1
@@ -121,27 +125,27 @@ class ExponentialMovingAverage(ListAverage):
             step = self.num_updates + 1
             decay = min(decay, (1 + step) / (10 + step))
         weights = self._get_parameters(parameters, "update")
-        with defer_signals():  # an update is done and counted, or neither
+        with defer_signals():  # an interrupt never separates an update from its count
             self._averager.update(self._shadow, weights, 1.0 - decay, step)
             self._num_calls = step
             if self.num_updates is not None:
                 self.num_updates = step
 
     def copy_to(self, parameters: Iterable[Tensor] | None = None) -> None:
-        """Write the average into parameters, rounded to their dtypes; raises as :meth:`update`."""
+        """Write the average into parameters, rounded to their dtypes; raise as :meth:`update`."""
         super().copy_to(self._get_parameters(parameters, "copy_to"))
 
     def store(self, parameters: Iterable[Tensor] | None = None) -> None:
-        """Keep a copy of parameters for :meth:`restore`; raises as :meth:`update`.
+        """Keep copies of parameters for :meth:`restore`; raise the errors of :meth:`update`.
 
-        A StateError where weights would be lost that :meth:`copy_to` has written over.
+        Raise a StateError if stored weights would be lost that :meth:`copy_to` has overwritten.
         """
         super().store(self._get_parameters(parameters, "store"))
 
     def restore(self, parameters: Iterable[Tensor] | None = None) -> None:
-        """Write what :meth:`store` kept into parameters, again and again if need be.
+        """Write the stored weights back into parameters, and keep the copies.
 
-        Raises as :meth:`update`, and a StateError without :meth:`store`.
+        Raise the errors of :meth:`update`, and a StateError without :meth:`store`.
         """
         self._stored.stored_weights(self)
         super().restore(self._get_parameters(parameters, "restore"))
@@ -149,10 +153,11 @@ class ExponentialMovingAverage(ListAverage):
     def average_parameters(
         self, parameters: Iterable[Tensor] | None = None
     ) -> RestoringBlock[None]:
-        """A block in which the parameters hold the average; the weights come back however it ends.
+        """Return a block in which the parameters hold the average; restore the weights on exit.
 
-        A copy of the weights is kept for the block. They come back bit for bit, also into
-        parameters that were moved, cast or re-pointed inside it. Raises as :meth:`update`.
+        The block keeps a copy of the weights. They are restored bit for bit, also after an
+        exception, and also into parameters that were moved, cast or re-pointed inside the block.
+        Raise the errors of :meth:`update`.
         """
 
         def prepare() -> Steps[None]:
@@ -170,9 +175,9 @@ class ExponentialMovingAverage(ListAverage):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Move averages and stored weights to a device; cast those that are floats.
+        """Move averages and stored weights to a device, and cast floating-point ones to a dtype.
 
-        Averages that are not where the parameters are cost a copy of the parameters at each update.
+        Averages on another device than the parameters cost a copy of the parameters at each update.
         """
         shadow = move_list(self._shadow, device, dtype)
         if self.collected_params is not None:
@@ -180,7 +185,7 @@ class ExponentialMovingAverage(ListAverage):
         self.shadow_params = shadow
 
     def state_dict(self) -> dict[str, Any]:
-        """The decay, the number of updates and the tensors themselves, not copies of them."""
+        """Return the decay, the number of updates and the tensors themselves, not copies."""
         state = {
             "decay": self.decay,
             "num_updates": self.num_updates,
@@ -192,11 +197,12 @@ class ExponentialMovingAverage(ListAverage):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over copies of a saved average, of this class or of torch_ema's.
+        """Load copies of a saved average, of this class or of torch_ema's.
 
-        They come to lie where the parameters are (the present averages, if those are gone), in the
-        wider of the dtypes that they and the present averages have. A CheckpointError if an entry
-        is missing or is not what it should be, a LayoutError that lists the tensors that differ.
+        The copies are on the devices of the parameters, or of the current averages if parameters no
+        longer exist, and have the wider dtype of the saved and the current average. Raise a
+        CheckpointError if an entry is missing or invalid, and a LayoutError that lists tensors that
+        differ. Nothing is changed then.
         """
         missing = [k for k in ("decay", "num_updates", "shadow_params") if k not in state_dict]
         if missing:
@@ -220,9 +226,9 @@ class ExponentialMovingAverage(ListAverage):
 
 
 class _WeakReference(weakref.ref[Tensor]):
-    """A weak reference to a parameter; pickled, the parameter itself.
+    """A weak reference to a parameter, which is pickled as the parameter itself.
 
-    In a pickle that has the model too, the reference leads to the parameter of that model again.
+    In a pickle that also holds the model, it refers to that model's parameter after loading.
     """
 
     __slots__ = ()

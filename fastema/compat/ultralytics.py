@@ -21,23 +21,23 @@ from fastema.rules.checks import checked_positive
 __all__ = ["ModelEMA", "Ramp", "export", "load"]
 
 _TEACHER = "teacher_model"
-"""The attribute of a distillation model that is not averaged: its teacher."""
+"""Attribute of a distillation model that holds its teacher, which is not averaged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ramp(Rule):
     """A decay that grows as ``limit * (1 - exp(-n / tau))``: the schedule of Ultralytics.
 
-    The first step has nearly none, and ``n = 3 * tau`` 95 % of the limit. It is for
-    ``fastema.EMA(model, decay=Ramp())`` too; calling it with a step gives the decay, as the
-    attribute of the peer's class does.
+    The decay is close to 0 at the first step, and 95 % of the limit at ``n = 3 * tau``. It also
+    works as ``fastema.EMA(model, decay=Ramp())``. Calling it with a step returns the decay, like
+    the attribute of the peer's class.
 
     Parameters
     ----------
     limit : float
-        In [0, 1].
+        Limit of the decay, in [0, 1]. Default 0.9999.
     tau : float
-        Steps, above 0.
+        Time constant in steps, above 0. Default 2000.
 
     Examples
     --------
@@ -53,16 +53,16 @@ class Ramp(Rule):
         object.__setattr__(self, "tau", checked_positive(self.tau, "tau"))
 
     def decay(self, n: int) -> float:
-        """``limit * (1 - exp(-n / tau))``."""
+        """Return ``limit * (1 - exp(-n / tau))``."""
         return self.limit * -math.expm1(-n / self.tau)
 
     def __call__(self, n: int) -> float:
-        """The same as :meth:`decay`."""
+        """Return :meth:`decay` of ``n``."""
         return self.decay(n)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model in what compiles it or shares it out."""
+    """Return the model inside wrappers of ``torch.compile`` and data parallelism."""
     for name in ("_orig_mod", "module"):
         inner = getattr(model, name, None)
         if isinstance(inner, nn.Module):
@@ -79,25 +79,26 @@ class ModelEMA:
     Parameters
     ----------
     model : torch.nn.Module
-        Copied to ``ema``, in evaluation mode and without gradients, without what compiles it or
-        shares it out, and without a ``teacher_model``.
+        Model to average; deep-copied to ``ema``, in evaluation mode and without gradients, without
+        wrappers of ``torch.compile`` and data parallelism, and without its ``teacher_model``.
     decay, tau : float
-        Of a :class:`Ramp`; else an ArgumentError. The attribute ``decay`` is a callable, of the
-        number of updates, that may be replaced.
+        Limit and time constant of a :class:`Ramp`, otherwise an ArgumentError. Defaults 0.9999 and
+        2000. The attribute ``decay`` is a callable of the number of updates; it may be replaced.
     updates : int
-        Calls of :meth:`update` so far.
+        Number of calls of :meth:`update` so far. Default 0.
 
     Attributes
     ----------
     enabled : bool
-        Where False, :meth:`update` and :meth:`update_attr` do nothing.
+        If False, :meth:`update` and :meth:`update_attr` do nothing.
 
     Notes
     -----
     The interface and the numbers are those of ``ultralytics/utils/torch_utils.py``, version 8.4.
-    Where it differs, ``docs/drop-in.md`` aside: the model that is given is followed, there that of
-    the first update as it was then; the devices of average and model may differ; it can be pickled.
-    Random bits are a function of ``updates``, the name and the element.
+    Differences beyond those in ``docs/drop-in.md``: each update uses the model that it gets, while
+    the peer keeps the tensors of the first update's model; average and model may be on different
+    devices; the average can be pickled. Random bits are a function of ``updates``, the name and the
+    element.
 
     Examples
     --------
@@ -124,17 +125,17 @@ class ModelEMA:
         self._averager = ModuleAverager(left_out=f"{_TEACHER}.")
 
     def update(self, model: nn.Module) -> None:
-        """Take a model into the average; call it after each optimizer step.
+        """Update the average from a model; call it after each optimizer step.
 
-        A LayoutError names the tensors that only one of the two has, or whose shapes differ;
-        nothing was written or counted then.
+        Raise a LayoutError that names tensors that only one of the two has, or whose shapes differ.
+        Nothing is written or counted then.
         """
         if not self.enabled:
             return
         step = self.updates + 1
         averager = self._averager.of(self.ema)
         weight = 1.0 - self.decay(step)
-        with defer_signals():  # an update is done and counted, or neither
+        with defer_signals():  # an interrupt never separates an update from its count
             averager.update(_unwrapped(model), weight, step)
             self.updates = step
 
@@ -144,10 +145,10 @@ class ModelEMA:
         include: Iterable[str] = (),
         exclude: Iterable[str] = ("process_group", "reducer"),
     ) -> None:
-        """Copy a model's attributes to :attr:`ema`, but for those that begin with an underscore.
+        """Copy a model's attributes to ``ema``, except those that begin with an underscore.
 
-        ``include`` names the only ones to copy, all if it is empty; ``exclude`` those to leave out,
-        by default what belongs to ``DistributedDataParallel``.
+        If ``include`` is not empty, copy only the attributes that it names. Skip the attributes in
+        ``exclude``, by default those of ``DistributedDataParallel``.
         """
         if not self.enabled:
             return
@@ -159,31 +160,36 @@ class ModelEMA:
 
 
 def export(ema: ModelEMA) -> dict[str, Any]:
-    """Return Ultralytics' checkpoint of an average: ``"ema"`` and ``"updates"``.
+    """Return Ultralytics' checkpoint of an average: a dict with ``"ema"`` and ``"updates"``.
 
-    The averaged model is in float16 there, as Ultralytics saves it. Keep ``ema.ema.state_dict()``
-    beside it to resume without the loss of 13 bits of each weight.
+    Like Ultralytics, it stores the averaged model in float16. Save ``ema.ema.state_dict()`` too, to
+    resume without losing 13 bits of each weight.
     """
     return {"ema": deepcopy(ema.ema).half(), "updates": ema.updates}
 
 
 def load(ema: ModelEMA, checkpoint: Mapping[str, Any]) -> None:
-    """Take over the average of a checkpoint of Ultralytics; the dtypes stay those of ``ema``.
+    """Load the average of an Ultralytics checkpoint; the dtypes stay those of ``ema``.
 
     Parameters
     ----------
     ema : ModelEMA
-        Of the same model.
+        Average of the same model.
     checkpoint : mapping
-        With ``"ema"``, a module or a state dict, and ``"updates"``. A CheckpointError if one is
-        missing, or tensors are not those of the model, naming them; nothing was changed then.
+        Mapping with ``"ema"``, a module or a state dict, and ``"updates"``.
+
+    Raises
+    ------
+    CheckpointError
+        If an entry is missing, or tensors do not match the model. The error names them; nothing is
+        changed.
     """
     whole = mapping_in(checkpoint, "the checkpoint")
     saved, updates = whole.get("ema"), whole.get("updates")
     if saved is None or updates is None:
         raise CheckpointError(
             "the checkpoint holds no average with its number of updates under 'ema' and 'updates' "
-            "(one that was stripped at the end of training has none)"
+            "(a checkpoint that was stripped at the end of training has neither)"
         )
     state = mapping_in(saved.state_dict() if isinstance(saved, nn.Module) else saved, "'ema'")
     done = whole_in(updates, "updates")

@@ -1,4 +1,4 @@
-"""Guards that give a model its weights back when no callback is called any more."""
+"""Guards that restore a model's weights when Keras no longer calls its callbacks."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _USES: Final = (
     "get_weights",
     "set_weights",
 )
-"""Methods of a model that read or write its weights, besides those that train it."""
+"""Methods of a model that read or write its weights, except those that train it."""
 
 
 def is_running(model: Any, *names: str) -> bool:
-    """Return whether this is called from within one of the model's methods, by a callback perhaps.
+    """Return whether one of the model's methods with these names is on the call stack.
 
-    Keras keeps no note of that, and a call that raised ends without a word to its callbacks.
+    Keras does not record that, and does not notify callbacks of a call that raises.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -44,25 +44,25 @@ def is_running(model: Any, *names: str) -> bool:
 
 
 def is_end_of_data(error: BaseException) -> bool:
-    """Return whether an error is no failure: iterators of JAX end so, and those of TensorFlow."""
+    """Return whether an error only ends the data, as with iterators of JAX and TensorFlow."""
     return isinstance(error, StopIteration) or type(error).__name__ == "OutOfRangeError"
 
 
 class WeightGuard:
-    """Stands in for a method of an object, until it is removed."""
+    """Replaces a method of an object until :meth:`remove` is called."""
 
     def __init__(self, of: Any, name: str) -> None:
         self._of, self._name = of, name
         self._own = name in vars(of)
         self._inner = getattr(of, name)
-        vars(of)[name] = self  # unseen by Keras, which tracks what is set
+        vars(of)[name] = self  # bypasses Keras's __setattr__, which tracks attributes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method."""
         raise NotImplementedError
 
     def remove(self) -> None:
-        """Give the object its own method back, unless it was given another meanwhile."""
+        """Restore the object's own method, unless something else has replaced it since."""
         if vars(self._of).get(self._name) is not self:
             return
         if self._own:
@@ -72,7 +72,7 @@ class WeightGuard:
 
 
 class ErrorGuard(WeightGuard):
-    """Gives the weights back where the method raises."""
+    """Restores the weights if the method raises."""
 
     def __init__(self, of: Any, name: str, restore: Callable[[], None]) -> None:
         super().__init__(of, name)
@@ -89,7 +89,7 @@ class ErrorGuard(WeightGuard):
 
 
 class UseGuard(WeightGuard):
-    """Gives the weights back before the method is called, ``unless`` it may see them as they are.
+    """Restores the weights before the method is called, except when ``unless()`` is true.
 
     ``restore`` also removes this guard, or raises.
     """
@@ -113,10 +113,10 @@ class UseGuard(WeightGuard):
 
 
 def guard_use(model: Any, restore: Callable[[], None]) -> list[WeightGuard]:
-    """Give the weights back if the model is used again after a call that raised.
+    """Install guards that restore the weights if the model is used after a call that raised.
 
     Within the call that put the average into the model, other callbacks evaluate, save and write
-    the average. Training never sees it.
+    the average. Training always starts with the weights.
     """
     within = partial(is_running, model, "fit", "evaluate", "predict")
     training = [UseGuard(model, name, restore) for name in ("fit", "train_on_batch")]
@@ -124,6 +124,6 @@ def guard_use(model: Any, restore: Callable[[], None]) -> list[WeightGuard]:
 
 
 def refuse_writes(model: Any, refuse: Callable[[str], None]) -> list[WeightGuard]:
-    """Refuse what would train or overwrite the average in a model; ``refuse(method)`` raises."""
+    """Install guards on methods that train or overwrite the average; ``refuse(method)`` raises."""
     names = ("fit", "train_on_batch", "load_weights", "set_weights")
     return [UseGuard(model, name, partial(refuse, name)) for name in names]

@@ -1,4 +1,4 @@
-"""The losses and metrics of single batches, and their moving averages, as a callback."""
+"""A callback for the losses and metrics of single batches, and their moving averages."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _READERS: Final = tuple(
     getattr(keras.callbacks, name)
     for name in ("CSVLogger", "History", "ProgbarLogger", "RemoteMonitor", "TensorBoard")
 )
-"""Callbacks that show or write whatever is in the logs."""
+"""Callbacks that show or write everything in the logs."""
 
 _BATCH_HOOKS: Final = ("on_batch_end", "on_train_batch_end")
 
 _CHUNK: Final = 256
-"""Batches that are taken in at once where no other callback looks at single ones."""
+"""Batches that are processed at once if no later callback reads the logs of single batches."""
 
 
 def _looks_at_batches(callback: Any) -> bool:
@@ -42,7 +42,10 @@ def _looks_at_batches(callback: Any) -> bool:
 
 
 def _set_direction(callback: Any) -> None:
-    """Say whether less is better to a callback that is to find out by itself, and could not."""
+    """Set ``mode`` of a callback that has ``mode="auto"``, since Keras does not know our names.
+
+    Raise an ArgumentError if it monitors an average of a metric other than the loss.
+    """
     monitor = getattr(callback, "monitor", None)
     if getattr(callback, "mode", None) != "auto" or not isinstance(monitor, str):
         return
@@ -51,73 +54,73 @@ def _set_direction(callback: Any) -> None:
         callback.mode = "min"
     elif name is not None:
         raise ArgumentError(
-            f"callbacks: {type(callback).__name__}(monitor={monitor!r}): say mode='min' or "
-            "mode='max'; Keras cannot tell which of them is better"
+            f"callbacks: {type(callback).__name__}(monitor={monitor!r}): pass mode='min' or "
+            "mode='max'; Keras cannot tell which is better"
         )
 
 
 class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[misc]
-    """Adds to the logs of ``fit`` what each batch's loss was, and its moving averages.
+    """Adds the loss of each batch, and its moving averages, to the logs of ``fit``.
 
-    What Keras shows as ``loss`` is the mean since the epoch began. For this and every other metric
-    that is a mean, the logs get, at the end of each batch and each epoch:
+    Keras shows as ``loss`` the mean since the epoch began. For the loss and every other metric
+    that is a mean, this callback adds to the logs of each batch and each epoch:
 
     - ``loss_raw``: the value of this batch alone;
     - ``loss_sma``: the mean of the last ``window_size`` batches;
     - ``loss_ema``: ``avg += (1 - decay) * (raw - avg)``, beginning with the first batch.
 
-    They run on across epochs; a short last batch counts as one of them. Progress bar, ``History``,
-    ``CSVLogger``, ``TensorBoard`` (per batch with ``update_freq="batch"``), and
+    The averages continue across epochs; a short last batch counts like any other. The progress bar,
+    ``History``, ``CSVLogger``, ``TensorBoard`` (per batch with ``update_freq="batch"``), and
     ``EarlyStopping(monitor="loss_ema")`` see them.
 
     Parameters
     ----------
     window_size, decay, raw, debias, on_nonfinite, record
-        Of the averages, see :class:`fastema.tracking.MetricSmoother`.
+        Settings of the averages, see :class:`fastema.tracking.MetricSmoother`.
     metrics : sequence of str, optional
-        Names in the logs, such as ``("loss",)``; all that are means by default.
+        Names in the logs, such as ``("loss",)``; by default all metrics that are means.
 
     Raises
     ------
     ArgumentError
-        If an argument has no valid value. In ``fit``, before the first batch, if a callback that
-        reads the logs comes earlier in the list, or another one of these; after it, if one of
-        ``metrics`` is not in the logs, or is no mean.
+        For an invalid argument. In ``fit``, before the first batch, if a callback that reads the
+        logs, or another ``LossAverages``, comes earlier in the list; after the first batch, if one
+        of ``metrics`` is not in the logs or is not a mean.
     StateError
-        In ``fit``, if the model's train function does not go through ``train_step``. In loops of
-        your own, for a batch that was not announced by ``on_train_batch_begin``.
+        In ``fit``, if the model's train function does not call ``train_step``. In your own loops,
+        for a batch that was not announced by ``on_train_batch_begin``.
     NonFiniteError
         In ``fit``, with ``on_nonfinite="raise"``.
 
     Notes
     -----
-    **Place in the list.** Callbacks see what those before them in the list added to the logs: this
-    one comes first. ``History`` and the progress bar, which Keras adds itself, come last.
+    **Place in the list.** Callbacks see what earlier callbacks in the list added to the logs: put
+    this one first. ``History`` and the progress bar, which Keras adds itself, come last.
 
-    **How exact.** What a batch adds to a metric's sum and count is taken before they round it off,
-    within the compiled step: ``loss_raw`` is the loss that the batch had, to a rounding of float32
-    in sum and count, after a million batches as after ten, also with class and sample weights, a
-    short last batch, several outputs and accumulated gradients. Keras' own values stay the same to
-    the bit. A batch with a NaN spoils its own value, and not the rest of its epoch. With
-    ``compile(steps_per_execution=n)`` callbacks are called once for n batches: the value is the
-    mean of these, as one step of the averages.
+    **How exact.** A batch's contribution to a metric's sum and count is read within the compiled
+    step, before it is rounded into them. ``loss_raw`` is the loss of the batch up to a float32
+    rounding of sum and count, after a million batches as after ten, also with class and sample
+    weights, a short last batch, several outputs and accumulated gradients. Keras's own values stay
+    the same bit for bit. A NaN spoils the value of its batch, but not the rest of the epoch. With
+    ``compile(steps_per_execution=n)``, Keras calls callbacks once per n batches: the value is their
+    mean, and one step of the averages.
 
-    Where a model on JAX has a ``train_step``, ``compute_metrics`` or ``get_metrics_result`` of its
-    own, or a metric does not add to its sums by ``assign_add``, values are the differences of the
-    running sums. In float32 they are off by up to ``6e-8 k |m|`` after k batches with mean m: a
-    thousandth of it after 10,000 batches.
+    If a model on JAX overrides ``train_step``, ``compute_metrics`` or ``get_metrics_result``, or a
+    metric does not add to its sums by ``assign_add``, values are the differences of the running
+    sums. In float32 their error is up to ``6e-8 k |m|`` after k batches with mean m: a thousandth
+    of m after 10,000 batches.
 
-    **Metrics that are no means**, such as AUC, precision, IoU or F1, have no value of a batch that
-    the epoch's would be made of: nothing is added for them. Of ``RootMeanSquaredError`` the value
-    for a batch is the root of the batch's mean. ``val_loss`` and the like stay as they are.
+    **Metrics that are not means**, such as AUC, precision, IoU or F1, have no batch values from
+    which the epoch's value follows: nothing is added for them. For ``RootMeanSquaredError`` the
+    value of a batch is the root of the batch's mean. ``val_loss`` and the like are unchanged.
 
-    **Cost.** The step is compiled once more for a model that has been trained before. Everything
-    comes to the host in one small array per step, with the logs that Keras fetches; where no later
-    callback looks at single batches, the averages are worked out for 256 of them at a time, and at
-    the end of the epoch. Where Keras runs callbacks beside the training, on JAX and PyTorch, and an
-    accelerator computes, this one can be run so too.
+    **Cost.** The step is compiled once more for a model that has been trained before. All values
+    reach the host in one small array per step, with the logs that Keras fetches. If no later
+    callback reads the logs of single batches, the averages are computed for 256 batches at a time,
+    and at the end of the epoch. Keras can call this callback asynchronously on JAX with an
+    accelerator.
 
-    **Loops of your own.** ``keras.callbacks.CallbackList([...], model=model)`` calls the same hooks
+    **Your own loops.** ``keras.callbacks.CallbackList([...], model=model)`` calls the same hooks
     around ``train_on_batch``.
 
     Examples
@@ -154,17 +157,17 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
 
     @property
     def async_safe(self) -> bool:
-        """Whether Keras may call this from other threads, as it asks on JAX and PyTorch.
+        """Whether Keras may call this from other threads, which it asks on JAX and PyTorch.
 
-        Where an accelerator computes, training need not wait for its results then; of PyTorch's
-        devices Keras does not tell. On a CPU other threads cost more than they save.
+        With an accelerator, training then need not wait for results; Keras does not report
+        PyTorch's devices. On a CPU, other threads cost more than they save.
         """
         return keras.backend.backend() == "jax" and any(
             not name.startswith("cpu") for name in keras.distribution.list_devices()
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles hold the averages, and nothing of a run."""
+        """Return the averages without the state of a run, for copies and pickles."""
         self._process_pending()
         return {**vars(self), "_sums": None, "_lock": None, "_ready": {}, "_model": None}
 
@@ -174,12 +177,12 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
 
     @property
     def window_size(self) -> int | None:
-        """Batches in the simple moving average."""
+        """Number of batches in the simple moving average."""
         return self._smoother.window_size
 
     @property
     def decay(self) -> float | None:
-        """Weight of the old average in the exponential one."""
+        """Weight of the old average in the exponential moving average."""
         return self._smoother.decay
 
     def reset(self) -> None:
@@ -188,14 +191,17 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         self._smoother.reset()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where another callback was; of other arguments it is a CheckpointError."""
+        """Continue from the saved state of another callback.
+
+        Raises a CheckpointError if that callback had other arguments.
+        """
         self._process_pending()
         self._smoother.load_state_dict(state)
 
     # -- training ----------------------------------------------------------------------------------
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Check the order of the callbacks, and take the place of the model's train function."""
+        """Check the order of the callbacks, and replace the model's train function."""
         self._process_pending()
         callbacks = self._list()
         place = next((i for i, one in enumerate(callbacks) if one is self), None)
@@ -205,7 +211,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
             later = callbacks[place + 1 :]
             for other in later:
                 _set_direction(other)
-            # With "raise" an error is to come with its batch.
+            # With "raise", an error must come at its batch.
             if self._smoother.on_nonfinite != "raise" and not any(map(_looks_at_batches, later)):
                 self._chunk = _CHUNK
         if self._sums is None or self._sums.model is not self.model:
@@ -214,7 +220,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         self._begin()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Expect the batch: what is trained outside of this run is not of this run."""
+        """Start recording the batch; batches trained outside of this run are not recorded."""
         sums = self._sums
         assert sums is not None
         if not sums.installed:  # a callback trained the model
@@ -224,7 +230,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         sums.start_recording()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Start counting batches; wrap the train function again if Keras made a new one."""
+        """Start counting batches; wrap the train function again if Keras has rebuilt it."""
         assert self._sums is not None
         self._process_pending()
         self._sums.install()
@@ -241,20 +247,20 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Add the batch's values and the averages to the logs."""
-        # self.model would end the epoch's state on JAX: that property fetches it for callbacks.
+        # Avoid self.model: on JAX that property fetches the epoch's state, which ends it.
         sums = self._sums
         assert sums is not None
         if not sums.executed:
             raise StateError(
-                "LossAverages: nothing is known of this batch: call on_train_batch_begin before it "
-                "is trained, and train it by fit or train_on_batch"
+                "LossAverages has no record of this batch: call on_train_batch_begin before it "
+                "is trained, and train it with fit or train_on_batch"
             )
         if self._chunk > 1 and sums.executed > 1 and sums.waiting < self._chunk:
             return
         last = sums.executed - 1
         if threading.get_ident() != self._thread:
-            # Of several threads each has a batch of its own, and they come in any order: the first
-            # one takes in what others need as well.
+            # Each thread has its own batch, and threads arrive in any order: the first one
+            # processes what the others need, too.
             last = batch // sums.model.steps_per_execution
         with self._lock:
             self._process_until(last)
@@ -265,7 +271,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
             logs.update(averages)
 
     def _process_pending(self) -> None:
-        """Take in what waits."""
+        """Add all recorded executions to the averages."""
         if self._sums is not None:
             with self._lock:
                 self._process_until(None)
@@ -276,18 +282,18 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
             for number, found in self._sums.take(last):
                 self._ready[number] = self._smoother.update(self._selected(found))
         except FastemaError:
-            self._sums.remove()  # there will be no on_train_end
+            self._sums.remove()  # Keras will not call on_train_end
             raise
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Add the latest values to the logs."""
+        """Add the latest averages to the logs."""
         assert self._sums is not None
         self._sums.stop_recording()
         if logs is not None:
             logs.update(self.averages)
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Give the model its train function back."""
+        """Restore the model's train function."""
         assert self._sums is not None
         self._process_pending()
         self._sums.remove()
@@ -300,10 +306,10 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         for name in self._wanted:
             if name not in sums.means:
                 means = ", ".join(map(repr, sums.means)) or "none"
-                problem = "the model logs nothing of this name"
+                problem = "the model logs nothing under this name"
                 if name in sums.names:
-                    problem = "it is no mean over batches, and has no value for a single one"
-                raise ArgumentError(f"metrics: {name!r}: {problem}; those that are means: {means}")
+                    problem = "it is not a mean over batches, and has no value for a single batch"
+                raise ArgumentError(f"metrics: {name!r}: {problem}; mean metrics: {means}")
         return {name: values[name] for name in self._wanted if name in values}
 
     # -- order -------------------------------------------------------------------------------------
@@ -312,7 +318,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         for other in callbacks:
             if isinstance(other, LossAverages):
                 raise ArgumentError(
-                    "callbacks: two LossAverages would log the same names: one of them follows all "
+                    "callbacks: two LossAverages would log the same names: one of them smooths all "
                     "metrics"
                 )
             monitor = getattr(other, "monitor", None)
@@ -325,8 +331,8 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
                 )
 
     def _list(self) -> list[Any]:
-        """All callbacks, in the order in which they are called; none if that cannot be told."""
-        # A callback is told nothing of the others, but is called by the list of all of them.
+        """Return all callbacks in the order of their calls; an empty list if it is unknown."""
+        # Callbacks do not know each other, but the list that calls them is on the call stack.
         frame: FrameType | None = sys._getframe()
         while frame is not None:
             caller = frame.f_locals.get("self")

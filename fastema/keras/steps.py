@@ -1,4 +1,4 @@
-"""OptimizerSteps of a model's optimizer."""
+"""A counter of the steps that a model's optimizer has taken."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["OptimizerSteps", "in_flight", "inner", "whole_number"]
 
 
 def inner(optimizer: Any) -> list[Any]:
-    """The optimizers that change weights: those within one that scales losses, or of several."""
+    """Return the optimizers that change weights, unwrapped from loss-scaling or composite ones."""
     if hasattr(optimizer, "inner_optimizer"):
         return inner(optimizer.inner_optimizer)
     if hasattr(optimizer, "optimizers"):
@@ -21,15 +21,15 @@ def inner(optimizer: Any) -> list[Any]:
 class OptimizerSteps:
     """Counts the steps that a model's optimizer has taken.
 
-    A batch that only adds to accumulated gradients is none, nor one whose scaled gradients were not
-    finite; an execution of several batches is several.
+    A batch that only accumulates gradients is not a step, nor is a batch whose scaled gradients are
+    not finite. An execution of several batches is several steps.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._counters: list[tuple[Any, int | None, int]] = []
         optimizer = model.optimizer
-        # Lists of variables are searched by identity: == of variables is that of their values.
+        # Search for variables by identity, since == compares their values.
         places = {id(variable): i for i, variable in enumerate(optimizer.variables)}
         for one in inner(optimizer):
             counter = next(v for v in one.variables if v.name == "iteration")
@@ -43,11 +43,11 @@ class OptimizerSteps:
             and not {"train_step", "make_train_function"} & vars(model).keys()
             and type(model).make_train_function is keras.Model.make_train_function
         )
-        """Whether each batch is a step: a counter need not be fetched from a device then."""
+        """Whether each batch is one step, so that no counter has to be read from a device."""
 
     def done(self) -> int:
-        """OptimizerSteps so far."""
-        # In an epoch of the JAX backend the variables are empty, and their values on the way.
+        """Return the number of optimizer steps so far."""
+        # Within an epoch on JAX, variables are empty, and the model's state has their values.
         state = getattr(self._model, "_jax_state", None) or {}
         values = None if not in_flight(self._model) else state.get("optimizer_variables")
         done = 0
@@ -58,13 +58,13 @@ class OptimizerSteps:
 
 
 def in_flight(model: Any) -> bool:
-    """Whether the model's state is not in its variables, as within an epoch of the JAX backend."""
+    """Return whether the model's state is outside its variables, as within an epoch on JAX."""
     return bool(getattr(model, "_jax_state", None)) and not model._jax_state_synced
 
 
 def whole_number(value: Any) -> int:
-    """The whole number in a variable or an array of one element."""
+    """Return the value of a variable or an array with one element, as an int."""
     try:
         return int(value)
-    except TypeError:  # of a distributed model, which has a copy of it for each replica
+    except TypeError:  # a distributed model has one copy per replica
         return int(keras.ops.convert_to_numpy(value))

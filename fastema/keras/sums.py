@@ -1,11 +1,11 @@
 """Sums of each batch, recovered from the means that a model reports while it trains.
 
-Keras keeps of a metric the sum and the count since the epoch began, in float32. The difference of
-two such sums is off by their rounding, which grows with the epoch. Here what a batch adds is told
-before it is rounded off, within the compiled function, and Keras' own results stay the same to the
-bit. Where variables are written, on TensorFlow and PyTorch, what is added to them is noted. On JAX
-the sums begin at zero in each step: what they hold at its end is what the batch added, and then
-what they had is added back.
+Keras keeps a metric's sum and count since the epoch began, in float32. The difference of two such
+sums has their rounding error, which grows during the epoch. This module reads what a batch adds
+before it is rounded, within the compiled function. Keras's own results stay the same bit for bit.
+On TensorFlow and PyTorch, where variables are written, it records what is added to them. On JAX,
+the sums are zero at the beginning of each step: at the end they hold what the batch added, and then
+the previous sums are added back.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from fastema.keras.guards import is_end_of_data
 __all__ = ["BatchSums"]
 
 _KEY: Final = "fastema: what the batch added"
-"""Key of our entry in a step's logs, removed before anybody sees them."""
+"""Key of our entry in a step's logs; removed before callbacks see the logs."""
 
 _MOST_PENDING: Final = 10_000
-"""Executions that may wait for the callback."""
+"""Most executions that may wait for the callback."""
 
 _LIBRARY_STEP: Final = ("train_step", "compute_metrics", "get_metrics_result")
-"""Methods that make logs of metrics: where they are Keras' own, nothing else looks at a metric."""
+"""Methods that turn metrics into logs: if none is overridden, nothing else reads a metric."""
 
 
 _ROOT: Final = keras.metrics.RootMeanSquaredError
@@ -48,17 +48,17 @@ def _is_mean(metric: Any) -> bool:
 
 
 def _means(model: Any) -> list[Any]:
-    """The metrics of a model that are a sum divided by a count, each once."""
+    """Return the metrics of a model that are a sum divided by a count, without duplicates."""
     found: dict[int, Any] = {}
     for one in model.metrics:
-        for metric in getattr(one, "metrics", [one]):  # those of compile() are one, with parts
+        for metric in getattr(one, "metrics", [one]):  # compile() groups its metrics in one
             if _is_mean(metric):
                 found[id(metric)] = metric
     return list(found.values())
 
 
 def _sums(metrics: Sequence[Any]) -> list[Any]:
-    """Their variables: all totals, then all counts."""
+    """Return the variables of mean metrics: all totals, then all counts."""
     return [one.total for one in metrics] + [one.count for one in metrics]
 
 
@@ -79,7 +79,7 @@ def _flat(logs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def _results(metrics: Sequence[Any], result: Callable[[Any], Any]) -> Iterator[None]:
-    """Let metrics report through another function for a while."""
+    """Replace ``result`` of the metrics by another function within the block."""
     for one in metrics:
         vars(one)["result"] = lambda one=one: result(one)
     try:
@@ -90,7 +90,7 @@ def _results(metrics: Sequence[Any], result: Callable[[Any], Any]) -> Iterator[N
 
 
 class _Recorder:
-    """Records what is added to a variable."""
+    """Records the values that ``assign_add`` adds to a variable."""
 
     def __init__(self, variable: Any) -> None:
         self._variable = variable
@@ -100,26 +100,26 @@ class _Recorder:
         self.heard = False  # whether anything was ever added
 
     def begin(self) -> None:
-        """Forget what was added before, and note what will be."""
+        """Forget earlier additions, and start recording."""
         self._added = []
         self._methods["assign_add"] = self
 
     def end(self) -> None:
-        """Note no more."""
+        """Stop recording."""
         del self._methods["assign_add"]
 
     def __call__(self, value: Any) -> Any:
-        """Add a value."""
+        """Record a value, and add it to the variable."""
         self.heard = True
         self._added.append(value.detach() if hasattr(value, "detach") else value)
         return self._add(value)
 
     def total(self) -> Any:
-        """Sum all additions in the graph that is traced now; None if some are unknown."""
+        """Return the sum of all additions in the graph being traced; None if some are unknown."""
         if not self._added:
             return None
         if not hasattr(self._added[0], "detach"):  # TensorFlow
-            # What was added in a loop or a branch is another graph's.
+            # Additions in a loop or a branch belong to another graph.
             here = getattr(_read(self._variable), "graph", None)
             if any(getattr(one, "graph", None) is not here for one in self._added):
                 return None
@@ -128,11 +128,11 @@ class _Recorder:
 
 
 class BatchSums:
-    """Stands in for a model's train function, and keeps what each execution added to its means.
+    """Replaces a model's train function, and records what each execution adds to its means.
 
-    A step that is not Keras' own may compute with the metrics' results: on JAX it finds them as
-    they are, and the differences of their sums are taken, rounded as these are. So they are where
-    a metric does not add to its sums by ``assign_add``.
+    A custom step may compute with the metrics' results. On JAX it therefore gets the running sums,
+    and this class takes their differences, which have the sums' rounding errors. It does the same
+    for metrics that do not add to their sums by ``assign_add``.
     """
 
     def __init__(self, model: Any) -> None:
@@ -143,37 +143,37 @@ class BatchSums:
         self._function: Callable[..., Any] | None = None
         self._theirs: Callable[..., Any] | None = None
         self._metrics: list[Any] = []
-        self._sources: list[tuple[str, Any]] = []  # names in the logs, and their means
-        self.names: list[str] = []  # of all that a step logs
-        self.means: list[str] = []  # of those that are means
+        self._sources: list[tuple[str, Any]] = []  # names in the logs, and their metrics
+        self.names: list[str] = []  # all names that a step logs
+        self.means: list[str] = []  # names of mean metrics
         self._places: list[tuple[str, int, int, bool]] = []
         self._results: dict[int, tuple[Any, Any]] = {}
         self._within = 0
         self._unpatch = ExitStack()
         self._notes: list[_Recorder] = []
-        self._silent: dict[int, Any] = {}  # variables that may change without a note
+        self._silent: dict[int, Any] = {}  # variables that may change without a record
         self._recent: Any = None
         self._parts: list[Any] = []
         self.executed = 0  # executions of this epoch
         self._pending: deque[tuple[int, list[Any]]] = deque()
         self._expected = False
-        # Whether callbacks run beside the training: then they cannot announce each execution.
+        # Whether callbacks run asynchronously, and so cannot announce each execution.
         self.dispatched = False
 
     # -- in the model ------------------------------------------------------------------------------
 
     @property
     def installed(self) -> bool:
-        """Whether the model calls this."""
+        """Whether this object is the model's train function."""
         return self.model.train_function is self
 
     def install(self) -> None:
-        """Take the place of the model's train function."""
+        """Replace the model's train function. Do nothing if it is already replaced."""
         if self.installed:
             return
         self.model.make_train_function()  # if there is none yet
         if isinstance(self.model.train_function, BatchSums):
-            self.model.train_function.remove()  # of a run that failed
+            self.model.train_function.remove()  # left by a run that failed
         theirs = self.model.train_function
         if self._function is None or theirs is not self._theirs:
             self._metrics, self._sources, self._recent = [], [], None
@@ -183,20 +183,20 @@ class BatchSums:
         self.begin()
 
     def start_recording(self) -> None:
-        """Keep the next execution; all until ``stop_recording`` where callbacks run beside it."""
+        """Record the next execution; with asynchronous callbacks, all until ``stop_recording``."""
         self._expected = True
 
     def stop_recording(self) -> None:
-        """Keep no more executions."""
+        """Stop recording executions."""
         self._expected = False
 
     def remove(self) -> None:
-        """Give the model its own function back, unless it was given another meanwhile."""
+        """Restore the model's own function, unless something else has replaced this one since."""
         if self.installed:
             self.model.train_function = self._theirs
 
     def _wrap_train_function(self, theirs: Callable[..., Any]) -> Callable[..., Any]:
-        """A train function whose logs hold what the batch added."""
+        """Return a train function whose logs include what the batch added."""
         model = self.model
         if self._backend == "torch":
             self._step = theirs
@@ -219,7 +219,10 @@ class BatchSums:
         return function
 
     def _record_each(self, model: Any) -> Callable[..., Any]:
-        """On JAX an execution of several steps is a loop that keeps the logs of the last one."""
+        """Return a ``_make_function`` for JAX that records each step of an execution.
+
+        Keras's own loop over several steps keeps only the logs of the last one.
+        """
         make = model._make_function
 
         def make_function(step: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -238,10 +241,10 @@ class BatchSums:
         return logs
 
     def __call__(self, *args: Any) -> Any:
-        """Train for one execution."""
+        """Run one execution of the train function, and record it if it was announced."""
         assert self._function is not None
         if not self._expected:
-            # A loop that this was left behind in by an error, or one within a callback.
+            # Another loop is training: after an error left this object behind, or in a callback.
             self.remove()
             assert self._theirs is not None
             return self._theirs(*args)
@@ -263,14 +266,14 @@ class BatchSums:
         self._pending.append((self.executed, self._parts))
         self.executed += 1
         if len(self._pending) > _MOST_PENDING:
-            self.remove()  # the callback is gone: another one ended its run by an error
+            self.remove()  # the callback is gone: an error in another one ended its run
             self._pending.clear()
         return found
 
     # -- within a step -----------------------------------------------------------------------------
 
     def _in_place(self, data: Any) -> Any:
-        """A step that PyTorch compiles, or of several replicas on TensorFlow: nothing is noted."""
+        """Run a step without recorders: compiled by PyTorch, or several replicas on TensorFlow."""
         self._find(data)
         sums = _sums(self._metrics)
         before = [_read(one) for one in sums]
@@ -289,7 +292,7 @@ class BatchSums:
         return logs
 
     def _record_step(self, data: Any) -> Any:
-        """A step on TensorFlow and PyTorch, where variables are written."""
+        """Run a step with recorders, on TensorFlow and PyTorch, where variables are written."""
         self._find(data)
         before = {i: _read(one) for i, one in self._silent.items()}
         for note in self._notes:
@@ -311,7 +314,7 @@ class BatchSums:
         return logs
 
     def _stateless(self, state: Any, data: Any) -> Any:
-        """A step on JAX, where the sums go in and come out."""
+        """Run a step on JAX, where the sums are arguments and results."""
         self._find(data)
         *others, given = state
         places = {id(one): i for i, one in enumerate(self.model.metrics_variables)}
@@ -337,13 +340,13 @@ class BatchSums:
         return logs, (*others, left)
 
     def _find(self, data: Any) -> None:
-        """Look up the means."""
+        """Find the model's mean metrics."""
         model = self.model
         if self._metrics and self._backend == "torch":
-            return  # the walk through all layers would be one of each step
+            return  # do not walk through all layers in each step
         parts = (model._compile_metrics, model._compile_loss)
         if self._backend == "tensorflow" and any(one and not one.built for one in parts):
-            # They would be built in the first step, and could not begin it at zero.
+            # Otherwise the first step would build them, too late to begin at zero.
             model._symbolic_build(data_batch=data)
         self._metrics = _means(model)
         if self._backend != "jax":
@@ -352,14 +355,14 @@ class BatchSums:
             self._silent = dict(enumerate(sums))
 
     def _logged(self, *args: Any, stop_recording: list[Any] | None = None) -> dict[str, Any]:
-        """The logs of the model's own step, in which sources are found by their results."""
+        """Return the logs of the model's own step, and match them with metrics by results."""
         assert self._step is not None
         if self._backend == "torch" and (self._sources or self.model.jit_compile):
             logs = dict(_flat(self._step(*args)))
-            if not self._sources:  # what is compiled gives results that are other objects
+            if not self._sources:  # a compiled step returns other result objects
                 self._find_by_name(logs)
             return logs
-        # On TensorFlow the steps of several replicas are traced in turns.
+        # TensorFlow interleaves the traces of several replicas' steps.
         if not self._within:
             self._results = {}
             self._unpatch = ExitStack()
@@ -391,7 +394,7 @@ class BatchSums:
         return value
 
     def _match_results(self, logs: Mapping[str, Any], metrics: Mapping[int, Any]) -> None:
-        """Match logs with the metrics that they are results of."""
+        """Match logs with the metrics whose results they are."""
         self.names = list(logs)
         self._sources = [
             (name, metrics[id(value)]) for name, value in logs.items() if id(value) in metrics
@@ -404,7 +407,7 @@ class BatchSums:
         ]
 
     def _summed(self, added: Any) -> Any:
-        """Sum over the steps of an execution; TensorFlow keeps the logs of the last one only."""
+        """Return sums over an execution's steps; TensorFlow keeps only the last step's logs."""
         if self.model.steps_per_execution == 1:
             return added
         if self._recent is None:
@@ -423,18 +426,18 @@ class BatchSums:
 
     @property
     def waiting(self) -> int:
-        """Executions that have not been taken."""
+        """Number of recorded executions that have not been taken."""
         return len(self._pending)
 
     def begin(self) -> None:
-        """Begin an epoch."""
+        """Drop recorded executions, and count from 0 for a new epoch."""
         self._pending.clear()
         self.executed = 0
 
     def take(self, last: int | None) -> Iterator[tuple[int, dict[str, float]]]:
-        """Take what was executed, up to one of this epoch's: its number, and its means by name.
+        """Yield and drop recorded executions up to number ``last``, or all: numbers and means.
 
-        They are over that execution alone, without those for which nothing was counted in it.
+        The means, by name, cover that execution alone. Metrics with a count of 0 are left out.
         """
         while self._pending and (last is None or self._pending[0][0] <= last):
             number, parts = self._pending.popleft()
@@ -445,8 +448,8 @@ class BatchSums:
         if not rows:
             raise StateError(
                 f"the train function of the {type(self.model).__name__} {self.model.name!r} does "
-                "not go through its train_step (a make_train_function of its own, or Flax NNX): "
-                "what a batch adds to its metrics cannot be told"
+                "not call its train_step (a make_train_function of its own, or Flax NNX): "
+                "what a batch adds to its metrics is unknown"
             )
         sums = rows[0]
         if len(rows) > 1:
@@ -456,7 +459,7 @@ class BatchSums:
             if sums[count]:
                 mean = sums[total] / sums[count]
                 if root:
-                    # A difference of rounded sums may be below zero.
+                    # A difference of rounded sums may be negative.
                     mean = math.sqrt(0.0 if mean < 0.0 else mean)
                 values[name] = mean
         return values
@@ -467,7 +470,7 @@ def _stacked(sums: Sequence[Any]) -> Any:
 
 
 def _read(variable: Any) -> Any:
-    """A copy of a variable's value."""
+    """Return a copy of a variable's value."""
     value = variable.value
     return value.clone() if hasattr(value, "clone") else value.read_value()
 

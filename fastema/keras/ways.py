@@ -1,4 +1,4 @@
-"""Ways to put averages into a Keras model where memory cannot just change places."""
+"""Ways to put averages into a Keras model whose memory cannot be swapped with theirs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ __all__ = ["Aside", "UnlessWritten", "is_gone"]
 
 
 class Aside:
-    """The model is given averages, and its own values are kept aside.
+    """Copies averages into the model, and keeps the model's own values to restore them.
 
-    For the JAX backend, whose arrays are never written: weights are kept by reference. An
-    evaluation that fails there leaves variables without a value, or arrays that were donated; what
-    is kept here is neither.
-    ``give`` gives the averages to the model.
+    On JAX, arrays are immutable, so that weights are kept by reference. An evaluation that fails on
+    JAX leaves variables without a value, or with donated arrays, but does not affect the values
+    kept here. ``give`` copies the averages into the model.
     """
 
     def __init__(self, model: Any, averaged: Iterable[Any], give: Callable[[], object]) -> None:
@@ -29,7 +28,7 @@ class Aside:
         self._others: list[tuple[Any, Any]] = []
 
     def apply(self) -> None:
-        """Keep the model's values, and give it the averages."""
+        """Keep the model's values, and copy the averages into the model."""
         self._sync()
         averaged = {id(one) for one in self._variables}
         others = [one for one in self._model.variables if id(one) not in averaged]
@@ -39,7 +38,7 @@ class Aside:
 
     def _sync(self) -> None:
         if keras.backend.backend() == "jax":
-            self._model.jax_state_sync()  # also what an evaluation left that failed
+            self._model.jax_state_sync()  # also the state that a failed evaluation left
 
     @staticmethod
     def _kept(variable: Any) -> Any:
@@ -47,11 +46,11 @@ class Aside:
 
     def _kept_beside(self, others: list[Any]) -> list[tuple[Any, Any]]:
         weights = {id(one) for one in self._model.weights}
-        # What is no weight, such as the state of random numbers, is small: a copy of it.
+        # Copy variables other than weights, such as random number states, which are small.
         return [(one, one.value if id(one) in weights else copied(one)) for one in others]
 
     def restore(self) -> None:
-        """Give the model its own values."""
+        """Restore the model's own values."""
         self._sync()
         for variable, value in self._raw:
             variable.assign(value)
@@ -61,10 +60,10 @@ class Aside:
 
 
 class UnlessWritten(Aside):
-    """The same where other callbacks may write weights meanwhile: what they wrote stays."""
+    """An :class:`Aside` that does not restore weights which other callbacks wrote meanwhile."""
 
     def apply(self) -> None:
-        """Also note what the model was given."""
+        """Keep the model's values, copy the averages into it, and record their checksums."""
         super().apply()
         self._sums = [_checksum(variable) for variable in self._variables]
 
@@ -73,28 +72,28 @@ class UnlessWritten(Aside):
         return variable.value if keras.backend.backend() == "jax" else copied(variable)
 
     def restore(self) -> None:
-        """Give the model its own values, but for those that others wrote."""
+        """Restore the model's own values, except weights that others wrote."""
         for (variable, value), before in zip(self._raw, self._sums, strict=True):
             if _checksum(variable) == before:
                 variable.assign(value)
 
 
 def _on_host(variable: Any) -> Any:
-    """Return a variable's value in row-major memory of the host: perhaps its own."""
+    """Return a variable's value in row-major host memory, possibly the variable's own."""
     value = variable.value
-    # Of PyTorch it stays a tensor: NumPy has no bfloat16 that both know.
+    # Keep PyTorch tensors: NumPy and PyTorch have no common bfloat16.
     return row_major_on_host(
         value if hasattr(value, "detach") else keras.ops.convert_to_numpy(value)
     )
 
 
 def copied(variable: Any) -> Any:
-    """Copy a variable's value to the host."""
+    """Return a copy of a variable's value on the host."""
     return deepcopy(_on_host(variable))
 
 
 def is_gone(array: Any) -> bool:
-    """Return whether a variable has no value, or one that was donated."""
+    """Return whether a variable's array is missing or was donated."""
     return array is None or (hasattr(array, "is_deleted") and array.is_deleted())
 
 

@@ -1,4 +1,4 @@
-"""The average of a model's weights as a callback."""
+"""A callback that averages a model's weights."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from fastema.shadow.options import (
 __all__ = ["EMAWeights"]
 
 Hook: TypeAlias = Literal["test", "predict", "epoch", "block"]
-"""Phase of a run in which the average was applied: it is restored at the end of the same."""
+"""Phase of a run in which the average was applied; the weights are restored when it ends."""
 
 _WEIGHTS: Final = ".weights.h5"
 _BACKUP: Final = ".safetensors"
 
 _in_fit: weakref.WeakKeyDictionary[Any, weakref.ref[EMAWeights]] = weakref.WeakKeyDictionary()
-"""Model to the callback that was last told that its training begins."""
+"""Maps a model to the callback whose ``on_train_begin`` was called last."""
 
 _held_by: weakref.WeakKeyDictionary[Any, weakref.ref[EMAWeights]] = weakref.WeakKeyDictionary()
-"""Model to the callback whose average it holds."""
+"""Maps a model to the callback whose average it holds."""
 
 
 def _path(value: Any, name: str, suffix: str) -> Path | None:
@@ -61,27 +61,27 @@ def _previous(path: Path) -> Path:
 
 
 class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
-    """Averages a model's weights in ``fit``; validation, test and prediction run with the average.
+    """Averages a model's weights in ``fit``, and uses the average to validate, test and predict.
 
-    After the n-th step of the optimizer ``avg += (1 - decay) * (x - avg)`` for every weight ``x``.
-    The average lies beside the model (:attr:`ema`), which keeps its own weights for training.
+    After each step of the optimizer, ``avg += (1 - decay) * (x - avg)`` for every weight ``x``. The
+    average (:attr:`ema`) is separate from the model, which keeps its own weights for training.
 
     Parameters
     ----------
     decay : float or rule, or a sequence of them
-        Weight of the old average, per step of the optimizer, see :class:`fastema.EMA`.
+        Weight of the old average per optimizer step (default 0.999), see :class:`fastema.EMA`.
     swap_on_epoch : bool
-        Put the average into the model at the end of each epoch, for the callbacks that come after
-        this one in the list: a ``ModelCheckpoint`` there saves the average. The weights come back
-        as the next epoch begins, and at the end of training, apart from what other callbacks wrote
-        meanwhile. Takes the memory of a copy of the weights then.
+        Put the average into the model at the end of each epoch (default False), for the callbacks
+        after this one in the list: a ``ModelCheckpoint`` there saves the average. The weights are
+        restored when the next epoch begins and at the end of training, except those that other
+        callbacks wrote meanwhile. This takes the memory of another copy of the weights.
     backup : path, optional
         A ``.safetensors`` file to which the state of the average is written at the end of each
-        epoch, and from which a new run takes it up.
+        epoch, and from which a new run resumes.
     save_path : path, optional
-        A ``.weights.h5`` file for the average at the end of training.
+        A ``.weights.h5`` file to which the average is written at the end of training.
     which : int, optional
-        With several decays, the place of the one that is evaluated and saved.
+        With several decays, the index of the average to evaluate and save.
     zero_debias, shadow_dtype, rounding, seed, update_every, start_after
         See :class:`fastema.EMA`.
     frozen, buffers, policy, on_nonfinite, drift, capturable, watch
@@ -90,21 +90,22 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     Raises
     ------
     ArgumentError
-        For paths with another ending, several decays without ``which``, and, as training begins,
-        whatever :class:`fastema.EMA` says of its options, and a model that is not compiled.
+        For paths with another suffix, and several decays without ``which``. When training begins,
+        for invalid options of :class:`fastema.EMA`, and a model that is not compiled.
     StateError
-        In ``fit``: beside another ``EMAWeights`` or an optimizer with ``use_ema=True``, with a
-        model that is not the one averaged so far, or while the model holds an average.
+        In ``fit``: together with another ``EMAWeights`` or an optimizer with ``use_ema=True``, with
+        a model other than the one averaged so far, or while the model holds an average.
     CheckpointError
-        In ``fit``, if the state in ``backup`` is of another model, naming its tensors, or of
-        another step of the optimizer than the model is at.
+        In ``fit``, if the state in ``backup`` belongs to another model (the message lists its
+        tensors), or to another optimizer step than the model's.
 
     Notes
     -----
-    The average follows the optimizer's steps, not batches. The validation in ``fit``,
-    ``evaluate(callbacks=[ema])`` and ``predict(callbacks=[ema])`` run with it; for other calls use
-    ``with ema.swapped():``. Every bit of the weights comes back, on TensorFlow and PyTorch without
-    a copy. Exceptions, other callbacks, batch normalisation, resuming: ``docs/keras.md``.
+    The average counts optimizer steps, not batches. The validation in ``fit``,
+    ``evaluate(callbacks=[ema])`` and ``predict(callbacks=[ema])`` use the average; for other calls
+    use ``with ema.swapped():``. The weights are restored bit for bit, on TensorFlow and PyTorch
+    without a copy. See ``docs/keras.md`` for exceptions, other callbacks, batch normalization and
+    resuming.
 
     Examples
     --------
@@ -155,7 +156,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._backup = _path(backup, "backup", _BACKUP)
         self._save_path = _path(save_path, "save_path", _WEIGHTS)
         self._ema: EMA | None = None
-        self._written: StateError | None = None  # raised as soon as a swap is undone
+        self._written: StateError | None = None  # raised after the weights are restored
         self._averaged: Any = None
         self._pending: Mapping[str, Any] | None = None
         self._steps: OptimizerSteps | None = None
@@ -170,10 +171,10 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     @property
     def ema(self) -> EMA:
-        """The average, once training has begun; names are the variables' paths within the model."""
+        """The average, with the variables' paths as names; a StateError before training begins."""
         if self._ema is None:
             raise StateError(
-                "there is no average yet: it begins with the weights as training begins; call "
+                "there is no average yet: it is created when training begins; call "
                 "model.fit(callbacks=[...]) with this callback, update(), or load_state_dict()"
             )
         return self._ema
@@ -186,16 +187,16 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     def _checked_model(self) -> Any:
         model = getattr(self, "_model", None)
         if model is None:
-            raise StateError("the callback has no model yet: fit() gives it one, or set_model()")
+            raise StateError("the callback has no model yet: fit() or set_model() sets it")
         if self._averaged is not None and model is not self._averaged:
             raise StateError(
-                f"this EMAWeights averages another model, {self._averaged.name!r}: make one for "
-                "each model (and load_state_dict() to continue in another model that was loaded)"
+                f"this EMAWeights averages another model, {self._averaged.name!r}: create one for "
+                "each model (and call load_state_dict() to continue with a reloaded model)"
             )
         return model
 
     def _begin(self, model: Any) -> bool:
-        """Build the average, if the model has weights; return whether there is one."""
+        """Create the average if the model has weights; return whether there is an average."""
         if self._ema is None:
             if not (model.built and model.variables):
                 return False
@@ -206,31 +207,31 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         return True
 
     def _counted(self, model: Any) -> OptimizerSteps:
-        """The counter of the model's optimizer, and what stands in the way of one."""
+        """Return a counter of the optimizer's steps; raise if the model cannot be averaged."""
         optimizer = getattr(model, "optimizer", None)
         if optimizer is None:
             raise ArgumentError(
-                f"the model {model.name!r} has no optimizer, whose steps are what is counted: "
-                "compile() it (in a training loop of your own use fastema.EMA(model))"
+                f"the model {model.name!r} has no optimizer, but the average counts its steps: "
+                "compile() the model (in your own training loop use fastema.EMA(model))"
             )
         if any(one.use_ema for one in inner(optimizer)):
             raise StateError(
-                "the optimizer has use_ema=True: it would write an average of its own into the "
-                "model, and that would be averaged again; leave out use_ema, or EMAWeights"
+                "the optimizer has use_ema=True: it would write its own average into the "
+                "model, which would be averaged again; leave out use_ema, or EMAWeights"
             )
         return OptimizerSteps(model)
 
     def update(self) -> None:
-        """Take the current weights into the average, if the optimizer has made a step since.
+        """Update the average if the optimizer has made a step since the last update.
 
-        In ``fit`` this is done after each batch. In a loop over ``train_on_batch`` call
-        ``set_model(model)`` and ``update()`` once before it, with which the average begins, and
+        ``fit`` does this after each batch. In a loop over ``train_on_batch``, call
+        ``set_model(model)`` and ``update()`` once before the loop, which creates the average, and
         ``update()`` after each batch.
 
         Raises
         ------
         StateError
-            Without a model with weights, or while it holds the average.
+            If there is no model with weights, or the model holds the average.
         """
         self._refuse_applied("update")
         model = self._checked_model()
@@ -253,19 +254,20 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         return self.ema.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved average; before there is a model with weights, as soon as there is one.
+        """Load a saved average, now or as soon as there is a model with weights.
 
         Parameters
         ----------
         state : mapping
-            Of :meth:`state_dict`, or of a :class:`fastema.EMA` of the same weights.
+            The result of :meth:`state_dict`, here or of a :class:`fastema.EMA` of the same weights.
 
         Raises
         ------
         StateError
             While the model holds the average.
         CheckpointError
-            Listing every mismatch of names, shapes, dtypes and schedule; nothing was changed.
+            If names, shapes, dtypes or the schedule do not match; lists every mismatch, and changes
+            nothing.
         """
         self._refuse_applied("load_state_dict")
         if self._ema is not None:
@@ -286,7 +288,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             )
 
     def _apply(self, hook: Hook) -> None:
-        """Put the average into the model, unless it is there."""
+        """Put the average into the model. Do nothing if it is already there."""
         model = self._checked_model()
         if self._hook is not None:
             return
@@ -332,12 +334,12 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self.restore()
 
     def restore(self) -> None:
-        """Give the model its own weights back, if it holds the average, however it came to it.
+        """Restore the model's own weights if it holds the average, however it was applied.
 
         Raises
         ------
         StateError
-            Once the weights are back, if averaged weights were written meanwhile (on PyTorch).
+            After the weights are restored, if averaged weights were written meanwhile (on PyTorch).
         """
         self._put_back()
         self._verify()
@@ -351,7 +353,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 self._guards.pop().remove()
 
     def _restore_ema(self) -> None:
-        """Restore, and keep for :meth:`_verify` what an average says once the weights are back."""
+        """Restore the weights; keep an error that is raised after that for :meth:`_verify`."""
         try:
             if self.ema.applied:
                 self.ema.restore()
@@ -369,9 +371,10 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._guards.append(ErrorGuard(self._checked_model(), name, self.restore))
 
     def swapped(self) -> RestoringBlock[None]:
-        """A block in which the model holds the average; its weights come back however it ends.
+        """Return a context manager in which the model holds the average.
 
-        Within a block, or a call, in which the model holds the average it does nothing.
+        The weights are restored on exit, also after an exception. Does nothing within a block or
+        call in which the model already holds the average.
 
         Raises
         ------
@@ -387,21 +390,21 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         return Steps(partial(self._apply, "block"), self._put_back, self._verify)
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
-        """Write the average to a file as Keras writes a model's weights.
+        """Write the average to a file in Keras's format for a model's weights.
 
-        ``model.load_weights(path)`` reads it. As with ``model.save_weights`` the state of the
-        optimizer is in the file too, that of the weights in training. Whatever happens, there is
-        the old file or the whole new one.
+        ``model.load_weights(path)`` reads it. As with ``model.save_weights``, the file also holds
+        the optimizer's state, which belongs to the training weights. The file is replaced
+        atomically: there is always the old file or the complete new one.
 
         Parameters
         ----------
         path : path
-            Ends in ``.weights.h5``; its folder must exist.
+            A path that ends in ``.weights.h5``, in an existing folder.
 
         Raises
         ------
         ArgumentError
-            For another ending.
+            For another suffix.
         StateError
             If there is no average yet.
         """
@@ -409,7 +412,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         assert final is not None
         with self.swapped(), files.moved_into_place(final, _WEIGHTS) as partial:
             model = self._checked_model()
-            # Not by way of the guards, which would give the model its weights back before.
+            # Bypass the guards: they would restore the model's weights first.
             type(model).save_weights(model, partial)
 
     # -- training ---------------------------------------------------------------------------------
@@ -422,7 +425,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._counted(model)
         other = _in_fit.get(model, lambda: None)()
         if other is not None and other is not self:
-            # All callbacks of one call are given the same dict.
+            # All callbacks of one fit() call have the same dict.
             if other.params is self.params:
                 raise StateError(
                     "two EMAWeights in one fit(): each would put its average into the model; for "
@@ -436,7 +439,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
         self._end_fit()
-        # fit() validates by self.evaluate: an attribute of the instance comes before the class's.
+        # fit() validates by self.evaluate: an attribute of the instance shadows the class's method.
         self._fit_guard = ErrorGuard(model, "evaluate", self.restore)
         self._opening = True
 
@@ -446,12 +449,12 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self._fit_guard = None
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Begin the average, or take it up, in the first epoch; the weights come back after it."""
+        """Restore the weights; in the first epoch, create the average or resume from the backup."""
         self._restore_after("epoch")
         self._open()
 
     def _open(self) -> None:
-        # Not in on_train_begin: there other callbacks load what they continue with.
+        # Not in on_train_begin, where other callbacks load the weights of a resumed run.
         if not self._opening:
             return
         self._opening = False
@@ -465,11 +468,11 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._done = done
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Expect a batch; there may be none left."""
+        """Record that a batch begins, which may turn out to be missing."""
         self._in_batch = True
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Take the weights into the average if they are those of another step."""
+        """Update the average if the optimizer has made a step."""
         self._in_batch = False
         if self._steps is None or not self._begin(self._checked_model()):
             self.update()
@@ -477,10 +480,10 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self._update_to(self._done + 1 if self._steps.one_per_batch else self._steps.done())
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Write the backup, and put the average into the model where that is wanted."""
+        """Write the backup, and put the average into the model if ``swap_on_epoch`` is set."""
         if self._in_batch and self._steps is not None:
-            # The data ran out. TensorFlow has counted a step all the same, of a batch that it did
-            # not get: nothing in its graph has the counter wait for the data.
+            # The data ran out. TensorFlow has still counted a step, for a batch that it did not
+            # get: nothing in its graph makes the counter wait for the data.
             self._in_batch, self._done = False, self._steps.done()
         if self._backup is not None and self._steps is not None:
             with suppress(FileNotFoundError):
@@ -492,19 +495,19 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self._apply("epoch")
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Give the model its weights back, and save the average."""
+        """Restore the model's weights, and save the average."""
         self._restore_after("epoch")
         self._end_fit()
-        self._open()  # of a run that had come to its end before
+        self._open()  # resuming a complete run starts no epoch
         if self._save_path is not None and self._ema is not None:
             self.save_weights(self._save_path)
 
     def _resume(self, model: Any, backup: Path, done: int, *, must_fit: bool) -> None:
-        """Load the backup that belongs to the model's step."""
+        """Load the backup of the model's step; raise if there is none and ``must_fit`` is true."""
         found = [files.read(path) for path in (backup, _previous(backup)) if path.exists()]
         if found and self._ema is None:
             raise StateError(
-                f"the average in {backup} cannot be taken up: the model has no weights yet; give "
+                f"the average in {backup} cannot be loaded: the model has no weights yet; give "
                 "it an Input, or build it, before fit()"
             )
         steps = []
@@ -536,7 +539,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self._guard("test_function")
 
     def on_test_end(self, logs: Any = None) -> None:
-        """Give the model its weights back."""
+        """Restore the model's weights."""
         self._restore_after("test")
 
     def on_predict_begin(self, logs: Any = None) -> None:
@@ -547,5 +550,5 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self._guard("predict_function")
 
     def on_predict_end(self, logs: Any = None) -> None:
-        """Give the model its weights back."""
+        """Restore the model's weights."""
         self._restore_after("predict")

@@ -1,11 +1,11 @@
-"""For Lightning users: averages of weights, and of losses, as callbacks.
+"""For Lightning users: callbacks that average weights and losses.
 
 >>> from lightning.pytorch import Trainer                              # doctest: +SKIP
 >>> from fastema.lightning import EMACallback, LossAverages
 >>> ema, losses = EMACallback(decay=0.999), LossAverages()
 >>> trainer = Trainer(callbacks=[ema, losses])                         # doctest: +SKIP
 
-They are callbacks of ``lightning`` and of ``pytorch_lightning``, of whichever is installed.
+The callbacks work with ``lightning`` and ``pytorch_lightning``, whichever is installed.
 """
 
 from __future__ import annotations

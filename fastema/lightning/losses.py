@@ -1,4 +1,4 @@
-"""Moving averages of the losses of a Lightning run, in its progress bar and its loggers."""
+"""Moving averages of a Lightning run's losses, in its progress bar and loggers."""
 
 from __future__ import annotations
 
@@ -17,63 +17,65 @@ __all__ = ["LossAverages"]
 
 
 class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
-    """Smooths the loss of each training batch, and the metrics that the module logs beside it.
+    """Smooths the loss of each training batch, and the metrics that the module logs.
 
     The defaults log ``train_loss_sma``, the mean over the last 20 batches, ``train_loss_ema``,
-    which averages over about ten, and ``train_loss_raw``, the batch's own loss. A metric that
-    ``training_step`` logs with ``on_step=True``, say ``train_acc``, gets ``train_acc_sma`` and
+    which averages over about ten, and ``train_loss_raw``, the batch's own loss. For a metric that
+    ``training_step`` logs with ``on_step=True``, say ``train_acc``, they log ``train_acc_sma`` and
     ``train_acc_ema``. All are logged by the module's own ``log``: they reach the progress bar, all
     loggers, and ``trainer.callback_metrics``, for ``ModelCheckpoint`` and ``EarlyStopping``.
 
     Parameters
     ----------
     window_size, decay, raw, debias, on_nonfinite, record
-        Of the averages, see :class:`fastema.tracking.MetricSmoother`. Of what the module logs
-        itself no raw values are logged again.
+        Settings of the averages, see :class:`fastema.tracking.MetricSmoother`. Raw values of
+        metrics that the module logs itself are not logged again.
     metrics : sequence of str, optional
-        Names of the metrics to smooth, as the module logs them. By default all that it logs with
-        ``on_step=True``; ``()`` for the loss alone.
+        Names of the metrics to smooth, as the module logs them. By default all metrics that it logs
+        with ``on_step=True``; ``()`` smooths only the loss.
     loss : str or None
-        Name of the loss; None leaves it out. A metric that the module logs under this name with
-        ``on_step=True`` is smoothed in its place.
+        Name of the loss (default ``"train_loss"``); None leaves the loss out. If the module logs a
+        metric under this name with ``on_step=True``, that metric is smoothed instead.
     prog_bar : bool
-        Show the averages in the progress bar. Losses of single batches are not shown there.
+        Show the averages in the progress bar (default True). Losses of single batches are not shown
+        there.
     sync_dist : bool
-        In distributed training, smooth the mean loss of all processes, at the cost of a reduction
-        per batch, for which they wait for each other. By default each process smooths its own, and
-        loggers show that of process zero. The module's metrics are taken as it logs them.
+        In distributed training, smooth the mean loss of all processes. This costs a reduction per
+        batch, in which processes wait for each other. By default each process smooths its own loss,
+        and loggers show the averages of process zero. Metrics are used as the module logs them.
     batch_size : callable, optional
-        From a batch to its weight. By default the length of the first tensor found in it, as
-        Lightning takes it; a batch without any weighs 1.
+        Function from a batch to its weight. By default the length of the first tensor in the batch,
+        as in Lightning; a batch without tensors has the weight 1.
 
     Raises
     ------
     ArgumentError
-        If an argument has no valid value.
+        For an invalid argument.
 
     Notes
     -----
-    **The weight of a batch** is its size: a short last batch counts for what it is.
+    **The weight of a batch** is its size, so that a short last batch counts less.
 
     **Gradient accumulation.** Lightning divides the loss that callbacks see by
-    ``accumulate_grad_batches``. This is undone, and the average moves at every batch.
+    ``accumulate_grad_batches``. This callback undoes the division, and updates the averages at
+    every batch.
 
-    **Several optimizers.** With manual optimization the loss is ``"loss"`` in what
-    ``training_step`` returns, if there is one.
+    **Several optimizers.** With manual optimization, the loss is the entry ``"loss"`` of the value
+    that ``training_step`` returns, if there is one.
 
     **On an accelerator** nothing waits for a loss until it is shown: losses are read, and the
     averages logged, at the batches that the trainer logs (``log_every_n_steps``) and the last one
-    of an epoch. For losses on the CPU the averages in the progress bar are those of every batch,
-    which takes Lightning about 0.2 ms each; with ``prog_bar=False`` they wait for the logger too.
+    of an epoch. For losses on the CPU, the progress bar shows the averages of every batch, which
+    takes Lightning about 0.2 ms each; with ``prog_bar=False`` they wait for the logger too.
     Lightning itself reads metrics that the module logs with ``prog_bar=True`` at every batch.
 
-    **Order.** Callbacks that stand before this one in the list see the averages of the batch
-    before. Lightning's own progress bar and checkpoints come after all others.
+    **Order.** Callbacks that come before this one in the list see the averages of the previous
+    batch. Lightning's own progress bar and checkpoints come after all others.
 
-    **Resuming.** The state is in the checkpoint: ``fit(ckpt_path=...)`` continues the curve, to the
-    bit. With ``sync_dist=False`` other processes continue from the average of process zero. If the
-    window or the decay has changed, a warning says so and the averages begin again. A ``fit`` from
-    step 0 always begins again.
+    **Resuming.** The state is in the checkpoint: ``fit(ckpt_path=...)`` continues the curve bit for
+    bit. With ``sync_dist=False``, other processes continue from the average of process zero. If the
+    window or the decay has changed, the averages start again, with a warning. A ``fit`` from step 0
+    always starts again.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
         if isinstance(metrics, str):
             raise ArgumentError(f"metrics={metrics!r}: expected names, such as ({metrics!r},)")
         if loss is None and metrics is not None and not metrics:
-            raise ArgumentError("loss=None, metrics=(): nothing is left to be smoothed")
+            raise ArgumentError("loss=None, metrics=(): there is nothing to smooth")
         self.metrics = None if metrics is None else tuple(metrics)
         self.loss = loss
         self.prog_bar = prog_bar
@@ -105,18 +107,18 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
             window_size, decay, raw=raw, debias=debias, on_nonfinite=on_nonfinite, record=record
         )
         self._before: dict[str, torch.Tensor] = {}
-        self._fresh: dict[str, float] = {}  # averages that are not logged yet
+        self._fresh: dict[str, float] = {}  # averages that have not been logged
         self._missing = set(self.metrics or ())
 
     # -- Lightning's hooks -------------------------------------------------------------------------
 
     @property
     def state_key(self) -> str:
-        """Return the key of the state in a checkpoint."""
+        """The key of the state in a checkpoint."""
         return "fastema.lightning.LossAverages"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Begin again with a new run; a checkpoint is loaded after this."""
+        """Reset the averages for a new run; Lightning loads a checkpoint after this."""
         if stage == "fit" and trainer.global_step == 0:
             self._smoother.reset()
             self._fresh = {}
@@ -125,14 +127,14 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note which metrics are logged already."""
+        """Record the metrics logged so far, to tell new ones apart."""
         if self.metrics != ():
             self._before = dict(trainer.callback_metrics)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take in the batch's loss and metrics, and log the averages."""
+        """Add the batch's loss and metrics to the averages, and log the averages."""
         logged = self._logged(trainer)
         values = dict(logged)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
@@ -144,7 +146,7 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
             values, weight=self.batch_size(batch), step=trainer.fit_loop.total_batch_idx
         )
         self._fresh |= {key: value for key, value in averages.items() if key not in _raw(logged)}
-        # Lightning's own callbacks ask the same of the trainer, and there is no other way to.
+        # Lightning's own callbacks read this private attribute too: there is no public one.
         if trainer._logger_connector.should_update_logs or trainer.is_last_batch:
             self._log(trainer, pl_module, self._fresh)
             self._fresh = {}
@@ -153,30 +155,31 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
             self._log(trainer, pl_module, {k: v for k, v in averages.items() if k not in raw})
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Warn of metrics that were asked for and not logged."""
+        """Warn about requested metrics that no batch has logged."""
         if self._missing:
             missing, self._missing = sorted(self._missing), set()
             warnings.warn(
                 f"LossAverages(metrics={self.metrics!r}): in a whole epoch no training batch "
-                f"logged {', '.join(map(repr, missing))}; it takes "
+                f"logged {', '.join(map(repr, missing))}; call "
                 "self.log(name, value, on_step=True) in training_step",
                 stacklevel=2,
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; begin again, with a warning, if its settings differ."""
+        """Load a saved state; if its settings differ, warn and start again."""
         try:
             self._smoother.load_state_dict(state_dict)
         except CheckpointError as error:
-            warnings.warn(f"LossAverages starts again from nothing: {error}", stacklevel=2)
+            warnings.warn(f"LossAverages starts again, without values: {error}", stacklevel=2)
 
-    # -- their parts -------------------------------------------------------------------------------
+    # -- helpers of the hooks ----------------------------------------------------------------------
 
     def _logged(self, trainer: Any) -> dict[str, torch.Tensor]:
         """Return the metrics that were logged with ``on_step=True`` since this batch began.
 
-        ``callback_metrics`` keeps all that was ever logged, in other tensor objects of the same
-        memory at each batch. A metric logged now has new memory, since the old is still held.
+        ``callback_metrics`` keeps every metric ever logged, at each batch in new tensor objects
+        with the same memory. A metric logged in this batch has new memory, because
+        ``self._before`` still holds the old one.
         """
         if self.metrics == ():
             return {}
@@ -186,7 +189,7 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
             for name, value in trainer.callback_metrics.items()
             if name not in before or value.data_ptr() != before[name].data_ptr()
         }
-        for name in list(found):  # logged per epoch too, a metric has two names for one value
+        for name in list(found):  # a metric that is also logged per epoch has two names
             if name.removesuffix("_step") != name and name.removesuffix("_step") in found:
                 del found[name]
         if self.metrics is not None:
@@ -196,7 +199,7 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
 
     def _of_batch(self, loss: Any, trainer: Any) -> Any:
         """Return the loss as ``training_step`` returned it, or its mean over all processes."""
-        parts = trainer.accumulate_grad_batches  # 1 with manual optimization, it must be
+        parts = trainer.accumulate_grad_batches  # always 1 with manual optimization
         if parts != 1:
             loss = loss.to(torch.promote_types(loss.dtype, torch.float32)) * parts
         if self.sync_dist:
@@ -204,14 +207,14 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
         return loss
 
     def _log(self, trainer: Any, pl_module: Any, found: Mapping[str, float]) -> None:
-        if trainer.barebones:  # logs nothing, and warns of those who try
+        if trainer.barebones:  # such a trainer does not log, and warns about attempts
             return
         raw = _raw([self.loss])
         for name, value in found.items():
             pl_module.log(
                 name,
-                # On the CPU and in double precision: a plain number would be copied to the
-                # accelerator, wait for it, and be read back from there.
+                # A float64 tensor on the CPU: Lightning would copy a plain number to the
+                # accelerator, wait for it, and read it back.
                 torch.tensor(float(value), dtype=torch.float64),
                 prog_bar=self.prog_bar and name not in raw,
                 on_step=True,

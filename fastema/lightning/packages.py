@@ -1,4 +1,4 @@
-"""Lightning under its two names: ``lightning`` and ``pytorch_lightning``."""
+"""Imports of Lightning under its two names: ``lightning`` and ``pytorch_lightning``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
 
 
 def _installed() -> list[Any]:
-    """Import every Lightning there is: a trainer may be of either, and each knows its own only."""
+    """Import every installed Lightning package.
+
+    A trainer may come from either package, and accepts only callbacks of its own package.
+    """
     found = []
     for package in PACKAGES:
         with suppress(ModuleNotFoundError):
@@ -23,4 +26,4 @@ def _installed() -> list[Any]:
 LIGHTNINGS: Final = _installed()
 
 Callback: Any = type("Callback", tuple(one.Callback for one in LIGHTNINGS), {})
-"""A callback of all of them."""
+"""Base class that is a callback in every installed Lightning package."""

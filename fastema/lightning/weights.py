@@ -1,4 +1,4 @@
-"""Moving averages of the weights that a Lightning run trains, with all of fastema's options."""
+"""Moving averages of the weights that a Lightning run trains, with all options of fastema.EMA."""
 
 from __future__ import annotations
 
@@ -30,22 +30,23 @@ AtEnd = Literal["average", "raw"]
 class EMACallback(Callback):  # type: ignore[misc]
     """Exponential moving average of the weights that a ``Trainer`` trains.
 
-    ``avg += (1 - decay) * (x - avg)`` after each batch in which an optimizer made a step, ``avg =
-    x`` as training begins. Validation in ``fit`` sees the average: it changes places with the
-    weights, bit for bit, and they come back also if validation fails. The average is part of each
-    checkpoint, and ``fit(ckpt_path=...)`` continues to the bit.
+    It computes ``avg = x`` when training begins, and ``avg += (1 - decay) * (x - avg)`` after each
+    batch in which an optimizer made a step. Validation in ``fit`` uses the average: the average and
+    the weights swap, bit for bit, and swap back even if validation fails. The average is part of
+    each checkpoint, and ``fit(ckpt_path=...)`` continues bit for bit.
 
     Parameters
     ----------
     decay : float or rule, or a sequence of them
-        Weight of the old average, in [0, 1); see :class:`fastema.EMA`. Several give several
-        averages, updated in one pass.
+        Weight of the old average, in [0, 1) (default 0.999); see :class:`fastema.EMA`. Several
+        values give several averages, updated in one pass.
     evaluate_with_average : bool
-        Whether validation in ``fit`` sees the average (default True).
+        Whether validation in ``fit`` uses the average (default True).
     at_end : {"average", "raw"}
-        What the model holds when ``fit`` returns, and so in ``test`` and ``predict``.
+        What the model holds when ``fit`` returns, and therefore in ``test`` and ``predict``
+        (default "average").
     which : int, optional
-        With several averages, the one to evaluate and to leave in the model.
+        With several averages, the index of the one to evaluate and to leave in the model.
     zero_debias, shadow_dtype, rounding, seed, update_every, start_after
         See :class:`fastema.EMA`.
     frozen, buffers, policy, on_nonfinite, drift, capturable, watch
@@ -54,25 +55,26 @@ class EMACallback(Callback):  # type: ignore[misc]
     Raises
     ------
     ArgumentError
-        For an invalid argument; as ``fit`` begins, for weights that are sharded (FSDP, tensor
-        parallel): see docs/sharded.md.
+        For an invalid argument. When ``fit`` begins, for sharded weights (FSDP, tensor parallel):
+        see docs/sharded.md.
     StateError
         If a step is made while the average is in the model.
 
     Notes
     -----
-    **Checkpoints** hold the weights in training under ``"state_dict"``, and the state of the
-    average under ``"callbacks"``. To use the average of one elsewhere::
+    **Checkpoints** hold the training weights under ``"state_dict"``, and the state of the average
+    under ``"callbacks"``. To use the average of a checkpoint elsewhere::
 
         ema = fastema.EMA(module)
         ema.load_state_dict(checkpoint["callbacks"]["fastema.lightning.EMACallback"]["ema"])
         ema.copy_to(module)
 
     **Steps.** With several optimizers, or several steps in one batch of manual optimization, the
-    average is updated once per batch; batches of an accumulation in which no step is made do not
+    average is updated once per batch. With gradient accumulation, batches without a step do not
     count.
 
-    Lightning's own callbacks, with their checkpoints, are :mod:`fastema.compat.lightning`.
+    Drop-in classes for Lightning's own callbacks and their checkpoints are in
+    :mod:`fastema.compat.lightning`.
 
     Examples
     --------
@@ -104,21 +106,21 @@ class EMACallback(Callback):  # type: ignore[misc]
         options = options_in(locals()) | {"zero_debias": zero_debias}
         super().__init__()
         self.at_end: AtEnd = checked(at_end, "at_end", AtEnd)
-        # Refuses what it would refuse as training begins, but for what a GPU is needed to say.
+        # Raise errors in options now, not when training begins; capturable needs a GPU to check.
         tried = {**options, "capturable": False}
         EMA([torch.zeros(1)], decay, **tried)
         self._which = checked_which(which, decay)
         self.evaluate_with_average = evaluate_with_average
         self._decay, self._options = decay, options
         self._ema: EMA | None = None
-        self._saved: dict[str, Any] | None = None  # of a checkpoint, until training begins
+        self._saved: dict[str, Any] | None = None  # state of a checkpoint until training begins
         self._last_step = 0
 
     @property
     def ema(self) -> EMA:
-        """The average, once training has begun; a StateError before."""
+        """The average; a StateError before training begins."""
         if self._ema is None:
-            raise StateError("there is no average yet: it begins as trainer.fit() does")
+            raise StateError("there is no average yet: trainer.fit() creates it")
         return self._ema
 
     # -- Lightning's hooks -------------------------------------------------------------------------
@@ -129,15 +131,15 @@ class EMACallback(Callback):  # type: ignore[misc]
         return "fastema.lightning.EMACallback"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Drop the average of an earlier ``fit``; a checkpoint is loaded after this."""
+        """Drop the average of an earlier ``fit``; Lightning loads a checkpoint after this."""
         if stage == "fit":
             self._ema = self._saved = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin the average, or continue that of a checkpoint."""
+        """Create the average, or continue the average of a checkpoint."""
         if any(map(is_divided, pl_module.parameters())):
             raise ArgumentError(
-                "EMACallback saves whole weights, and those of this model are sharded (FSDP, "
+                "EMACallback saves whole weights, but the weights of this model are sharded (FSDP, "
                 "tensor parallel): keep fastema.EMA(pl_module) in a callback of your own "
                 "(docs/sharded.md)"
             )
@@ -149,7 +151,7 @@ class EMACallback(Callback):  # type: ignore[misc]
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update the average, if an optimizer made a step."""
+        """Update the average if an optimizer made a step."""
         if trainer.global_step > self._last_step:
             self.ema.update()
             self._last_step = trainer.global_step
@@ -160,15 +162,15 @@ class EMACallback(Callback):  # type: ignore[misc]
             self._ema.apply_shadow(which=self._which)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give the model its weights back."""
+        """Restore the model's weights."""
         self._restore()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give the model its weights back, wherever the exception came from."""
+        """Restore the model's weights, wherever the exception was raised."""
         self._restore()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave the average in the model, if the run came to its end and ``at_end`` asks for it."""
+        """Leave the average in the model if the run is complete and ``at_end="average"``."""
         self._restore()
         finished = stage == "fit" and trainer.state.status == "running"
         if finished and self._ema is not None and self.at_end == "average":
@@ -182,15 +184,15 @@ class EMACallback(Callback):  # type: ignore[misc]
     # -- checkpoints -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the average; empty before training."""
+        """Return the state of the average; an empty dict before training."""
         return {} if self._ema is None else {"ema": self._ema.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state of the average until training begins."""
+        """Keep a state of the average, which is loaded when training begins."""
         self._saved = state_dict.get("ema")
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Save the weights in training, also in validation, where the model holds the average."""
+        """Save the training weights, also during validation, when the model holds the average."""
         if self._ema is None or not self._ema.applied:
             return
         self._ema.restore()

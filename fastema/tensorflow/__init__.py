@@ -1,4 +1,4 @@
-"""For TensorFlow users: ``tf.train.ExponentialMovingAverage`` on our kernels, in checkpoints."""
+"""For TensorFlow users: ``tf.train.ExponentialMovingAverage`` on compiled kernels."""
 
 from __future__ import annotations
 

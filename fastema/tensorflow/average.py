@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import tensorflow as tf
 
-# Nothing public says whether a function is being traced for XLA, which has no Python calls.
+# No public API reports whether a function is traced for XLA, which cannot call Python.
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from fastema.binding.swap import Calls, Swap
@@ -37,13 +37,13 @@ def _refuse_replicas() -> None:
 
 
 class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
-    """Moving averages of variables, as of ``tf.train.ExponentialMovingAverage``.
+    """Moving averages of variables, with the API of ``tf.train.ExponentialMovingAverage``.
 
-    ``average -= (1 - decay) * (average - variable)`` at each :meth:`apply`, with
-    ``min(decay, (1 + num_updates) / (10 + num_updates))`` in place of ``decay`` where
-    ``num_updates`` is given. The average of a variable starts at the variable's value, that of a
-    tensor at zero. Averages are ``tf.Variable`` objects that are not trainable, of the variable's
-    dtype, updated in place, all of a list in one call of a compiled kernel.
+    Each :meth:`apply` computes ``average -= (1 - decay) * (average - variable)``. If
+    ``num_updates`` is given, ``min(decay, (1 + num_updates) / (10 + num_updates))`` replaces
+    ``decay``. The average of a variable starts at the variable's value, the average of a tensor at
+    zero. Averages are non-trainable ``tf.Variable`` objects in the variable's dtype. They are
+    updated in place, a whole list in one call of a compiled kernel.
 
     It works eagerly and inside ``tf.function``, and is a ``tf.Module``: its averages are saved and
     restored in ``tf.train.Checkpoint(model=model, ema=ema)``, or as an attribute of a model.
@@ -53,36 +53,38 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
     decay : float, scalar tensor or variable
         Weight of the old average, in [0, 1]. A variable is read at each update.
     num_updates : number, scalar tensor or variable, optional
-        Updates done so far, at least 0, such as ``optimizer.iterations``; a variable is read at
+        Number of updates so far, >= 0, such as ``optimizer.iterations``. A variable is read at
         each update. At 0 the decay is at most 0.1.
     zero_debias : bool
-        Divide averages of *tensors* by the share that the tensors have in them,
-        ``1 - product of the decays``, as in Adam: the first update gives the tensor itself.
-        Averages of variables need none.
+        Divide averages of *tensors* by the total weight of the tensors, ``1 - product of the
+        decays``, as in Adam, so that the first update returns the tensor itself (default False).
+        Averages of variables need no correction.
     name : str
-        Appended to the names of variables to name their averages.
+        Suffix that turns a variable's name into its average's name.
     rounding : {"stochastic", "nearest"}
-        Of averages in float16 and bfloat16, which are computed in float32. To nearest, an average
-        in bfloat16 with a decay of 0.999 stands still; at random it moves as it should, on average.
+        Rounding of float16 and bfloat16 averages, which are computed in float32. With "nearest", a
+        bfloat16 average with a decay of 0.999 does not move; with "stochastic", the default, its
+        expected value is right.
     seed : int
-        Of the random bits, at least 0; they also depend on the average's name, the element's place
-        in it and the number of the update, which is in the checkpoint.
+        Seed for stochastic rounding, >= 0. The random bits also depend on the average's name, the
+        element's index and the number of the update, which is in the checkpoint.
 
     Attributes
     ----------
     shadow : mapping of str to tf.Variable
-        The averages, by the names that they have in a checkpoint. To be read only.
+        The averages, by their names in a checkpoint. Read-only.
 
     Raises
     ------
     ArgumentError
-        For a decay or a number of updates out of range (inside ``tf.function``: the message alone).
+        For a decay or a number of updates out of range. Inside ``tf.function``, TensorFlow raises
+        its own error with this message.
 
     Notes
     -----
-    Inside ``tf.function`` an update is a ``tf.py_function``: it runs in this process only, and XLA
-    is refused while tracing. Names in a checkpoint, functions, and where it differs from
-    TensorFlow's class: ``docs/tensorflow.md``.
+    Inside ``tf.function`` an update is a ``tf.py_function``: it runs in this process only, and
+    tracing for XLA raises an error. ``docs/tensorflow.md`` describes names in a checkpoint,
+    functions, and the differences from TensorFlow's class.
 
     Examples
     --------
@@ -121,7 +123,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         super().__init__()
         if not isinstance(name, str) or not name:
             raise ArgumentError(f"name={name!r}: expected a name for averages")
-        Plan({}, {}, rounding=rounding, seed=seed)  # refuses what it would refuse later
+        Plan({}, {}, rounding=rounding, seed=seed)  # raises now for invalid options
         self._title, self._rounding, self._seed = name, rounding, seed
         self._sources = DecaySource(
             checked_number(decay, "decay"),
@@ -135,40 +137,41 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
 
     @property
     def name(self) -> str:
-        """The ending of the averages' names."""
+        """The suffix of the averages' names."""
         return self._title
 
     @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
     def apply(self, var_list: Any = None) -> Any:
-        """Update the averages of variables; those that are new get one first.
+        """Update the averages of variables, after creating averages for new variables.
 
         Parameters
         ----------
         var_list : iterable of variables, or dict of str to variable or tensor, optional
-            Of ``tf.Variable`` or, on the TensorFlow backend, Keras variables, of any shape, in
-            float16, bfloat16, float32 or float64. The keys of a dict are the names in a checkpoint;
-            a tensor needs one, since that is all it has in common with the next step's. Without it,
-            all variables averaged so far.
+            ``tf.Variable`` objects or, on the TensorFlow backend, Keras variables, of any shape, in
+            float16, bfloat16, float32 or float64. The keys of a dict are the names in a checkpoint.
+            A tensor needs a key, which identifies it in later steps. By default, all variables
+            averaged so far.
 
         Returns
         -------
         tf.Operation or None
-            The update's operation while a function is traced; None when it is done.
+            The update's operation while a function is traced; None in eager mode.
 
         Raises
         ------
         BridgeError
-            For what is no variable, for those of a ``tf.distribute`` strategy, and inside one,
-            inside ``tf.function(jit_compile=True)`` and in graphs of TensorFlow 1.
+            For an object that is not a variable, for variables of a ``tf.distribute`` strategy,
+            inside a strategy's scope, inside ``tf.function(jit_compile=True)``, and in graphs of
+            TensorFlow 1.
         DTypeError
             For other dtypes.
         ArgumentError
-            For a name that is taken.
+            For a name that another average has.
         LayoutError
-            If a tensor's shape or dtype is not that of its average, or not known while tracing.
+            If a tensor's shape or dtype differs from its average's, or is unknown while tracing.
         StateError
-            Inside :meth:`swapped`; for a variable without a value, such as one created by the
-            function that is traced; without a list before there are averages.
+            Inside :meth:`swapped`; for a variable without a value, such as one that the traced
+            function creates; without a list if there are no averages yet.
         """
         _refuse_replicas()
         self._refuse_swapped()
@@ -186,21 +189,23 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         return None
 
     def average(self, var: Any) -> Any:
-        """The variable that holds an average, or None; inside :meth:`swapped` it holds the weights.
+        """Return the variable that holds an average, or None if there is no such average.
+
+        Inside :meth:`swapped` it holds the weights.
 
         Parameters
         ----------
         var : variable or str
-            A variable, or a name that :meth:`apply` was given.
+            An averaged variable, or a key that was passed to :meth:`apply`.
         """
         name = var if isinstance(var, str) else self._books.names.get(self._reference(var))
         return None if name is None else self.shadow.get(name)
 
     def average_name(self, var: Any) -> str:
-        """The name that TensorFlow shows for an average, which need not exist yet.
+        """Return the name that TensorFlow shows for an average, which need not exist yet.
 
-        Such as ``dense/kernel/ExponentialMovingAverage``; the second of one name ends in ``_1``,
-        which is known once it exists. ``var`` is as in :meth:`average`.
+        An example is ``dense/kernel/ExponentialMovingAverage``. A second average of the same name
+        ends in ``_1``, once it exists. ``var`` is as in :meth:`average`.
         """
         average = self.average(var)
         if average is not None:
@@ -208,30 +213,31 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         return f"{var if isinstance(var, str) else name_of(variable_of(var))}/{self._title}"
 
     def variables_to_restore(self, moving_avg_variables: Any = None) -> dict[str, Any]:
-        """Variables by the names of their averages, to restore averages in their place.
+        """Return variables by their averages' names, to restore averages into the variables.
 
-        For a ``tf.compat.v1.train.Saver``; with ``tf.train.Checkpoint`` use :meth:`swapped`. All
-        averaged variables, if none are given.
+        Pass the result to a ``tf.compat.v1.train.Saver``; with ``tf.train.Checkpoint`` use
+        :meth:`swapped`. By default, all averaged variables are returned.
         """
         chosen = self._variables() if moving_avg_variables is None else moving_avg_variables
         return {self.average_name(variable): variable_of(variable) for variable in chosen}
 
     def swapped(self, var_list: Any = None) -> RestoringBlock[None]:
-        """A block in which variables hold their averages; they come back however it ends.
+        """Return a context manager in which variables hold their averages.
 
-        Variables and averages change places, in place and bit for bit, without a third copy. What
-        is written to variables within the block is taken for the average.
+        The variables' own values are restored on exit, also after an exception. Variables and
+        averages swap in place, bit for bit, without a third copy. Writes to variables inside the
+        block change the averages.
 
         Parameters
         ----------
         var_list : iterable of variables, optional
-            Of those averaged; all of them, if not given.
+            Averaged variables to swap; all of them by default.
 
         Raises
         ------
         StateError
             Inside another such block or ``tf.function``, or if there are no averages. Inside the
-            block :meth:`apply`, saving this object in a checkpoint and restoring it raise it too.
+            block, :meth:`apply` and saving or restoring this object in a checkpoint raise it.
         ArgumentError
             For a variable without an average.
         """
@@ -256,7 +262,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             self._state.swapped = True
 
         def restore() -> None:
-            self._unfinished = swap  # until it is done: it may raise
+            self._unfinished = swap  # cleared only if restore() succeeds
             swap.restore()
             self._unfinished, self._state.swapped = None, False
 
@@ -282,7 +288,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
                 "compile(jit_compile=False), or fastema.keras.EMAWeights instead)"
             )
 
-    # -- from what is given to what is updated -----------------------------------------------------
+    # -- variables, tensors and their names --------------------------------------------------------
 
     @staticmethod
     def _listed(var_list: Any) -> list[Any]:
@@ -311,14 +317,14 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         return [reference.deref() for reference in self._books.names]
 
     def _parted(self, var_list: Any) -> tuple[Entry | None, dict[str, Any]]:
-        """The entry of the variables in what apply() was given, and the tensors."""
+        """Split the argument of apply() into an entry for its variables, and its tensors."""
         if var_list is None:
             return self._entry(self._variables()), {}
         if not isinstance(var_list, Mapping):
             return self._entry(self._listed(var_list)), {}
         strange = [name for name in var_list if not isinstance(name, str) or not name]
         if strange:
-            raise ArgumentError(f"{strange[0]!r} is no name: names of averages are strings")
+            raise ArgumentError(f"{strange[0]!r} is not a name: names of averages are strings")
         tensors = {name: x for name, x in var_list.items() if isinstance(x, tf.Tensor)}
         variables = {name: x for name, x in var_list.items() if name not in tensors}
         for name, tensor in tensors.items():
@@ -348,11 +354,11 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             )
 
     def _entry(self, given: list[Any], names: list[str] | None = None) -> Entry:
-        """The entry of a list of variables, looked up by who they are or made."""
+        """Return the entry of a list of variables, cached by their identities and names."""
         key = (tuple(map(id, given)), names and tuple(names))
         entry = self._books.entries.get(key)
         if entry is None:
-            variables = {self._reference(one): one for one in given}  # each once
+            variables = {self._reference(one): one for one in given}  # without duplicates
             wanted = dict(zip(map(self._reference, given), names or [], strict=False))
             if names is not None and len(wanted) < len(names):
                 raise ArgumentError("var_list has one variable under several names")
@@ -404,7 +410,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             )
 
     def _named(self, given: list[Any], wanted: dict[Any, str]) -> dict[Any, str]:
-        """Names for new averages: those wanted, or what variables are called, made unique."""
+        """Return names for new averages: the requested names, or unique names of variables."""
         stems = {self._reference(one): stem_of(one) for one in given}
         taken, names = {*self.shadow, *wanted.values()}, {}
         for reference, (stem, _) in sorted(stems.items(), key=lambda item: item[1][1]):
@@ -427,13 +433,13 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             self._books.names[reference] = name
 
     def _create(self, name: str, title: str, value: Any) -> None:
-        """An average that starts at a value, or at what a checkpoint has kept for it."""
+        """Create an average that starts at a value, or at its value in a restored checkpoint."""
         unique, count = title, 0
         while unique in self._books.titles:
             count += 1
             unique = f"{title}_{count}"
         self._books.titles.add(unique)
-        # A scope that ends in a slash is all of the name, whatever scope we are called in.
+        # A scope that ends in a slash is absolute, independent of the caller's scope.
         scope, _, last = unique.rpartition("/")
         with tf.name_scope(f"{scope}/"):
             average = tf.Variable(value, trainable=False, dtype=value.dtype, name=last)
@@ -449,11 +455,11 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         return entry.plan
 
     def _lerp(self, plan: Plan, names: Iterable[str], weight: float) -> None:
-        """Update, with the random bits of the step that a checkpoint says it is."""
+        """Update averages, with random bits of the step that checkpoints count."""
         steps = self._state.steps
         step = max(steps.get(name, 0) for name in names)
-        plan.calls = step  # its own count ends with the process
-        with defer_signals():  # interrupts wait, so that averages and their record stay together
+        plan.calls = step  # the plan's own count is not in checkpoints
+        with defer_signals():  # keeps averages and their step counts consistent
             plan.lerp_(weight)
             steps.update(dict.fromkeys(names, step + 1))
 
@@ -467,7 +473,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         remaining = self._state.remaining.get(name, 1.0) * decay
         weight = 1.0 - decay
         if self._zero_debias:
-            # As long as nothing was taken in, the average is the tensor itself.
+            # While all decays were 1, the average is still zero: take the tensor itself.
             weight = min(weight / (1.0 - remaining), 1.0) if remaining < 1.0 else 1.0
         plan = Plan({name: average}, {name: tensor}, rounding=self._rounding, seed=self._seed)
         with defer_signals():
@@ -475,7 +481,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             self._state.remaining[name] = remaining
 
     def _traced(self, entry: Entry | None, tensors: dict[str, Any]) -> Any:
-        """The update as an operation of the function that is traced."""
+        """Return the update as an operation of the function being traced."""
         numbers, named = self._sources.symbolic(), [self.shadow[name] for name in tensors]
         averages = [] if entry is None else list(entry.averages.values())
         variables = [] if entry is None else list(entry.variables.values())
@@ -494,15 +500,15 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             for name, tensor, average in given:
                 self._update_tensor(name, average, tensor, decay)
 
-        # Tensors of the variables' own memory: reading them is quicker in the graph than in the
-        # call, where each of them would be an operation of its own.
+        # Read the variables in the graph, as tensors of the variables' own memory. Reading them in
+        # the call is slower, since each read is a separate eager operation.
         inputs = [
             *numbers,
             *(x for pair in zip(tensors.values(), map(unshare, named), strict=True) for x in pair),
             *map(unshare, averages),
             *(tf.raw_ops.ReadVariableOp(resource=v.handle, dtype=v.dtype) for v in variables),
-            # Handles are not looked at. By them TensorFlow's automatic control dependencies order
-            # the call among everything else that touches the variables.
+            # The call ignores the handles. They let TensorFlow's automatic control dependencies
+            # order the call among all other uses of the variables.
             *(variable.handle for variable in (*named, *averages, *variables)),
         ]
         return tf.py_function(update, inputs, [], name=re.sub(r"[^\w.]", "_", self._title))

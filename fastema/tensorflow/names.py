@@ -1,4 +1,4 @@
-"""Names of variables, from which those of averages are made."""
+"""Names of variables, from which names of averages are derived."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import tensorflow as tf
 
 __all__ = ["name_of", "stem_of"]
 
-# What Keras appends to the name of a layer when another had that name before, anywhere in the
-# process.
+# The counter that Keras appends to a layer's name if an earlier layer of the process has that name.
 _COUNTER: Final = re.compile(r"_(\d+)(?=/|$)")
 
 
 def name_of(variable: Any) -> str:
-    """Return the name that TensorFlow gave a variable, without the number of its output."""
+    """Return a variable's name in TensorFlow, without the output number ``:0``."""
     return str(variable.name).removesuffix(":0")
 
 
 def stem_of(obj: Any) -> tuple[str, list[tuple[str, int]]]:
-    """A variable's name without what depends on other objects, and what to sort its equals by."""
+    """Return a variable's name without layer counters, and a sort key for equal names."""
     if isinstance(obj, tf.Variable):
         return name_of(obj), []
     path = str(obj.path)

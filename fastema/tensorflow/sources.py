@@ -1,4 +1,4 @@
-"""The source of an update's decay, and the variables in what users pass."""
+"""The source of an update's decay, and checks of numbers and variables that users pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["DecaySource", "check_number", "checked_number", "variable_of"]
 
 
 def variable_of(obj: Any) -> Any:
-    """The tf.Variable that something is or, as a Keras variable, holds; else None."""
+    """Return a tf.Variable itself, the tf.Variable of a Keras variable, or None."""
     if isinstance(obj, tf.Variable):
         return obj
     value = getattr(obj, "value", None)
@@ -22,7 +22,10 @@ def variable_of(obj: Any) -> Any:
 
 
 def checked_number(source: Any, what: str) -> Any:
-    """A number as a float, a tensor or variable as it is, checked as far as it is known."""
+    """Return a number as a float, or a tensor or variable unchanged.
+
+    Raise an ArgumentError for a number out of range, or a tensor that is not a real scalar.
+    """
     variable = variable_of(source)
     if variable is not None:
         source = variable
@@ -42,7 +45,7 @@ def checked_number(source: Any, what: str) -> Any:
 
 
 def check_number(number: float, what: str, given: Any = None) -> None:
-    """Refuse a decay or a number of updates that is none."""
+    """Raise an ArgumentError if a decay or a number of updates is out of range."""
     highest, words = (1.0, "in [0, 1]") if what == "decay" else (math.inf, "of at least 0")
     if not 0.0 <= number <= highest or math.isinf(number):
         shown = number if given is None else given
@@ -61,15 +64,15 @@ class DecaySource:
         return {name: one for name, one in sources.items() if not isinstance(one, float | None)}
 
     def symbolic(self) -> list[Any]:
-        """Return what has to be evaluated at run time, as scalars in float64."""
+        """Return the tensors and variables to read at run time, as float64 scalars."""
         return [tf.cast(tf.convert_to_tensor(one), tf.float64) for one in self._changing().values()]
 
     def now(self) -> float:
-        """The decay, with everything read now."""
+        """Return the decay, reading tensors and variables now."""
         return self.of([float(one.numpy()) for one in self._changing().values()])
 
     def of(self, values: list[float]) -> float:
-        """The decay, given the values of :meth:`symbolic`."""
+        """Return the decay, given the values of :meth:`symbolic`."""
         found = dict(zip(self._changing(), values, strict=True))
         for name, value in found.items():
             check_number(value, name)

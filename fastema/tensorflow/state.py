@@ -1,4 +1,4 @@
-"""The state of an average besides its tensors: saved in checkpoints, or not."""
+"""The state of averages other than their tensors, which checkpoints save in part."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["Entry", "Registry", "State"]
 
 
 class State(tf.train.experimental.PythonState):  # type: ignore[misc]
-    """The part of the state that is no tensor; a child of the object graph."""
+    """The saved state other than tensors; a child in TensorFlow's object graph."""
 
     def __init__(self) -> None:
-        # Of an averaged tensor, the share that zero still has in it: the product of the decays.
+        # The weight of the initial zero in each averaged tensor: the product of all decays.
         self.remaining: dict[str, float] = {}
-        self.steps: dict[str, int] = {}  # updates of the averages that are rounded at random
+        self.steps: dict[str, int] = {}  # updates of each stochastically rounded average
         self.swapped = False
 
     def serialize(self) -> str:
-        """Return what a checkpoint keeps, as JSON."""
+        """Return the state for a checkpoint, as JSON."""
         if self.swapped:
             raise StateError(
                 "a checkpoint would hold the weights as the averages: save it outside of swapped()"
@@ -33,7 +33,7 @@ class State(tf.train.experimental.PythonState):  # type: ignore[misc]
         return json.dumps({"remaining": self.remaining, "steps": self.steps}, sort_keys=True)
 
     def deserialize(self, string_value: bytes) -> None:
-        """Take over what a checkpoint has; called by TensorFlow while it restores."""
+        """Merge in the state of a checkpoint; called by TensorFlow when it restores one."""
         if self.swapped:
             raise StateError("restore a checkpoint outside of swapped()")
         try:
@@ -50,24 +50,24 @@ class State(tf.train.experimental.PythonState):  # type: ignore[misc]
 
 @dataclass(eq=False)
 class Entry:
-    """A list of variables as it was given once, and what updates it."""
+    """A list of variables passed to ``apply()``, their averages, and the plan that updates them."""
 
-    given: list[Any]  # kept, so that no other object gets the address of one
-    averages: dict[str, Any]  # by name in the checkpoint, each variable once
+    given: list[Any]  # kept alive, since the cache identifies objects by their addresses
+    averages: dict[str, Any]  # by name in the checkpoint, without duplicates
     variables: dict[str, Any]
-    narrow: bool  # one of them is of 16 bits and rounded at random
-    plan: Plan | None = None  # made at the first update: while tracing there is no memory
+    narrow: bool  # whether any variable is 16-bit and rounded stochastically
+    plan: Plan | None = None  # created at the first update: tracing has no memory
 
 
 @dataclass(eq=False)
 class Registry:
-    """Attributes hidden from TensorFlow's tracking, which would wrap and save them."""
+    """State hidden from TensorFlow's attribute tracking, which would wrap and save it."""
 
-    names: dict[Any, str] = field(default_factory=dict)  # by tf.Variable.ref(), as they came
-    entries: dict[Any, Entry] = field(default_factory=dict)  # by the objects' addresses, and names
+    names: dict[Any, str] = field(default_factory=dict)  # by tf.Variable.ref(), oldest first
+    entries: dict[Any, Entry] = field(default_factory=dict)  # by the objects' addresses and names
     titles: set[str] = field(default_factory=set)  # averages' names as TensorFlow prints them
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Registry:
-        """The books of a copied average, about the copies of the variables."""
+        """Return a registry that refers to the copies of the variables."""
         copies = {deepcopy(ref.deref(), memo).ref(): name for ref, name in self.names.items()}
         return Registry(copies, titles=set(self.titles))

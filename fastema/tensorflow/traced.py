@@ -1,4 +1,4 @@
-"""The update that one traced function makes."""
+"""Updates of averages inside a traced function."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["TracedUpdate"]
 
 
 class TracedUpdate:
-    """The update of a list of variables by what one traced function reads of them."""
+    """The update of a list of variables with the values that one traced function reads."""
 
     def __init__(self, entry: Entry, rounding: str, seed: int) -> None:
         self._entry, self._lock = entry, threading.Lock()
-        # The plan looks at these whenever it runs. It is made of the variables, and now: of a
-        # tensor it would keep the first, so that its variable moved; and looking at a variable
-        # takes it away from the tensors that were read of it.
+        # The plan reads these dicts whenever it runs. Build it from variables, and now. Built from
+        # tensors, it would keep the first ones alive, so that their variables would move. Built
+        # later, it would separate variables from the tensors that were read from them.
         self._averages, self._variables = dict(entry.averages), dict(entry.variables)
         with tf.init_scope():
             self._plan = Plan(self._averages, self._variables, rounding=rounding, seed=seed)
 
     @contextmanager
     def on(self, averages: list[Any], variables: list[Any]) -> Iterator[Plan]:
-        """The plan, for as long as it is to run on these tensors."""
+        """Yield the plan, which runs on these tensors within the block."""
         with self._lock:
             self._averages.update(zip(self._averages, averages, strict=True))
             self._variables.update(zip(self._variables, variables, strict=True))

@@ -1,4 +1,4 @@
-"""For PyTorch users: what a model with batch normalisation needs besides its averaged weights."""
+"""For PyTorch users: batch normalization statistics for averaged weights."""
 
 from __future__ import annotations
 

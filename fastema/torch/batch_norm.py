@@ -1,4 +1,4 @@
-"""Statistics of batch normalisation for averaged weights."""
+"""Batch normalization statistics for averaged weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from fastema.errors import ArgumentError, BridgeError
 
-if TYPE_CHECKING:  # where PyTorch is not installed, fastema.update_bn is there all the same
+if TYPE_CHECKING:  # fastema.update_bn can be imported without PyTorch
     import torch
     from torch import nn
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -31,46 +31,48 @@ def update_bn(
     progress: bool = False,
     forward: Forward | None = None,
 ) -> None:
-    """Recompute the running statistics of batch normalisation with the weights the model holds now.
+    """Recompute the running statistics of batch normalization with the model's current weights.
 
-    Over batches ``b = 1 ... B`` each layer gets ``running_mean = sum(mean_b) / B`` and
-    ``running_var = sum(var_b) / B`` of its inputs, ``var_b`` being the unbiased variance within a
-    batch: the same numbers as :func:`torch.optim.swa_utils.update_bn`. Averaged weights give other
-    activations than the weights that were trained, so call it before averaged weights are evaluated
-    or saved.
+    Over batches ``b = 1 ... B``, the inputs of each layer give ``running_mean = sum(mean_b) / B``
+    and ``running_var = sum(var_b) / B``, where ``var_b`` is the unbiased variance within a batch.
+    These are the numbers of :func:`torch.optim.swa_utils.update_bn`. Averaged weights produce other
+    activations than trained weights, so call this function before you evaluate or save averaged
+    weights.
 
     Parameters
     ----------
     loader : iterable
-        Batches of training inputs, read once. Of a list or tuple the first element is the input. A
-        mapping is passed as ``model(**input)``, without the names that ``model.forward`` lacks.
+        Batches of training inputs, read once. The input is the first element of a list or tuple. A
+        mapping is passed as ``model(**input)``, without keys that ``model.forward`` does not take.
     model : torch.nn.Module
-        With layers of ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` or ``SyncBatchNorm``. If none of
-        them tracks statistics, nothing is done and the loader is not read.
+        A model with ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` or ``SyncBatchNorm`` layers. If none
+        of them tracks statistics, nothing is done and the loader is not read.
     device : torch.device, str or int, optional
-        Where inputs are moved: tensors, other objects with a method ``to``, and those in nested
-        lists, tuples and mappings. By default they stay where they are.
+        Device to which inputs are moved: tensors, other objects with a method ``to``, and their
+        nested lists, tuples and mappings. By default inputs are not moved.
     progress : bool
-        Show a progress bar on standard error; needs the package rich.
+        Show a progress bar on standard error (default False); needs the package rich.
     forward : callable, optional
-        ``forward(model, batch)``, called with each whole batch instead.
+        ``forward(model, batch)``, called with each whole batch instead of the model.
 
     Raises
     ------
     ArgumentError
-        For an empty loader, a mapping without a name that ``model.forward`` takes, a missing rich.
+        For an empty loader, a mapping without a key that ``model.forward`` takes, or a missing
+        rich.
     BridgeError
         If a layer is lazy and has no shape yet.
 
     Notes
     -----
-    The pass is made in training mode and without gradients; momenta and modes come back. If it
-    raises, so do the old statistics, bit for bit. A layer that saw no batch keeps its own. All
-    batches count the same, whatever their size.
+    The model runs in training mode without gradients; momenta and modes are restored afterward. If
+    the run raises, the old statistics are restored too, bit for bit. A layer that sees no batch
+    keeps its statistics. All batches have the same weight, regardless of their size.
 
     Inside ``with ema.swapped():`` the new statistics belong to the average, and the raw weights get
-    theirs back. With ``buffers="copy"`` the next ``update()`` takes those of the raw weights again;
-    with ``buffers="skip"`` there are none in the average, and the model keeps the new ones.
+    their own back. With ``buffers="copy"``, the next ``update()`` copies the statistics of the raw
+    weights again. With ``buffers="skip"``, the average has no statistics, and the model keeps the
+    new ones.
 
     Examples
     --------
@@ -104,7 +106,7 @@ def update_bn(
         return
     if any(nn.parameter.is_lazy(buffer) for layer in layers for buffer in layer.buffers()):
         raise BridgeError(
-            "a lazy batch normalisation has no shape yet; run the model once before update_bn()"
+            "a lazy batch normalization has no shape yet; run the model once before update_bn()"
         )
     run = forward or _caller(model)
     empty = True
@@ -123,7 +125,7 @@ def update_bn(
 
 @contextmanager
 def _recomputed(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
-    """Let the layers average over all batches of a block; an error in it undoes everything."""
+    """Make the layers average over all batches of the block; undo everything if it raises."""
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(layer, layer.momentum) for layer in layers]
     before = [
@@ -134,9 +136,9 @@ def _recomputed(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
         model.train()
         for layer in layers:
             layer.reset_running_stats()
-            layer.momentum = None  # torch's sign for a cumulative average
+            layer.momentum = None  # PyTorch then computes a cumulative average
         yield
-        # Part of a model may not run, or its train() may keep layers frozen.
+        # Some layers may not have run, or the model's train() may keep them frozen.
         _restore_buffers([state for state in before if not state[0].num_batches_tracked])
     except BaseException:
         _restore_buffers(before)
@@ -149,14 +151,14 @@ def _recomputed(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
 
 
 def _restore_buffers(states: list[State]) -> None:
-    """Write kept buffers into their layers, in place: an average may share the memory."""
+    """Copy saved buffers into their layers, in place, since an average may share the memory."""
     for layer, buffers in states:
         for name, kept in buffers.items():
             layer.get_buffer(name).copy_(kept)
 
 
 def _to_device(batch: Any, device: torch.device | str | int) -> Any:
-    """Return a batch, and all that it holds, on a device."""
+    """Return a batch with all of its nested tensors on a device."""
     if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):
@@ -168,7 +170,7 @@ def _to_device(batch: Any, device: torch.device | str | int) -> Any:
 
 
 def _caller(model: nn.Module) -> Forward:
-    """Return a function that calls this model with an input."""
+    """Return a function that calls the model with an input, or with a mapping as keywords."""
     names = _keywords(model)
 
     def call(model: nn.Module, given: Any) -> object:
@@ -187,13 +189,13 @@ def _caller(model: nn.Module) -> Forward:
 
 
 def _keywords(model: nn.Module) -> frozenset[str] | None:
-    """Return the keyword arguments that a model, or the model in a wrapper, takes; None for any."""
+    """Return the keyword arguments that a possibly wrapped model takes; None if it takes any."""
     parameters = inspect.signature(model.forward).parameters.values()
     kinds = [parameter.kind for parameter in parameters]
     if inspect.Parameter.VAR_KEYWORD not in kinds:
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         return frozenset(one.name for one in parameters if one.kind in named)
-    # Wrappers take (*args, **kwargs), and hand all of them to their one child.
+    # Wrappers take (*args, **kwargs), and pass all of them to their only child.
     children = list(model.named_children())
     if kinds[0] is inspect.Parameter.VAR_POSITIONAL and len(children) == 1:
         name, child = children[0]
@@ -204,7 +206,7 @@ def _keywords(model: nn.Module) -> frozenset[str] | None:
 
 @contextmanager
 def _with_progress(loader: Iterable[Any], progress: bool) -> Iterator[Iterable[Any]]:
-    """Yield the loader, with a progress bar if asked for."""
+    """Yield the loader, with a progress bar if requested."""
     if not progress:
         yield loader
         return

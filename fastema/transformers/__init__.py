@@ -1,4 +1,4 @@
-"""For users of the Hugging Face ``Trainer``: averages of weights, and of losses, as callbacks.
+"""For users of the Hugging Face ``Trainer``: callbacks that average weights and losses.
 
 >>> from transformers import Trainer                                       # doctest: +SKIP
 >>> from fastema.transformers import EMACallback, LossAverages

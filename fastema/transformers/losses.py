@@ -16,45 +16,45 @@ __all__ = ["LossAverages"]
 
 
 class LossAverages(TrainerCallback):  # type: ignore[misc]
-    """Adds ``loss_sma`` and ``loss_ema`` to what the ``Trainer`` logs.
+    """Adds ``loss_sma`` and ``loss_ema`` to the logs of the ``Trainer``.
 
-    They stand beside ``loss`` wherever it stands: in the printed logs and the progress bar, in
-    ``trainer.state.log_history``, and, once :meth:`attach` has put the callback before them, in
-    TensorBoard, Weights & Biases and the other loggers of ``report_to``.
+    They appear wherever ``loss`` does: in the printed logs, the progress bar and
+    ``trainer.state.log_history``. Once :meth:`attach` has put the callback before the loggers of
+    ``report_to``, they also appear in TensorBoard, Weights & Biases and the others.
 
     Parameters
     ----------
     window_size, decay, debias, on_nonfinite
-        Of the averages, see :class:`fastema.tracking.MetricSmoother`; they count *logs*, not steps.
-        NaN and infinities the ``Trainer`` leaves out of its losses itself; with
-        ``logging_nan_inf_filter=False`` it logs nothing but NaN from the first one on.
+        Settings of the averages, see :class:`fastema.tracking.MetricSmoother`; they count *logs*,
+        not steps. The ``Trainer`` itself leaves NaN and infinities out of its losses; with
+        ``logging_nan_inf_filter=False`` it logs only NaN from the first one on.
     metrics : sequence of str
-        Keys of the logs to smooth, such as ``("loss", "grad_norm")``. With ``"eval_loss"`` there is
-        an ``eval_loss_ema`` too, also for ``metric_for_best_model`` (then set
-        ``greater_is_better=False``: the ``Trainer`` maximises metrics that do not end in ``loss``).
+        Keys of the logs to smooth (default ``("loss",)``), such as ``("loss", "grad_norm")``.
+        ``"eval_loss"`` adds an ``eval_loss_ema``, also for ``metric_for_best_model`` (then set
+        ``greater_is_better=False``: the ``Trainer`` maximizes metrics that do not end in ``loss``).
 
     Raises
     ------
     ArgumentError
-        If an argument has no valid value.
+        For an invalid argument.
 
     Notes
     -----
     **Input.** The ``loss`` that the ``Trainer`` logs is the mean over the ``logging_steps`` steps
-    (and over all processes) since it logged last. These means are smoothed: with
-    ``logging_steps=10`` a window of 20 covers 200 steps. A mean weighs as many steps as it stands
-    for, a shorter one at the end of an epoch less; the logs of evaluations weigh 1 each. For
-    averages step by step set ``logging_steps=1``. Each log waits for the accelerator, with or
+    (and over all processes) since its last log. This callback smooths these means: with
+    ``logging_steps=10`` a window of 20 covers 200 steps. A mean's weight is its number of steps, so
+    that a shorter one at the end of an epoch counts less; each log of an evaluation has the weight
+    1. For averages per step set ``logging_steps=1``. Each log waits for the accelerator, with or
     without this callback.
 
     **Order.** The ``Trainer`` calls the loggers of ``report_to`` before ``callbacks=[...]``, and
-    the progress bar after them. Given in ``callbacks=``, this callback works for the progress bar
-    and ``log_history``, and warns if loggers are called before it. :meth:`attach` puts it before
-    all of them, and so does naming the loggers' callbacks after it:
+    the progress bar after them. In ``callbacks=``, this callback works for the progress bar and
+    ``log_history``, and warns if loggers are called before it. To put it before all loggers, call
+    :meth:`attach`, or list the loggers' callbacks after it:
     ``callbacks=[LossAverages(), TensorBoardCallback()]``.
 
-    **Resuming.** The averages are computed again from the ``log_history`` in the checkpoint, and so
-    continue to the bit if it was written at a step that was logged (the ``Trainer`` forgets the
+    **Resuming.** The averages are recomputed from the ``log_history`` in the checkpoint. They
+    continue bit for bit if the checkpoint was written at a logged step (the ``Trainer`` forgets the
     loss of steps since the last log). The earlier run need not have had this callback, or the same
     window.
     """
@@ -71,7 +71,7 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
         if isinstance(metrics, str) or not metrics:
             raise ArgumentError(f"metrics={metrics!r}: expected names, such as ('loss',)")
         self.metrics = tuple(metrics)
-        # The raw values are in the logs already.
+        # The logs already hold the raw values.
         self._smoother = MetricSmoother(
             window_size, decay, raw=False, debias=debias, on_nonfinite=on_nonfinite
         )
@@ -80,13 +80,13 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
 
     @property
     def averages(self) -> dict[str, float]:
-        """The latest averages, by the names that are logged."""
+        """The latest averages, by their names in the logs."""
         return self._smoother.averages
 
     def attach(self, trainer: Any) -> LossAverages:
-        """Join the callbacks of a ``Trainer``, or move to their front; return this callback.
+        """Add this callback to a ``Trainer``, or move it, before all others; return this callback.
 
-        An ArgumentError for any other object.
+        Raises an ArgumentError for any other object.
         """
         handler = getattr(trainer, "callback_handler", None)
         if handler is None:
@@ -101,7 +101,7 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
     # -- the Trainer's events ----------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin again, or where the logs of a resumed run end."""
+        """Reset the averages, and recompute them from the logs of a resumed run."""
         self._smoother.reset()
         self._last_step = 0
         for entry in state.log_history:
@@ -110,7 +110,7 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
         if args.report_to and not self._is_ahead:
             warnings.warn(
                 f"the loggers of report_to={list(args.report_to)!r} are called before LossAverages "
-                "and will not show its averages: use LossAverages().attach(trainer) in place of "
+                "and will not show its averages: use LossAverages().attach(trainer) instead of "
                 "callbacks=[LossAverages()]",
                 stacklevel=2,
             )
@@ -123,7 +123,7 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the averages to the logs, and to the history that these were copied into."""
+        """Add the averages to the logs, and to the copy of the logs in the history."""
         logs = {} if logs is None else logs
         averages = self._record(logs, state.global_step)
         copied = state.log_history[-1] if state.log_history else {}

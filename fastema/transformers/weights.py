@@ -1,4 +1,4 @@
-"""A moving average of weights for the Hugging Face ``Trainer``, which has none of its own."""
+"""A moving average of weights for the Hugging Face ``Trainer``, which has none built in."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ AtEnd = Literal["average", "raw"]
 OnMissing = Literal["raise", "begin"]
 
 _FILE: Final = "ema.safetensors"
-"""In the folder of each checkpoint."""
+"""Name of the average's file in the folder of each checkpoint."""
 
 _WEIGHTS: Final = (
     "model*.safetensors",
@@ -48,23 +48,23 @@ _WEIGHTS: Final = (
     "pytorch_model*.bin",
     "adapter_model*.bin",
 )
-"""File names that the Trainer gives to weights."""
+"""Patterns of the file names that the Trainer uses for weights."""
 
 _PIECE, _PIECES = 4096, 64
-"""Bytes that are read at a place of a file, and places in it besides those of its tensors."""
+"""Bytes hashed per position in a file, and positions in addition to those of tensors."""
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """The files of weights in a folder, and what each is known by."""
+    """Return a digest of each weight file in a folder, by file name."""
     found = {path for pattern in _WEIGHTS for path in folder.glob(pattern)}
     return {path.name: _digest(path) for path in sorted(found)}
 
 
 def _digest(path: Path) -> str:
-    """Hash the size and pieces of each tensor: quick for files of any size."""
+    """Return a hash of a file's size and of samples of each tensor: fast for files of any size."""
     size = path.stat().st_size
     places = {size * i // _PIECES for i in range(_PIECES)} | {max(size - _PIECE, 0)}
-    with suppress(CheckpointError):  # of another format, or with other dtypes than averages have
+    with suppress(CheckpointError):  # another format, or dtypes that averages cannot have
         for one in files.read(path).tensors.values():
             last = one.offset + max(one.nbytes - _PIECE, 0)
             places |= {one.offset, (one.offset + last) // 2, last}
@@ -77,7 +77,7 @@ def _digest(path: Path) -> str:
 
 
 def _clear_folder(folder: Path) -> None:
-    """Take away the average of other weights, and what runs that were killed left of theirs."""
+    """Delete the average of earlier weights, and partial files that killed runs left behind."""
     for path in (folder / _FILE, *folder.glob(f".{_FILE}.*.part")):
         path.unlink(missing_ok=True)
 
@@ -87,15 +87,15 @@ _OF_A_RUN: Final = ("_ema", "_model", "_is_given", "_seen", "_is_ahead", "_writt
 
 
 class _WrappedMethod:
-    """A method of one trainer, with a callback's method around it; keeps no trainer alive.
+    """Wraps a method of one trainer in a callback's method, without keeping the trainer alive.
 
-    A copy of the trainer has one of its own, for the copy of the callback.
+    A copy of the trainer gets its own wrapper, for the copy of the callback.
     """
 
     def __init__(self, callback: EMACallback, trainer: Any, name: str, around: str) -> None:
         self.callback = callback
         self._name, self._around = name, around
-        self._own = vars(trainer).get(name)  # somebody else's
+        self._own = vars(trainer).get(name)  # a replacement that somebody else installed
         self._trainer = weakref.ref(trainer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,9 +115,9 @@ class _WrappedMethod:
 
 
 _DIVIDED: Final = (
-    "EMACallback saves whole weights, and those of this model are sharded (FSDP, tensor parallel "
-    "or ZeRO-3). With FSDP2 keep fastema.EMA(model) in a callback of your own: update() in "
-    "on_step_end, and its state_dict() in a folder of torch.distributed.checkpoint "
+    "EMACallback saves whole weights, but the weights of this model are sharded (FSDP, tensor "
+    "parallel or ZeRO-3). With FSDP2 keep fastema.EMA(model) in a callback of your own: update() "
+    "in on_step_end, and its state_dict() in a folder of torch.distributed.checkpoint "
     "(docs/sharded.md); otherwise use DDP, or ZeRO up to stage 2"
 )
 
@@ -125,24 +125,26 @@ _DIVIDED: Final = (
 class EMACallback(TrainerCallback):  # type: ignore[misc]
     """Exponential moving average of the weights that a ``Trainer`` trains.
 
-    ``avg += (1 - decay) * (x - avg)`` after each step of the optimizer, ``avg = x`` as training
-    begins. Average and weights change places for an evaluation, bit for bit. ``ema.safetensors`` in
-    the folder of a checkpoint is the average; a run that resumes from there continues to the bit.
-    More is in docs/trainers.md.
+    It computes ``avg = x`` when training begins, and ``avg += (1 - decay) * (x - avg)`` after each
+    optimizer step. For an evaluation, the average and the weights swap, bit for bit. Each
+    checkpoint folder holds the average in ``ema.safetensors``, and a run that resumes from there
+    continues bit for bit. See docs/trainers.md for more.
 
     Parameters
     ----------
     decay : float or rule, or a sequence of them
-        See :class:`fastema.EMA`.
+        Weight of the old average (default 0.9999); see :class:`fastema.EMA`.
     evaluate_with_average : bool
-        Whether ``evaluate`` and ``predict`` see the average, in training and after it.
+        Whether ``evaluate`` and ``predict`` use the average, during and after training (default
+        True).
     at_end : {"average", "raw"}
-        What the model holds when ``train`` returns, and what ``trainer.save_model()`` saves then.
+        What the model holds when ``train`` returns, and what ``trainer.save_model()`` then saves
+        (default "average").
     on_missing : {"raise", "begin"}
-        What is done where a run resumes from a checkpoint without an average: raise, or begin one
-        with the weights of that checkpoint.
+        What to do when a run resumes from a checkpoint without an average: raise (the default), or
+        begin an average with the weights of that checkpoint.
     which : int, optional
-        Of several averages the one that is evaluated and given to the model.
+        With several averages, the index of the one to evaluate and to leave in the model.
     zero_debias, shadow_dtype, rounding, seed, update_every, start_after
         See :class:`fastema.EMA`.
     frozen, buffers, policy, on_nonfinite, drift, capturable, watch
@@ -151,11 +153,12 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     Raises
     ------
     ArgumentError
-        For an argument without a valid value; for a model whose weights are sharded (FSDP, ZeRO-3).
+        For an invalid argument. When training begins, for sharded weights (FSDP, ZeRO-3).
     StateError
-        As training begins, where the trainer cannot be found: see :meth:`attach`.
+        When training begins, if the trainer cannot be found: see :meth:`attach`.
     CheckpointError
-        For a checkpoint to resume from without its average; for one saved in an unknown place.
+        When resuming from a checkpoint without its average, or when the trainer saves a checkpoint
+        in an unknown folder.
     """
 
     def __init__(
@@ -183,7 +186,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         options = options_in(locals()) | {"zero_debias": zero_debias}
         self.at_end: AtEnd = checked(at_end, "at_end", AtEnd)
         self.on_missing: OnMissing = checked(on_missing, "on_missing", OnMissing)
-        # Refuses what it would refuse as training begins, but for what a GPU is needed to say.
+        # Raise errors in options now, not when training begins; capturable needs a GPU to check.
         tried = {**options, "capturable": False}
         EMA([torch.zeros(1)], decay, **tried)
         self._which = checked_which(which, decay)
@@ -194,28 +197,28 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     _model: Any = None
     _is_given = False
     _seen = 0  # the latest step whose weights are in the average
-    _is_ahead = False  # whether these were taken before this callback's turn
-    _written: int | None = None  # the step whose checkpoint has the average already
+    _is_ahead = False  # whether they were added before this callback's on_step_end
+    _written: int | None = None  # the step whose checkpoint already has the average
     _trainer: Callable[[], Any] = staticmethod(lambda: None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the average and the trainer: a copy has its own."""
+        """Return the state without the average and the trainer, which belong to a run."""
         return {name: value for name, value in vars(self).items() if name not in _OF_A_RUN}
 
     @property
     def ema(self) -> EMA:
-        """The average, from the beginning of ``train`` on; a StateError before."""
+        """The average; a StateError before ``train`` begins."""
         if self._ema is None:
-            raise StateError("there is no average yet: it begins as trainer.train() does")
+            raise StateError("there is no average yet: trainer.train() creates it")
         return self._ema
 
     # -- the trainer -------------------------------------------------------------------------------
 
     def attach(self, trainer: Any) -> EMACallback:
-        """Join a trainer that is there already; callbacks that it was given do so by themselves.
+        """Attach to an existing trainer. Callbacks in ``Trainer(callbacks=...)`` attach themselves.
 
-        Returns this callback. An ArgumentError for no ``Trainer``, a StateError if it has another
-        ``EMACallback`` already.
+        Returns this callback. Raises an ArgumentError if ``trainer`` is not a ``Trainer``, a
+        StateError if it already has another ``EMACallback``.
         """
         handler = getattr(trainer, "callback_handler", None)
         if handler is None or not hasattr(trainer, "evaluation_loop"):
@@ -232,9 +235,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if not self._is_among(handler):
             trainer.add_callback(self)
         self._trainer = weakref.ref(trainer)
-        # There is no event at which an evaluation begins, or of one that fails, and the only one
-        # of a checkpoint comes when older ones are gone. An attribute of the instance comes before
-        # the class's method.
+        # Wrap methods, since no event reports that an evaluation begins or fails, and on_save comes
+        # after older checkpoints are deleted. Instance attributes shadow the class's methods.
         for name, around in ("evaluation_loop", "_evaluated"), ("_save_checkpoint", "_saved"):
             there = vars(trainer).get(name)
             if not (isinstance(there, _WrappedMethod) and there.callback is self):
@@ -242,7 +244,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         return self
 
     def _find_trainer(self) -> Any:
-        """The trainer, which does not give itself to its callbacks: it is who calls them."""
+        """Attach to the calling trainer and return it; the Trainer does not pass itself."""
         for caller, _ in _callers():
             if self._is_trainer(caller):
                 self.attach(caller)
@@ -252,7 +254,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     def _is_trainer(self, caller: Any) -> bool:
         try:
             return hasattr(caller, "evaluation_loop") and self._is_among(caller.callback_handler)
-        except Exception:  # anything may be called "self", stand-ins for other objects, too
+        except Exception:  # "self" may be any object, also a proxy of another one
             return False
 
     def _is_among(self, handler: Any) -> bool:
@@ -262,25 +264,25 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         return trainer is self._trainer() and self._is_among(trainer.callback_handler)
 
     def _evaluated(self, trainer: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """``trainer.evaluation_loop``, with the average in the model."""
+        """Call ``trainer.evaluation_loop`` with the average in the model."""
         averaged = self._belongs_to(trainer) and trainer.model is self._model
         if not (averaged and self.evaluate_with_average):
             return inner(*args, **kwargs)
         given = trainer.args
         if not trainer.is_in_train and (given.fp16_full_eval or given.bf16_full_eval):
-            # The loop would do so while the average is in the model, for good.
+            # The loop would cast the model while it holds the average, permanently.
             dtype = torch.float16 if given.fp16_full_eval else torch.bfloat16
             self._model.to(dtype=dtype, device=given.device)
         with self.swapped():
             return inner(*args, **kwargs)
 
     def _saved(self, trainer: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """``trainer._save_checkpoint``, with the average beside the weights that it saves."""
+        """Call ``trainer._save_checkpoint``, and save the average beside the weights."""
         if self._ema is None or not (self._belongs_to(trainer) and trainer.is_in_train):
             return inner(*args, **kwargs)
         self._refuse_applied("is about to save a checkpoint")
         step = trainer.state.global_step
-        if step > self._seen:  # by a callback that comes before this one
+        if step > self._seen:  # a callback before this one triggered the save
             self._update_at(step, trainer.optimizer)
             self._is_ahead = True
         self._written = None
@@ -309,19 +311,19 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         return found
 
     def _write_below(self, output_dir: Path, step: int) -> None:
-        """Write the average into the folder of a checkpoint that is there."""
+        """Write the average into the folder of an existing checkpoint."""
         folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if not folder.is_dir():
             raise CheckpointError(
-                f"the trainer has saved a checkpoint, and not in {folder}, where the average was "
-                "to be put: override _get_output_dir where _save_checkpoint saves elsewhere"
+                f"the trainer has saved a checkpoint, but not in {folder}, where the average "
+                "belongs: override _get_output_dir if _save_checkpoint saves elsewhere"
             )
         _clear_folder(folder)
         self._write(folder, step)
 
     def _write(self, folder: Path, step: int) -> None:
         known = json.dumps(_digests(folder))
-        with self.ema.lock:  # updates on other threads wait until all is of one moment
+        with self.ema.lock:  # block updates on other threads to write a consistent state
             state = self.ema.state_dict(copy=False)
             write_state(folder / _FILE, state, step=str(step), weights=known)
         self._written = step
@@ -329,44 +331,45 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     # -- the average in the model ------------------------------------------------------------------
 
     def swapped(self) -> AbstractContextManager[Any]:
-        """A block in which the model holds the average; its weights come back however it ends.
+        """Return a context manager in which the model holds the average.
 
-        Where the model holds the average already it does nothing. A StateError before training.
+        The weights are restored on exit, also after an exception. Does nothing if the model already
+        holds the average. Raises a StateError before training.
         """
         if self._is_given or self.ema.applied:
             return nullcontext()
         return self.ema.swapped(which=self._which)
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """``trainer.save_model(output_dir)`` with the average instead of the weights."""
+        """Call ``trainer.save_model(output_dir)`` with the average instead of the weights."""
         with self.swapped():
             self._trainer().save_model(output_dir)
 
     # -- the Trainer's events ----------------------------------------------------------------------
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find the trainer."""
+        """Find the trainer and attach to it."""
         self._find_trainer()
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        """Begin the average, or continue with that of a checkpoint."""
+        """Create the average, or continue the average of a checkpoint."""
         trainer = self._find_trainer() or self._trainer()
         if trainer is None and self.evaluate_with_average:
             raise StateError(
-                "EMACallback does not find the trainer, whose evaluation is to see the average: "
-                "call attach(trainer), or say evaluate_with_average=False"
+                "EMACallback cannot find the trainer, whose evaluation should use the average: "
+                "call attach(trainer), or pass evaluate_with_average=False"
             )
         resumed = _resumed_from(trainer)
         if is_deepspeed_zero3_enabled() or getattr(trainer, "is_fsdp_enabled", False):
             raise ArgumentError(_DIVIDED)
         if state.global_step and resumed is None:
             raise StateError(
-                f"training resumes at step {state.global_step}, and EMACallback does not find from "
-                "which checkpoint: it looks for resume_from_checkpoint, an argument of train()"
+                f"training resumes at step {state.global_step}, but EMACallback cannot find the "
+                "checkpoint: it looks for resume_from_checkpoint, an argument of train()"
             )
-        self._ema = self._model = self._written = None  # frees its memory first
+        self._ema = self._model = self._written = None  # free the old average's memory first
         self._is_given = self._is_ahead = False
         if any(map(is_divided, model.parameters())):
             raise ArgumentError(_DIVIDED)
@@ -381,7 +384,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             if self.on_missing == "begin":
                 return
             raise CheckpointError(
-                f"{folder} has no {_FILE}: the run that it is of had no EMACallback; with "
+                f"{folder} has no {_FILE}: its run had no EMACallback; with "
                 "on_missing='begin' the average begins with the weights of the checkpoint"
             )
         found = files.read(path)
@@ -394,20 +397,20 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         _load(ema, found)
         if ema.schedule != own:
             warnings.warn(
-                f"the average of {folder} continues with the schedule that it was saved with, "
-                f"{ema.schedule}, and not with that of EMACallback, {own}; for the latter delete "
-                f"{_FILE} there and begin a new average, with on_missing='begin'",
+                f"the average of {folder} continues with its saved schedule, "
+                f"{ema.schedule}, not with the schedule of EMACallback, {own}; for that, delete "
+                f"{_FILE} there and begin a new average with on_missing='begin'",
                 stacklevel=2,
             )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse to train the average."""
+        """Raise a StateError if the step would train the average."""
         self._refuse_applied("is about to make a step")
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Take the weights into the average, if the optimizer has changed them."""
+        """Update the average if the optimizer has changed the weights."""
         if not self._is_ahead:
             self._update_at(state.global_step, optimizer)
         self._is_ahead = False
@@ -418,7 +421,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self._seen = step
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See that the average is in the folder of the checkpoint."""
+        """Write the average into the checkpoint's folder, unless it is already there."""
         self._refuse_applied("has saved a checkpoint")
         if args.should_save and self._written != state.global_step:
             trainer = self._trainer()
@@ -429,11 +432,11 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if self._ema is not None and self._ema.applied:
             raise StateError(
                 f"the trainer {what} while the average is in the model instead of its "
-                "weights: call ema.restore(), or leave the swapped() block, before"
+                "weights: call ema.restore(), or leave the swapped() block, first"
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the model with the average, or with its weights."""
+        """Leave the average or the weights in the model, according to ``at_end``."""
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is not None:
             path = Path(best) / _FILE
@@ -443,8 +446,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 lacks = isinstance(error, FileNotFoundError)
                 problem = f"has no {_FILE}" if lacks else f"has the wrong {_FILE} ({error})"
                 warnings.warn(
-                    f"the best checkpoint, {best}, {problem}: the model holds its weights as they "
-                    "were in training",
+                    f"the best checkpoint, {best}, {problem}: the model holds the training "
+                    "weights of that checkpoint",
                     stacklevel=2,
                 )
                 self._is_given = True
@@ -455,9 +458,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _callers() -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """The objects whose methods have led here, and those methods' variables, the latest first."""
+    """Yield each ``self`` on the call stack with its method's variables, innermost first."""
     own = inspect.currentframe()
-    # A frame whose variables were looked at keeps them: this one would keep itself.
+    # Reading f_locals keeps a frame's variables alive. Skip this frame, which would keep itself.
     frame = own and own.f_back
     del own
     while frame is not None:
@@ -478,13 +481,13 @@ def _resumed_from(trainer: Any) -> Path | None:
 
 
 def _load(ema: EMA, found: files.File) -> None:
-    """Load an average; refuse one that is not that of the weights beside it."""
+    """Load an average; raise a CheckpointError if it does not belong to the weights beside it."""
     known: dict[str, str] = json.loads(found.metadata.get("weights", "{}"))
     folder = found.path.parent
     other = sorted(known.items() - _digests(folder).items())
     if other:
         raise CheckpointError(
             f"{found.path} is the average of other weights than those in {other[0][0]} beside it, "
-            "of another run perhaps: delete it, and begin a new average by on_missing='begin'"
+            "perhaps of another run: delete it, and begin a new average with on_missing='begin'"
         )
     ema.load_state_dict(read_state(found, next(iter(ema.shadows[0].values()))))

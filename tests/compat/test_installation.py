@@ -82,7 +82,7 @@ def test_a_peer_that_something_else_stands_in_for_is_refused(
     peer: Any, monkeypatch: pytest.MonkeyPatch, stand_in: Any
 ) -> None:
     monkeypatch.setattr(sys.modules["otherpeer.ema"], "Ema", stand_in)
-    with pytest.raises(PeerError, match=r"Ema is a \w+, and no class"):
+    with pytest.raises(PeerError, match=r"Ema is a \w+, not a class"):
         fastema.compat.install("fakepeer", "otherpeer")
     assert fastema.compat.installed() == ()
 

@@ -54,7 +54,7 @@ def update_more(self: Any, model: Any = None, step: int = 0, when: int = 0): ...
     [
         ({"__init__": init_more}, "Theirs takes 'new', which is not known"),
         ({"__init__": init_less}, "Theirs does not take 'decay'"),
-        ({"__init__": init_default}, "Theirs has decay=0.9, known is 0.99"),
+        ({"__init__": init_default}, "Theirs has decay=0.9, expected 0.99"),
         ({"__init__": init_order}, "in another order"),
         ({"update": update_more}, r"Theirs.update takes 'when', which is not known"),
         ({"fresh": lambda self: None}, "Theirs.fresh is not known"),

@@ -62,7 +62,7 @@ def wrong_lists() -> dict[str, tuple[Any, type[FastemaError], str]]:
     whole[4] = torch.ones(1, 1, 33, dtype=torch.int64)
     sparse[5] = torch.ones(257).to_sparse()
     return {
-        "shorter": (shorter, LayoutError, "7 parameters were given, the average is of 8"),
+        "shorter": (shorter, LayoutError, "7 parameters were given, but the average has 8"),
         "reshaped": (reshaped, LayoutError, r"5.*\[257\]"),
         "integers": (whole, DTypeError, "4"),
         "sparse": (sparse, BridgeError, "5"),

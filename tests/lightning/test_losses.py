@@ -160,7 +160,7 @@ def test_what_is_logged_per_step_is_smoothed_and_nothing_else(tmp_path: Path) ->
 
 def test_metrics_are_chosen_by_name_and_wrong_names_are_told(tmp_path: Path) -> None:
     averages = LossAverages(metrics=("error", "by_epoch", "nothing"), loss="objective", record=True)
-    with pytest.warns(UserWarning, match=r"logged 'by_epoch', 'nothing'; it takes .*on_step=True"):
+    with pytest.warns(UserWarning, match=r"logged 'by_epoch', 'nothing'; call .*on_step=True"):
         trainer(tmp_path, averages).fit(made(Logging), loader())
     assert set(averages.steps) == {"objective", "error"}
     averages = LossAverages(metrics=(), record=True)
@@ -207,7 +207,7 @@ def test_a_resumed_run_goes_on_with_the_curve(tmp_path: Path, stop_after: int) -
     ("options", "message"),
     [
         ({"metrics": "acc"}, r"metrics='acc': expected names, such as \('acc',\)"),
-        ({"metrics": (), "loss": None}, "nothing is left"),
+        ({"metrics": (), "loss": None}, "nothing to smooth"),
         ({"window_size": 0}, "window_size"),
     ],
 )

@@ -192,8 +192,8 @@ def refused() -> Iterator[tuple[str, type[Exception], str, Callable[[], Any]]]:
     yield "integers", DTypeError, "'n' is int32", lambda: [tf.Variable(1, name="n")]
     yield "complex", DTypeError, "complex64", lambda: [tf.Variable(1j, dtype=tf.complex64)]
     yield "an integer", DTypeError, "int32", lambda: {"n": tf.constant(1)}
-    yield "no name", ArgumentError, "no name", lambda: {3: tf.Variable(1.0)}
-    yield "empty name", ArgumentError, "no name", lambda: {"": tf.constant(1.0)}
+    yield "no name", ArgumentError, "not a name", lambda: {3: tf.Variable(1.0)}
+    yield "empty name", ArgumentError, "not a name", lambda: {"": tf.constant(1.0)}
     yield "taken", ArgumentError, "another average", lambda: {"w": tf.Variable(1.0)}
     yield "taken too", ArgumentError, "variable's average", lambda: {"w": tf.constant(1.0)}
     yield "shape", LayoutError, r"\(2,\)", lambda: {"loss": tf.constant([1.0, 2.0])}

@@ -1,6 +1,6 @@
-"""The names of ema_pytorch (0.8.3, https://github.com/lucidrains/ema-pytorch), on our kernels.
+"""Drop-in classes for ema_pytorch 0.8.3 (https://github.com/lucidrains/ema-pytorch).
 
-Their ``EMAModuleWrapper`` is not among them: it takes an :class:`EMA` of here as its ``ema``.
+``EMAModuleWrapper`` has no replacement: pass it this module's :class:`EMA` as its ``ema``.
 
 >>> import torch
 >>> from fastema.compat.ema_pytorch import EMA
@@ -14,28 +14,30 @@ Notes
 -----
 Where it differs:
 
-- Theirs: ``update_every=10``, its default, makes the horizon ten times as long; here: ``decay **
-  update_every`` (*).
-- Theirs: ``PostHocEMA`` with ``update_every > 1``: asked for a width of 0.05, gives 0.24; here:
-  0.05 (*).
-- Theirs: synthesis uses snapshots newer than the step, and weights that do not sum to 1; here:
-  neither.
-- Theirs: integer buffers are never copied; ``exit()`` where a model cannot be copied; here: copied;
-  an error.
-- Theirs: decays in single precision: at 0.9999 off by 0.02 % in the weight of new values; here:
-  double.
-- Theirs: ``forward_eval`` is in the mode that the model is in; here: evaluation mode.
-- Theirs: a ``lazy_init_ema`` average loads no ``state_dict``; here: loads, deep-copies and pickles.
-- Theirs: ``move_ema_to_online_device`` may move either model; here: the average alone.
-- Theirs: ``EMAPytree`` averages as many tensors as two trees share; raises for integers; here: an
-  error; copied.
+- Theirs: the default ``update_every=10`` makes the horizon ten times as long; here: ``decay **
+  update_every`` keeps it (*).
+- Theirs: with ``update_every > 1``, ``PostHocEMA`` synthesizes a width of 0.24 for a requested
+  0.05; here: 0.05 (*).
+- Theirs: synthesis uses snapshots newer than the requested step, and coefficients that do not sum
+  to 1; here: neither.
+- Theirs: integer buffers are never copied; here: copied at each update.
+- Theirs: a model that cannot be copied ends the process with ``exit()``; here: raises an error.
+- Theirs: decays have single precision: at 0.9999 the weight of new values is off by 0.02 %; here:
+  double precision.
+- Theirs: ``forward_eval`` runs in the model's current mode; here: in evaluation mode.
+- Theirs: an average with ``lazy_init_ema`` loads no ``state_dict``; here: it loads, deep-copies and
+  pickles.
+- Theirs: ``move_ema_to_online_device`` may move either model; here: moves only the averaged model.
+- Theirs: ``EMAPytree`` truncates two trees to the shorter one; here: raises an error.
+- Theirs: ``EMAPytree`` raises for integer tensors; here: copies them.
 - Theirs: snapshots cast ``step`` and ``num_batches_tracked`` to float16, exact up to 2,048; here:
-  only floats.
-- Theirs: the time of a snapshot is that of the call; here: of the latest update before it.
-- Theirs: what is copied or ignored comes from the model as it is now; here: from the latest
-  snapshot used.
-- Theirs: other files in the folder are an error; a module as ``ema_model`` is shared by all
-  averages; here: left alone; copied.
+  only floats are cast.
+- Theirs: synthesis dates a snapshot by the call that wrote it; here: by the latest update before
+  it.
+- Theirs: a synthesized model takes copied and ignored tensors from the current model; here: from
+  the latest snapshot used.
+- Theirs: other files in the checkpoint folder raise an error; here: are ignored.
+- Theirs: a module passed as ``ema_model`` is shared by all averages; here: each average has a copy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``ema_pytorch.EMA``: an average that is a model of its own, with a decay that grows."""
+"""``ema_pytorch.EMA``: an average in a copy of the model, with a decay that grows."""
 
 from __future__ import annotations
 
@@ -18,61 +18,67 @@ __all__ = ["EMA"]
 
 
 class EMA(Scheduled, ModelAverage):
-    """An exponential moving average of a model, in a copy of it.
+    """An exponential moving average of a model, kept in a copy of the model.
 
-    From step ``update_after_step`` on, at every ``update_every``-th call of :meth:`update`,
+    From step ``update_after_step`` on, every ``update_every``-th call of :meth:`update` computes
     ``avg += (1 - decay**update_every) * (x - avg)`` for all float parameters and buffers, with
     ``decay = clamp(1 - (1 + epoch / inv_gamma) ** -power, min_value, beta)`` and ``epoch`` the
-    steps since ``update_after_step``. Before, the average is made the weights at those calls.
+    steps since ``update_after_step``. Before that step, those calls copy the weights.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The model to follow. Tensors, in lists, tuples and dicts, give an :class:`EMAPytree`.
+        The model in training. For tensors, or nested lists, tuples and dicts of tensors, the
+        result is an :class:`EMAPytree`.
     ema_model : torch.nn.Module or callable, optional
-        What holds the average, or makes it: a deep copy by default. Dtypes and device are its own.
+        The model that holds the average, or a function that returns it; a deep copy of ``model``
+        by default. It keeps its own dtypes and device.
     beta : float or None
-        The largest decay of a step. 1 freezes the average; None is no bound.
-    update_after_step, update_every, inv_gamma, power, min_value
-        See above. ``inv_gamma = power = 1`` is the running mean where ``update_every`` is 1.
+        Largest decay per step (default 0.9999). 1 freezes the average; None means no bound.
+    update_after_step, update_every : int
+        Steps before averaging begins (default 100), and steps per update (default 10).
+    inv_gamma, power, min_value : float
+        Shape and lower bound of the decay (default 1, 2/3 and 0). ``inv_gamma = power = 1`` gives
+        the running mean if ``update_every`` is 1.
     param_or_buffer_names_no_ema : set or list of str
-        What is copied at each update in place of being averaged.
+        Names of tensors that updates copy instead of averaging them.
     ignore_names, ignore_startswith_names : collection of str
-        What updates leave alone, by name or by how names begin.
+        Names, and prefixes of names, of tensors that updates leave unchanged.
     include_online_model : bool
-        Whether ``model`` is a submodule, and so in ``state_dict()``.
+        Whether ``model`` is a submodule, and therefore in ``state_dict()`` (default True).
     allow_different_devices, use_foreach, coerce_dtype : bool
-        Taken, and not needed: devices and dtypes may always differ.
-    update_model_with_ema_every, update_model_with_ema_beta
-        When :meth:`update_model_with_ema` is called, and what the model's weights then keep.
+        Accepted and ignored: devices and dtypes may always differ.
+    update_model_with_ema_every, update_model_with_ema_beta : int or None, float
+        Steps between calls of :meth:`update_model_with_ema` (default None: never), and the share
+        of its own weights that the model keeps (default 0).
     forward_method_names : tuple of str
-        Methods of the averaged model to be methods of this object too.
+        Methods of the averaged model that this object exposes too.
     move_ema_to_online_device : bool
-        Move the averaged model to the device of ``model`` before an update.
+        Move the averaged model to the device of ``model`` before each update (default False).
     lazy_init_ema : bool
-        Make the averaged model at the first update only.
+        Create the averaged model at the first update (default False).
     peer_exact : bool
-        The numbers of ema_pytorch, to continue with an old run: ``decay`` in place of
+        Reproduce the numbers of ema_pytorch, to continue an old run: ``decay`` instead of
         ``decay**update_every``, in single precision, and 16-bit averages rounded to nearest.
 
     Attributes
     ----------
     ema_model, model : torch.nn.Module
-        The averaged model, and the followed one.
+        The averaged model, and the model in training.
     initted, step : torch.Tensor
-        Whether the average has begun, and calls of :meth:`update` so far.
+        Whether the average has begun, and the number of calls of :meth:`update`.
 
     Raises
     ------
     ArgumentError
-        For a parameter without a valid value; those that were changed are checked at the next step.
+        For an invalid parameter. Attributes that were changed are checked at the next step.
     BridgeError
         If the model cannot be copied.
 
     Notes
     -----
-    docs/drop-in.md says where it differs from ema_pytorch 0.8.3. A counter on a GPU that is written
-    through ``.data`` is not noticed.
+    docs/drop-in.md lists the differences from ema_pytorch 0.8.3. Writes to a counter on a GPU
+    through ``.data`` are not noticed.
 
     Examples
     --------
@@ -89,7 +95,10 @@ class EMA(Scheduled, ModelAverage):
     _of_tensors: ClassVar[type[EMAPytree]] = EMAPytree
 
     def __new__(cls, model: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """An EMA of a module, or an EMAPytree of anything else; of nothing, for copies."""
+        """Return an EMA of a module, or an EMAPytree of anything else.
+
+        Copying and unpickling call this without a model, and get an EMA.
+        """
         if model is None or isinstance(model, nn.Module):
             return super().__new__(cls)
         return cls._of_tensors(model, *args, **kwargs)
@@ -122,7 +131,7 @@ class EMA(Scheduled, ModelAverage):
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"model={model!r}: expected a module or tensors")
         if lazy_init_ema and ema_model is not None:
-            raise ArgumentError("lazy_init_ema=True makes ema_model at the first update: give one")
+            raise ArgumentError("lazy_init_ema=True creates ema_model itself: do not pass both")
         super().__init__(
             param_or_buffer_names_no_ema=param_or_buffer_names_no_ema,
             ignore_names=ignore_names,
@@ -150,7 +159,7 @@ class EMA(Scheduled, ModelAverage):
         self._register_counters()
 
     def init_ema(self, ema_model: nn.Module | Callable[[], nn.Module] | None = None) -> None:
-        """Make a model the averaged one; called by the constructor, or by the first update."""
+        """Set the averaged model; called by the constructor or, if lazy, by the first update."""
         self._take(ema_model)
         for name in self.forward_method_names:
             setattr(self, name, getattr(self.ema_model, name))
@@ -162,12 +171,12 @@ class EMA(Scheduled, ModelAverage):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def add_to_optimizer_post_step_hook(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Call :meth:`update` after every step of an optimizer, until the handle's ``remove()``."""
+        """Call :meth:`update` after every optimizer step, until ``remove()`` of the handle."""
         return optimizer.register_step_post_hook(lambda *_: self.update())
 
     @torch.no_grad()
     def forward_eval(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the averaged model without gradients, in evaluation mode; its modes come back."""
+        """Call the averaged model in evaluation mode without gradients, then restore its modes."""
         modes = [(module, module.training) for module in self._average.modules()]
         try:
             return self._average.eval()(*args, **kwargs)
@@ -192,7 +201,7 @@ class EMA(Scheduled, ModelAverage):
             self.update_model_with_ema()
 
     def _refuse_to_give(self) -> None:
-        """Raise what the second half of an update would raise, before the first."""
+        """Raise the errors of writing the average into the model, before the average changes."""
         kept = self.update_model_with_ema_beta
         finite(kept, "update_model_with_ema_beta")
         if kept == 0.0 or not self.is_frozen:
@@ -202,10 +211,10 @@ class EMA(Scheduled, ModelAverage):
     def update_moving_average(
         self, ma_model: nn.Module, current_model: nn.Module, current_decay: float | None = None
     ) -> None:
-        """``ma += (1 - decay) * (current - ma)`` of any two models, unless the average is frozen.
+        """Compute ``ma += (1 - decay) * (current - ma)`` of two models, unless frozen.
 
-        ``current_decay`` is by default that of the schedule, for ``update_every`` steps. Raises as
-        :meth:`update`.
+        ``current_decay`` defaults to the schedule's decay, for ``update_every`` steps. Raises the
+        same errors as :meth:`update`.
         """
         if not self.is_frozen:
             self._blend(ma_model, current_model, self._weight(current_decay))
@@ -213,8 +222,9 @@ class EMA(Scheduled, ModelAverage):
     def update_model_with_ema(self, decay: float | None = None) -> None:
         """Move the model's weights towards the average: ``x += (1 - decay) * (avg - x)``.
 
-        ``decay`` is ``update_model_with_ema_beta`` by default. At 0 all float tensors become the
-        average's, whatever names are ignored. Integers and booleans stay. Raises as :meth:`update`.
+        ``decay`` defaults to ``update_model_with_ema_beta``. At 0, all float tensors are set to the
+        average, ignored names included; integers and booleans are unchanged. Raises the same errors
+        as :meth:`update`.
         """
         kept = self.update_model_with_ema_beta if decay is None else decay
         if kept == 0.0:

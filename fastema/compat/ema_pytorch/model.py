@@ -1,4 +1,4 @@
-"""The common base of averages of models: which tensors follow which, and how."""
+"""The base class of averaged models: which tensors are averaged, copied or left unchanged."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["NO_NAMES", "ModelAverage"]
 Done = Literal["average", "copy", "skip"]
 
 NO_NAMES: set[str] = set()
-"""Names ignored by default; each average has its own set."""
+"""Default for parameters that are sets of names; each average replaces it with a new set."""
 
 
 class ModelAverage(Counted):
-    """A model whose tensors are the average of another's; see :class:`EMA` for the parameters."""
+    """An averaged copy of a model in training; see :class:`EMA` for the parameters."""
 
     online_model: Any
     ema_model: Any
@@ -50,7 +50,7 @@ class ModelAverage(Counted):
                 f"param_or_buffer_names_no_ema={param_or_buffer_names_no_ema!r}: expected a set or "
                 "a list of names"
             )
-        # Sets of their own: users add to them.
+        # Each average needs its own sets, since users add names to them.
         self.param_or_buffer_names_no_ema = param_or_buffer_names_no_ema or set()
         self.ignore_names = ignore_names or set()
         self.ignore_startswith_names = ignore_startswith_names or set()
@@ -63,19 +63,19 @@ class ModelAverage(Counted):
 
     @property
     def model(self) -> Any:
-        """The model that is followed."""
-        kept = self.online_model  # in a list where it is to be no submodule
+        """The model in training, whose weights are averaged."""
+        kept = self.online_model  # a list keeps it from being registered as a submodule
         return kept[0] if isinstance(kept, list) else kept
 
     def _take(self, ema_model: nn.Module | Callable[[], nn.Module] | None) -> None:
-        """Make a model the averaged one, by default a copy of the one that is followed."""
+        """Set the averaged model; by default a deep copy of the model in training."""
         if ema_model is None:
             try:
                 ema_model = deepcopy(self.model)
             except Exception as error:
                 raise BridgeError(
-                    f"the model cannot be copied ({error}): give ema_model=, a model of the same "
-                    "structure or a function that makes one; run lazy modules once first"
+                    f"the model cannot be copied ({error}): pass ema_model=, a model of the same "
+                    "structure or a function that returns one; run lazy modules once first"
                 ) from error
         self.ema_model = ema_model() if not isinstance(ema_model, nn.Module) else ema_model
         for parameter in self.ema_model.parameters():
@@ -93,7 +93,7 @@ class ModelAverage(Counted):
         return average
 
     def eval(self) -> Any:
-        """Put the averaged model, and no other, in evaluation mode; return it."""
+        """Put only the averaged model in evaluation mode, and return it."""
         return self._average.eval()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -105,25 +105,31 @@ class ModelAverage(Counted):
         self._average.to(self.initted.device)
 
     def get_params_iter(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and float parameters of a model that the averaged model has too."""
+        """Iterate over a model's float parameters, by name, that the averaged model also has."""
         return (one for one in model.named_parameters() if one[0] in self.parameter_names)
 
     def get_buffers_iter(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Names and float buffers of a model that the averaged model has too."""
+        """Iterate over a model's float buffers, by name, that the averaged model also has."""
         return (one for one in model.named_buffers() if one[0] in self.buffer_names)
 
     def _ignored(self, name: str) -> bool:
         prefixes = self.ignore_startswith_names
         return name in self.ignore_names or any(name.startswith(prefix) for prefix in prefixes)
 
-    # -- one into the other -----------------------------------------------------------------------
+    # -- copying and averaging --------------------------------------------------------------------
 
     def copy_params_from_model_to_ema(self) -> None:
-        """Make the average the weights, whatever names are ignored; raises as :meth:`update`."""
+        """Copy the weights into the average, ignored names included.
+
+        Raises the same errors as :meth:`update`.
+        """
         self._averager(self._average, self.model, everything=True).copy(self.model)
 
     def copy_params_from_ema_to_model(self) -> None:
-        """Make the weights the average, except integers and booleans; raises as :meth:`update`."""
+        """Copy the average into the model in training, except integers and booleans.
+
+        Raises the same errors as :meth:`update`.
+        """
         self._averager(self.model, self._average, everything=True).copy(self._average)
 
     def _copy(self) -> None:
@@ -133,14 +139,14 @@ class ModelAverage(Counted):
         self.update_moving_average(self.ema_model, self.model)
 
     def _blend(self, ma_model: nn.Module, current_model: nn.Module, weight: float) -> None:
-        """``ma += weight * (current - ma)``, in the roles that the names are given."""
+        """Compute ``ma += weight * (current - ma)``; copy or skip tensors as the names require."""
         if self.move_ema_to_online_device and ma_model is self.ema_model:
             _follow_device(ma_model, current_model)
         averager = self._averager(ma_model, current_model, everything=False)
         averager.update(current_model, weight, self._num_steps)
 
     def _averager(self, written: nn.Module, read: nn.Module, *, everything: bool) -> ModelAverager:
-        """Return the averager that writes one model from the other, kept for the next time."""
+        """Return the averager that writes one model from the other, cached for these settings."""
         back = written is self.model and written is not self.ema_model
         names = self.param_or_buffer_names_no_ema, self.ignore_names, self.ignore_startswith_names
         settings = *map(set, names), self._rounding
@@ -156,7 +162,10 @@ class ModelAverage(Counted):
     def _done(
         self, back: bool, everything: bool, both: frozenset[str], plain: str, role: Role
     ) -> Done:
-        """Decide what to do with a tensor; for tied ones the first name counts, as in the peer."""
+        """Return whether to average, copy or skip a tensor.
+
+        For tied tensors the first name counts, as in the peer.
+        """
         name = self._names.get(plain, plain)
         if back and name not in self.parameter_names and name not in self.buffer_names:
             return "skip"
@@ -172,7 +181,7 @@ def _inexact(named: Iterator[tuple[str, Tensor]]) -> set[str]:
 
 
 def _plain(model: nn.Module) -> dict[str, str]:
-    """The first name of every tensor, by all of its names without wrappers."""
+    """Map each name, without wrapper prefixes, to the first name of its tensor."""
     named = [
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
@@ -183,7 +192,7 @@ def _plain(model: nn.Module) -> dict[str, str]:
 
 
 def _follow_device(model: nn.Module, other: nn.Module) -> None:
-    """Move a model to the device of another, if it is on a different one."""
+    """Move ``model`` to the device of ``other`` if the devices differ."""
     ours, theirs = (next(one.parameters(), None) for one in (model, other))
     if ours is not None and theirs is not None and ours.device != theirs.device:
         model.to(theirs.device)

@@ -1,4 +1,4 @@
-"""``ema_pytorch.KarrasEMA`` and ``PostHocEMA``: power-function averages, and others out of them."""
+"""``ema_pytorch.KarrasEMA`` and ``PostHocEMA``: power-function averages, post-hoc synthesis."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["KarrasEMA", "PostHocEMA"]
 
 
 def _gamma(gamma: float | None, sigma_rel: float | None) -> float:
-    """The exponent, by one of two descriptions."""
+    """Return the exponent, given by exactly one of ``gamma`` and ``sigma_rel``."""
     _refuse_both("gamma", gamma, "sigma_rel", sigma_rel)
     return Power(gamma).gamma if gamma is not None else gamma_of(sigma_rel)  # type: ignore[arg-type]
 
@@ -35,28 +35,31 @@ def _refuse_both(name: str, value: Any, other_name: str, other: Any) -> None:
 
 
 class KarrasEMA(ModelAverage):
-    """A power-function average of a model, in a copy of it.
+    """A power-function average of a model, kept in a copy of the model.
 
-    At every ``update_every``-th call ``avg += (1 - beta) * (x - avg)`` with ``beta = (1 -
-    update_every / (step + 1)) ** (gamma + 1)``: step ``s`` of ``n`` weighs as ``s**gamma`` (T.
-    Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models, 2023, section
-    3.1, https://arxiv.org/abs/2312.02696). The first call copies the weights.
+    Every ``update_every``-th call of :meth:`update` computes ``avg += (1 - beta) * (x - avg)`` with
+    ``beta = (1 - update_every / (step + 1)) ** (gamma + 1)``: the weight of step ``s`` is
+    proportional to ``s**gamma`` (T. Karras et al., Analyzing and Improving the Training Dynamics of
+    Diffusion Models, 2023, section 3.1, https://arxiv.org/abs/2312.02696). The first call copies
+    the weights.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The model to follow; no submodule of this one.
+        The model in training, which does not become a submodule.
     sigma_rel, gamma : float, optional
-        Standard deviation of that profile as a share of the steps so far, in (0, 0.2887], or its
-        exponent, at least 0: one of the two.
+        Either the standard deviation of that profile, relative to the number of steps, in
+        (0, 0.2887], or its exponent, >= 0.
     frozen : bool
-        Whether updates after the first copy do nothing.
+        Whether updates after the first copy do nothing (default False).
     peer_exact : bool
-        The numbers of ema_pytorch, to continue with an old run: every update counts for one step,
-        which with ``update_every=10`` makes a width of 0.05 one of 0.246; and 16-bit averages are
-        rounded to nearest.
-    ema_model, update_every, and all others
-        See :class:`EMA`, as for attributes and errors.
+        Reproduce the numbers of ema_pytorch, to continue an old run: every update counts as one
+        step, so that with ``update_every=10`` a width of 0.05 becomes 0.246, and 16-bit averages
+        are rounded to nearest.
+    update_every : int
+        Steps per update (default 100).
+    ema_model, and all others
+        See :class:`EMA`, also for attributes and errors.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class KarrasEMA(ModelAverage):
 
     @property
     def beta(self) -> float:
-        """The weight of the old average in an update that were made now."""
+        """The weight of the old average if an update happened now."""
         return 1.0 - self._weight
 
     @property
@@ -100,12 +103,15 @@ class KarrasEMA(ModelAverage):
         return Power(self.gamma).weight(self._num_steps + 1, self._steps_per_update)
 
     def update_moving_average(self, ma_model: nn.Module, current_model: nn.Module) -> None:
-        """``ma += (1 - beta) * (current - ma)``, unless it is frozen; raises as :meth:`update`."""
+        """Compute ``ma += (1 - beta) * (current - ma)``, unless the average is frozen.
+
+        Raises the same errors as :meth:`update`.
+        """
         if not self.frozen:
             self._blend(ma_model, current_model, self._weight)
 
     def iter_all_ema_params_and_buffers(self) -> Iterator[Tensor]:
-        """The float tensors that are averaged."""
+        """Return an iterator over the float tensors that are averaged."""
         return iter(self._averaged().values())
 
     def _averaged(self) -> dict[str, Tensor]:
@@ -116,53 +122,55 @@ class KarrasEMA(ModelAverage):
         }
 
     def _profile(self, gamma: float, step: int) -> PowerProfile:
-        """Return the profile of an exponent after so many calls: the run began at time 0."""
+        """Return the profile of an average after ``step`` calls, in a run that began at time 0."""
         last = (step - 1) // self.update_every * self.update_every
         return PowerProfile(last + 2, gamma)
 
 
 class PostHocEMA(nn.Module):
-    """Power-function averages with snapshots on disk, and any other average synthesized from them.
+    """Power-function averages with snapshots on disk, from which other widths are synthesized.
 
-    :class:`fastema.PowerEMA` and :mod:`fastema.posthoc` do the same with all averages in one pass
-    over the weights, safetensors files, and the error of what is synthesized.
+    :class:`fastema.PowerEMA` and :mod:`fastema.posthoc` do the same, with all averages in one pass
+    over the weights, safetensors files, and the error of a synthesized average.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The model to follow; no submodule of this one.
+        The model in training, which does not become a submodule.
     ema_model : torch.nn.Module or callable, optional
-        What is copied, or makes a model, for each average; by default ``model`` is copied.
+        A model to copy for each average, or a function that returns one; by default ``model`` is
+        copied.
     sigma_rels, gammas : tuple of float, optional
-        Widths or exponents of the averages, at least two, see :class:`KarrasEMA`.
+        Either the widths or the exponents of the averages, at least two, see :class:`KarrasEMA`.
     checkpoint_every_num_steps : int or "manual"
-        When :meth:`update` calls :meth:`checkpoint`.
+        Steps after which :meth:`update` calls :meth:`checkpoint` (default 1000).
     checkpoint_folder : str or Path
-        Made if it does not exist.
+        Folder of the snapshots; created if it does not exist.
     checkpoint_dtype : torch.dtype
-        Of the floats in snapshots; float16 holds no number above 65,504.
+        Dtype of floats in snapshots. The default, float16, holds no number above 65,504.
     **kwargs
-        Of :class:`KarrasEMA`.
+        Passed to :class:`KarrasEMA`.
 
     Attributes
     ----------
     ema_models : torch.nn.ModuleList
-        The averages, of the exponents ``gammas``.
+        The averages, one per exponent in ``gammas``.
 
     Raises
     ------
     ArgumentError
-        For a parameter without a valid value.
+        For an invalid parameter.
 
     Notes
     -----
-    Snapshots are called ``{average}.{step}.pt``, and either library reads the other's. Coefficients
-    are held down where they would multiply the rounding of the snapshots. docs/drop-in.md says
-    where it differs from ema_pytorch 0.8.3.
+    Snapshots are called ``{average}.{step}.pt``, and either library reads the other's. Synthesis
+    keeps coefficients small where they would amplify the rounding of the snapshots.
+    docs/drop-in.md lists the differences from ema_pytorch 0.8.3.
 
     With ``peer_exact=True`` and ``update_every = k`` above 1, an average has the exponent
-    ``(gamma + 1) / k - 1`` in place of the one asked for, and a synthesis reckons with that: for
-    old runs, and files that ema_pytorch wrote with that ``k``. Below 0 there is no synthesis.
+    ``(gamma + 1) / k - 1`` instead of the requested one, and synthesis takes that into account. Use
+    this for old runs, and for files that ema_pytorch wrote with that ``k``. Averages with an
+    exponent below 0 cannot be used in a synthesis.
     """
 
     _average_class: ClassVar[type[KarrasEMA]] = KarrasEMA
@@ -213,12 +221,12 @@ class PostHocEMA(nn.Module):
 
     @property
     def model(self) -> Any:
-        """The model that is followed."""
+        """The model in training, whose weights are averaged."""
         return self._model[0]
 
     @property
     def step(self) -> Tensor:
-        """Calls of :meth:`update` so far."""
+        """The number of calls of :meth:`update` so far."""
         step: Tensor = self.ema_models[0].step
         return step
 
@@ -232,17 +240,20 @@ class PostHocEMA(nn.Module):
         return tuple(ema_model(*args, **kwargs) for ema_model in self.ema_models)
 
     def copy_params_from_model_to_ema(self) -> None:
-        """Make all averages the weights."""
+        """Copy the weights into all averages."""
         for ema_model in self.ema_models:
             ema_model.copy_params_from_model_to_ema()
 
     def copy_params_from_ema_to_model(self) -> None:
-        """Make the weights each of the averages in turn: the last one stays."""
+        """Copy each average into the model in training, one after the other: the last remains."""
         for ema_model in self.ema_models:
             ema_model.copy_params_from_ema_to_model()
 
     def update(self) -> None:
-        """Count a step in all averages, and write snapshots if they are due."""
+        """Count a step in all averages, and write snapshots if they are due.
+
+        Raises the errors of :meth:`KarrasEMA.update` and :meth:`checkpoint`.
+        """
         with defer_signals():
             for ema_model in self.ema_models:
                 ema_model.update()
@@ -253,9 +264,9 @@ class PostHocEMA(nn.Module):
             self.checkpoint()
 
     def checkpoint(self) -> None:
-        """Write a snapshot of every average, whole or not at all.
+        """Write a snapshot of every average, each file atomically.
 
-        A CheckpointError if the folder is gone, an OSError if a file cannot be written.
+        Raises a CheckpointError if the folder is gone, an OSError if a file cannot be written.
         """
         for which, ema_model in enumerate(self.ema_models):
             snapshots.write(
@@ -268,17 +279,25 @@ class PostHocEMA(nn.Module):
         sigma_rel: float | None = None,
         step: int | Tensor | None = None,
     ) -> KarrasEMA:
-        """Put an average of any width, by ``gamma`` or ``sigma_rel``, together for any step.
+        """Synthesize an average of any width at any step from the snapshots.
 
-        By default that of the latest snapshot. Between two snapshots it is as if the step of the
-        earlier one were asked for. Snapshots are read a few MB at a time, and summed in float64.
+        Snapshots are read a few MB at a time, and summed in float64.
+
+        Parameters
+        ----------
+        gamma, sigma_rel : float, optional
+            Either the exponent or the width of the average, see :class:`KarrasEMA`.
+        step : int or scalar tensor, optional
+            Step of the average; the step of the latest snapshot by default. Between two snapshots,
+            the step of the earlier one is used.
 
         Raises
         ------
         ArgumentError
-            For not one of the two, or a step before the first snapshot or after the last.
+            Unless exactly one of ``gamma`` and ``sigma_rel`` is given, and for a step before the
+            first snapshot or after the last.
         CheckpointError
-            If there are no snapshots, or they do not fit the model.
+            If there are no snapshots, or they do not match the model.
         """
         gamma = _gamma(gamma, sigma_rel)
         every = snapshots.find(self.checkpoint_folder, self.num_ema_models)
@@ -287,11 +306,11 @@ class PostHocEMA(nn.Module):
             raise ArgumentError(
                 f"step={asked}: the snapshots are of steps {every[0].step} to {every[-1].step}"
             )
-        # Coefficients sum to 1: a profile that ends later would be squeezed into the snapshots.
+        # Coefficients sum to 1, so a profile that ends later would be squeezed into the snapshots.
         last = max(one.step for one in every if one.step <= asked)
         synthesized = self._new_average(gamma)
         exponents = [self._exponent(one) for one in self.gammas]
-        # Two snapshots between the same two updates are the same; those after `last` stay out.
+        # Snapshots between the same two updates are equal. Leave out those after `last`.
         unique = {
             synthesized._profile(exponents[one.which], one.step): one.path
             for one in every
@@ -305,7 +324,7 @@ class PostHocEMA(nn.Module):
         return synthesized
 
     def _exponent(self, gamma: float) -> float:
-        """Return the exponent of an average's profile: with the peer's numbers a different one."""
+        """Return the exponent of an average's profile, which ``peer_exact`` changes."""
         first = self.ema_models[0]
         if not first.peer_exact:
             return gamma
@@ -313,31 +332,31 @@ class PostHocEMA(nn.Module):
         if exponent < 0:
             raise ArgumentError(
                 f"with peer_exact=True and update_every={first.update_every} the average of "
-                f"gamma={gamma:g} has the exponent {exponent:.3g}: of weights that fall from the "
-                "beginning of a run on, nothing can be synthesized"
+                f"gamma={gamma:g} has the exponent {exponent:.3g}: nothing can be synthesized from "
+                "averages whose weights decrease from the beginning of a run on"
             )
         return exponent
 
     def _fill(
         self, target: KarrasEMA, newest: dict[str, Any], used: list[tuple[Path, float]]
     ) -> None:
-        """Sum the averaged tensors, and take the others from the newest snapshot."""
+        """Fill a model with sums of averaged tensors, and other tensors of the newest snapshot."""
         model = target.ema_model
         state = model.state_dict()
-        # In the files the names may be with wrappers or without, whatever the model has now.
+        # Names in files may have wrapper prefixes or not, independently of the model's names.
         theirs = dict(zip(plain_names(list(newest)), newest, strict=True))
         plain = dict(zip(state, plain_names(list(state)), strict=True))
         files = {name: theirs.get(plain[name], name) for name in state}
         like = {files[name]: one for name, one in target._averaged().items() if name in state}
         summed = snapshots.weighted([path for path, _ in used], [c for _, c in used], like)
         for name in state:
-            # Of tied tensors the first is summed, and the others are it.
+            # Only the first of tied tensors is summed; the others share its sum.
             first = files.get(target._names.get(plain[name], name), "")
             state[name] = summed.get(first, newest.get(files[name], state[name]))
         model.load_state_dict(state)
 
 
 def _noise(state: dict[str, Any]) -> float:
-    """Return the penalty on coefficients: large ones multiply the rounding of a snapshot."""
+    """Return the penalty on coefficients, since large ones amplify a snapshot's rounding."""
     floats = (one for one in state.values() if isinstance(one, Tensor) and one.is_floating_point())
     return 1e-2 if any(one.itemsize == 2 for one in floats) else 1e-4

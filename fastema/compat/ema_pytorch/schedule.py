@@ -1,4 +1,4 @@
-"""Steps that are counted in buffers, and the decay that follows from them."""
+"""Step counting in module buffers, and the decay schedule that depends on it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["Counted", "Scheduled", "finite", "whole_number"]
 
 
 def whole_number(number: Any, name: str, least: int = 1) -> int:
-    """A whole number of steps: of Python, NumPy, a tensor, or a float with a whole value.
+    """Return a number from Python, NumPy or a tensor, or a float with a whole value, as an int.
 
-    An ArgumentError for anything else, or less than ``least``.
+    Raise an ArgumentError for anything else, and for numbers below ``least``.
     """
     if type(number) is int and number >= least:
         return number
@@ -34,7 +34,7 @@ def whole_number(number: Any, name: str, least: int = 1) -> int:
 
 
 def finite(number: Any, name: str) -> None:
-    """Refuse what is no finite number, by an ArgumentError that names it."""
+    """Raise an ArgumentError that names the parameter if ``number`` is not a finite number."""
     with suppress(TypeError, ValueError):
         if math.isfinite(number):
             return
@@ -42,7 +42,7 @@ def finite(number: Any, name: str) -> None:
 
 
 class Counted(nn.Module):
-    """Two buffers, ``initted`` and ``step``, that no step waits for; and single tensors."""
+    """Base module that counts steps in the buffers ``initted`` and ``step``, without GPU syncs."""
 
     initted: Tensor
     step: Tensor
@@ -52,7 +52,7 @@ class Counted(nn.Module):
     _follow: Callable[[], None]
 
     _as_peer: ClassVar[bool] = False
-    """Whether an update counts for one step, whatever ``update_every`` is."""
+    """Whether an update counts as one step, regardless of ``update_every``."""
 
     def __init__(self, *, peer_exact: bool) -> None:
         super().__init__()
@@ -76,9 +76,9 @@ class Counted(nn.Module):
 
     @contextmanager
     def _next_step(self) -> Iterator[int]:
-        """A block for the work of a step, from 0; if it fails, the step is not counted.
+        """Count a step and yield its number, from 0; undo the count if the block raises.
 
-        Ctrl-C waits for its end: a step is taken and counted, or neither.
+        Ctrl-C takes effect after the block: a step is taken and counted, or neither.
         """
         with defer_signals():
             step = self._num_steps
@@ -90,10 +90,11 @@ class Counted(nn.Module):
                 raise
 
     def update(self) -> None:
-        """Count a step, and take the weights into the average if it is due.
+        """Count a step, and update the average if an update is due.
 
-        A LayoutError, DTypeError or BridgeError names the tensors, if the average is of others; an
-        ArgumentError an invalid hyperparameter. Nothing was written or counted then.
+        Raises a LayoutError, DTypeError or BridgeError that names the tensors if the average and
+        its source do not match, and an ArgumentError for an invalid hyperparameter. Nothing is
+        written or counted in these cases.
         """
         with self._next_step() as step:
             if self._is_copied(step):
@@ -103,7 +104,7 @@ class Counted(nn.Module):
                 self._go_on(step)
 
     def _is_copied(self, step: int) -> bool:
-        """Return whether the average is made the weights at a step."""
+        """Return whether a step copies the weights into the average."""
         return not self._has_begun and self._is_due(step)
 
     def _is_due(self, step: int) -> bool:
@@ -123,18 +124,18 @@ class Counted(nn.Module):
         return "nearest" if self.peer_exact else "stochastic"
 
     def inplace_copy(self, tgt: Tensor, src: Tensor) -> None:
-        """``tgt = src``, in the dtype and on the device of ``tgt``."""
+        """Copy ``src`` into ``tgt``, in the dtype and on the device of ``tgt``."""
         ModelAverager([tgt.detach()]).copy([src.detach()])
 
     def inplace_lerp(self, tgt: Tensor, src: Tensor, weight: float) -> None:
-        """``tgt += weight * (src - tgt)``, in the dtype and on the device of ``tgt``."""
+        """Compute ``tgt += weight * (src - tgt)`` in place, in the dtype and device of ``tgt``."""
         ModelAverager([tgt.detach()], rounding=self._rounding).update(
             [src.detach()], float(weight), self._num_steps
         )
 
 
 class Scheduled(Counted):
-    """With a decay that grows with the steps since ``update_after_step``."""
+    """Base module with a decay that grows with the steps since ``update_after_step``."""
 
     def _set_schedule(
         self,
@@ -162,12 +163,12 @@ class Scheduled(Counted):
             raise ArgumentError(f"inv_gamma={self.inv_gamma!r}: expected a number above 0")
 
     def get_current_decay(self) -> float:
-        """The decay per step in force: 0 until ``update_after_step`` is passed."""
+        """Return the current decay per step, which is 0 until after ``update_after_step``."""
         self._check_schedule()
         epoch = self._num_steps - self.update_after_step - 1
         if epoch <= 0:
             return 0.0
-        if self.peer_exact:  # to the bit: off by 0.02 % in 1 - decay at beta = 0.9999
+        if self.peer_exact:  # bit for bit, with its error of 0.02 % in 1 - decay at beta = 0.9999
             single = torch.tensor(float(epoch), dtype=torch.float32)
             grown = 1 - (1 + single / self.inv_gamma) ** -self.power
             return grown.clamp(min=self.min_value, max=self.beta).item()
@@ -179,11 +180,11 @@ class Scheduled(Counted):
         return not self._has_begun or (self._is_due(step) and step <= self.update_after_step)
 
     def _weight(self, decay: float | None) -> float:
-        """Return the weight of new values: from a given decay, or from the schedule."""
+        """Return the weight of new values, from ``decay`` or, if it is None, the schedule."""
         if decay is not None:
             return 1.0 - decay
         decay, steps = self.get_current_decay(), self._steps_per_update
         if steps == 1 or decay <= 0.0:
             return 1.0 - decay
-        # Near 1 the power is too close to 1 for the difference to keep its digits.
+        # Near decay = 1, computing 1 - decay**steps directly would lose digits.
         return -math.expm1(steps * math.log(decay))

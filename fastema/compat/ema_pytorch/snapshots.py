@@ -1,4 +1,4 @@
-"""Files of :class:`PostHocEMA`: written, found, and summed while they are read."""
+"""Snapshot files of :class:`PostHocEMA`: writing, finding, reading and summing them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PREFIX: Final = "ema_model."
 
 
 class SnapshotFile(NamedTuple):
-    """A file with one of the averages at one step."""
+    """The file of one average at one step."""
 
     path: Path
     which: int
@@ -35,10 +35,10 @@ class SnapshotFile(NamedTuple):
 
 
 def write(folder: Path, which: int, state: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Write ``{which}.{step}.pt``, whole or not at all: floats in a dtype, all else as it is."""
+    """Write ``{which}.{step}.pt`` atomically: floats in ``dtype``, everything else unchanged."""
     path = folder / f"{which}.{int(state['step'].item())}.pt"
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder any more: make it again for {path.name}")
+        raise CheckpointError(f"{folder} is gone: create the folder again for {path.name}")
     with moved_into_place(path) as partial:
         torch.save({name: _stored(value, dtype) for name, value in state.items()}, partial)
 
@@ -50,13 +50,13 @@ def _stored(value: Any, dtype: torch.dtype) -> Any:
 
 
 def find(folder: Path, count: int) -> list[SnapshotFile]:
-    """The snapshots in a folder, by step; those before the first update are left out.
+    """Return a folder's snapshots sorted by step, except those from before the first update.
 
-    A CheckpointError if there are none, or one is of an average beyond ``count``.
+    Raise a CheckpointError if there are none, or if one belongs to an average beyond ``count``.
     """
     matches = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("*.pt")]
     every = [SnapshotFile(path, int(hit[1]), int(hit[2])) for path, hit in matches if hit]
-    beyond = [f"{one.path.name} is of average {one.which}" for one in every if one.which >= count]
+    beyond = [f"{one.path.name} has average {one.which}" for one in every if one.which >= count]
     if beyond:
         raise CheckpointError(
             f"{folder} holds snapshots of another run, with more than {count} averages:\n"
@@ -64,12 +64,15 @@ def find(folder: Path, count: int) -> list[SnapshotFile]:
         )
     kept = sorted((one for one in every if one.step > 0), key=lambda one: (one.step, one.which))
     if not kept:
-        raise CheckpointError(f"no snapshots in {folder}; checkpoint() makes them")
+        raise CheckpointError(f"no snapshots in {folder}; checkpoint() writes them")
     return kept
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The averaged model's state in a snapshot, mapped into memory; a CheckpointError for none."""
+    """Return the averaged model's state from a snapshot, memory-mapped.
+
+    Raise a CheckpointError if the file is not a snapshot.
+    """
     try:
         state = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
         return {
@@ -78,19 +81,19 @@ def read(path: Path) -> dict[str, Any]:
             if name.startswith(_PREFIX)
         }
     except Exception as error:
-        raise CheckpointError(f"{path} is no snapshot: {error}") from error
+        raise CheckpointError(f"{path} is not a snapshot: {error}") from error
 
 
 class _Mapped(File):
-    """A snapshot that torch has mapped into memory, as a file whose offsets are addresses."""
+    """A memory-mapped snapshot, as a file whose offsets are memory addresses."""
 
     rows: dict[str, Tensor]
-    """Owner of the memory, row-major."""
+    """The row-major tensors that own the memory."""
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[int, memoryview], None]]:
         def fill(address: int, buffer: memoryview) -> None:
-            # Other threads go on meanwhile, as they would not while a memoryview is filled.
+            # memmove runs without the GIL, unlike an assignment to the memoryview.
             ctypes.memmove((ctypes.c_char * len(buffer)).from_buffer(buffer), address, len(buffer))
 
         yield fill
@@ -116,11 +119,11 @@ def _mapped(path: Path, names: Sequence[str]) -> _Mapped:
 def weighted(
     paths: Sequence[Path], coefficients: Sequence[float], like: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Sums of snapshots' tensors in float64, a few MB of each file at a time.
+    """Return weighted sums of snapshots, computed in float64, a few MB of each file at a time.
 
-    What is summed has the names and shapes of ``like``; the sums are in float32, or float64 where
-    ``like`` is. A CheckpointError lists every tensor that a file does not have, or has in another
-    shape or dtype.
+    The sums have the names and shapes of ``like``. They are float32, or float64 where ``like`` is.
+    Raise a CheckpointError that lists every tensor that a file lacks, or has in another shape or
+    dtype.
     """
     names = list(like)
     files = [_mapped(path, names) for path in paths]
@@ -136,9 +139,9 @@ def weighted(
                     f"{list(like[name].shape)} in the model"
                 )
             elif here.kind.real is None:
-                problems.append(f"{name!r} is {here.kind.code} in {file.path.name}, no float")
+                problems.append(f"{name!r} is {here.kind.code} in {file.path.name}, not a float")
             elif there is not None and here.kind != there.kind:
-                problems.append(f"{name!r} is {here.kind.code} in {file.path.name}, not as later")
+                problems.append(f"{name!r} is {here.kind.code} in {file.path.name}, unlike later")
     if problems:
         raise CheckpointError("the snapshots do not fit the model:\n" + listed(problems))
     result = {name: _wide(files[-1].tensors[name], tensor) for name, tensor in like.items()}
@@ -148,6 +151,6 @@ def weighted(
 
 
 def _wide(stored: StoredTensor, like: Tensor) -> NDArray[Any]:
-    """Memory for a sum."""
+    """Return uninitialized memory for a sum: float64 where ``like`` is, otherwise float32."""
     dtype = "f8" if like.dtype in (torch.float64, torch.complex128) else "f4"
     return np.empty(stored.shape, np.result_type(dtype, "c8") if stored.kind.parts == 2 else dtype)

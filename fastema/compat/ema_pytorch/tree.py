@@ -1,4 +1,4 @@
-"""``ema_pytorch.EMAPytree``: an average of tensors in lists, tuples and dicts, nested."""
+"""``ema_pytorch.EMAPytree``: an average of tensors in nested lists, tuples and dicts."""
 
 from __future__ import annotations
 
@@ -18,26 +18,29 @@ __all__ = ["EMAPytree", "EMATensor"]
 
 
 class EMAPytree(Scheduled):
-    """An exponential moving average of the tensors in a tree of lists, tuples and dicts.
+    """An exponential moving average of the tensors in nested lists, tuples and dicts.
 
-    As :class:`EMA` of a model, whose parameters it has: ``avg += (1 - decay**update_every) * (x -
-    avg)`` at every ``update_every``-th call of :meth:`update`. Trees of different structure are a
-    LayoutError.
+    Every ``update_every``-th call of :meth:`update` computes ``avg += (1 - decay**update_every) *
+    (x - avg)``. Trees of different structure raise a LayoutError.
 
     Parameters
     ----------
-    pytree : tensor, or list, tuple or dict of such, nested
-        What is followed: written in place by its owner. What is no tensor in it is left alone.
-    ema_pytree : the same, or callable, optional
-        What holds the average, or makes it; a copy by default, of results of operations too.
+    pytree : tensor, or nested list, tuple or dict of tensors
+        The tensors to average, which their owner writes in place. Other leaves are ignored.
+    ema_pytree : tree like ``pytree``, or callable, optional
+        The tree that holds the average, or a function that returns it; a deep copy by default.
+    allow_different_devices, coerce_dtype : bool
+        Accepted and ignored: devices and dtypes may always differ.
+    beta, update_after_step, update_every, inv_gamma, power, min_value, peer_exact
+        See :class:`EMA`.
 
     Attributes
     ----------
     pytree, ema_pytree
-        What is followed, and the average; :attr:`ema_model` is another name of the latter.
+        The averaged tensors, and the average; :attr:`ema_model` is another name of the average.
     initted, step : torch.Tensor
-        See :class:`EMA`: all that is in ``state_dict()``, as in the peer. Save ``ema_pytree``
-        beside.
+        See :class:`EMA`. As in the peer, ``state_dict()`` has only these two: save ``ema_pytree``
+        separately.
 
     Examples
     --------
@@ -70,7 +73,7 @@ class EMAPytree(Scheduled):
         self._set_schedule(beta, update_after_step, update_every, inv_gamma, power, min_value)
         self.allow_different_devices = allow_different_devices
         self.coerce_dtype = coerce_dtype
-        self.online_pytree = [pytree]  # in a list, so that a module would be no submodule
+        self.online_pytree = [pytree]  # a list keeps a module from becoming a submodule
         if callable(ema_pytree) and not isinstance(ema_pytree, nn.Module):
             ema_pytree = ema_pytree()
         self.ema_pytree = _copied(pytree) if ema_pytree is None else ema_pytree
@@ -81,20 +84,20 @@ class EMAPytree(Scheduled):
 
     @property
     def pytree(self) -> Any:
-        """The tree that is averaged."""
+        """The tree of tensors to average."""
         return self.online_pytree[0]
 
     @property
     def ema_model(self) -> Any:
-        """The average."""
+        """The average, as ``ema_pytree``."""
         return self.ema_pytree
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The average; called, if it can be."""
+        """Return the average or, if it is callable, the result of calling it."""
         return self.ema_pytree(*args, **kwargs) if callable(self.ema_pytree) else self.ema_pytree
 
     def copy_params_from_pytree_to_ema(self) -> None:
-        """Make the average what is followed; raises as :meth:`update`."""
+        """Copy the source tensors into the average; raises the same errors as :meth:`update`."""
         averager, current = self._paired(self.ema_pytree, self.pytree)
         averager.copy(current)
 
@@ -107,18 +110,21 @@ class EMAPytree(Scheduled):
     def update_moving_average(
         self, ma_pytree: Any, current_pytree: Any, current_decay: float | None = None
     ) -> None:
-        """``ma += (1 - decay) * (current - ma)``, by default of the schedule, unless frozen."""
+        """Compute ``ma += (1 - decay) * (current - ma)``, unless the average is frozen.
+
+        ``current_decay`` defaults to the schedule's decay, for ``update_every`` steps.
+        """
         if not self.is_frozen:
             weight = self._weight(current_decay)
             averager, current = self._paired(ma_pytree, current_pytree)
             averager.update(current, weight, self._num_steps)
 
     def _paired(self, averaged: Any, current: Any) -> tuple[ModelAverager, list[Tensor]]:
-        """Return the averager of two trees, and the tensors of the source."""
+        """Return the averager of ``averaged``, and the tensors of ``current`` that match it."""
         ours, theirs = pytrees.tree_flatten(averaged), pytrees.tree_flatten(current)
         if ours[1] != theirs[1]:
             raise LayoutError(
-                f"the average has the structure {ours[1]}, what it is to follow {theirs[1]}: make "
+                f"the average has the structure {ours[1]}, but its source has {theirs[1]}: create "
                 "another average for it"
             )
         pairs = [
@@ -141,6 +147,6 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _copied(tree: Any) -> Any:
-    """A deep copy, of results of operations too."""
+    """Return a deep copy, also of results of operations, which ``deepcopy`` alone refuses."""
     results = {id(leaf): leaf for leaf in _tensors(tree) if not leaf.is_leaf}
     return deepcopy(tree, {key: leaf.detach().clone() for key, leaf in results.items()})

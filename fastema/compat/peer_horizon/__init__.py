@@ -1,5 +1,5 @@
-"""The drop-in classes that update when, and with the decay that, their peers would.
+"""Drop-in classes that update at the same steps and with the same decay as their peers.
 
-``install()`` puts these in the peers' places, where those of the same names one level up differ in
-that. Modules are called like those.
+``install()`` uses these classes where those in :mod:`fastema.compat` differ from the peers in that.
+Modules have the same names as in :mod:`fastema.compat`.
 """

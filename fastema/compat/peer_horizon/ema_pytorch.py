@@ -1,4 +1,4 @@
-"""ema_pytorch's averages, in which an update counts for one step whatever ``update_every``."""
+"""ema_pytorch's averages, where an update counts as one step regardless of ``update_every``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["EMA", "EMAPytree", "EMATensor", "KarrasEMA", "PostHocEMA"]
 
 
 class EMAPytree(ema_pytorch.EMAPytree):
-    """See :class:`fastema.compat.ema_pytorch.EMAPytree`; ``decay`` is that of an update."""
+    """See :class:`fastema.compat.ema_pytorch.EMAPytree`; ``decay`` is per update, not per step."""
 
     _as_peer = True
 
@@ -17,22 +17,22 @@ EMATensor = EMAPytree
 
 
 class EMA(ema_pytorch.EMA):
-    """See :class:`fastema.compat.ema_pytorch.EMA`; ``decay`` is that of an update."""
+    """See :class:`fastema.compat.ema_pytorch.EMA`; ``decay`` is per update, not per step."""
 
     _as_peer = True
     _of_tensors = EMAPytree
 
 
 class KarrasEMA(ema_pytorch.KarrasEMA):
-    """See :class:`fastema.compat.ema_pytorch.KarrasEMA`; an update counts for one step."""
+    """See :class:`fastema.compat.ema_pytorch.KarrasEMA`; an update counts as one step."""
 
     _as_peer = True
 
 
 class PostHocEMA(ema_pytorch.PostHocEMA):
-    """See :class:`fastema.compat.ema_pytorch.PostHocEMA`; an update counts for one step.
+    """See :class:`fastema.compat.ema_pytorch.PostHocEMA`; an update counts as one step.
 
-    A synthesis takes the averages for what they were asked to be, as ema_pytorch does.
+    As in ema_pytorch, synthesis assumes that the averages have the requested widths.
     """
 
     _average_class = KarrasEMA

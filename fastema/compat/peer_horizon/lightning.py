@@ -1,4 +1,4 @@
-"""Lightning's averaging callbacks, with Lightning's decay per update and its choice of steps."""
+"""Lightning's averaging callbacks, with Lightning's decay per update and choice of steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["EMAWeightAveraging", "WeightAveraging"]
 class WeightAveraging(lightning.WeightAveraging):
     """See :class:`fastema.compat.lightning.WeightAveraging`.
 
-    ``should_update`` is asked about the last step of a batch alone, as Lightning's is.
+    As in Lightning, ``should_update`` is called only for the last step of a batch.
     """
 
     _as_peer = True
