@@ -1,5 +1,7 @@
 """LitEma of latent diffusion: its state, its checkpoints, and where ours differs."""
 
+import gc
+import weakref
 from collections import OrderedDict
 from typing import Any
 
@@ -119,3 +121,20 @@ def test_averages_out_of_and_into_a_checkpoint(whole: bool) -> None:
 def test_checkpoint_of_another_model_is_refused(other: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         ema_weights(Pipeline(Network()).state_dict(), OTHERS[other]())
+
+
+@pytest.mark.parametrize("way", ["half", "double", "assign"])
+def test_replaced_averages_go_on_and_the_old_ones_are_freed(way: str) -> None:
+    run = Run("litema", Network(1, torch.float32), {"decay": 0.9})
+    run.train(1)
+    gone = weakref.ref(run.average.get_buffer("wide"))
+    if way == "assign":
+        run.average.load_state_dict(cloned(run.average.state_dict()), assign=True)
+    else:
+        getattr(run.average, way)()
+    gc.collect()
+    assert gone() is None
+    run.refer()
+    run.train(5)
+    run.check()
+    assert int(run.average.num_updates) == 6

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim import swa_utils as theirs
 
 from fastema.compat import swa_utils as ours
+from fastema.errors import LayoutError
 
-from ..support.peers import is_parameter, swa_weight
+from ..support.peers import SWA_KINDS, is_parameter, swa_weight
 from ..support.peers import swa_function as function
-from .network import Network, Truth, numbers, trained
+from .network import Network, Truth, bits, numbers, trained
 
 pytestmark = pytest.mark.torch
 
@@ -72,3 +74,22 @@ def test_the_count_is_read_only_when_it_may_have_changed(on_an_accelerator: list
     averaged = copy.deepcopy(averaged)
     update(6, 7)
     assert on_an_accelerator == [0, 7, 2, 11, 4, 6]
+
+
+@pytest.mark.parametrize("use_buffers", [False, True], ids=["weights", "buffers"])
+@pytest.mark.parametrize("kind", SWA_KINDS[1:])
+def test_functions_of_pytorch_run_as_in_its_own_class(kind: str, use_buffers: bool) -> None:
+    model, generator = Network(43, integers=not use_buffers), numbers(44)
+    one, other = averages = [
+        module.AveragedModel(model, use_buffers=use_buffers, **function(theirs, kind))
+        for module in (ours, theirs)
+    ]
+    for _ in range(5):
+        trained(model, generator)
+        for average in averages:
+            average.update_parameters(model)
+    assert bits(one) == bits(other)
+    model.wide = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(LayoutError, match="wide"):
+        one.update_parameters(model)
+    assert bits(one) == bits(other)

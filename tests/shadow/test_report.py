@@ -1,5 +1,7 @@
 """What an average says of itself: a report, its repr, its drift, and names of other libraries."""
 
+import copy
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 
 import fastema
 from fastema import rules
+from fastema.errors import StateError
 from fastema.rules.units import effective_steps
 from fastema.shadow import hints
 
@@ -96,6 +99,12 @@ def test_a_name_of_another_library_is_answered_with_ours(name: str, said: str) -
         getattr(fastema.EMA([np.ones(3)]), name)
     for kind in (fastema.EMA, fastema.SWA, fastema.SMA, fastema.PowerEMA):
         assert not [name for name in hints._HINTS if hasattr(kind, name)]
+
+
+def test_an_average_is_neither_copied_nor_pickled() -> None:
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(StateError, match="state_dict"):
+            copied(fastema.EMA([np.ones(3)]))
 
 
 def test_drift_shows_an_average_that_stands_still() -> None:

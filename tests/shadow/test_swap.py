@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import fastema
 from fastema.errors import StateError
@@ -284,3 +285,21 @@ def test_a_graph_from_the_block_raises_after_it(later: int) -> None:
             model.head.weight.mul_(1.5)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}], ids=str)
+def test_an_optimizer_step_in_a_block_raises_and_restores_the_weights(
+    options: dict[str, bool],
+) -> None:
+    def step(model: nn.Module) -> None:
+        model(torch.ones(1, 2)).sum().backward()
+        torch.optim.AdamW(model.parameters(), lr=0.1, **options).step()
+
+    model = nn.Linear(2, 2)
+    ema = fastema.EMA(model, 0.5)
+    before = model.weight.detach().clone()
+    with pytest.raises(StateError, match="'weight'"), ema.swapped():
+        step(model)
+    assert torch.equal(model.weight, before)
+    with ema.swapped():  # steps of other weights do not count
+        step(nn.Linear(2, 2))
