@@ -58,7 +58,7 @@ _changed_in_c: set[int] = set()
 
 def _record_signal(number: int, frame: FrameType | None) -> None:
     if _active:
-        _active[0].noted.append((number, frame))
+        _active[0].pending.append((number, frame))
     else:  # reinstalled after the block, by code that saved it inside
         _handlers[number](number, frame)
 
@@ -90,16 +90,16 @@ class defer_signals:
     another block.
     """
 
-    __slots__ = ("_held", "noted")
+    __slots__ = ("_held", "pending")
 
     _held: list[int]
-    noted: list[tuple[int, FrameType | None]]
+    pending: list[tuple[int, FrameType | None]]
 
     def __enter__(self) -> None:
         """Start deferring signals."""
         if _active or get_ident() != main_thread().ident:
             return
-        self._held, self.noted = [], []
+        self._held, self.pending = [], []
         try:
             _active.append(self)
             for number in _SIGNALS:
@@ -142,11 +142,11 @@ class defer_signals:
     def _release(self) -> None:
         try:
             self._restore_handlers()
-            while self.noted:
-                number, frame = self.noted[0]
+            while self.pending:
+                number, frame = self.pending[0]
                 handler = _get(number)
                 wanted = callable(handler)
-                del self.noted[0]  # no signal can be handled between here and the call
+                del self.pending[0]  # no signal can be handled between here and the call
                 if wanted:
                     handler(number, frame)
         except BaseException:  # a handler raised: call the others first
