@@ -90,28 +90,28 @@ class defer_signals:
     another block.
     """
 
-    __slots__ = ("_held", "pending")
+    __slots__ = ("_deferred", "pending")
 
-    _held: list[int]
+    _deferred: list[int]
     pending: list[tuple[int, FrameType | None]]
 
     def __enter__(self) -> None:
         """Start deferring signals."""
         if _active or get_ident() != main_thread().ident:
             return
-        self._held, self.pending = [], []
+        self._deferred, self.pending = [], []
         try:
             _active.append(self)
             for number in _SIGNALS:
                 handler = _get(number)
                 if handler is _record_signal:  # left by a block that was interrupted on exit
-                    self._held.append(number)
+                    self._deferred.append(number)
                 elif callable(handler):
                     _sigaction(number, None, _references[number])
                     action = _actions[number]
                     found = action.function, action.flags
                     _handlers[number] = handler
-                    self._held.append(number)
+                    self._deferred.append(number)
                     before = _set(number, _record_signal)
                     if before is not handler:  # a signal came, and its handler installed another
                         _handlers[number] = before
@@ -133,7 +133,7 @@ class defer_signals:
                 self._release()
 
     def _restore_handlers(self) -> None:
-        for number in self._held:
+        for number in self._deferred:
             if _get(number) is _record_signal:  # not a handler that was set inside
                 _set(number, _handlers[number])
                 if number in _changed_in_c:
