@@ -194,7 +194,7 @@ class _ByExchange(Watch):
         dims = np.zeros(firsts[-1], np.int64)
         # Every object whose address is stored must outlive this watch.
         containers = [one.container for one in dicts]
-        self._kept: tuple[Any, ...] = (
+        self._owners: tuple[Any, ...] = (
             containers,
             entries,
             owners,
@@ -232,7 +232,7 @@ class _ByExchange(Watch):
             holding = [number for number, found in enumerate(values) if found & ids]
             tables.append(held[holding + empty[_part(empty, share)]])
             tasks[share] = task_of(tables[-1], tensor[_part(tensor, share)])
-        self._kept += (tables,)
+        self._owners += (tables,)
         self._tasks = {share: (one.ctypes.data, one) for share, one in tasks.items()}
 
     def _any_moved(self, share: int | None) -> bool:
