@@ -27,7 +27,7 @@ class Watch:
 
     def __init__(self, held: Sequence[TensorContainer], transient: bool) -> None:
         self._transient = transient
-        self._held = [(one, _members(one, transient)) for one in held]
+        self._containers = [(one, _members(one, transient)) for one in held]
 
     def changed(self) -> bool:
         """Return whether any tensor moved, changed shape or dtype, or was replaced."""
@@ -42,7 +42,7 @@ class Watch:
 
     def _replaced(self) -> bool:
         """Return whether any container holds other objects than before."""
-        for one, members in self._held:
+        for one, members in self._containers:
             now = _members(one, self._transient)
             if len(now) != len(members) or not all(map(is_, now, members)):
                 return True
