@@ -14,7 +14,7 @@ __all__ = ["Kernel", "function", "kernel"]
 Kernel = Callable[[int, int, int, int], object]
 """A kernel: ``kernel(table, rows, numbers, control)``, see :mod:`fastema.kernels.table`."""
 
-_made: dict[tuple[str, tuple[str, ...], str], Callable[..., int]] = {}
+_loaded: dict[tuple[str, tuple[str, ...], str], Callable[..., int]] = {}
 _making = lock()
 
 
@@ -37,8 +37,8 @@ def function(name: str) -> Callable[..., int]:
 
 def _load_once(*key: Any) -> Callable[..., int]:
     with _making:
-        if key not in _made:
+        if key not in _loaded:
             from fastema.engine import native
 
-            _made[key] = native.function(*key)
-        return _made[key]
+            _loaded[key] = native.function(*key)
+        return _loaded[key]

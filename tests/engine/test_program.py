@@ -241,7 +241,7 @@ def test_later_runs_compile_nothing_and_keep_no_memory(
     threads(2)
     sides = [(numbers(n, "f32", n), numbers(n, "f32", n + 1)) for n in (5, 1000, 3 * CHUNK)]
     program = run("lerp", sides, "f32", "f32")
-    made = dict(registry._made)
+    made = dict(registry._loaded)
     monkeypatch.setattr("fastema.engine.cpu_group.kernel", None)  # asked for once only
     monkeypatch.setattr("fastema.engine.cpu_group.numbered_tables", None)
     tracemalloc.start()
@@ -255,7 +255,7 @@ def test_later_runs_compile_nothing_and_keep_no_memory(
             held.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
-    assert registry._made == made
+    assert registry._loaded == made
     # What a run keeps, every round keeps; what else grows and shrinks, the least of them does not.
     assert min(np.diff(held)) < 2500
 

@@ -12,7 +12,7 @@ def test_an_operation_without_a_kernel_is_refused_with_those_that_have_one() -> 
 
 
 def test_a_kernel_is_made_once_however_many_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_made", {})
+    monkeypatch.setattr(registry, "_loaded", {})
     made = []
     begun = threading.Barrier(4)
 
@@ -27,4 +27,4 @@ def test_a_kernel_is_made_once_however_many_ask(monkeypatch: pytest.MonkeyPatch)
         caller.join(60)
     assert len(made) == 4
     assert len({id(one) for one in made}) == 1
-    assert len(registry._made) == 1
+    assert len(registry._loaded) == 1

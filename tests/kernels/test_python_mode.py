@@ -77,7 +77,7 @@ SCRIPT = """
             held = side.tobytes().hex() if exact else plain(side, code)
             results.append([operation, dst, src, step, form, held])
     python_mode = os.environ.get("NUMBA_DISABLE_JIT") == "1"
-    kernels = list(registry._made.values())
+    kernels = list(registry._loaded.values())
     assert all(hasattr(one, "argtypes") != python_mode for one in kernels)
     print(json.dumps(results))
 """
