@@ -94,7 +94,7 @@ class CudaGroup(Group):
         self._args = LaunchArgs()
         self._streams = StreamTracker(context)
         self._measures: Any = None
-        self._measured: NDArray[np.float64] | None = None
+        self._substitute_measures: NDArray[np.float64] | None = None
 
     def prepare(self, operation: str) -> Callable[[], None]:
         """Load the kernels of an operation, compile new ones, and return the launch."""
@@ -198,12 +198,12 @@ class CudaGroup(Group):
         measured = run(args)
         if measured is not None:
             self.indices = np.array([pair.average_index for pair in self._members])
-            self._measured = measured
+            self._substitute_measures = measured
 
     def results(self) -> NDArray[np.float64]:
         """Return the measures of every row; wait for the device to compute them."""
-        if self._measured is not None:
-            return self._measured
+        if self._substitute_measures is not None:
+            return self._substitute_measures
         if self._measures is None:
             return super().results()
         # Downloaded each time: a graph may have been replayed since.
