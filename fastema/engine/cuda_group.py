@@ -184,9 +184,9 @@ class CudaGroup(Group):
         if device not in _warned:
             warnings.warn(reason, SlowWarning, stacklevel=2)
             _warned.add(device)  # last: if warnings are errors, the next call raises too
-        return partial(self._substituted, run)
+        return partial(self._run_substitute, run)
 
-    def _substituted(self, run: Substitute) -> None:
+    def _run_substitute(self, run: Substitute) -> None:
         args = self._args
         if args.clocks:
             raise StateError(
