@@ -113,10 +113,10 @@ class Device:
         refuse_forked()
         with self._loading:
             if key not in self._functions:
-                self._functions[key] = self._loaded(key, self._compiled(key))
+                self._functions[key] = self._loaded(key, self._compile(key))
             return self._functions[key]
 
-    def _compiled(self, key: Key) -> Cubin:
+    def _compile(self, key: Key) -> Cubin:
         """Return the machine code; after a failure, raise the same error without recompiling."""
         if key in self._unavailable:
             raise Unavailable(self._unavailable[key])
