@@ -113,7 +113,7 @@ class Device:
         refuse_forked()
         with self._loading:
             if key not in self._functions:
-                self._functions[key] = self._loaded(key, self._compile(key))
+                self._functions[key] = self._load(key, self._compile(key))
             return self._functions[key]
 
     def _compile(self, key: Key) -> Cubin:
@@ -126,7 +126,7 @@ class Device:
             self._unavailable[key] = str(error)  # the error itself would keep its frames' objects
             raise
 
-    def _loaded(self, key: Key, made: Cubin) -> int:
+    def _load(self, key: Key, made: Cubin) -> int:
         try:
             return self._in_context(self._driver.function, made.code, made.name)
         except DeviceError as error:
