@@ -17,10 +17,10 @@ from fastema.kernels.table import DISTANCE, SQUARE, STILL
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair
 
-__all__ = ["Measured", "Program"]
+__all__ = ["Measures", "Program"]
 
 
-class Measured(NamedTuple):
+class Measures(NamedTuple):
     """Norms of weights minus average and of the average, and the number of unchanged elements."""
 
     distance: float
@@ -121,7 +121,7 @@ class Program:
                 "the streams of all devices join the capture, and update CPU tensors outside of it"
             )
 
-    def measured(self, index: int) -> Measured:
+    def measured(self, index: int) -> Measures:
         """Return the measures of one average from the latest measuring run."""
         distance = square = 0.0
         still = 0
@@ -131,7 +131,7 @@ class Program:
             distance += float(rows[:, DISTANCE].sum())
             square += float(rows[:, SQUARE].sum())
             still += int(rows[:, STILL].sum())
-        return Measured(math.sqrt(distance), math.sqrt(square), still)
+        return Measures(math.sqrt(distance), math.sqrt(square), still)
 
     def all_finite(self) -> bool:
         """Return whether the latest run of ``"finite"`` found only finite values."""
