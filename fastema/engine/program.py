@@ -121,7 +121,7 @@ class Program:
                 "the streams of all devices join the capture, and update CPU tensors outside of it"
             )
 
-    def measured(self, index: int) -> Measures:
+    def read_measures(self, index: int) -> Measures:
         """Return the measures of one average from the latest measuring run."""
         distance = square = 0.0
         still = 0

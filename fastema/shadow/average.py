@@ -103,7 +103,7 @@ class Average(Saveable[Weights]):
         return self.drifts[self._average_index(None)]
 
     def _drift(self, program: Program, index: int) -> Drift:
-        distance, size, still = program.measured(index)
+        distance, size, still = program.read_measures(index)
         entries = self._store.sets[index].values()
         reals = sum(e.spec.size * e.spec.kind.parts for e in entries if e.averaged)
         relative = distance / size if size else math.inf if distance else 0.0

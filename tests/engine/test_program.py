@@ -277,6 +277,6 @@ def test_measures_are_those_of_each_average(threads: Threads) -> None:
     program = Program({"all": pairs})
     program.run({"all": "lerp_measured"}, LaunchArgs(weights))
     for index, (distance, square, still) in enumerate(expected):
-        measured = program.measured(index)
+        measured = program.read_measures(index)
         np.testing.assert_allclose(measured[:2], np.sqrt([distance, square]), rtol=1e-4)
         assert measured.still == still

@@ -165,7 +165,7 @@ def test_several_averages_and_their_measures(gpu: StubGpu, src: str) -> None:
             for k, a in enumerate(averages)
         ]
         program = run("lerp_measured", pairs, LaunchArgs((0.1, 0.01, 0.0)))
-        measures.append([program.measured(k) for k in range(3)])
+        measures.append([program.read_measures(k) for k in range(3)])
         return averages
 
     assert_same_on_both(gpu, work)
