@@ -100,7 +100,7 @@ def weight_table(weight: Callable[[int], float], last: int = 2**31) -> NDArray[n
     again = one_weight[1:] & one_weight[:-1] & (np.diff(table[:, COEFFICIENTS]) == 0)
     table = table[np.concatenate(([True], ~again))]
     updates = np.arange(1, min(last, _ALL) + 1)
-    wrong = np.abs(evaluate(table, updates) - _asked(at, updates)) > _ROUNDING
+    wrong = np.abs(evaluate(table, updates) - _weights_at(at, updates)) > _ROUNDING
     if wrong.any():
         raise ArgumentError(
             "the weights of this rule cannot be tabulated for a captured graph: that of update "
@@ -120,7 +120,7 @@ def evaluate(table: NDArray[np.float64], updates: Any) -> Any:
     return np.clip(values, 0.0, 1.0)
 
 
-def _asked(at: _Weight, updates: _Updates) -> NDArray[np.float64]:
+def _weights_at(at: _Weight, updates: _Updates) -> NDArray[np.float64]:
     return np.array([at(update) for update in updates.tolist()])
 
 
@@ -214,7 +214,7 @@ def _solution(length: int) -> NDArray[np.float64]:
 def _fitted(at: _Weight, first: int, length: int) -> tuple[_Row, bool, float]:
     """Fit a polynomial to a piece; return its row, whether it is close, and its largest error."""
     places = _places(first, length)
-    weights = _asked(at, places[0])
+    weights = _weights_at(at, places[0])
     row = _constant(first, weights[0])
     if (weights != weights[0]).any():
         row[SCALE] = 2.0 / length
@@ -223,7 +223,7 @@ def _fitted(at: _Weight, first: int, length: int) -> tuple[_Row, bool, float]:
             row[COEFFICIENTS:] += _solution(length) @ (weights - evaluate(row[None], places[0]))
     close, error = True, 0.0
     for updates in places:
-        weights = _asked(at, updates)
+        weights = _weights_at(at, updates)
         errors = np.abs(evaluate(row[None], updates) - weights)
         # A polynomial goes through any few points, even on both sides of a jump.
         allowed = _CLOSE * weights if length > DEGREE + 1 else 0.0
