@@ -86,9 +86,9 @@ def weight_table(weight: Callable[[int], float], last: int = 2**31) -> NDArray[n
         return value
 
     rows = [_constant(1, at(1))]
-    begin = 1 + _same(at, 1, last)
+    begin = 1 + _count_equal(at, 1, last)
     if begin <= last:
-        end = last + 1 - _same(at, last, begin)
+        end = last + 1 - _count_equal(at, last, begin)
         middle = min(max(begin, _SINGLE + 1), end)
         rows += [_constant(update, at(update)) for update in range(begin, middle)]
         for first, length in _blocks(middle, end):
@@ -145,7 +145,7 @@ def _blocks(first: int, stop: int) -> Iterator[tuple[int, int]]:
         start += length
 
 
-def _same(at: _Weight, start: int, toward: int) -> int:
+def _count_equal(at: _Weight, start: int, toward: int) -> int:
     """Count the consecutive updates from start, in the direction of toward, that weigh the same."""
     value, sign = at(start), 1 if toward >= start else -1
     # The run is longer than good, and at most bad.
