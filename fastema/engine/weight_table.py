@@ -92,7 +92,7 @@ def weight_table(weight: Callable[[int], float], last: int = 2**31) -> NDArray[n
         middle = min(max(begin, _SINGLE + 1), end)
         rows += [_constant(update, at(update)) for update in range(begin, middle)]
         for first, length in _blocks(middle, end):
-            _refine(at, first, length, _fitted(at, first, length), rows)
+            _refine(at, first, length, _fit_piece(at, first, length), rows)
         rows.append(_constant(end, at(last)))
     table = np.array(rows)
     # Drop rows that only continue the constant weight of the row before.
@@ -211,7 +211,7 @@ def _solution(length: int) -> NDArray[np.float64]:
     return matrix
 
 
-def _fitted(at: _Weight, first: int, length: int) -> tuple[_Row, bool, float]:
+def _fit_piece(at: _Weight, first: int, length: int) -> tuple[_Row, bool, float]:
     """Fit a polynomial to a piece; return its row, whether it is close, and its largest error."""
     places = _places(first, length)
     weights = _weights_at(at, places[0])
@@ -241,7 +241,7 @@ def _refine(
     row, close, error = fit
     if not close:
         length //= 2
-        halves = [(one, length, _fitted(at, one, length)) for one in (first, first + length)]
+        halves = [(one, length, _fit_piece(at, one, length)) for one in (first, first + length)]
         gained = any(good or left * _GAIN < error for _, _, (_, good, left) in halves)
         if gained or error > _ROUNDING:
             for half in halves:
