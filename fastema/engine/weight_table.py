@@ -196,7 +196,7 @@ def _places(first: int, length: int) -> list[_Updates]:
 
 
 @functools.cache
-def _solution(length: int) -> NDArray[np.float64]:
+def _fit_matrix(length: int) -> NDArray[np.float64]:
     """Return the least-squares matrix from the weights at a piece's points to its coefficients.
 
     There are more points than coefficients, so the rounding of the weights averages out. The fit
@@ -220,7 +220,7 @@ def _fit_piece(at: _Weight, first: int, length: int) -> tuple[_Row, bool, float]
         row[SCALE] = 2.0 / length
         # The second pass corrects the rounding of the first.
         for _ in range(2):
-            row[COEFFICIENTS:] += _solution(length) @ (weights - evaluate(row[None], places[0]))
+            row[COEFFICIENTS:] += _fit_matrix(length) @ (weights - evaluate(row[None], places[0]))
     close, error = True, 0.0
     for updates in places:
         weights = _weights_at(at, updates)
