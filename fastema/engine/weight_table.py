@@ -164,7 +164,7 @@ def _count_equal(at: _Weight, start: int, toward: int) -> int:
         others = [
             abs(update - start)
             for block in _blocks(max(lower, 2), upper + 1)
-            for update in np.concatenate(_places(*block)).tolist()
+            for update in np.concatenate(_checked_updates(*block)).tolist()
             if at(update) != value
         ]
         if not others:
@@ -177,7 +177,7 @@ def _fit_places(length: int) -> _Updates:
     return np.arange(length) if length <= _WHOLE else np.unique((_FITTED * length).astype(np.int64))
 
 
-def _places(first: int, length: int) -> list[_Updates]:
+def _checked_updates(first: int, length: int) -> list[_Updates]:
     """Return the updates at which a piece is fitted, checked, and checked consecutively."""
     fitted = first + _fit_places(length)
     if length <= _WHOLE:
@@ -213,7 +213,7 @@ def _fit_matrix(length: int) -> NDArray[np.float64]:
 
 def _fit_piece(at: _Weight, first: int, length: int) -> tuple[_Row, bool, float]:
     """Fit a polynomial to a piece; return its row, whether it is close, and its largest error."""
-    places = _places(first, length)
+    places = _checked_updates(first, length)
     weights = _weights_at(at, places[0])
     row = _constant(first, weights[0])
     if (weights != weights[0]).any():
