@@ -90,7 +90,7 @@ def versions(*distributions: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _sealed(body: bytes) -> bytes:
+def _make_header(body: bytes) -> bytes:
     return _MAGIC + hashlib.sha256(body).digest()
 
 
@@ -103,7 +103,7 @@ def read(path: Path | None) -> bytes | None:
     except OSError:
         return None
     body = stored[_HEAD:]
-    return body if stored[:_HEAD] == _sealed(body) else None
+    return body if stored[:_HEAD] == _make_header(body) else None
 
 
 def write(path: Path | None, body: bytes) -> None:
@@ -114,7 +114,7 @@ def write(path: Path | None, body: bytes) -> None:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(_sealed(body) + body)
+                file.write(_make_header(body) + body)
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
