@@ -43,7 +43,7 @@ def _roots() -> Iterator[Path]:
         yield Path(tempfile.gettempdir()) / f"fastema-{owner}"
 
 
-def _private(folder: Path) -> bool:
+def _is_private(folder: Path) -> bool:
     """Return whether only this user can write to a folder: its entries are executed."""
     if not hasattr(os, "getuid"):
         return True
@@ -61,7 +61,7 @@ def folder() -> Path | None:
             found.mkdir(mode=0o700, exist_ok=True)
             with tempfile.TemporaryFile(dir=found):
                 pass
-            if _private(root) and _private(found):
+            if _is_private(root) and _is_private(found):
                 return found
         except OSError:
             continue
