@@ -41,9 +41,7 @@ _WORD: Final = ctypes.c_int64
 _KERNEL: Final = ctypes.CFUNCTYPE(_WORD, *[_WORD] * 4)
 _PROTOTYPES: Final = {
     "ewm_mean": ctypes.CFUNCTYPE(_WORD, *[_WORD] * 5),
-    "check_tensors": ctypes.PYFUNCTYPE(
-        _WORD, _WORD
-    ),  # holds the GIL: it calls Python's C API
+    "check_tensors": ctypes.PYFUNCTYPE(_WORD, _WORD),  # holds the GIL: it calls Python's C API
 }
 """Types of the functions that are not called as kernels over a table."""
 
@@ -106,7 +104,7 @@ def compiled(operation: str, formats: tuple[str, ...], layout: str) -> bytes:
     return code
 
 
-def _code(operation: str, formats: tuple[str, ...], layout: str) -> bytes:
+def _load_code(operation: str, formats: tuple[str, ...], layout: str) -> bytes:
     """Return the object code of a function: shipped, from the disk cache, or compiled now."""
     code = shipped.read("cpu", operation, formats, layout, levels())
     if code is not None:
@@ -132,7 +130,7 @@ def function(operation: str, formats: tuple[str, ...], layout: str) -> Callable[
         cpu=name, features=features, codemodel="jitdefault", jit=True
     )
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-    engine.add_object_file(llvm.ObjectFileRef.from_data(_code(operation, formats, layout)))
+    engine.add_object_file(llvm.ObjectFileRef.from_data(_load_code(operation, formats, layout)))
     engine.finalize_object()
     made: Callable[..., int] = _PROTOTYPES.get(operation, _KERNEL)(
         engine.get_function_address(ENTRY)
