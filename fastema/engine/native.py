@@ -87,7 +87,7 @@ def levels() -> tuple[str, ...]:
     )
 
 
-def _depends() -> Iterator[object]:
+def _code_dependencies() -> Iterator[object]:
     """Yield what compiled code depends on besides the kernel sources."""
     yield _host()
     yield [os.environ.get(name) for name in SETTINGS]
@@ -109,7 +109,7 @@ def _load_code(operation: str, formats: tuple[str, ...], layout: str) -> bytes:
     code = shipped.read("cpu", operation, formats, layout, levels())
     if code is not None:
         return code
-    path = disk_cache.entry(operation, formats, layout, *_depends(), suffix=".o")
+    path = disk_cache.entry(operation, formats, layout, *_code_dependencies(), suffix=".o")
     code = disk_cache.read(path)
     if code is None:
         code = compiled(operation, formats, layout)

@@ -60,7 +60,7 @@ def test_code_for_another_cpu_or_of_another_compiler_lies_elsewhere(
     monkeypatch.setattr(disk_cache, "folder", lambda: tmp_path)
 
     def entry() -> Path | None:
-        return disk_cache.entry("lerp", *native._depends(), suffix=".o")
+        return disk_cache.entry("lerp", *native._code_dependencies(), suffix=".o")
 
     seen = {entry()}
     for change in (
