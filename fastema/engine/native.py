@@ -56,7 +56,7 @@ def _binding() -> Any:
 
 
 @cache
-def _host() -> tuple[str, str, str]:
+def _detect_host() -> tuple[str, str, str]:
     """Return the triple, the name and the features of this processor, as Numba detects them."""
     llvm = _binding()
     return llvm.get_process_triple(), llvm.get_host_cpu_name(), _features().flatten()
@@ -89,7 +89,7 @@ def levels() -> tuple[str, ...]:
 
 def _code_dependencies() -> Iterator[object]:
     """Yield what compiled code depends on besides the kernel sources."""
-    yield _host()
+    yield _detect_host()
     yield [os.environ.get(name) for name in SETTINGS]
     yield disk_cache.versions(*_COMPILERS)
 
@@ -125,7 +125,7 @@ def function(operation: str, formats: tuple[str, ...], layout: str) -> Callable[
         python: Callable[..., int] = cpu.function(operation, formats, layout)
         return python
     llvm = _binding()
-    triple, name, features = _host()
+    triple, name, features = _detect_host()
     machine = llvm.Target.from_triple(triple).create_target_machine(
         cpu=name, features=features, codemodel="jitdefault", jit=True
     )

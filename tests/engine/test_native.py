@@ -64,7 +64,9 @@ def test_code_for_another_cpu_or_of_another_compiler_lies_elsewhere(
 
     seen = {entry()}
     for change in (
-        lambda: monkeypatch.setattr(native, "_host", lambda: ("x86_64-linux", "other", "+avx2")),
+        lambda: monkeypatch.setattr(
+            native, "_detect_host", lambda: ("x86_64-linux", "other", "+avx2")
+        ),
         lambda: monkeypatch.setenv("NUMBA_CPU_NAME", "generic"),
         lambda: monkeypatch.setenv("NUMBA_OPT", "1"),
         lambda: monkeypatch.setattr(disk_cache, "versions", lambda *names: ("numba 9.9",)),
