@@ -59,10 +59,10 @@ def _binding() -> Any:
 def _detect_host() -> tuple[str, str, str]:
     """Return the triple, the name and the features of this processor, as Numba detects them."""
     llvm = _binding()
-    return llvm.get_process_triple(), llvm.get_host_cpu_name(), _features().flatten()
+    return llvm.get_process_triple(), llvm.get_host_cpu_name(), _detect_features().flatten()
 
 
-def _features() -> Any:
+def _detect_features() -> Any:
     try:
         return _binding().get_host_cpu_features()
     except RuntimeError:  # LLVM cannot detect them on this processor
@@ -81,7 +81,7 @@ def levels() -> tuple[str, ...]:
         return ()
     if any(name in os.environ for name in SETTINGS):
         return ()
-    features = _features()
+    features = _detect_features()
     return tuple(
         level for level, wanted in LEVELS.items() if all(features.get(one) for one in wanted)
     )

@@ -104,7 +104,7 @@ SHIPPED = """
 def test_a_processor_gets_the_best_code_that_runs_on_it(
     features: str, found: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "_features", lambda: dict.fromkeys(features.split(), True))
+    monkeypatch.setattr(native, "_detect_features", lambda: dict.fromkeys(features.split(), True))
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
     for name in native.SETTINGS:
