@@ -34,7 +34,7 @@ def cache() -> Cache:
 
 def shipped_level() -> str:
     """Return the CPU level of the shipped kernels that run here; an empty string if none do."""
-    return next(iter(native.levels()), "") if shipped.current("cpu") else ""
+    return next(iter(native.supported_levels()), "") if shipped.current("cpu") else ""
 
 
 def gpu() -> Gpu:

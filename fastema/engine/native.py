@@ -17,7 +17,7 @@ from typing import Any, Final
 from fastema.engine import disk_cache, shipped
 from fastema.kernels.variants import ENTRY
 
-__all__ = ["LEVELS", "SETTINGS", "compiled", "function", "has_levels", "levels"]
+__all__ = ["LEVELS", "SETTINGS", "compiled", "function", "has_levels", "supported_levels"]
 
 SETTINGS: Final = tuple(
     f"NUMBA_{name}"
@@ -75,7 +75,7 @@ def has_levels() -> bool:
 
 
 @cache
-def levels() -> tuple[str, ...]:
+def supported_levels() -> tuple[str, ...]:
     """Return the :data:`LEVELS` that run here, best first; none if :data:`SETTINGS` are in use."""
     if not has_levels():
         return ()
@@ -106,7 +106,7 @@ def compiled(operation: str, formats: tuple[str, ...], layout: str) -> bytes:
 
 def _load_code(operation: str, formats: tuple[str, ...], layout: str) -> bytes:
     """Return the object code of a function: shipped, from the disk cache, or compiled now."""
-    code = shipped.read("cpu", operation, formats, layout, levels())
+    code = shipped.read("cpu", operation, formats, layout, supported_levels())
     if code is not None:
         return code
     path = disk_cache.entry(operation, formats, layout, *_code_dependencies(), suffix=".o")

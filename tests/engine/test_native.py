@@ -78,7 +78,7 @@ def test_code_for_another_cpu_or_of_another_compiler_lies_elsewhere(
 
 
 needs_levels = pytest.mark.skipif(
-    not native.levels(), reason="a wheel has no code for this machine"
+    not native.supported_levels(), reason="a wheel has no code for this machine"
 )
 
 SHIPPED = """
@@ -109,18 +109,18 @@ def test_a_processor_gets_the_best_code_that_runs_on_it(
     monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
     for name in native.SETTINGS:
         monkeypatch.delenv(name, raising=False)
-    levels = native.levels.__wrapped__
-    assert list(levels()) == found
+    supported_levels = native.supported_levels.__wrapped__
+    assert list(supported_levels()) == found
     with monkeypatch.context() as patch:
         patch.setenv("NUMBA_CPU_NAME", "generic")
-        assert levels() == ()
+        assert supported_levels() == ()
     with monkeypatch.context() as patch:
         patch.setattr(native.platform, "machine", lambda: "aarch64")
-        assert levels() == ()
+        assert supported_levels() == ()
         with pytest.raises(RuntimeError, match="on x86-64"):
             build_kernels.build(Path("nowhere"), "cpu", [], 1)
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert levels() == ()
+    assert supported_levels() == ()
 
 
 @pytest.fixture(scope="module")
