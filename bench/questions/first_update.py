@@ -75,7 +75,7 @@ def seconds(start: Start, cache: Path, **environment: str) -> float:
 
 def rows(settings: Settings) -> Rows:
     """Yield one row per start; where it compiles, one for each state of the cache."""
-    came = not settings.quick and shipped.current("cpu") and bool(native.supported_levels())
+    came = not settings.quick and shipped.has_kernels("cpu") and bool(native.supported_levels())
     with tempfile.TemporaryDirectory() as folder:  # the imported packages' files are in memory
         seconds(STARTS[-1], Path(folder))
     for start in STARTS:

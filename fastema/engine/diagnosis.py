@@ -34,7 +34,7 @@ def cache() -> Cache:
 
 def shipped_level() -> str:
     """Return the CPU level of the shipped kernels that run here; an empty string if none do."""
-    return next(iter(native.supported_levels()), "") if shipped.current("cpu") else ""
+    return next(iter(native.supported_levels()), "") if shipped.has_kernels("cpu") else ""
 
 
 def gpu() -> Gpu:
@@ -45,4 +45,4 @@ def gpu() -> Gpu:
         capability = Driver().capability(0)
     except (OSError, DriverError) as error:
         return Gpu(str(error))
-    return Gpu("", capability, shipped.current("gpu"))
+    return Gpu("", capability, shipped.has_kernels("gpu"))

@@ -25,9 +25,9 @@ __all__ = [
     "PTX_CAPABILITY",
     "Device",
     "Kernels",
-    "current",
     "entry_name",
     "gpu_targets",
+    "has_kernels",
     "kernels",
     "read",
     "write",
@@ -68,7 +68,7 @@ def gpu_targets(capability: tuple[int, int]) -> Iterator[str]:
         yield PTX
 
 
-def current(device: Device) -> bool:
+def has_kernels(device: Device) -> bool:
     """Return whether a device has shipped kernels, compiled from the installed sources."""
     try:
         return (FOLDER / device / "stamp").read_text(encoding="ascii") == _sources()
@@ -86,7 +86,7 @@ def read(
     DeviceError
         If a file of the installation is damaged.
     """
-    if not current(device):
+    if not has_kernels(device):
         return None
     return kernels(FOLDER / device, operation, targets).get((formats, layout))
 
