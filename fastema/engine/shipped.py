@@ -56,7 +56,7 @@ def entry_name(operation: str) -> str:
     return f"fastema_{operation}"
 
 
-_sources = cache(source_stamp)  # needed for every kernel
+_current_stamp = cache(source_stamp)  # needed for every kernel
 
 
 def gpu_targets(capability: tuple[int, int]) -> Iterator[str]:
@@ -71,7 +71,7 @@ def gpu_targets(capability: tuple[int, int]) -> Iterator[str]:
 def has_kernels(device: Device) -> bool:
     """Return whether a device has shipped kernels, compiled from the installed sources."""
     try:
-        return (FOLDER / device / "stamp").read_text(encoding="ascii") == _sources()
+        return (FOLDER / device / "stamp").read_text(encoding="ascii") == _current_stamp()
     except OSError:
         return False
 
