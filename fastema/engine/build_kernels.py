@@ -56,7 +56,7 @@ Codes = dict[str, bytes]
 """Code by target folder."""
 
 
-def _for_processors(variant: Variant) -> Codes:
+def _compile_for_cpu(variant: Variant) -> Codes:
     """Compile one kernel for the CPU level that this process was started for."""
     return {os.environ["NUMBA_CPU_NAME"]: native.compiled(*variant)}
 
@@ -105,7 +105,7 @@ class _Job(NamedTuple):
 _JOBS: Final[Mapping[Device, _Job]] = {
     "cpu": _Job(
         cpu_variants(),
-        _for_processors,
+        _compile_for_cpu,
         [{"NUMBA_CPU_NAME": level, "NUMBA_CPU_FEATURES": ""} for level in native.LEVELS],
         [[level] for level in native.LEVELS],
     ),
