@@ -61,7 +61,7 @@ def _compile_for_cpu(variant: Variant) -> Codes:
     return {os.environ["NUMBA_CPU_NAME"]: native.compiled(*variant)}
 
 
-def _for_gpus(variant: Variant) -> Codes:
+def _compile_for_gpus(variant: Variant) -> Codes:
     """Compile one kernel for every GPU target; targets with all instructions share one PTX."""
     from fastema.kernels import cuda
 
@@ -111,7 +111,7 @@ _JOBS: Final[Mapping[Device, _Job]] = {
     ),
     "gpu": _Job(
         gpu_variants(),
-        _for_gpus,
+        _compile_for_gpus,
         [{}],
         [list(gpu_targets(capability)) for capability in (*CAPABILITIES, _NEWER)],
     ),

@@ -152,9 +152,9 @@ def test_arithmetic_that_could_be_fused_is_refused(
     monkeypatch.setattr(cuda, "assemble", lambda *args: made)
     if words:
         with pytest.raises(RuntimeError, match=words):
-            build_kernels._for_gpus(gpu_variants()[0])
+            build_kernels._compile_for_gpus(gpu_variants()[0])
     else:
-        codes = build_kernels._for_gpus(gpu_variants()[0])
+        codes = build_kernels._compile_for_gpus(gpu_variants()[0])
         assert codes == {**dict.fromkeys(TARGETS[:-1], b"code"), "ptx": ptx.text.encode()}
 
 
@@ -177,4 +177,4 @@ def test_kernels_that_spill_or_have_another_name_are_refused(
     monkeypatch.setattr(cuda, "translate", lambda *args: ptx)
     monkeypatch.setattr(cuda, "assemble", lambda *args: made)
     with pytest.raises(RuntimeError, match=r"lerp.*(spills|other)"):
-        build_kernels._for_gpus(gpu_variants()[0])
+        build_kernels._compile_for_gpus(gpu_variants()[0])
