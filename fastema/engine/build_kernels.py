@@ -124,7 +124,7 @@ def _begin(environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
 
 
-def _all_compiled(
+def _compile_all(
     job: _Job, wanted: Sequence[Variant], processes: int
 ) -> Iterator[tuple[Variant, Codes]]:
     """Yield kernels and their code, compiled in processes that are replaced from time to time.
@@ -154,7 +154,7 @@ def build(folder: Path, device: Device, operations: Sequence[str], processes: in
         for operation in dict.fromkeys(one.operation for one in wanted):
             ours = [one for one in wanted if one.operation == operation]
             made: dict[str, Kernels] = {}
-            for variant, codes in _all_compiled(job, ours, processes):
+            for variant, codes in _compile_all(job, ours, processes):
                 for target, code in codes.items():
                     made.setdefault(target, {})[variant.formats, variant.layout] = code
             for target, kernels_of_target in made.items():
