@@ -6,7 +6,7 @@ import gc
 
 from fastema.engine.blocks import RestoringBlock, Steps
 
-__all__ = ["uncollected"]
+__all__ = ["pause_gc"]
 
 
 def _rest() -> Steps[None]:
@@ -15,5 +15,5 @@ def _rest() -> Steps[None]:
 
 # The collector would traverse all of them again and again: nearly half of the time that it takes
 # to build an average of 50,000 tensors.
-uncollected = RestoringBlock(_rest)
+pause_gc = RestoringBlock(_rest)
 """Decorator for functions that create several objects per tensor."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from fastema.binding.swap import Recovered, recover
-from fastema.engine.collector import uncollected
+from fastema.engine.collector import pause_gc
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.streams import keep_for_graphs
 from fastema.errors import ArgumentError, StateError
@@ -163,7 +163,7 @@ class Saveable(Evaluated[Weights]):
         if self._store.on_host:
             self._binding.wait()
 
-    @uncollected
+    @pause_gc
     def _saved(self, copy: bool) -> Tensors:
         self._sync()
         self._wait_for_the_ring()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic
 
 from fastema.binding.sides import Sampled, Watched
 from fastema.bridges.registry import leaves_of, materialised, ranks_of, reshard, world_of
-from fastema.engine.collector import uncollected
+from fastema.engine.collector import pause_gc
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.locks import rlock
 from fastema.engine.program import Program
@@ -63,7 +63,7 @@ class Updating(Generic[Weights]):
         """Class name in saved states and reports."""
         return type(self).__name__
 
-    @uncollected
+    @pause_gc
     def __init__(
         self,
         weights: Weights,
