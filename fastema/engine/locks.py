@@ -15,13 +15,13 @@ __all__ = ["lock", "rlock"]
 _all: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def _open_in_child() -> None:
+def _release_in_child() -> None:
     for one in list(_all):
         one._at_fork_reinit()  # as the standard library does for its own locks
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_open_in_child)
+    os.register_at_fork(after_in_child=_release_in_child)
 
 
 def lock() -> threading.Lock:
