@@ -63,7 +63,7 @@ def _record_signal(number: int, frame: FrameType | None) -> None:
         _handlers[number](number, frame)
 
 
-def _keep_action(number: int) -> None:
+def _reinstall_action(number: int) -> None:
     """Undo what ``signal.signal`` did besides setting Python's handler.
 
     It removes handlers set in C, such as those of ``faulthandler``, which call Python's handler
@@ -116,7 +116,7 @@ class defer_signals:
                     if before is not handler:  # a signal came, and its handler installed another
                         _handlers[number] = before
                     if found != _of_python:
-                        _keep_action(number)
+                        _reinstall_action(number)
         except BaseException:
             # No call before this one: a second signal's handler could raise as it begins, and a
             # block that stays in the list defers signals forever.
