@@ -133,7 +133,7 @@ class CudaGroup(Group):
 
     def _make_measures(self) -> None:
         assert self._streams is not None
-        self._streams.renew()  # these are new to the known streams
+        self._streams.forget_streams()  # these are new to the known streams
         self._measures, address = self._context.upload(np.zeros((len(self.indices), MEASURES)))
         for part in self._parts:
             part.values["results"] = address

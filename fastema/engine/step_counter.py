@@ -54,7 +54,7 @@ class _DeviceCounter:
             whole[clock, first : first + 2] = address, len(table)
         self.context.write(self.owner, whole)
         self._tables = uploaded  # the old tables are no longer read
-        self._streams.renew()
+        self._streams.forget_streams()
         self._stream()
 
 

@@ -28,9 +28,9 @@ class StreamTracker:
     def __init__(self, context: DeviceContext) -> None:
         self._context = context
         self.waits = False
-        self.renew()
+        self.forget_streams()
 
-    def renew(self) -> None:
+    def forget_streams(self) -> None:
         """Forget all streams, because the memory has changed."""
         self._streams: set[int] = set()
         self._captured = False
