@@ -171,7 +171,7 @@ class CudaGroup(Group):
         return owners
 
     def __del__(self) -> None:
-        if self._streams is not None and self._streams.waits:  # its memory may be freed next
+        if self._streams is not None and self._streams.needs_wait:  # its memory may be freed next
             try:
                 self._context.wait()
             except Exception:  # in a capture; at exit; after a device failure

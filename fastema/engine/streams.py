@@ -21,13 +21,13 @@ def keep_for_graphs(*objects: Any) -> None:
 class StreamTracker:
     """Records the memory of launches once with every stream, and keeps captured memory forever.
 
-    ``waits`` is True if some of the memory cannot be recorded: then the device must be waited for
+    ``needs_wait`` is True if some of the memory cannot be recorded: then the device must be waited for
     before the memory is freed.
     """
 
     def __init__(self, context: DeviceContext) -> None:
         self._context = context
-        self.waits = False
+        self.needs_wait = False
         self.forget_streams()
 
     def forget_streams(self) -> None:
@@ -47,6 +47,6 @@ class StreamTracker:
                 keep_for_graphs(*kept())
                 self._captured = True
         elif stream not in self._streams:
-            self.waits = not self._context.hold(owners())
+            self.needs_wait = not self._context.hold(owners())
             self._streams.add(stream)
         return stream
