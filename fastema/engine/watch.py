@@ -104,7 +104,7 @@ def _differs(owner: Any, look: _Fingerprint, seen: object) -> bool:
         return True
 
 
-class _ByAttributes(Watch):
+class _DescribingWatch(Watch):
     """Describes every tensor again: one to several microseconds each, for any framework."""
 
     def __init__(self, leaves: Leaves, transient: bool = True) -> None:
@@ -249,4 +249,4 @@ def watch(leaves: Leaves, *, transient: bool = True) -> Watch:
     # The exchange function does not distinguish a conjugated view from a plain tensor.
     plain = all(leaf.spec.kind.parts == 1 for leaf in leaves.items)
     compiled = plain and len(exchanges) == 1 and 0 not in exchanges
-    return (_ByExchange if compiled else _ByAttributes)(leaves, transient)
+    return (_ByExchange if compiled else _DescribingWatch)(leaves, transient)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastema.bridges.registry import leaves_of
-from fastema.engine.watch import SHARES, _ByAttributes, watch
+from fastema.engine.watch import SHARES, _DescribingWatch, watch
 from fastema.errors import FastemaError
 
 pytestmark = pytest.mark.torch
@@ -113,7 +113,7 @@ def noticed(one: Any) -> bool:
 
 def watches(leaves: Any) -> list[Any]:
     """The kind of watch that is chosen, and the one that works for everything."""
-    found = [watch(leaves), _ByAttributes(leaves)]
+    found = [watch(leaves), _DescribingWatch(leaves)]
     assert not any(one.changed() for one in found)
     return found
 
