@@ -172,7 +172,7 @@ def _dict_tables(
     return rows, entries
 
 
-class _ByExchange(Watch):
+class _CompiledWatch(Watch):
     """Checks all tensors in one compiled loop, with the framework's DLPack exchange function."""
 
     def __init__(self, leaves: Leaves, transient: bool = True) -> None:
@@ -249,4 +249,4 @@ def watch(leaves: Leaves, *, transient: bool = True) -> Watch:
     # The exchange function does not distinguish a conjugated view from a plain tensor.
     plain = all(leaf.spec.kind.parts == 1 for leaf in leaves.items)
     compiled = plain and len(exchanges) == 1 and 0 not in exchanges
-    return (_ByExchange if compiled else _DescribingWatch)(leaves, transient)
+    return (_CompiledWatch if compiled else _DescribingWatch)(leaves, transient)

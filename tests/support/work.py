@@ -19,7 +19,7 @@ def lines_of(call: Callable[[], Any]) -> int:
     def line(frame: FrameType, event: str, arg: Any) -> Any:
         nonlocal lines
         lines += event == "line"
-        if event == "call" and frame.f_code is watch._ByExchange._any_moved.__code__:
+        if event == "call" and frame.f_code is watch._CompiledWatch._any_moved.__code__:
             watched = frame.f_locals
             lines += watched["self"]._tasks[watched["share"]][1][TENSORS]
         return line
