@@ -126,7 +126,7 @@ class Sampled(Watched):
             self._full -= 1
             return super().find(container, write=write)
         share, self._share = self._share, (self._share + 1) % SHARES
-        moved = self._watch.changed_in(share) or _changed(self._trained[share::SHARES])
+        moved = self._watch.share_changed(share) or _changed(self._trained[share::SHARES])
         return STAYED if self._is_same_container(container) and not moved else None
 
 

@@ -33,7 +33,7 @@ class Watch:
         """Return whether any tensor moved, changed shape or dtype, or was replaced."""
         return self._replaced() or self._any_moved(None)
 
-    def changed_in(self, share: int) -> bool:
+    def share_changed(self, share: int) -> bool:
         """Return whether any tensor in one share of :data:`SHARES` changed.
 
         Shares are counted from 0; share 0 also checks all containers.

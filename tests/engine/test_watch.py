@@ -169,7 +169,7 @@ def test_watched_tensors_are_kept_alive_and_modules_and_what_may_change_are_not(
 
 def test_a_share_at_a_time_sees_each_change_in_one_share() -> None:
     def shares(watching: Any) -> list[bool]:
-        return [watching.changed_in(share) for share in range(SHARES)]
+        return [watching.share_changed(share) for share in range(SHARES)]
 
     net = nn.Sequential(*(nn.Linear(3, 2) for _ in range(40)))
     arrays = [p.detach().numpy() for p in net.parameters()]
