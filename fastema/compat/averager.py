@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastema.binding.swap import InMemory, Swap, recovered
 from fastema.bridges.registry import leaves_of, materialised
-from fastema.engine.blocks import RestoringBlock, Steps
+from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.errors import LayoutError, StateError, listed
 from fastema.layout.group import Pair
 from fastema.layout.spec import Leaves, Role, TensorSpec
@@ -361,7 +361,7 @@ class ModelAverager:
         """
         return RestoringBlock(partial(self._swap_steps, model))
 
-    def _swap_steps(self, model: Any) -> Steps[None]:
+    def _swap_steps(self, model: Any) -> BlockSteps[None]:
         self._refuse_swapped("swapped()")
         model = materialised(model)
         held, swap = self._call_with_plan(model, partial(self._swap_of, model))
@@ -374,7 +374,7 @@ class ModelAverager:
             self._held = None
             swap.restore()
 
-        return Steps(apply, restore)
+        return BlockSteps(apply, restore)
 
     def _swap_of(self, model: Any, plan: _Plan, source: Any) -> tuple[_InPlace | _CopiedOut, Swap]:
         if source is not model:

@@ -42,7 +42,7 @@ import torch
 
 from fastema.compat.averager import ModelAverager
 from fastema.compat.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from fastema.engine.blocks import RestoringBlock, Steps
+from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.errors import ArgumentError, StateError
 from fastema.lightning.packages import LIGHTNINGS, PACKAGES
 
@@ -387,8 +387,8 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         }
 
 
-def _no_op() -> Steps[None]:
-    return Steps(lambda: None, lambda: None)
+def _no_op() -> BlockSteps[None]:
+    return BlockSteps(lambda: None, lambda: None)
 
 
 def _overrides_configure_model(pl_module: Any) -> bool:

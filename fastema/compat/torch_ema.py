@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastema.compat.lists import ListAverage, as_list, clone_list, load_list, move_list, write
 from fastema.compat.shares import refuse_no_share
-from fastema.engine.blocks import RestoringBlock, Steps
+from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, CheckpointError
 
@@ -160,10 +160,10 @@ class ExponentialMovingAverage(ListAverage):
         Raise the errors of :meth:`update`.
         """
 
-        def prepare() -> Steps[None]:
+        def prepare() -> BlockSteps[None]:
             weights = self._get_parameters(parameters, "average_parameters")
             raw = clone_list(weights)
-            return Steps(
+            return BlockSteps(
                 lambda: write(self._shadow, weights, "average_parameters"),
                 lambda: write(raw, weights, "the raw weights"),
             )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fastema.engine.interrupts import defer_signals
 
-__all__ = ["RestoringBlock", "Steps"]
+__all__ = ["BlockSteps", "RestoringBlock"]
 
 Value = TypeVar("Value")
 
@@ -20,7 +20,7 @@ def _check_nothing() -> None:
 
 
 @dataclass(frozen=True)
-class Steps(Generic[Value]):
+class BlockSteps(Generic[Value]):
     """The callables that a :class:`RestoringBlock` runs.
 
     ``apply`` runs on entry, with signals deferred, and returns the value for ``with ... as``.
@@ -40,7 +40,7 @@ class RestoringBlock(ContextDecorator, Generic[Value]):
     Parameters
     ----------
     prepare : callable
-        Called on entry; returns the :class:`Steps`. It does all checks and writes nothing, so that
+        Called on entry; returns the :class:`BlockSteps`. It does all checks and writes nothing, so that
         an exception or an interrupt in it leaves everything unchanged.
 
     Raises
@@ -67,7 +67,7 @@ class RestoringBlock(ContextDecorator, Generic[Value]):
     :class:`~fastema.engine.interrupts.defer_signals`.
     """
 
-    def __init__(self, prepare: Callable[[], Steps[Value]]) -> None:
+    def __init__(self, prepare: Callable[[], BlockSteps[Value]]) -> None:
         self._prepare = prepare
         self._run = _run(prepare)
         self._entered = False
@@ -107,7 +107,7 @@ class RestoringBlock(ContextDecorator, Generic[Value]):
         __exit__ = _Exit()
 
 
-def _run(prepare: Callable[[], Steps[Value]]) -> Generator[Any, Any, None]:
+def _run(prepare: Callable[[], BlockSteps[Value]]) -> Generator[Any, Any, None]:
     """Yield the value of ``apply``; restore at the first ``send``, verify at the second.
 
     ``min`` sends the empty string, the type of the block's exception or None, and two more

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 
-from fastema.engine.blocks import RestoringBlock, Steps
+from fastema.engine.blocks import BlockSteps, RestoringBlock
 
 __all__ = ["pause_gc"]
 
 
-def _rest() -> Steps[None]:
-    return Steps(gc.disable, gc.enable if gc.isenabled() else gc.disable)
+def _rest() -> BlockSteps[None]:
+    return BlockSteps(gc.disable, gc.enable if gc.isenabled() else gc.disable)
 
 
 # The collector would traverse all of them again and again: nearly half of the time that it takes

@@ -15,7 +15,7 @@ import keras
 from fastema.binding.swap import Calls, Swap
 from fastema.bridges.registry import leaves_of
 from fastema.checkpoint import files, state
-from fastema.engine.blocks import RestoringBlock, Steps
+from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, CheckpointError, StateError
 from fastema.keras.guards import ErrorGuard, WeightGuard, guard_use, refuse_writes
@@ -383,11 +383,11 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         """
         return RestoringBlock(self._block_steps)
 
-    def _block_steps(self) -> Steps[None]:
+    def _block_steps(self) -> BlockSteps[None]:
         is_outermost = self._hook is None
         if not is_outermost:
-            return Steps(partial(self._apply, "block"), lambda: None)
-        return Steps(partial(self._apply, "block"), self._put_back, self._verify)
+            return BlockSteps(partial(self._apply, "block"), lambda: None)
+        return BlockSteps(partial(self._apply, "block"), self._put_back, self._verify)
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Write the average to a file in Keras's format for a model's weights.

@@ -11,7 +11,7 @@ from fastema.binding.binding import can_be_assigned
 from fastema.binding.swap import recovered, rounded, write_averages
 from fastema.bridges.memory import allocate
 from fastema.bridges.registry import describe, leaves_of, materialised, reshard, state_of
-from fastema.engine.blocks import RestoringBlock, Steps
+from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.program import Program
 from fastema.errors import BridgeError, StateError, listed
@@ -252,9 +252,9 @@ class Evaluated(Updating[Weights]):
         model = None if model is None else materialised(model)
         return RestoringBlock(lambda: self._swap_steps(model, which))
 
-    def _swap_steps(self, model: Any, which: int | None) -> Steps[Any]:
+    def _swap_steps(self, model: Any, which: int | None) -> BlockSteps[Any]:
         if self._binding.model.fixed:
-            return Steps(apply=lambda: self.averaged(which=which), restore=lambda: None)
+            return BlockSteps(apply=lambda: self.averaged(which=which), restore=lambda: None)
         own: list[ShadowSwap | None] = []
         written: list[str] = []
 
@@ -268,7 +268,7 @@ class Evaluated(Updating[Weights]):
                 if self._applied is not None and self._applied in own:
                     written.extend(self._restore(model))
 
-        return Steps(apply, restore, lambda: _refuse_written(written))
+        return BlockSteps(apply, restore, lambda: _refuse_written(written))
 
     def copy_to(self, model: Any, *, which: int | None = None) -> None:
         """Overwrite a model's weights with the average, rounded to the model's dtypes.

@@ -16,7 +16,7 @@ from fastema.binding.binding import Binding, Match
 from fastema.binding.sides import NOTHING, Trained
 from fastema.binding.swap import WriteWatch
 from fastema.bridges.registry import leaves_of, link_of, materialised, reshard, state_of
-from fastema.engine.blocks import Steps
+from fastema.engine.blocks import BlockSteps
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError
 from fastema.layout.spec import Leaves, TensorSpec
@@ -368,14 +368,14 @@ class OffloadedEMA(EMA[Any]):
         self._moved += self._link.nbytes
         return written
 
-    def _swap_steps(self, model: Any, which: int | None) -> Steps[Any]:
-        steps: Steps[Any] = super()._swap_steps(model, which)
+    def _swap_steps(self, model: Any, which: int | None) -> BlockSteps[Any]:
+        steps: BlockSteps[Any] = super()._swap_steps(model, which)
 
         def apply() -> Any:
             steps.apply()
             return self._module if model is None else model
 
-        return Steps(apply, steps.restore, steps.verify)
+        return BlockSteps(apply, steps.restore, steps.verify)
 
     def copy_to(self, model: Any, *, which: int | None = None) -> None:
         """Overwrite a model's weights with the average; see :meth:`fastema.EMA.copy_to`."""

@@ -13,7 +13,7 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from fastema.binding.swap import Calls, Swap
 from fastema.bridges.tensorflow import Unshared, unshare
-from fastema.engine.blocks import RestoringBlock, Steps
+from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, BridgeError, DTypeError, LayoutError, StateError, listed
 from fastema.plan import Plan
@@ -243,7 +243,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         """
         return RestoringBlock(lambda: self._swap_steps(var_list))
 
-    def _swap_steps(self, var_list: Any) -> Steps[None]:
+    def _swap_steps(self, var_list: Any) -> BlockSteps[None]:
         self._refuse_swapped()
         if not tf.executing_eagerly():
             raise StateError("swapped() inside tf.function: use it around the call of the function")
@@ -266,7 +266,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             swap.restore()
             self._unfinished, self._state.swapped = None, False
 
-        return Steps(apply, restore)
+        return BlockSteps(apply, restore)
 
     def _refuse_swapped(self) -> None:
         if self._unfinished is not None:
