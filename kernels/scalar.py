@@ -247,7 +247,7 @@ def split_low(value):
     return narrow16(bits32(value))
 
 
-def stowed_high(bits):
+def stow_high(bits):
     """Return the high half of 32 raw bits that an average's two halves hold during a swap.
 
     No bit pattern is lost, unlike in :func:`split_high`. Signaling NaNs that have the high half of

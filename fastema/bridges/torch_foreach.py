@@ -241,7 +241,7 @@ def _unparked(model: Tensor, parked: Tensor) -> Tensor:
 
 
 def _stowed(bits: Tensor) -> Tensor:
-    """Return ``fastema.kernels.scalar.stowed_high`` of the bits."""
+    """Return ``fastema.kernels.scalar.stow_high`` of the bits."""
     nan = (bits & 0x7FFFFFFF) > 0x7F80FFFF
     high = bits >> 16
     rounded = ((bits >> 15) & 1).add_(high)
