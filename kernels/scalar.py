@@ -259,7 +259,7 @@ def stow_high(bits):
     return narrow16(select32(nan, high, select32(beyond, and32(high, 0x8000), rounded)))
 
 
-def unstowed(high, low):
+def unstow(high, low):
     """Return the 32 bits of both halves, also those that :func:`split_high` has split."""
     rounded, rest = widen16(high), widen16(low)
     up = shr32(rest, 15)

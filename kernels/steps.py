@@ -171,7 +171,7 @@ def _on_bits(moved: Any, writes: str = "ds") -> Callable[[str, str, str], Step]:
 
 @device_fn
 def _swapped_halves(d, residual, s):
-    return scalar.stow_high(s), narrow16(s), scalar.unstowed(d, residual)
+    return scalar.stow_high(s), narrow16(s), scalar.unstow(d, residual)
 
 
 @device_fn

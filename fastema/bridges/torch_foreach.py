@@ -250,7 +250,7 @@ def _stowed(bits: Tensor) -> Tensor:
 
 
 def _unstowed(high: Tensor, residual: Tensor) -> Tensor:
-    """Return ``fastema.kernels.scalar.unstowed`` of two halves."""
+    """Return ``fastema.kernels.scalar.unstow`` of two halves."""
     beyond = ((high & 0x7FFF) == 0).logical_and_(residual < 0)
     return torch.where(beyond, (high | 0x7F80) << 16 | residual & 0xFFFF, _unparked(high, residual))
 
