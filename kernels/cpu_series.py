@@ -43,7 +43,7 @@ from fastema.kernels.words import (
 
 
 @device_fn
-def _rounded_off(x, y, total):
+def _rounding_error(x, y, total):
     """Return the rounding error of ``total = x + y``; 0 if it is not finite."""
     took = total - x
     return nan_to_zero((x - (total - took)) + (y - took))
@@ -53,7 +53,7 @@ def _rounded_off(x, y, total):
 def _added(high, low, more, more_low):
     """Return the sum of two numbers that are two floats each, as two floats."""
     total = high + more
-    return total, low + more_low + _rounded_off(high, more, total)
+    return total, low + more_low + _rounding_error(high, more, total)
 
 
 # -- windows joined from the end of one block of values and the beginning of the next --------------
@@ -245,7 +245,7 @@ def _ewm_stretch(src, dst, sums, rests, first, count, decay, w, w_rest, high, lo
         x = load_src(src, first + i)
         old, new = decay * then, w * x
         rest = fma(decay, then, -old) + (fma(w, x, -new) + w_rest * x)
-        store_dst(rests, i, nan_to_zero(rest) + _rounded_off(old, new, old + new))
+        store_dst(rests, i, nan_to_zero(rest) + _rounding_error(old, new, old + new))
     for i in range(count):
         low = fma(decay, low, load_src(rests, i))
         store_dst(dst, first + i, load_src(sums, i) + low)
