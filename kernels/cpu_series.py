@@ -50,7 +50,7 @@ def _rounding_error(x, y, total):
 
 
 @device_fn
-def _added(high, low, more, more_low):
+def _add_pairs(high, low, more, more_low):
     """Return the sum of two numbers that are two floats each, as two floats."""
     total = high + more
     return total, low + more_low + _rounding_error(high, more, total)
@@ -76,11 +76,11 @@ def _put_together(cells, at, size, divide, scratch):
         for i in range(size - 1, -1, -1):  # without the value at i, which has left the window
             store(back, i, high)
             store(back_rests, i, low)
-            high, low = _added(high, low, load(old, i), 0.0)
+            high, low = _add_pairs(high, low, load(old, i), 0.0)
         high, low = 0.0, 0.0
         for i in range(min(size, count - begin)):
-            high, low = _added(high, low, load(new, i), 0.0)
-            total, rest = _added(high, low, load(back, i), load(back_rests, i))
+            high, low = _add_pairs(high, low, load(new, i), 0.0)
+            total, rest = _add_pairs(high, low, load(back, i), load(back_rests, i))
             result = total + rest
             if divide:
                 result /= float(min(seen + begin + i + 1, size))
