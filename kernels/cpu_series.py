@@ -60,7 +60,7 @@ def _add_pairs(high, low, more, more_low):
 
 
 @device_fn
-def _put_together(cells, at, size, divide, scratch):
+def _join_windows(cells, at, size, divide, scratch):
     """Write the results of any row; return 0 if all are finite, otherwise NaN.
 
     Nothing is ever subtracted: a value that has left the window, even an infinity, has no effect.
@@ -225,7 +225,7 @@ def rolling_mean(table, rows, scratch, control):
         follows = follows and load(cells, at + SEEN) == size
         odd = _slide(cells, at, size, divide, scratch) if follows else math.nan
         if odd != 0.0:
-            odd = _put_together(cells, at, size, divide, scratch)
+            odd = _join_windows(cells, at, size, divide, scratch)
         store(cells, at + ODD, 0 if odd == 0.0 else 1)
         row = fetch_add(control + 8 * NEXT, 1)
 
