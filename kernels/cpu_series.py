@@ -160,7 +160,7 @@ def _running_sums(firsts, rests, count, sums):
 
 
 @device_fn
-def _slid(dst, at, sums, rests, first, count, n, inverse, least):
+def _write_slid_sums(dst, at, sums, rests, first, count, n, inverse, least):
     """Write sums divided by ``n``; return how many may be inexact or not finite."""
     odd = 0.0
     for i in range(count):
@@ -201,12 +201,14 @@ def _slide(cells, at, size, divide, scratch):
         sums = _running_sums(differences, rests, now, sums)
         for k in range(LANES):
             place = k * lane + first
-            odd += _slid(dst, place, differences, rests, k * STRETCH, now, n, inverse, least)
+            odd += _write_slid_sums(
+                dst, place, differences, rests, k * STRETCH, now, n, inverse, least
+            )
     for i in range(LANES * lane, count):
         whole, rest = _split_total(prev, i + 1, size, shift)
         store(differences, 0, whole)
         store(rests, 0, rest)
-        odd += _slid(dst, i, differences, rests, 0, 1, n, inverse, least)
+        odd += _write_slid_sums(dst, i, differences, rests, 0, 1, n, inverse, least)
     return odd
 
 
