@@ -44,7 +44,7 @@ def _opaque(builder, vector):
     return vector
 
 
-def _taken_apart(builder, vector, element, size, word, lanes):
+def _unpack_vector(builder, vector, element, size, word, lanes):
     """Yield the elements of a vector of words."""
     for i in range(lanes):
         at = i * size
@@ -100,7 +100,7 @@ def _load_word(lanes, stream):
         if words.is_cuda(context):
             whole = _opaque(builder, whole)
         element = args[0].type.pointee
-        parts = list(_taken_apart(builder, whole, element, size, word, lanes))
+        parts = list(_unpack_vector(builder, whole, element, size, word, lanes))
         return context.make_tuple(builder, sig.return_type, parts)
 
     return load
