@@ -61,7 +61,7 @@ def _unpack_vector(builder, vector, element, size, word, lanes):
         yield builder.bitcast(part, element)
 
 
-def _put_together(builder, parts, whole, size, word):
+def _pack_vector(builder, parts, whole, size, word):
     """Return elements packed into a vector of words."""
     vector = ir.Constant(whole, ir.Undefined)
     bits = [builder.bitcast(part, ir.IntType(8 * size)) for part in parts]
@@ -123,7 +123,7 @@ def _store_word(lanes, stream):
         pointer, values = args
         address, size, word = _vector_pointer(context, builder, pointer, lanes)
         parts = [builder.extract_value(values, i) for i in range(lanes)]
-        vector = _put_together(builder, parts, address.type.pointee, size, word)
+        vector = _pack_vector(builder, parts, address.type.pointee, size, word)
         written = builder.store(vector, address, align=size * lanes)
         words.tag(builder, written, stream)
         return context.get_dummy_value()
