@@ -196,7 +196,7 @@ def round_to_odd(value):
     return float_of_bits32(add32(bits, select32(inexact and even, step, 0)))
 
 
-def _rounded_away(bits):
+def _round_away(bits):
     """Return the high half of a float32, rounded to nearest, ties away from zero: reversible."""
     return add32(shr32(bits, 16), and32(shr32(bits, 15), 1))
 
@@ -210,7 +210,7 @@ def park_model(avg):
     high = shr32(avg, 16)
     nan = above32(and32(avg, 0x7FFFFFFF), 0x7F800000)
     kept = select32(and32(high, 0x7F) == 0, or32(high, 0x40), high)
-    return narrow16(select32(nan, kept, _rounded_away(avg)))
+    return narrow16(select32(nan, kept, _round_away(avg)))
 
 
 def park_shadow(avg, weight):
@@ -239,7 +239,7 @@ def split_high(value):
     """Return the bfloat16 nearest to a float32, ties away from zero; a NaN becomes quiet."""
     bits = bits32(value)
     nan = above32(and32(bits, 0x7FFFFFFF), 0x7F800000)
-    return narrow16(select32(nan, or32(shr32(bits, 16), 0x40), _rounded_away(bits)))
+    return narrow16(select32(nan, or32(shr32(bits, 16), 0x40), _round_away(bits)))
 
 
 def split_low(value):
@@ -253,7 +253,7 @@ def stow_high(bits):
     No bit pattern is lost, unlike in :func:`split_high`. Signaling NaNs that have the high half of
     an infinity and would be rounded up are stored with the high half of a zero instead.
     """
-    high, rounded = shr32(bits, 16), _rounded_away(bits)
+    high, rounded = shr32(bits, 16), _round_away(bits)
     nan = above32(and32(bits, 0x7FFFFFFF), 0x7F80FFFF)
     beyond = and32(rounded, 0x7FFF) == 0x7F81
     return narrow16(select32(nan, high, select32(beyond, and32(high, 0x8000), rounded)))
