@@ -175,7 +175,7 @@ def _swapped_halves(d, residual, s):
 
 
 @device_fn
-def _parked(d, residual, s):
+def _park_bits(d, residual, s):
     return scalar.park_shadow(d, s), residual, scalar.park_model(d)
 
 
@@ -189,7 +189,7 @@ def _mixed(d, residual, s):
     return d ^ s, residual, s
 
 
-park = _on_bits(_parked)
+park = _on_bits(_park_bits)
 """The step that puts a float32 average (``raw4``) into bfloat16 weights (``raw2``), losing no bit.
 
 Until ``unpark`` the average's storage holds the raw weights and the bits that the model lacks."""
