@@ -180,7 +180,7 @@ def _park_bits(d, residual, s):
 
 
 @device_fn
-def _unparked(d, residual, s):
+def _unpark_bits(d, residual, s):
     return scalar.unpark_shadow(s, d), residual, scalar.unpark_model(d)
 
 
@@ -194,7 +194,7 @@ park = _on_bits(_park_bits)
 
 Until ``unpark`` the average's storage holds the raw weights and the bits that the model lacks."""
 
-unpark = _on_bits(_unparked)
+unpark = _on_bits(_unpark_bits)
 
 read_read_write = _on_bits(_mixed, writes="d")
 """The step ``dst ^= src``: a yardstick with the traffic of an update and minimal arithmetic."""
