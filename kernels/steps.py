@@ -185,7 +185,7 @@ def _unpark_bits(d, residual, s):
 
 
 @device_fn
-def _mixed(d, residual, s):
+def _xor_bits(d, residual, s):
     return d ^ s, residual, s
 
 
@@ -196,7 +196,7 @@ Until ``unpark`` the average's storage holds the raw weights and the bits that t
 
 unpark = _on_bits(_unpark_bits)
 
-read_read_write = _on_bits(_mixed, writes="d")
+read_read_write = _on_bits(_xor_bits, writes="d")
 """The step ``dst ^= src``: a yardstick with the traffic of an update and minimal arithmetic."""
 
 
