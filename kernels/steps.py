@@ -147,7 +147,7 @@ def swap(dst: str, src: str, device: str) -> Step:
     traffic per element: both sides read and written.
     """
     if FORMATS[dst].residual is not None and src == "raw4":
-        return _on_bits(_swapped_halves)(dst, src, device)
+        return _on_bits(_swap_halves)(dst, src, device)
     real, read, write, read_src, write_src = access(dst, src, device)
 
     @device_fn
@@ -170,7 +170,7 @@ def _on_bits(moved: Any, writes: str = "ds") -> Callable[[str, str, str], Step]:
 
 
 @device_fn
-def _swapped_halves(d, residual, s):
+def _swap_halves(d, residual, s):
     return scalar.stow_high(s), narrow16(s), scalar.unstow(d, residual)
 
 
