@@ -293,13 +293,13 @@ def assemble(ptx: Ptx, capability: tuple[int, int]) -> Binary:
     """Assemble PTX to machine code, with the fewest registers that avoid spilling."""
     least = _FEWER_THREADS.get(capability, _REGISTERS)
     for registers in range(least, _MOST_REGISTERS, 8):
-        made = _assembled(ptx, capability, registers)
+        made = _assemble_with_registers(ptx, capability, registers)
         if not made.spilled:
             break
     return made
 
 
-def _assembled(ptx: Ptx, capability: tuple[int, int], registers: int) -> Binary:
+def _assemble_with_registers(ptx: Ptx, capability: tuple[int, int], registers: int) -> Binary:
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
     major, minor = capability
