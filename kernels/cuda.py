@@ -63,7 +63,7 @@ class Binary(NamedTuple):
     spilled: int
 
 
-def bodies(operation: str, formats: tuple[str, ...], layout: str, device: str = "cuda"):
+def make_body(operation: str, formats: tuple[str, ...], layout: str, device: str = "cuda"):
     """Return ``body(cells, at, number, now, thread, threads) -> sums`` for one thread and row.
 
     ``now`` holds the seed, the step, the window, the slot and the turn. The body also runs on host
@@ -261,7 +261,7 @@ def translate(
     if operation == CLOCK:
         return _ptx(operation, _advance(), types.void(types.int64), capability)
     device = "cuda" if capability >= _CONVERTS_BF16 else "cuda, bf16 by integers"
-    body = bodies(operation, formats, layout, device)
+    body = make_body(operation, formats, layout, device)
     kernel = _kernel(body, _finish(operation), rows_to_do(operation))
     return _ptx(operation, kernel, _PARAMETERS, capability)
 

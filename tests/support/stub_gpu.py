@@ -38,7 +38,7 @@ SIGNATURE = types.void(*(types.int64,) * 4, *(types.float64,) * 8, *(types.int64
 @cache
 def twin(operation: str, formats: tuple[str, ...], layout: str) -> Any:
     """A kernel with the parameters it has on a GPU, its blocks and threads in a row."""
-    body, measures = cuda.bodies(operation, formats, layout), OPERATIONS[operation].measures
+    body, measures = cuda.make_body(operation, formats, layout), OPERATIONS[operation].measures
     number_of, moment_of, rows_of = cuda._number, cuda._launch_args, cuda.rows_to_do(operation)
     flags, flag = operation == "finite", cuda_clock.flag
 
