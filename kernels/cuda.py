@@ -18,7 +18,7 @@ from numba import types
 
 from fastema.kernels import cuda_clock, steps
 from fastema.kernels import table as abi
-from fastema.kernels.cuda_loops import walks
+from fastema.kernels.cuda_loops import make_walks
 from fastema.kernels.jit import device_fn
 from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.rows import window_body
@@ -74,7 +74,7 @@ def make_body(operation: str, formats: tuple[str, ...], layout: str, device: str
         dst, src, *_ = formats
         start = steps.copy(dst.removesuffix("~"), src, device)
         return _windowed(step, start, layout)
-    (walk,) = walks([step], layout)
+    (walk,) = make_walks([step], layout)
     real = step.real
 
     @device_fn
@@ -85,8 +85,8 @@ def make_body(operation: str, formats: tuple[str, ...], layout: str, device: str
 
 
 def _windowed(parts: steps.Window, start: steps.Step, layout: str):
-    update = window_body(walks(parts, layout), parts.slide.real)
-    (copy,) = walks([start], layout)
+    update = window_body(make_walks(parts, layout), parts.slide.real)
+    (copy,) = make_walks([start], layout)
     real = parts.slide.real
 
     @device_fn

@@ -84,7 +84,7 @@ def _vector(step: Step, n: int, index):
     return device_fn(names["vector"])
 
 
-def walks(steps: Sequence[Step], layout: str):
+def make_walks(steps: Sequence[Step], layout: str):
     """Return for every step ``walk(cells, at, w, slot, run) -> sums``, for one row.
 
     ``run`` is the seed, the step, the index of this thread and the number of threads in the block.
