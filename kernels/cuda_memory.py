@@ -90,7 +90,7 @@ def _load_word(lanes, stream):
     def generic(self, args, kws):
         return signature(types.UniTuple(args[0].dtype, lanes), args[0])
 
-    words.typed(load, AbstractTemplate, generic=generic)
+    words.register_typing(load, AbstractTemplate, generic=generic)
 
     @lower_builtin(load, types.CPointer)
     def emit(context, builder, sig, args):
@@ -116,7 +116,7 @@ def _store_word(lanes, stream):
     def generic(self, args, kws):
         return signature(types.void, args[0], types.UniTuple(args[0].dtype, lanes))
 
-    words.typed(store, AbstractTemplate, generic=generic)
+    words.register_typing(store, AbstractTemplate, generic=generic)
 
     @lower_builtin(store, types.CPointer, types.UniTuple)
     def emit(context, builder, sig, args):

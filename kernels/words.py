@@ -36,7 +36,7 @@ def _word(*signatures, llvm):
     """
 
     def register(python):
-        typed(python, ConcreteTemplate, cases=list(signatures))
+        register_typing(python, ConcreteTemplate, cases=list(signatures))
         for one in signatures:
             _lower(python, one.args, llvm)
         return python
@@ -44,7 +44,7 @@ def _word(*signatures, llvm):
     return register
 
 
-def typed(python, template, **members):
+def register_typing(python, template, **members):
     """Register a Python function with Numba's typing, for every target."""
     made = type(python.__name__, (template,), {"key": python, **members})
     infer_global(python, types.Function(made))
@@ -285,7 +285,7 @@ def float_to_bf16(x):
     return np.uint16(0x7FFF if nan else (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
 
 
-typed(float_to_bf16, ConcreteTemplate, cases=[_u16(_f32)])
+register_typing(float_to_bf16, ConcreteTemplate, cases=[_u16(_f32)])
 
 
 @lower_builtin(float_to_bf16, _f32)
@@ -316,7 +316,7 @@ def _load_word(name, stream=None):
         return signature(args[0].dtype, args[0], _i64)
 
     load.__name__ = load.__qualname__ = name
-    typed(load, AbstractTemplate, generic=generic)
+    register_typing(load, AbstractTemplate, generic=generic)
 
     @lower_builtin(load, types.CPointer, _i64)
     def emit(context, builder, sig, args):
@@ -336,7 +336,7 @@ def _store_word(name, stream=None):
         return signature(types.void, args[0], _i64, args[0].dtype)
 
     store.__name__ = store.__qualname__ = name
-    typed(store, AbstractTemplate, generic=generic)
+    register_typing(store, AbstractTemplate, generic=generic)
 
     @lower_builtin(store, types.CPointer, _i64, types.Any)
     def emit(context, builder, sig, args):
