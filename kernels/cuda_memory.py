@@ -96,7 +96,7 @@ def _load_word(lanes, stream):
     def emit(context, builder, sig, args):
         address, size, word = _vector_pointer(context, builder, args[0], lanes)
         whole = builder.load(address, align=size * lanes)
-        words.tag(builder, whole, stream)
+        words.tag_stream(builder, whole, stream)
         if words.is_cuda(context):
             whole = _opaque(builder, whole)
         element = args[0].type.pointee
@@ -125,7 +125,7 @@ def _store_word(lanes, stream):
         parts = [builder.extract_value(values, i) for i in range(lanes)]
         vector = _pack_vector(builder, parts, address.type.pointee, size, word)
         written = builder.store(vector, address, align=size * lanes)
-        words.tag(builder, written, stream)
+        words.tag_stream(builder, written, stream)
         return context.get_dummy_value()
 
     return store

@@ -259,7 +259,7 @@ pointer_f64 = _pointer_word("pointer_f64", _f64, ir.DoubleType(), ctypes.c_doubl
 STREAMS = ("dst", "src", "residual", "ring")
 
 
-def tag(builder, instruction, stream):
+def tag_stream(builder, instruction, stream):
     """Tell LLVM that a load or a store accesses one stream and no other."""
     module = builder.module
     domain = module.add_metadata(["fastema"])
@@ -322,7 +322,7 @@ def _load_word(name, stream=None):
     def emit(context, builder, sig, args):
         value = builder.load(_element_of(context, builder, *args))
         if stream is not None:
-            tag(builder, value, stream)
+            tag_stream(builder, value, stream)
         return value
 
     return load
@@ -343,7 +343,7 @@ def _store_word(name, stream=None):
         pointer, i, value = args
         written = builder.store(value, _element_of(context, builder, pointer, i))
         if stream is not None:
-            tag(builder, written, stream)
+            tag_stream(builder, written, stream)
         return context.get_dummy_value()
 
     return store
