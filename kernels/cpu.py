@@ -13,7 +13,14 @@ from fastema.kernels.cpu_series import ewm_mean, rolling_mean
 from fastema.kernels.cpu_watch import check_tensors
 from fastema.kernels.jit import device_fn
 from fastema.kernels.operations import OPERATIONS
-from fastema.kernels.rows import addresses, index_map, row_key, single, streams, window_body
+from fastema.kernels.rows import (
+    addresses,
+    index_map,
+    make_element_step,
+    row_key,
+    streams,
+    window_body,
+)
 from fastema.kernels.steps import Step
 from fastema.kernels.words import (
     add32,
@@ -119,7 +126,7 @@ def _flat(step: Step, size: int = abi.BLOCK):
     pointers, sizes = streams([step])
     to_pointer, residual_pointer, ring_pointer, of_pointer = pointers
     to_size, residual_size, ring_size, of_size = sizes
-    element, total = single(step), step.real
+    element, total = make_element_step(step), step.real
 
     @device_fn
     def walk(cells, at, w, slot, settings):
@@ -166,7 +173,7 @@ def _strided(step: Step, size: int = abi.BLOCK):
     in cache with bf16 averages of bf16, against 0.22 ns for a flat walk.
     """
     to_pointer, residual_pointer, ring_pointer, of_pointer = streams([step])[0]
-    element = single(step)
+    element = make_element_step(step)
 
     @device_fn
     def walk(cells, at, w, slot, settings):

@@ -13,7 +13,7 @@ import numpy as np
 from fastema.kernels import cuda_memory, scalar
 from fastema.kernels import table as abi
 from fastema.kernels.jit import device_fn
-from fastema.kernels.rows import addresses, index_map, row_key, single, streams
+from fastema.kernels.rows import addresses, index_map, make_element_step, row_key, streams
 from fastema.kernels.steps import Step
 from fastema.kernels.words import add32, load, low32
 
@@ -99,7 +99,7 @@ def make_walks(steps: Sequence[Step], layout: str):
 
 def _walk(step: Step, layout: str, n: int, sizes, pointers):
     of_row, index = _INDICES[layout]
-    vector, element = _vector(step, n, index), single(step)
+    vector, element = _vector(step, n, index), make_element_step(step)
     to_pointer, residual_pointer, ring_pointer, of_pointer = pointers
     to_size, residual_size, ring_size, of_size = sizes
     # Bits that must be clear in an aligned address; none for an unused stream.

@@ -72,7 +72,7 @@ _STORES = {
 }
 
 
-def single(step: Step):
+def make_element_step(step: Step):
     """Return a step on memory: the other side at index ``j``, all other streams at ``i``."""
     load_d, load_l, load_s, load_r = (
         word if name in step.reads else _skip_load for name, word in _LOADS.items()
