@@ -14,8 +14,8 @@ from fastema.kernels.cpu_watch import check_tensors
 from fastema.kernels.jit import device_fn
 from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.rows import (
-    addresses,
     index_map,
+    load_addresses,
     make_element_step,
     row_key,
     streams,
@@ -130,7 +130,7 @@ def _flat(step: Step, size: int = abi.BLOCK):
 
     @device_fn
     def walk(cells, at, w, slot, settings):
-        dst_address, residual_address, ring_address, src_address = addresses(cells, at, slot)
+        dst_address, residual_address, ring_address, src_address = load_addresses(cells, at, slot)
         to, residual = to_pointer(dst_address), residual_pointer(residual_address)
         ring, of = ring_pointer(ring_address), of_pointer(src_address)
         key = row_key(cells, at, load(settings, abi.SEED), load(settings, abi.STEP))
@@ -177,7 +177,7 @@ def _strided(step: Step, size: int = abi.BLOCK):
 
     @device_fn
     def walk(cells, at, w, slot, settings):
-        dst_address, residual_address, ring_address, src_address = addresses(cells, at, slot)
+        dst_address, residual_address, ring_address, src_address = load_addresses(cells, at, slot)
         to, residual = to_pointer(dst_address), residual_pointer(residual_address)
         ring, of = ring_pointer(ring_address), of_pointer(src_address)
         to_step, of_step = load(cells, at + abi.DST_STEP), load(cells, at + abi.SRC_STEP)

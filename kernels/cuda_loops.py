@@ -13,7 +13,7 @@ import numpy as np
 from fastema.kernels import cuda_memory, scalar
 from fastema.kernels import table as abi
 from fastema.kernels.jit import device_fn
-from fastema.kernels.rows import addresses, index_map, make_element_step, row_key, streams
+from fastema.kernels.rows import index_map, load_addresses, make_element_step, row_key, streams
 from fastema.kernels.steps import Step
 from fastema.kernels.words import add32, load, low32
 
@@ -109,7 +109,7 @@ def _walk(step: Step, layout: str, n: int, sizes, pointers):
     def one_by_one(cells, at, w, slot, run, first, dst_step, src_step):
         """Process elements one by one from index ``first`` on; return the sums."""
         seed, step, thread, threads = run
-        dst, beside, kept, src = addresses(cells, at, slot)
+        dst, beside, kept, src = load_addresses(cells, at, slot)
         to, residual = to_pointer(dst), residual_pointer(beside)
         ring, of = ring_pointer(kept), of_pointer(src)
         key = row_key(cells, at, seed, step)
@@ -128,7 +128,7 @@ def _walk(step: Step, layout: str, n: int, sizes, pointers):
     @device_fn
     def adjacent(cells, at, w, slot, run):
         seed, step, thread, threads = run
-        dst, beside, kept, src = addresses(cells, at, slot)
+        dst, beside, kept, src = load_addresses(cells, at, slot)
         one, two, three = 0.0, 0.0, 0.0
         whole = np.int64(0)
         if (dst & to_mask) | (beside & residual_mask) | (kept & ring_mask) | (src & of_mask) == 0:

@@ -29,7 +29,7 @@ def index_map(cells, at):
 
 
 @device_fn
-def addresses(cells, at, slot):
+def load_addresses(cells, at, slot):
     """Return where a row's streams begin: written side, residual, slot of the ring, other side."""
     ring = load(cells, at + abi.RING) + slot * load(cells, at + abi.RING_STRIDE)
     return (
@@ -41,7 +41,7 @@ def addresses(cells, at, slot):
 
 
 def streams(steps: Sequence[Step]):
-    """Return the pointer words and the bytes per element of each stream in :func:`addresses`.
+    """Return the pointer words and the bytes per element of each stream in :func:`load_addresses`.
 
     An unused stream has 0 bytes per element.
     """
