@@ -103,7 +103,7 @@ def _measuring(step: Step, layout: str):
     return body
 
 
-def _windowed(parts: steps.Window, layout: str):
+def _windowed(parts: steps.WindowSteps, layout: str):
     update = window_body([_WALKS[layout](step) for step in parts], parts.slide.real)
 
     @device_fn

@@ -84,7 +84,7 @@ def make_body(operation: str, formats: tuple[str, ...], layout: str, device: str
     return body
 
 
-def _windowed(parts: steps.Window, start: steps.Step, layout: str):
+def _windowed(parts: steps.WindowSteps, start: steps.Step, layout: str):
     update = window_body(make_walks(parts, layout), parts.slide.real)
     (copy,) = make_walks([start], layout)
     real = parts.slide.real

@@ -200,7 +200,7 @@ read_read_write = _on_bits(_xor_bits, writes="d")
 """The step ``dst ^= src``: a yardstick with the traffic of an update and minimal arithmetic."""
 
 
-class Window(NamedTuple):
+class WindowSteps(NamedTuple):
     """The steps of a windowed mean; a row's number is the number of values in the mean."""
 
     slide: Step  # adds the newest value, subtracts the oldest and overwrites it
@@ -210,7 +210,7 @@ class Window(NamedTuple):
     fold: Step  # adds one more slot
 
 
-def window(dst: str, src: str, ring: str, residual: str, device: str) -> Window:
+def window(dst: str, src: str, ring: str, residual: str, device: str) -> WindowSteps:
     """Return the steps of the mean of the last values of ``src``, rounded to the ring's format.
 
     The mean is a sum of two floats; the residual, f32 or f64, holds the second.
@@ -259,7 +259,7 @@ def window(dst: str, src: str, ring: str, residual: str, device: str) -> Window:
         return new, rest, s, r, _NOTHING
 
     formats = Formats(dst, src, residual, ring)
-    return Window(
+    return WindowSteps(
         Step(formats, real, slide, "dlsr", "dlr"),
         Step(formats, real, grow, "dls", "dlr"),
         Step(formats, real, put, "s", "r"),
