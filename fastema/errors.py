@@ -66,7 +66,7 @@ class PeerError(FastemaError, ImportError):
     """A peer library is missing, or its interface is unknown."""
 
 
-def listed(problems: Iterable[str], limit: int = 20) -> str:
+def format_problems(problems: Iterable[str], limit: int = 20) -> str:
     """Return problems as a bulleted list for a message; count those beyond ``limit``."""
     lines = list(problems)
     shown = [f"  - {line}" for line in lines[:limit]]

@@ -13,7 +13,7 @@ from fastema.binding.sides import Trained
 from fastema.bridges.memory import allocate
 from fastema.bridges.registry import leaves_of, materialised, reshard
 from fastema.engine.locks import rlock
-from fastema.errors import ArgumentError, DTypeError, LayoutError, StateError, listed
+from fastema.errors import ArgumentError, DTypeError, LayoutError, StateError, format_problems
 from fastema.layout.device_context import LaunchArgs, checked_seed
 from fastema.layout.dtypes import average_of, parse
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable, unique
@@ -88,7 +88,7 @@ def matched(dst: Leaves, src: Leaves, called: tuple[str, str]) -> list[Pair]:
     problems += [f"{name!r} is only in {called[0]}" for name in dst.names if name not in sources]
     if problems:
         raise LayoutError(
-            f"{called[0]} and {called[1]} hold different tensors:\n" + listed(problems)
+            f"{called[0]} and {called[1]} hold different tensors:\n" + format_problems(problems)
         )
     pairs = [Pair(leaf.name, leaf.spec, sources[leaf.name]) for leaf in dst.items]
     for pair in pairs:
@@ -233,7 +233,7 @@ class Plan:
         if exact:
             raise DTypeError(
                 "only floats are averaged:\n"
-                + listed(exact)
+                + format_problems(exact)
                 + "\nLeave them out, or pass a policy: integers are then copied, as in fastema.EMA."
             )
         if is_random and self.binding.capturing():

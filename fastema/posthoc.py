@@ -39,7 +39,7 @@ from fastema.bridges.registry import bridge_of, describe
 from fastema.checkpoint.files import File, read, storing, write
 from fastema.checkpoint.sums import weighted_sum
 from fastema.engine.program import Program
-from fastema.errors import ArgumentError, CheckpointError, StateError, listed
+from fastema.errors import ArgumentError, CheckpointError, StateError, format_problems
 from fastema.layout.dtypes import DType, average_of, parse
 from fastema.layout.flat import row_major
 from fastema.layout.group import Pair
@@ -391,7 +391,7 @@ def _memory(files: Sequence[File], wanted: DType | None) -> dict[str, Memory]:
             if ours is None or theirs is None or ours[:2] != theirs[:2]:
                 problems.append(f"{name!r} in {file.path.name} and {newest.path.name}")
     if problems:
-        raise CheckpointError("the snapshots hold different tensors:\n" + listed(problems))
+        raise CheckpointError("the snapshots hold different tensors:\n" + format_problems(problems))
     averaged, owner = _averaged(newest), np.empty(0)
     likes = []
     for name, (kind, shape, _) in newest.tensors.items():

@@ -11,7 +11,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastema.bridges.torch_parts import is_divided, local, with_part
-from fastema.errors import LayoutError, listed
+from fastema.errors import LayoutError, format_problems
 
 __all__ = ["Fetch", "Link"]
 
@@ -97,7 +97,9 @@ class Link:
             elif local(one).is_cuda and one.device not in self._streams:
                 self._streams[one.device] = torch.cuda.Stream(one.device)
         if problems:
-            raise LayoutError("the model no longer matches the average:\n" + listed(problems))
+            raise LayoutError(
+                "the model no longer matches the average:\n" + format_problems(problems)
+            )
         self._checked = tensors
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastema.errors import LayoutError, listed
+from fastema.errors import LayoutError, format_problems
 
 __all__ = ["Ranks"]
 
@@ -79,7 +79,7 @@ class Ranks:
             problems = problems or ["ranks in another part of the mesh differ; see their errors"]
             raise LayoutError(
                 "the ranks do not have the same average:\n"
-                + listed(problems, _SHOWN)
+                + format_problems(problems, _SHOWN)
                 + "\nBuild it on all ranks from the same model, with the same options, and call "
                 "update() on all of them."
             )

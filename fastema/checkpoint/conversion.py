@@ -15,7 +15,7 @@ from fastema.checkpoint.merge import copy, refuse_source
 from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
 from fastema.checkpoint.state import write_state
 from fastema.checkpoint.stored import StoredAverage, load
-from fastema.errors import ArgumentError, CheckpointError, StorageError, listed
+from fastema.errors import ArgumentError, CheckpointError, StorageError, format_problems
 from fastema.rules import Constant, CumulativeMean, Power, Rule, Schedule, Warmup, Window
 from fastema.rules.checks import checked_decay
 from fastema.shadow.reports import named_schedule
@@ -204,7 +204,7 @@ def _parameters(source: StoredAverage, names: list[str] | None, wanted: _Writer)
     if names is not None:
         missing = [f"{name!r} is missing" for name in names if name not in found.tensors]
         if missing:
-            raise CheckpointError(f"{source.path} lacks parameters:\n" + listed(missing))
+            raise CheckpointError(f"{source.path} lacks parameters:\n" + format_problems(missing))
         return names
     if wanted.names == "places" and not is_torch_file(source.path):
         raise ArgumentError(

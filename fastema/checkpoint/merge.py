@@ -16,7 +16,7 @@ from fastema.checkpoint.folder import Files, files_of, new_folder, refuse_occupi
 from fastema.checkpoint.source import PROVENANCE, Checkpoint
 from fastema.checkpoint.stored import open_weights
 from fastema.checkpoint.sums import Read, weighted_sums
-from fastema.errors import ArgumentError, CheckpointError, listed
+from fastema.errors import ArgumentError, CheckpointError, format_problems
 
 __all__ = [
     "Merge",
@@ -179,7 +179,7 @@ def _refuse_differences(made: Merge) -> None:
         if one.tied != last.tied and {one.format, last.format} <= {"torch", "sharded torch"}:
             problems.append(f"other names are tied in {one.path.name} than in {last.path.name}")
     if problems:
-        raise CheckpointError("the checkpoints do not match:\n" + listed(problems))
+        raise CheckpointError("the checkpoints do not match:\n" + format_problems(problems))
 
 
 def _note(made: Merge) -> None:
@@ -288,7 +288,7 @@ def _refuse_unequal(made: Merge, reads: Sequence[Read], advance: Callable[[int],
     if problems:
         raise CheckpointError(
             "the mean of these would mean nothing (average before you quantize, or leave them out):"
-            "\n" + listed(problems)
+            "\n" + format_problems(problems)
         )
 
 

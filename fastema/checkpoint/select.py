@@ -8,7 +8,7 @@ from typing import Final
 
 from fastema.checkpoint.source import PROVENANCE, Checkpoint
 from fastema.checkpoint.stored import open_weights
-from fastema.errors import ArgumentError, CheckpointError, listed
+from fastema.errors import ArgumentError, CheckpointError, format_problems
 
 __all__ = ["select"]
 
@@ -59,7 +59,7 @@ def select(
     if unknown:
         raise CheckpointError(
             "the step is not known from the name or the metadata of\n"
-            + listed(unknown)
+            + format_problems(unknown)
             + "\nName the checkpoints one by one, oldest first."
         )
     steps = {one.path.name: one.step or 0 for one in found}

@@ -13,7 +13,7 @@ from fastema.bridges.names import plain_names
 from fastema.checkpoint.layouts import candidates
 from fastema.checkpoint.source import Checkpoint
 from fastema.checkpoint.stored import StoredAverage
-from fastema.errors import ArgumentError, CheckpointError, listed
+from fastema.errors import ArgumentError, CheckpointError, format_problems
 from fastema.layout.dtypes import NAME_OF
 from fastema.rules.checks import checked_whole
 from fastema.shadow import EMA
@@ -109,7 +109,9 @@ def load_modules(*pairs: tuple[nn.Module, Mapping[str, Any]]) -> None:
     """Load states into modules, or load none and raise a CheckpointError if any does not fit."""
     problems = [one for module, state in pairs for one in mismatches(module.state_dict(), state)]
     if problems:
-        raise CheckpointError("the checkpoint does not fit the model:\n" + listed(problems))
+        raise CheckpointError(
+            "the checkpoint does not fit the model:\n" + format_problems(problems)
+        )
     for module, state in pairs:
         module.load_state_dict(state)
 
@@ -166,7 +168,7 @@ def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = N
     problems += unfit((name, found[name], one) for name, one in own.items() if name in found)
     if problems:
         raise CheckpointError(
-            "the averages in the checkpoint do not fit the model:\n" + listed(problems)
+            "the averages in the checkpoint do not fit the model:\n" + format_problems(problems)
         )
     tensors = {
         name: _cast_like(found[name], one) if name in found else one.clone()

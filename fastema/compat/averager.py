@@ -14,7 +14,7 @@ from torch import Tensor
 from fastema.binding.swap import InMemory, Swap, recovered
 from fastema.bridges.registry import leaves_of, materialised
 from fastema.engine.blocks import BlockSteps, RestoringBlock
-from fastema.errors import LayoutError, StateError, listed
+from fastema.errors import LayoutError, StateError, format_problems
 from fastema.layout.group import Pair
 from fastema.layout.spec import Leaves, Role, TensorSpec
 from fastema.plan import Plan, PolicyOf
@@ -126,7 +126,7 @@ def _write_back(kept: Mapping[str, Tensor], container: Any) -> None:
     if problems:
         raise LayoutError(
             "tensors were removed or reshaped while the model held the average; all others were "
-            "restored:\n" + listed(problems)
+            "restored:\n" + format_problems(problems)
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 from fastema.compat.signatures import differences
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.locks import rlock
-from fastema.errors import ArgumentError, PeerError, listed
+from fastema.errors import ArgumentError, PeerError, format_problems
 
 __all__ = ["Installation", "install", "installed", "uninstall"]
 
@@ -194,7 +194,7 @@ def _checked(name: str, horizon: Horizon) -> list[tuple[Any, Any]]:
             distribution = _distribution(home)
             raise PeerError(
                 f"{distribution} {_version(distribution)} has an interface that fastema does not "
-                f"know:\n{listed(problems)}\nImport from fastema.compat.{name} instead, or use a "
+                f"know:\n{format_problems(problems)}\nImport from fastema.compat.{name} instead, or use a "
                 "version that it knows."
             )
         pairs += found

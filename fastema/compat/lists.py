@@ -22,7 +22,7 @@ from fastema.errors import (
     FastemaError,
     LayoutError,
     StateError,
-    listed,
+    format_problems,
 )
 from fastema.layout.spec import Role
 
@@ -109,7 +109,7 @@ def _refuse_unlike(values: Sequence[Tensor], others: Sequence[Tensor], what: str
         if value.shape != other.shape
     ]
     if problems:
-        raise LayoutError(f"{what}, by their place in the list:\n" + listed(problems))
+        raise LayoutError(f"{what}, by their place in the list:\n" + format_problems(problems))
 
 
 def _refuse_unwritable(values: Sequence[Tensor], parameters: Sequence[Tensor], call: str) -> None:
@@ -160,7 +160,7 @@ def load_list(
         if _kind(one) != _kind(old)
     ]
     if problems:
-        raise LayoutError(f"{name!r} of the state, by place:\n" + listed(problems))
+        raise LayoutError(f"{name!r} of the state, by place:\n" + format_problems(problems))
     devices = [old.device for old in current] if devices is None else devices
     return [
         one.detach().to(device, torch.promote_types(one.dtype, old.dtype), copy=True)

@@ -22,7 +22,7 @@ from fastema.compat.mirrored import Mirrored
 from fastema.compat.modules import NamedAverager
 from fastema.compat.shares import refuse_no_share
 from fastema.engine.interrupts import defer_signals
-from fastema.errors import CheckpointError, LayoutError, listed
+from fastema.errors import CheckpointError, LayoutError, format_problems
 
 __all__ = ["LitEma", "ema_weights", "with_ema_weights"]
 
@@ -42,7 +42,7 @@ def _dotless(names: Iterable[str]) -> dict[str, str]:
     if problems:
         raise LayoutError(
             "LitEma stores averages under names without dots, and these names would collide; "
-            "rename the parameters, or use fastema.EMA:\n" + listed(problems)
+            "rename the parameters, or use fastema.EMA:\n" + format_problems(problems)
         )
     return found
 
@@ -163,7 +163,7 @@ class LitEma(nn.Module):
             raise LayoutError(
                 "the averages do not match the model's trained parameters; freeze the parameters "
                 "that were frozen when LitEma was built, or build a new LitEma:\n"
-                + listed(problems)
+                + format_problems(problems)
             ) from None
 
     def _problems(self, model: nn.Module) -> list[str]:
@@ -276,7 +276,8 @@ def ema_weights(
     ]
     if problems:
         raise CheckpointError(
-            "the averages in the checkpoint are not those of the model:\n" + listed(problems)
+            "the averages in the checkpoint are not those of the model:\n"
+            + format_problems(problems)
         )
     return found
 

@@ -25,7 +25,7 @@ from fastema.compat.mirrored import Mirrored
 from fastema.compat.modules import ModuleAverager, frozen_copy
 from fastema.compat.shares import refuse_no_share
 from fastema.engine.interrupts import defer_signals
-from fastema.errors import ArgumentError, CheckpointError, LayoutError, listed
+from fastema.errors import ArgumentError, CheckpointError, LayoutError, format_problems
 from fastema.layout.spec import Role
 from fastema.rules.checks import checked_whole
 
@@ -144,7 +144,9 @@ class BaseAveragedModel(nn.Module):
         averages, sources = self._averaged_of(self.module), self._averaged_of(model)
         problems = mismatches(averages, sources)
         if problems:
-            raise LayoutError("the model's tensors do not match the average:\n" + listed(problems))
+            raise LayoutError(
+                "the model's tensors do not match the average:\n" + format_problems(problems)
+            )
         if not self.update_buffers:
             self._copier.copy(model)
         names = list(averages)
@@ -306,7 +308,8 @@ def _exchanged(
     missing = [name for name in names if name.removeprefix(_INSIDE) not in weights]
     if missing:
         raise CheckpointError(
-            "the average holds tensors that the weights lack:\n" + listed(map(repr, missing))
+            "the average holds tensors that the weights lack:\n"
+            + format_problems(map(repr, missing))
         )
     for name in names:
         inside = name.removeprefix(_INSIDE)

@@ -16,7 +16,7 @@ from fastema.checkpoint.transfer import (
     unfit,
     whole_in,
 )
-from fastema.errors import CheckpointError, listed
+from fastema.errors import CheckpointError, format_problems
 from fastema.rules import Aligned
 from fastema.rules.checks import checked_decay, checked_whole
 from fastema.shadow import EMA
@@ -130,7 +130,7 @@ def load(
     if problems:
         raise CheckpointError(
             "the averages do not fit the parameters at their places; pass the optimizer that they "
-            "were saved with, which defines their order:\n" + listed(problems)
+            "were saved with, which defines their order:\n" + format_problems(problems)
         )
     every = whole_in(state["every_n_steps"], "every_n_steps", 1)
     done = whole_in(state["current_step"], "current_step")

@@ -38,7 +38,7 @@ from fastema.compat.averager import ModelAverager
 from fastema.compat.mirrored import Mirrored
 from fastema.compat.shares import refuse_no_share
 from fastema.engine.interrupts import defer_signals
-from fastema.errors import LayoutError, listed
+from fastema.errors import LayoutError, format_problems
 from fastema.plan import Plan
 from fastema.torch import update_bn
 
@@ -412,4 +412,4 @@ def _refuse_other(averaged: nn.Module, model: nn.Module) -> None:
         if ours.get(name) != theirs.get(name)
     ]
     if problems:
-        raise LayoutError("the model does not match the average:\n" + listed(problems))
+        raise LayoutError("the model does not match the average:\n" + format_problems(problems))

@@ -22,7 +22,7 @@ from fastema.checkpoint.folder import (
 )
 from fastema.distributed import live
 from fastema.distributed.group import RankGroup
-from fastema.errors import ArgumentError, CheckpointError, listed
+from fastema.errors import ArgumentError, CheckpointError, format_problems
 from fastema.rules.checks import checked_whole
 from fastema.shadow.average import Average
 
@@ -161,7 +161,7 @@ def _united(group: RankGroup, found: live.LiveAverage) -> tuple[dict[str, Stored
                 )
             first.setdefault(name, rank)
     if problems:
-        raise CheckpointError("ranks differ:\n" + listed(problems))
+        raise CheckpointError("ranks differ:\n" + format_problems(problems))
     return tensors, {
         name for name in found.tensors if name in found.divided or first[name] == group.rank
     }

@@ -9,7 +9,7 @@ from fastema.binding.sides import Trained, Watched
 from fastema.binding.swap import InMemory, Swap, WatchedMemory, WriteWatch
 from fastema.bridges.registry import describe
 from fastema.engine.program import Program
-from fastema.errors import FastemaError, LayoutError, listed
+from fastema.errors import FastemaError, LayoutError, format_problems
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_shared_elements
 from fastema.layout.spec import Leaves
@@ -111,7 +111,7 @@ class ShadowBinding(Binding):
             raise LayoutError(
                 "immutable arrays (JAX, read-only NumPy) cannot be swapped in place: "
                 "'with ema.swapped() as weights:' and ema.averaged() give new arrays\n"
-                + listed(repr(name) for name in model.fixed)
+                + format_problems(repr(name) for name in model.fixed)
             )
         key = "swap", index
         swap = self.cached(key, lambda: self._made_swap(index))

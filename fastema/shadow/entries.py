@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
 from fastema.binding.swap import SPLIT
-from fastema.errors import ArgumentError, DTypeError, LayoutError, listed
+from fastema.errors import ArgumentError, DTypeError, LayoutError, format_problems
 from fastema.layout.dtypes import DType, average_of, parse
 from fastema.layout.group import refuse_shared_elements
 from fastema.layout.spec import Leaf, Leaves, Opaque, Role, TensorSpec
@@ -78,7 +78,7 @@ def by_pattern(leaves: Leaves, patterns: Mapping[str, Policy]) -> dict[str, Poli
         names = [one.name for one in named if one.persistent]
         raise ArgumentError(
             "policy: no name matches\n"
-            + listed(map(repr, unused))
+            + format_problems(map(repr, unused))
             + f"\nThe model has {', '.join(map(repr, names[:3]))}"
             + (f" and {len(names) - 3} more; " if len(names) > 3 else "; ")
             + "a name is matched as a whole ('*.bias'), and buffers registered with "
@@ -129,7 +129,7 @@ def select(
     if problems:
         raise DTypeError(
             "there is no average of these tensors:\n"
-            + listed(problems)
+            + format_problems(problems)
             + "\nKeep them in another dtype, or pass buffers='copy' or frozen='copy'."
         )
     # Tied tensors keep the name of an averaged one, if there is any.

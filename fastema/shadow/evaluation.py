@@ -14,7 +14,7 @@ from fastema.bridges.registry import describe, leaves_of, materialised, reshard,
 from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.program import Program
-from fastema.errors import BridgeError, StateError, listed
+from fastema.errors import BridgeError, StateError, format_problems
 from fastema.layout.group import check_pair, refuse_overlap, refuse_unwritable, unique
 from fastema.shadow.binding import ShadowSwap
 from fastema.shadow.matching import names_of_state, pairs_to, refuse_other_holder
@@ -32,7 +32,7 @@ def _refuse_written(names: Sequence[str]) -> None:
         raise StateError(
             "weights were written while the model held the average. The raw weights are restored; "
             "the average is lost, it now holds the written values:\n"
-            + listed(repr(name) for name in names)
+            + format_problems(repr(name) for name in names)
             + "\nLoad it from a checkpoint, or build a new one. Call restore(), or leave the "
             "swapped() block, before training or loading weights."
         )
@@ -151,7 +151,7 @@ class Evaluated(Updating[Weights]):
                 if problems:
                     raise StateError(
                         "the model changed its dtype while the average was applied:\n"
-                        + listed(problems)
+                        + format_problems(problems)
                         + "\nChange it back, then restore(): the raw weights are kept exactly, the "
                         "average only as the other dtype left it."
                     )

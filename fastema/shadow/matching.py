@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastema.bridges.registry import leaves_of
-from fastema.errors import LayoutError, StateError, listed
+from fastema.errors import LayoutError, StateError, format_problems
 from fastema.layout.group import Pair
 from fastema.layout.spec import Division, Leaf, Leaves, TensorSpec
 from fastema.shadow.entries import Names
@@ -50,7 +50,9 @@ def refuse_other_model(
                 "If a buffer changes its shape, or is sometimes None, register it with "
                 f"persistent=False, or build the average with buffers='skip'.\n{advice}"
             )
-        raise LayoutError(f"the model no longer matches the average:\n{listed(problems)}\n{advice}")
+        raise LayoutError(
+            f"the model no longer matches the average:\n{format_problems(problems)}\n{advice}"
+        )
 
 
 def _gone_or_reshaped(found: Mapping[str, Leaf], entries: Mapping[str, Entry]) -> dict[str, str]:
@@ -77,7 +79,7 @@ def refuse_divided_otherwise(found: Mapping[str, Leaf], entries: Mapping[str, En
     ]
     if problems:
         raise LayoutError(
-            f"the model is not divided as its average is:\n{listed(problems)}\nFSDP gathers "
+            f"the model is not divided as its average is:\n{format_problems(problems)}\nFSDP gathers "
             "parameters for a forward pass, and leaves them gathered if no backward pass follows. "
             "Call update() after optimizer.step(), or call reshard() on the modules first. To "
             "change the division, load the state_dict() into a new average of the new model."
@@ -174,7 +176,7 @@ def pairs_to(leaves: Leaves, entries: Mapping[str, Entry], names: Names) -> list
         if leaf.role == "weight" and leaf.name not in known
     ]
     if problems:
-        raise LayoutError("the model does not match the average:\n" + listed(problems))
+        raise LayoutError("the model does not match the average:\n" + format_problems(problems))
     refuse_divided_otherwise(found, {name: entries[kept] for name, kept in wanted.items()})
     return [_written(entries[kept], name, found[name]) for name, kept in wanted.items()]
 

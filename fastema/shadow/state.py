@@ -7,7 +7,7 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 
 from fastema.bridges.names import plain_names
 from fastema.bridges.registry import describe
-from fastema.errors import ArgumentError, CheckpointError, FastemaError, listed
+from fastema.errors import ArgumentError, CheckpointError, FastemaError, format_problems
 from fastema.layout.spec import TensorSpec
 from fastema.rules import Debiased, Rule, Schedule, Window
 from fastema.rules.rule import GONE, plain_value
@@ -227,6 +227,6 @@ def unpack(
                 tensors[part].append(_named(state[part][i], specs))
                 problems += _body(specs, tensors[part][-1], label)
     if problems or schedule is None or log_decays is None:
-        raise CheckpointError("the saved state does not fit:\n" + listed(problems))
+        raise CheckpointError("the saved state does not fit:\n" + format_problems(problems))
     counters = {name: state[name] for name in COUNTERS}
     return Saved(counters, schedule, log_decays, state["rounding"], tensors)

@@ -12,7 +12,7 @@ from fastema.binding.swap import SPLIT
 from fastema.bridges.memory import Memory, allocate
 from fastema.bridges.registry import bridge_of, describe, fitted, memory_by
 from fastema.engine.program import Program
-from fastema.errors import BridgeError, DTypeError, listed
+from fastema.errors import BridgeError, DTypeError, format_problems
 from fastema.layout.dtypes import DType
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
@@ -91,7 +91,7 @@ class Store:
             except DTypeError as error:
                 problems.append(f"{leaf.name}: {error}")
         if problems:
-            raise DTypeError("shadow_dtype does not fit:\n" + listed(problems))
+            raise DTypeError("shadow_dtype does not fit:\n" + format_problems(problems))
         likes = {leaf.name: leaf.spec for leaf in selection.averaged}
         copied = {leaf.name: (leaf.spec, leaf.spec.kind) for leaf in selection.copied}
         held = {

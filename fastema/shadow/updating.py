@@ -12,7 +12,7 @@ from fastema.engine.collector import pause_gc
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.locks import rlock
 from fastema.engine.program import Program
-from fastema.errors import ArgumentError, NonFiniteError, StateError, listed
+from fastema.errors import ArgumentError, NonFiniteError, StateError, format_problems
 from fastema.layout.device_context import LaunchArgs, checked_seed
 from fastema.layout.spec import Leaves
 from fastema.rules import Rule, Schedule
@@ -435,7 +435,7 @@ class Updating(Generic[Weights]):
             found = [f"{name!r} holds a NaN or an infinity" for name in names]
             raise NonFiniteError(
                 f"weights are not finite at update {step}; the average is unchanged:\n"
-                + listed(found or ["on another rank, whose error names them"])
+                + format_problems(found or ["on another rank, whose error names them"])
             )
         self._num_skipped += 1
         return False

@@ -15,7 +15,14 @@ from fastema.binding.swap import Calls, Swap
 from fastema.bridges.tensorflow import Unshared, unshare
 from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.engine.interrupts import defer_signals
-from fastema.errors import ArgumentError, BridgeError, DTypeError, LayoutError, StateError, listed
+from fastema.errors import (
+    ArgumentError,
+    BridgeError,
+    DTypeError,
+    LayoutError,
+    StateError,
+    format_problems,
+)
 from fastema.plan import Plan
 from fastema.tensorflow.names import name_of, stem_of
 from fastema.tensorflow.sources import DecaySource, checked_number, variable_of
@@ -252,7 +259,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         if strangers:
             raise ArgumentError(
                 "there is no average of\n"
-                + listed(f"{name_of(variable_of(v))!r}" for v in strangers)
+                + format_problems(f"{name_of(variable_of(v))!r}" for v in strangers)
             )
         plan = self._plan(self._entry(chosen))
         swap = Swap(Calls(plan.swap_, plan.swap_))
@@ -390,21 +397,21 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         if shared:
             raise BridgeError(
                 "variables of a tf.distribute strategy are not averaged:\n"
-                + listed(f"{name_of(v)!r} is a {type(v).__name__}" for v in shared)
+                + format_problems(f"{name_of(v)!r} is a {type(v).__name__}" for v in shared)
                 + "\nUse tf.train.ExponentialMovingAverage there."
             )
         others = [v for v in variables if v.dtype not in _FLOATS]
         if others:
             raise DTypeError(
                 "expected floats of 16 to 64 bits:\n"
-                + listed(f"{name_of(v)!r} is {v.dtype.name}" for v in others)
+                + format_problems(f"{name_of(v)!r} is {v.dtype.name}" for v in others)
             )
         with tf.init_scope():
             empty = [v for v in variables if not v.is_initialized()]
         if empty:
             raise StateError(
                 "an average starts at the variable's value, and there is none yet:\n"
-                + listed(f"{name_of(v)!r}" for v in empty)
+                + format_problems(f"{name_of(v)!r}" for v in empty)
                 + "\nA function creates its variables when its first call has been traced: create "
                 "them, or call apply(), outside of it first."
             )

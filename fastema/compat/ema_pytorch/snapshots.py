@@ -17,7 +17,7 @@ from torch import Tensor
 from fastema.bridges.registry import describe
 from fastema.checkpoint.files import File, StoredTensor, moved_into_place
 from fastema.checkpoint.sums import weighted_sum
-from fastema.errors import CheckpointError, listed
+from fastema.errors import CheckpointError, format_problems
 
 __all__ = ["SnapshotFile", "find", "read", "weighted", "write"]
 
@@ -60,7 +60,7 @@ def find(folder: Path, count: int) -> list[SnapshotFile]:
     if beyond:
         raise CheckpointError(
             f"{folder} holds snapshots of another run, with more than {count} averages:\n"
-            + listed(sorted(beyond))
+            + format_problems(sorted(beyond))
         )
     kept = sorted((one for one in every if one.step > 0), key=lambda one: (one.step, one.which))
     if not kept:
@@ -143,7 +143,7 @@ def weighted(
             elif there is not None and here.kind != there.kind:
                 problems.append(f"{name!r} is {here.kind.code} in {file.path.name}, unlike later")
     if problems:
-        raise CheckpointError("the snapshots do not fit the model:\n" + listed(problems))
+        raise CheckpointError("the snapshots do not fit the model:\n" + format_problems(problems))
     result = {name: _wide(files[-1].tensors[name], tensor) for name, tensor in like.items()}
     memory = {name: (array, describe(array)) for name, array in result.items()}
     weighted_sum(files, coefficients, memory, names)

@@ -18,7 +18,7 @@ from typing import Final
 
 import numpy as np
 
-from fastema.errors import ArgumentError, listed
+from fastema.errors import ArgumentError, format_problems
 from fastema.tracking.logs.table import Column, Table
 
 _OTHER_LOGS: Final = ("*.csv", "*.tsv", "*.jsonl", "trainer_state.json")
@@ -74,7 +74,7 @@ def _others(folder: Path) -> str:
     names = sorted(
         str(file) for name in _OTHER_LOGS for file in itertools.islice(folder.rglob(name), 20)
     )
-    return f"; did you mean\n{listed(names)}" if names else ""
+    return f"; did you mean\n{format_problems(names)}" if names else ""
 
 
 def _scalar_reader() -> Callable[[Sequence[Path]], dict[str, Points]]:

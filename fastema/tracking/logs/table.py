@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from fastema.errors import ArgumentError, listed
+from fastema.errors import ArgumentError, format_problems
 
 STEP_COLUMNS: Final = (
     *("step", "global_step", "_step", "steps", "batch", "iteration", "iter", "epoch", "index"),
@@ -129,7 +129,7 @@ class Table:
                     break
             raise ArgumentError(f"{self.source}: column {name!r} holds no numbers: {why}")
         raise ArgumentError(
-            f"{self.source}: no column {name!r}; those with numbers are\n{listed(self.numbers)}"
+            f"{self.source}: no column {name!r}; those with numbers are\n{format_problems(self.numbers)}"
         )
 
     def metrics(self, patterns: Sequence[str] | None = None) -> list[str]:
@@ -143,7 +143,7 @@ class Table:
             if not found:
                 raise ArgumentError(
                     f"{self.source}: no column of at least two numbers that looks like a metric; "
-                    f"choose among\n{listed(self.numbers or self.cells)}"
+                    f"choose among\n{format_problems(self.numbers or self.cells)}"
                 )
             return found
         chosen: dict[str, None] = {}

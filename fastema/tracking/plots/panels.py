@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastema.errors import ArgumentError, listed
+from fastema.errors import ArgumentError, format_problems
 from fastema.tracking import logs
 from fastema.tracking.exponential import ExponentialMovingAverage
 from fastema.tracking.logs import table
@@ -117,7 +117,7 @@ def _names(curves: Mapping[str, Curve], chosen: Sequence[str] | None) -> list[st
     known = dict.fromkeys((*bases.values(), *curves))
     unknown = [name for name in chosen if name not in known]
     if unknown:
-        raise ArgumentError(f"no metric {', '.join(unknown)}; there are\n{listed(known)}")
+        raise ArgumentError(f"no metric {', '.join(unknown)}; there are\n{format_problems(known)}")
     return list(dict.fromkeys(chosen))
 
 
