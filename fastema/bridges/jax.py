@@ -16,7 +16,7 @@ from jax.errors import ConcretizationTypeError
 from numpy.typing import NDArray
 
 from fastema.bridges.moving import Finder, Found
-from fastema.bridges.names import LONE, code_of, named, refuse_repeated
+from fastema.bridges.names import LONE, code_of, describe_named, refuse_repeated
 from fastema.bridges.registry import describe as describe_any
 from fastema.errors import BridgeError
 from fastema.layout.flat import aligned_empty, row_major
@@ -201,5 +201,5 @@ def walk(container: Any) -> Leaves | None:
         return None
     found = [(".".join(map(_part, path)) if path else LONE, array) for path, array in leaves]
     refuse_repeated(name for name, _ in found)
-    items = [Leaf(name, named(name, describe_any, array)) for name, array in found]
+    items = [Leaf(name, describe_named(name, describe_any, array)) for name, array in found]
     return Leaves(items, describe_any, structure=_Pytree(treedef), moving=True)

@@ -18,7 +18,7 @@ import keras
 from numpy.typing import NDArray
 
 from fastema.bridges.moving import Finder, Found, finder_of, moves
-from fastema.bridges.names import named
+from fastema.bridges.names import describe_named
 from fastema.bridges.registry import bridge_of
 from fastema.bridges.registry import describe as describe_any
 from fastema.errors import BridgeError
@@ -172,7 +172,7 @@ def walk(container: Any) -> Leaves | None:
     arrays = structure.flatten(container)
     assert arrays is not None
     items = [
-        Leaf(name, named(name, partial(_described, one), array), _role(one, to_train))
+        Leaf(name, describe_named(name, partial(_described, one), array), _role(one, to_train))
         for name, one, array in zip(names, variables, arrays, strict=True)
     ]
     moving = any(moves(array) for array in arrays)

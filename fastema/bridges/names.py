@@ -9,7 +9,7 @@ from fastema.errors import BridgeError, DTypeError
 from fastema.layout.dtypes import NAMES
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["LONE", "code_of", "named", "plain_names", "refuse_repeated"]
+__all__ = ["LONE", "code_of", "describe_named", "plain_names", "refuse_repeated"]
 
 LONE: Final = "array"
 """Name of an array that was passed on its own, outside of a container."""
@@ -28,7 +28,7 @@ def code_of(framework: str, name: str) -> str:
     return NAMES[name]
 
 
-def named(name: str, describe: Callable[[Any], TensorSpec], array: Any) -> TensorSpec:
+def describe_named(name: str, describe: Callable[[Any], TensorSpec], array: Any) -> TensorSpec:
     """Return ``describe(array)``; put the array's name in front of any error."""
     try:
         return describe(array)

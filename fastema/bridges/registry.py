@@ -20,7 +20,7 @@ from numbers import Complex, Real
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
-from fastema.bridges.names import LONE, named, refuse_repeated
+from fastema.bridges.names import LONE, describe_named, refuse_repeated
 from fastema.errors import ArgumentError, BridgeError, DTypeError
 from fastema.layout.spec import Leaf, Leaves, Ranks, TensorContainer, TensorSpec
 
@@ -351,6 +351,6 @@ def leaves_of(container: Any) -> Leaves:
         return leaves
     refuse_repeated(name for name, _ in entries)
     found = dict(entries)
-    items = [Leaf(name, named(name, describe, array)) for name, array in found.items()]
+    items = [Leaf(name, describe_named(name, describe, array)) for name, array in found.items()]
     moving = any(hasattr(bridge, "finder") for bridge in {*map(bridge_of, found.values())})
     return Leaves(items, describe, held, structure=_Tree(container, list(found)), moving=moving)

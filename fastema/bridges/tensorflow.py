@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from fastema.bridges.dlpack import capsule_address
 from fastema.bridges.moving import Finder, Found
-from fastema.bridges.names import code_of, named
+from fastema.bridges.names import code_of, describe_named
 from fastema.errors import BridgeError, DTypeError
 from fastema.layout.dtypes import NAMES
 from fastema.layout.flat import row_major
@@ -348,7 +348,11 @@ def walk(container: Any) -> Leaves | None:
     if not isinstance(container, tf.Module) or isinstance(container, tf.Variable):
         return None
     items = [
-        Leaf(name, named(name, describe, variable), "weight" if variable.trainable else "buffer")
+        Leaf(
+            name,
+            describe_named(name, describe, variable),
+            "weight" if variable.trainable else "buffer",
+        )
         for name, variable in _variables(container)
     ]
     structure = _Module([leaf.name for leaf in items])

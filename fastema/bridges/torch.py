@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastema.bridges.dlpack import exchange_address
-from fastema.bridges.names import named, plain_names
+from fastema.bridges.names import describe_named, plain_names
 from fastema.bridges.torch_other import context_of
 from fastema.bridges.torch_parts import (
     describe_part,
@@ -310,7 +310,7 @@ def walk(container: Any) -> Leaves | None:
             role = "weight" if tensor.requires_grad else "frozen"
         persistent = path not in transient
         try:
-            items.append(Leaf(name, named(name, describe, tensor), role, persistent))
+            items.append(Leaf(name, describe_named(name, describe, tensor), role, persistent))
         except FastemaError as error:
             # A new error: the traceback of this one would keep the frame, and so every tensor.
             opaque.append(Opaque(name, type(error)(*error.args), role, persistent))
