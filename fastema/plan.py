@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Final, Literal, TypeAlias
 from fastema.binding.binding import Binding, Match
 from fastema.binding.sides import Trained
 from fastema.bridges.memory import allocate
-from fastema.bridges.registry import leaves_of, materialised, reshard
+from fastema.bridges.registry import leaves_of, list_iterators, reshard
 from fastema.engine.locks import rlock
 from fastema.errors import ArgumentError, DTypeError, LayoutError, StateError, format_problems
 from fastema.layout.device_context import LaunchArgs, checked_seed
@@ -210,8 +210,8 @@ class Plan:
         self._seed, self.calls = checked_seed(seed), 0
         self._lock = rlock()
         self.binding = Binding(
-            materialised(avg),
-            materialised(x),
+            list_iterators(avg),
+            list_iterators(x),
             _PairSelection(policy, _MARKS[rounding], self._called),
             labels=("avg ", "x "),
             look=_resharded_leaves,
@@ -450,7 +450,7 @@ def mean_between(later: Any, n: int, earlier: Any, m: int) -> dict[str, Any]:
     """
     if not (isinstance(n, int) and isinstance(m, int) and n > m >= 1):
         raise ArgumentError(f"n={n!r}, m={m!r}: expected whole numbers with n > m >= 1")
-    means = leaves_of(materialised(later))
+    means = leaves_of(list_iterators(later))
     floats = [leaf for leaf in means.items if leaf.spec.kind.real is not None]
     kinds = [average_of(leaf.spec.kind, parse("f64")) for leaf in floats]
     memories = allocate(zip((leaf.spec for leaf in floats), kinds, strict=True))
@@ -459,7 +459,7 @@ def mean_between(later: Any, n: int, earlier: Any, m: int) -> dict[str, Any]:
     others = {leaf.name for leaf in means.items} - set(found)
     first = {
         leaf.name: leaf.spec.owner
-        for leaf in leaves_of(materialised(earlier)).items
+        for leaf in leaves_of(list_iterators(earlier)).items
         if leaf.name not in others
     }
     difference = Plan(found, first)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from fastema.binding.sides import NOTHING, STAYED, Moving, Owned, Side, Trained, Watched
 from fastema.bridges.moving import Located
-from fastema.bridges.registry import bridge_of, leaves_of, materialised, reshard, write_listeners
+from fastema.bridges.registry import bridge_of, leaves_of, list_iterators, reshard, write_listeners
 from fastema.engine.cuda import refuse_forked
 from fastema.engine.program import Program
 from fastema.errors import LayoutError
@@ -288,7 +288,7 @@ class Binding:
         match = match or self._match
         container = bound.containers[1]
         if src is not None and src is not container:
-            container = materialised(src)
+            container = list_iterators(src)
         if write:
             reshard(container)
         for _ in range(3):

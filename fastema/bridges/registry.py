@@ -33,7 +33,7 @@ __all__ = [
     "is_divided",
     "leaves_of",
     "link_of",
-    "materialised",
+    "list_iterators",
     "memory_by",
     "memory_of",
     "part_of",
@@ -324,7 +324,7 @@ def _rebuilt(tree: Any, leaves: Iterator[Any]) -> Any:
     return next(leaves)
 
 
-def materialised(container: Any) -> Any:
+def list_iterators(container: Any) -> Any:
     """Return a container that can be iterated twice: turn ``model.parameters()`` into a list."""
     return list(container) if isinstance(container, Iterator | ValuesView) else container
 

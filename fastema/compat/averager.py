@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastema.binding.swap import InMemory, Swap, recovered
-from fastema.bridges.registry import leaves_of, materialised
+from fastema.bridges.registry import leaves_of, list_iterators
 from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.errors import LayoutError, StateError, format_problems
 from fastema.layout.group import Pair
@@ -257,17 +257,17 @@ class ModelAverager:
             plan.lerp_(weight, weights)
 
         self._refuse_swapped("update()")
-        self._call_with_plan(materialised(model), lerp)
+        self._call_with_plan(list_iterators(model), lerp)
 
     def copy(self, model: Any) -> None:
         """Copy the weights into the averages, rounded to nearest."""
         self._refuse_swapped("copy()")
-        self._call_with_plan(materialised(model), lambda plan, weights: plan.copy_(weights))
+        self._call_with_plan(list_iterators(model), lambda plan, weights: plan.copy_(weights))
 
     def check(self, model: Any) -> None:
         """Raise the errors that :meth:`update` and :meth:`copy` would raise, without writing."""
         self._refuse_swapped("check()")
-        self._call_with_plan(materialised(model), lambda plan, weights: plan.check(weights))
+        self._call_with_plan(list_iterators(model), lambda plan, weights: plan.check(weights))
 
     def _refuse_swapped(self, call: str) -> None:
         if self._held is not None:
@@ -340,7 +340,7 @@ class ModelAverager:
     def give(self, model: Any) -> None:
         """Write the averages and the copied tensors into a model, rounded to nearest."""
         self._refuse_swapped("give()")
-        model = materialised(model)
+        model = list_iterators(model)
         weights = leaves_of(model)
         averages: Any = self._averaged
         if self._is_apart(weights):
@@ -363,7 +363,7 @@ class ModelAverager:
 
     def _swap_steps(self, model: Any) -> BlockSteps[None]:
         self._refuse_swapped("swapped()")
-        model = materialised(model)
+        model = list_iterators(model)
         held, swap = self._call_with_plan(model, partial(self._swap_of, model))
 
         def apply() -> None:

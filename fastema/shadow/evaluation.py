@@ -10,7 +10,7 @@ from typing import Any, TypeVar, overload
 from fastema.binding.binding import can_be_assigned
 from fastema.binding.swap import recovered, rounded, write_averages
 from fastema.bridges.memory import allocate
-from fastema.bridges.registry import describe, leaves_of, materialised, reshard, state_of
+from fastema.bridges.registry import describe, leaves_of, list_iterators, reshard, state_of
 from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.program import Program
@@ -125,7 +125,7 @@ class Evaluated(Updating[Weights]):
             raise StateError("restore() without apply_shadow(): the model holds its own weights")
         if model is not None:
             refuse_other_holder(
-                materialised(model), self._applied.container, self._applied.watch.weights
+                list_iterators(model), self._applied.container, self._applied.watch.weights
             )
         with self._applied_swap() as swap:
             names = swap.watch.written()
@@ -249,7 +249,7 @@ class Evaluated(Updating[Weights]):
         ...     weights[0].item()
         2.0
         """
-        model = None if model is None else materialised(model)
+        model = None if model is None else list_iterators(model)
         return RestoringBlock(lambda: self._swap_steps(model, which))
 
     def _swap_steps(self, model: Any, which: int | None) -> BlockSteps[Any]:
@@ -296,7 +296,7 @@ class Evaluated(Updating[Weights]):
             self._refuse_applied("copy_to")
             entries = self._store.sets[self._average_index(which)]
             self._sync()
-            container = materialised(model)
+            container = list_iterators(model)
             reshard(container)
             pairs = unique(pairs_to(leaves_of(container), entries, self._names))
             there = [pair for pair in pairs if not can_be_assigned(pair.src)]
@@ -369,7 +369,7 @@ class Evaluated(Updating[Weights]):
         """Return an average's entries, the model's state, and for its keys the entries' names."""
         entries = self._store.sets[self._average_index(which)]
         self._sync()
-        container = self._container if model is None else materialised(model)
+        container = self._container if model is None else list_iterators(model)
         reshard(container)
         found = state_of(container)
         return entries, found, names_of_state(found, entries, self._names)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from fastema.binding.binding import Binding, Match
 from fastema.binding.sides import NOTHING, Trained
 from fastema.binding.swap import WriteWatch
-from fastema.bridges.registry import leaves_of, link_of, materialised, reshard, state_of
+from fastema.bridges.registry import leaves_of, link_of, list_iterators, reshard, state_of
 from fastema.engine.blocks import BlockSteps
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError
@@ -115,7 +115,7 @@ class OffloadedEMA(EMA[Any]):
     ) -> None:
         if capturable:
             raise ArgumentError("capturable=True counts on the GPU, and offload=True on the host")
-        module = materialised(weights)
+        module = list_iterators(weights)
         reshard(module)
         leaves = leaves_of(module)
         policies = checked(frozen, "frozen", Policy), checked(buffers, "buffers", Policy)
@@ -354,7 +354,7 @@ class OffloadedEMA(EMA[Any]):
             return super()._restore(None)
         writes = self._writes
         if model is not None:
-            refuse_other_holder(materialised(model), self._model.container, writes.weights)
+            refuse_other_holder(list_iterators(model), self._model.container, writes.weights)
         leaves = self._leaves(self._model.container, write=True, restore=True)
         tensors, specs = self._owners(leaves), self._specs(leaves)
         self._link.check(tensors)
@@ -381,7 +381,7 @@ class OffloadedEMA(EMA[Any]):
         """Overwrite a model's weights with the average; see :meth:`fastema.EMA.copy_to`."""
         with self._lock:
             self._settle()
-            container = materialised(model)
+            container = list_iterators(model)
             reshard(container)
             pairs = pairs_to(leaves_of(container), self._store.sets[0], self._names)
             tensors = {pair.name: pair.src.owner for pair in pairs}
@@ -394,7 +394,7 @@ class OffloadedEMA(EMA[Any]):
 
         See :meth:`fastema.EMA.model_state_dict`.
         """
-        container = self._module if model is None else materialised(model)
+        container = self._module if model is None else list_iterators(model)
         reshard(container)
         found = state_of(container)
         names = names_of_state(found, self._store.sets[0], self._names)

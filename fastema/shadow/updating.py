@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic
 
 from fastema.binding.sides import Sampled, Watched
-from fastema.bridges.registry import leaves_of, materialised, ranks_of, reshard, world_of
+from fastema.bridges.registry import leaves_of, list_iterators, ranks_of, reshard, world_of
 from fastema.engine.collector import pause_gc
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.locks import rlock
@@ -103,7 +103,7 @@ class Updating(Generic[Weights]):
             self._format = self._format._replace(
                 window=window, ring=dtype_of(dtype), ring_on_host=on_host
             )
-        container = materialised(weights)
+        container = list_iterators(weights)
         reshard(container)
         leaves = leaves_of(container)
         selection = select(leaves, frozen, buffers, patterns_of(policy))
