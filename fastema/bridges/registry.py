@@ -29,7 +29,6 @@ __all__ = [
     "bridge_of",
     "describe",
     "dtype_code",
-    "fitted",
     "is_divided",
     "leaves_of",
     "link_of",
@@ -40,6 +39,7 @@ __all__ = [
     "ranks_of",
     "reshard",
     "scalar",
+    "select_part",
     "state_of",
     "versions_of",
     "world_of",
@@ -171,7 +171,7 @@ def _type_of(value: Any) -> str:
     return f"a {type(value).__module__}.{type(value).__qualname__}"
 
 
-def fitted(array: Any, spec: TensorSpec) -> Any:
+def select_part(array: Any, spec: TensorSpec) -> Any:
     """Return the part of a saved array that this process's tensor with the same full shape holds.
 
     Collective if the array is sharded in another way than the tensor.

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from fastema.binding.swap import SPLIT
 from fastema.bridges.memory import Memory, allocate
-from fastema.bridges.registry import bridge_of, describe, fitted, memory_by
+from fastema.bridges.registry import bridge_of, describe, memory_by, select_part
 from fastema.engine.program import Program
 from fastema.errors import BridgeError, DTypeError, format_problems
 from fastema.layout.dtypes import DType
@@ -208,7 +208,7 @@ class Store:
         for part, of_part in self.specs().items():
             for specs, arrays in zip(of_part, tensors[part], strict=True):
                 for name, spec in specs.items():
-                    array = _brought(fitted(arrays[name], spec), spec.device)
+                    array = _brought(select_part(arrays[name], spec), spec.device)
                     pairs.append(Pair(name, spec, describe(array)))
         return Program({"all": pairs})
 
