@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 from weakref import ref
 
-from fastema.bridges.registry import ask, bridge_of, describe
+from fastema.bridges.registry import bridge_of, call_bridge, describe
 from fastema.errors import ArgumentError, FastemaError
 from fastema.layout.spec import Leaves, TensorSpec
 
@@ -67,7 +67,7 @@ class Locator:
         assert leaves.structure is not None
         self._structure = leaves.structure
         self._never_change = all(
-            ask("never_changes", leaf.spec.owner, False) for leaf in leaves.items
+            call_bridge("never_changes", leaf.spec.owner, False) for leaf in leaves.items
         )
         self._used: list[ref[Any]] = []
         arrays = leaves.structure.flatten(container) or ()

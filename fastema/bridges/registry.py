@@ -25,8 +25,8 @@ from fastema.errors import ArgumentError, BridgeError, DTypeError
 from fastema.layout.spec import Leaf, Leaves, Ranks, TensorContainer, TensorSpec
 
 __all__ = [
-    "ask",
     "bridge_of",
+    "call_bridge",
     "describe",
     "dtype_code",
     "is_divided",
@@ -188,7 +188,7 @@ def select_part(array: Any, spec: TensorSpec) -> Any:
     return array[tuple(slice(first, first + extent) for first, extent in block)]
 
 
-def ask(name: str, array: Any, default: Any) -> Any:
+def call_bridge(name: str, array: Any, default: Any) -> Any:
     """Call the function ``name`` of an array's bridge, or return ``default`` if it has none."""
     function = getattr(bridge_of(array), name, None)
     return default if function is None else function(array)
@@ -196,12 +196,12 @@ def ask(name: str, array: Any, default: Any) -> Any:
 
 def part_of(array: Any) -> Any:
     """Return this process's part of a sharded array, and any other array unchanged."""
-    return ask("part_of", array, array)
+    return call_bridge("part_of", array, array)
 
 
 def is_divided(array: Any) -> bool:
     """Return whether an array is sharded over processes."""
-    return bool(ask("is_divided", array, False))
+    return bool(call_bridge("is_divided", array, False))
 
 
 def ranks_of(arrays: Iterable[Any]) -> Ranks | None:
