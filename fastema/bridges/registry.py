@@ -252,7 +252,7 @@ def state_of(container: Any) -> dict[str, tuple[str, Any]]:
     Keys and entries are those of ``state_dict()`` for a torch module. For any other container the
     keys are the names.
     """
-    owner, _ = _walked(container)
+    owner, _ = _walk_container(container)
     if owner is not None and hasattr(owner, "state_of"):
         found: dict[str, tuple[str, Any]] = owner.state_of(container)
         return found
@@ -329,7 +329,7 @@ def list_iterators(container: Any) -> Any:
     return list(container) if isinstance(container, Iterator | ValuesView) else container
 
 
-def _walked(container: Any) -> tuple[ModuleType | None, Leaves | None]:
+def _walk_container(container: Any) -> tuple[ModuleType | None, Leaves | None]:
     """Return the bridge that knows a container, and its leaves; (None, None) if none does."""
     for bridge in _loaded():
         leaves = bridge.walk(container) if hasattr(bridge, "walk") else None
@@ -346,7 +346,7 @@ def leaves_of(container: Any) -> Leaves:
     nested too deep.
     """
     entries, held = _flatten(container)
-    _, leaves = _walked(container)
+    _, leaves = _walk_container(container)
     if leaves is not None:
         return leaves
     refuse_repeated(name for name, _ in entries)
