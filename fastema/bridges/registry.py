@@ -298,7 +298,7 @@ class _Tree:
 
     def __init__(self, container: Any, names: list[str]) -> None:
         self._names = names
-        self._places = _rebuilt(container, iter(range(len(names))))
+        self._places = _rebuild_tree(container, iter(range(len(names))))
 
     def flatten(self, container: Any, *, write: bool = False) -> Sequence[Any] | None:
         try:
@@ -309,15 +309,15 @@ class _Tree:
         return [array for _, array in leaves] if names == self._names else None
 
     def rebuild(self, tensors: Sequence[Any]) -> Any:
-        return _rebuilt(self._places, iter(tensors))
+        return _rebuild_tree(self._places, iter(tensors))
 
 
-def _rebuilt(tree: Any, leaves: Iterator[Any]) -> Any:
+def _rebuild_tree(tree: Any, leaves: Iterator[Any]) -> Any:
     """Return a tree with the structure of ``tree`` and its leaves taken from an iterator."""
     if isinstance(tree, Mapping):
-        return {key: _rebuilt(value, leaves) for key, value in tree.items()}
+        return {key: _rebuild_tree(value, leaves) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        parts = [_rebuilt(value, leaves) for value in tree]
+        parts = [_rebuild_tree(value, leaves) for value in tree]
         if hasattr(tree, "_fields"):
             return type(tree)(*parts)
         return tuple(parts) if isinstance(tree, tuple) else parts
