@@ -56,7 +56,7 @@ _ANY_OTHER: Final = "dlpack"
 """The bridge for arrays of any other framework with DLPack export."""
 
 
-def _loaded() -> Iterator[ModuleType]:
+def _imported_bridges() -> Iterator[ModuleType]:
     """Yield the bridges of imported frameworks; no object can belong to any other."""
     for framework in _FRAMEWORKS:
         if framework in sys.modules:
@@ -78,7 +78,7 @@ def bridge_of(array: Any) -> ModuleType:
     known = _owners.get(type(array))
     if known is not None and known.owns(array):
         return known
-    for bridge in _loaded():
+    for bridge in _imported_bridges():
         if bridge.owns(array):
             _owners[type(array)] = bridge
             return bridge
@@ -153,7 +153,7 @@ def scalar(value: Any) -> float | Callable[[], float]:
 def _scalar(value: Any) -> float | Callable[[], float]:
     if isinstance(value, Real):
         return float(value)
-    for bridge in _loaded():
+    for bridge in _imported_bridges():
         if hasattr(bridge, "scalar") and bridge.owns(value):
             if prod(value.shape) != 1:
                 raise BridgeError(
@@ -231,14 +231,14 @@ def link_of(tensors: Mapping[str, Any]) -> Any:
 
 def reshard(container: Any) -> None:
     """Make a module hold its own shards again where it holds gathered parameters (FSDP2)."""
-    for bridge in _loaded():
+    for bridge in _imported_bridges():
         if hasattr(bridge, "reshard"):
             bridge.reshard(container)
 
 
 def dtype_code(value: Any) -> str:
     """Return the code of any framework's dtype object; raise an ArgumentError otherwise."""
-    for bridge in _loaded():
+    for bridge in _imported_bridges():
         if hasattr(bridge, "code"):
             with suppress(DTypeError, TypeError):
                 code: str = bridge.code(value)
@@ -331,7 +331,7 @@ def list_iterators(container: Any) -> Any:
 
 def _walk_container(container: Any) -> tuple[ModuleType | None, Leaves | None]:
     """Return the bridge that knows a container, and its leaves; (None, None) if none does."""
-    for bridge in _loaded():
+    for bridge in _imported_bridges():
         leaves = bridge.walk(container) if hasattr(bridge, "walk") else None
         if leaves is not None:
             return bridge, leaves
