@@ -48,10 +48,10 @@ def value(variable: Any) -> Any:
 
 def describe(variable: Any) -> TensorSpec:
     """Return the TensorSpec of a variable's current array."""
-    return _described(variable, value(variable))
+    return _describe_array(variable, value(variable))
 
 
-def _described(variable: Any, array: Any) -> TensorSpec:
+def _describe_array(variable: Any, array: Any) -> TensorSpec:
     found = describe_any(array)
     if keras.backend.backend() in _KEEPS_ITS_ARRAY:
         return found
@@ -172,7 +172,7 @@ def walk(container: Any) -> Leaves | None:
     arrays = structure.flatten(container)
     assert arrays is not None
     items = [
-        Leaf(name, describe_named(name, partial(_described, one), array), _role(one, to_train))
+        Leaf(name, describe_named(name, partial(_describe_array, one), array), _role(one, to_train))
         for name, one, array in zip(names, variables, arrays, strict=True)
     ]
     moving = any(moves(array) for array in arrays)
