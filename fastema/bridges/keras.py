@@ -65,12 +65,12 @@ def assign(variable: Any, array: Any) -> None:
 
 def to_framework(memory: NDArray[Any]) -> Any:
     """Return a copy of a NumPy array, converted if the backend's bridge has a conversion."""
-    made = _made_by_backend()
+    made = _backend_converter()
     return memory.copy() if made is None else made(memory)
 
 
 @cache
-def _made_by_backend() -> Any:
+def _backend_converter() -> Any:
     return getattr(bridge_of(keras.ops.zeros(())), "to_framework", None)
 
 
