@@ -99,7 +99,7 @@ class _Model:
         variables = container.weights
         if not self._fits(container, variables):
             return None
-        away = _with_the_trainer(container)
+        away = _arrays_held_by_fit(container)
         return [away[id(one)] if id(one) in away else value(one) for one in variables]
 
     def _fits(self, container: Any, variables: Sequence[Any]) -> bool:
@@ -115,7 +115,7 @@ class _Model:
         raise BridgeError("cannot make a new Keras model: use swapped(), or copy_to(other_model)")
 
 
-def _with_the_trainer(model: Any) -> dict[int, Any]:
+def _arrays_held_by_fit(model: Any) -> dict[int, Any]:
     """Return ``{id(variable): array}`` for the arrays that a running fit on JAX holds."""
     state = getattr(model, "_jax_state", None)
     if not state or model._jax_state_synced:
