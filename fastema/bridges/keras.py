@@ -137,7 +137,7 @@ _PARTS: Final = ("_layers", "_trainable_variables", "_non_trainable_variables")
 """Attributes of a layer with the lists that hold its variables and sublayers."""
 
 
-def _held(layer: Any) -> list[TensorContainer]:
+def _containers_of(layer: Any) -> list[TensorContainer]:
     own = tuple(name for name in _PARTS if name in vars(layer))
     return [
         TensorContainer(Attributes(layer), own),
@@ -176,7 +176,7 @@ def walk(container: Any) -> Leaves | None:
         for name, one, array in zip(names, variables, arrays, strict=True)
     ]
     moving = any(moves(array) for array in arrays)
-    held = [] if moving else [part for layer in layers for part in _held(layer)]
+    held = [] if moving else [part for layer in layers for part in _containers_of(layer)]
     return Leaves(items, describe_any, held, structure=structure, moving=moving)
 
 
