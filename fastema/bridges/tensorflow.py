@@ -180,7 +180,7 @@ def _is_foreign_thread() -> bool:
 
 
 @cache
-def _traced(operation: _Operation, dtype: Any) -> tuple[Any, list[Any]]:
+def _trace_reads(operation: _Operation, dtype: Any) -> tuple[Any, list[Any]]:
     """Return a traced function that reads a block of placeholder variables, and their handles."""
     title = f"fastema/{operation.__name__}/{dtype.name}"
     with tf.init_scope(), tf.device("CPU:0"):
@@ -198,7 +198,7 @@ def _traced(operation: _Operation, dtype: Any) -> tuple[Any, list[Any]]:
 
 def _reading(operation: _Operation, dtype: Any, handles: Sequence[Any]) -> Callable[[], list[Any]]:
     """Return a function that reads at most :data:`_BLOCK` variables in one traced call."""
-    traced, stand_ins = _traced(operation, dtype)
+    traced, stand_ins = _trace_reads(operation, dtype)
     # Replace captures, not arguments: dispatching arguments takes longer than the operations.
     function = copy(traced)
     function.set_external_captures([*handles, *stand_ins[len(handles) :]])
