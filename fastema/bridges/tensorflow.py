@@ -196,7 +196,9 @@ def _trace_reads(operation: _Operation, dtype: Any) -> tuple[Any, list[Any]]:
     return function.get_concrete_function(), stand_ins
 
 
-def _reading(operation: _Operation, dtype: Any, handles: Sequence[Any]) -> Callable[[], list[Any]]:
+def _bind_reads(
+    operation: _Operation, dtype: Any, handles: Sequence[Any]
+) -> Callable[[], list[Any]]:
     """Return a function that reads at most :data:`_BLOCK` variables in one traced call."""
     traced, stand_ins = _trace_reads(operation, dtype)
     # Replace captures, not arguments: dispatching arguments takes longer than the operations.
@@ -236,7 +238,7 @@ class _Reader:
             handles = [self._handles[place] for place in places]
             if in_blocks and len(places) > _FEW:
                 if number not in self._blocks:
-                    self._blocks[number] = _reading(operation, dtype, handles)
+                    self._blocks[number] = _bind_reads(operation, dtype, handles)
                 values = self._blocks[number]()
             else:
                 values = [operation(handle, dtype) for handle in handles]
