@@ -108,7 +108,7 @@ def _unshared_whole(handle: Any, dtype: Any) -> Any:
     return _read_value(handle, dtype)
 
 
-def _operation(variable: Any, write: bool) -> _Operation:
+def _choose_read(variable: Any, write: bool) -> _Operation:
     """Return the function that reads a variable, after unsharing its memory if ``write``."""
     if not write:
         return _read_value
@@ -120,7 +120,7 @@ def unshare(variable: Any) -> Any:
 
     Copies only shared memory. Call it again before every write; it also works in a graph.
     """
-    return _operation(variable, True)(variable.handle, variable.dtype)
+    return _choose_read(variable, True)(variable.handle, variable.dtype)
 
 
 def _address(tensor: Any) -> int:
@@ -153,7 +153,7 @@ def describe(array: Any) -> TensorSpec:
     if isinstance(array, tf.Variable):
         writable = _can_be_written()
         # Distinct variables that share memory get separate memory here.
-        tensor = _operation(array, writable)(array.handle, array.dtype)
+        tensor = _choose_read(array, writable)(array.handle, array.dtype)
     if "CPU" not in tensor.backing_device:
         raise BridgeError(
             f"a TensorFlow tensor on {tensor.backing_device}: only host memory can be "
@@ -220,7 +220,7 @@ class _Reader:
     def __init__(self, variables: Sequence[Any], write: bool) -> None:
         kinds: dict[tuple[_Operation, Any], list[int]] = {}
         for place, one in enumerate(variables):
-            kinds.setdefault((_operation(one, write), one.dtype), []).append(place)
+            kinds.setdefault((_choose_read(one, write), one.dtype), []).append(place)
         self._parts = [
             (*kind, places[first : first + _BLOCK])
             for kind, places in kinds.items()
