@@ -61,7 +61,7 @@ def never_changes(obj: Any) -> bool:
 
 def scalar(value: Any) -> float | Callable[[], float]:
     """Return the number in a one-element array; for a GPU, a function that reads it later."""
-    _refuse(value)
+    _refuse_graph_and_strategy(value)
     tensor = tf.convert_to_tensor(value)  # immutable, so it can be read later
     if "CPU" in tensor.device:
         return float(tensor.numpy().item())
@@ -75,7 +75,7 @@ def code(dtype: Any) -> str:
     return code_of("TensorFlow", dtype.name)
 
 
-def _refuse(variable: Any) -> None:
+def _refuse_graph_and_strategy(variable: Any) -> None:
     if not tf.executing_eagerly():
         raise BridgeError(
             "inside tf.function this would run once, when the function is traced: call it outside, "
@@ -146,7 +146,7 @@ def describe(array: Any) -> TensorSpec:
     Raises a BridgeError in a ``tf.function``, for an array that is not on the host, and for a
     variable of a distribution strategy.
     """
-    _refuse(array)
+    _refuse_graph_and_strategy(array)
     writable = not isinstance(array, tf.Tensor)
     tensor = array.tensor if isinstance(array, Unshared) else array
     kind = code(tensor.dtype)
