@@ -109,7 +109,7 @@ def owns(obj: Any) -> bool:
     return hasattr(type(obj), "__dlpack__") and hasattr(type(obj), "__dlpack_device__")
 
 
-def _exported(array: Any) -> tuple[Any, _Tensor, bool]:
+def _export_capsule(array: Any) -> tuple[Any, _Tensor, bool]:
     """Return a capsule of an array, the tensor in it, and whether the tensor may be written."""
     capsule = None
     # Before version 1 the protocol takes no arguments and does not report write access.
@@ -131,8 +131,8 @@ def describe(array: Any) -> TensorSpec:
     if device != _CPU:
         raise BridgeError(f"a {name} on DLPack device {device}: only host memory can be read")
     try:
-        first, found, writable = _exported(array)
-        second, again, _ = _exported(array)
+        first, found, writable = _export_capsule(array)
+        second, again, _ = _export_capsule(array)
     except BufferError as error:
         raise BridgeError(f"this {name} does not export its memory: {error}") from None
     if found.address != again.address:
