@@ -32,7 +32,7 @@ class Located(NamedTuple):
     """Addresses of a container's tensors by name, valid while this object lives."""
 
     addresses: dict[str, int]
-    kept: list[Any]
+    keepalive: list[Any]
 
 
 def moves(array: Any) -> bool:
@@ -102,24 +102,24 @@ class Locator:
         if arrays is None:
             return None
         addresses: dict[str, int] = {}
-        kept = []
+        keepalive = []
         for places, names, find in self._finders:
             found = find(arrays if places is None else [arrays[i] for i in places], write)
             if found is None:
                 return None
             addresses.update(zip(names, found[0], strict=True))
-            kept.append(found[1])
+            keepalive.append(found[1])
         if any(addresses[name] != addresses[one] for name, one in self._tied):
             return None
         # Tensors that are only read may share memory: variables assigned from the same tensor.
         if write and len({addresses[name] for name in self._apart}) < len(self._apart):
             return None
-        return Located(addresses, kept)
+        return Located(addresses, keepalive)
 
     def notify_used(self, located: Located) -> None:
         """Remember the arrays that a call has used, for :meth:`refuse_used`."""
         if self._never_change:
-            self._used = [ref(array) for arrays in located.kept for array in arrays]
+            self._used = [ref(array) for arrays in located.keepalive for array in arrays]
 
     def refuse_used(self, located: Located, instead: str) -> None:
         """Raise an ArgumentError if all arrays are immutable and the last call used the same ones.
@@ -127,7 +127,7 @@ class Locator:
         Mutable arrays are always accepted: their values may be new. ``instead`` ends the error
         message and says how to pass new arrays.
         """
-        arrays = [array for arrays in located.kept for array in arrays]
+        arrays = [array for arrays in located.keepalive for array in arrays]
         if self._used and all(map(_refers, self._used, arrays)):
             raise ArgumentError(
                 "no new arrays since the last call, and JAX arrays and TensorFlow tensors never "
