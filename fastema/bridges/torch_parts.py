@@ -75,7 +75,7 @@ def describe_part(tensor: DTensor, describe: Callable[[torch.Tensor], TensorSpec
         offset=(tuple(offset) if spec.size else (0,) * len(whole)) if is_part else None,
         owner=tensor,
         fingerprint=_fingerprint,
-        wrapped=_wrapped,
+        unwrap=_wrapped,
         division=_Division(mesh, placements, whole, tensor.stride()),
     )
 

@@ -71,10 +71,10 @@ class _Wrapped:
     """Iterates over the tensors that wrappers currently hold, in the order of their specs."""
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
-        self._wrappers = [(spec.wrapped, spec.owner) for spec in specs if spec.wrapped is not None]
+        self._wrappers = [(spec.unwrap, spec.owner) for spec in specs if spec.unwrap is not None]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([wrapped(owner) for wrapped, owner in self._wrappers])
+        return iter([unwrap(owner) for unwrap, owner in self._wrappers])
 
 
 _Fingerprint = Callable[[Any], object]

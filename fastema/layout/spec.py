@@ -108,7 +108,7 @@ class TensorSpec:
     exchange: int = field(default=0, compare=False, repr=False)
     context: DeviceContext | None = field(default=None, compare=False, repr=False)
     fingerprint: Callable[[Any], object] | None = field(default=None, compare=False, repr=False)
-    wrapped: Callable[[Any], Any] | None = field(default=None, compare=False, repr=False)
+    unwrap: Callable[[Any], Any] | None = field(default=None, compare=False, repr=False)
     division: Division | None = field(default=None, compare=False, repr=False)
 
     def with_owner(self, owner: Any) -> TensorSpec:
@@ -148,7 +148,7 @@ class TensorSpec:
     @property
     def tensor(self) -> Any:
         """The owner, or the tensor that it wraps."""
-        return self.owner if self.wrapped is None else self.wrapped(self.owner)
+        return self.owner if self.unwrap is None else self.unwrap(self.owner)
 
     @property
     def full_shape(self) -> tuple[int, ...]:
