@@ -17,7 +17,7 @@ from typing import Any, Final
 import keras
 from numpy.typing import NDArray
 
-from fastema.bridges.moving import Finder, Found, finder_of, moves
+from fastema.bridges.moving import Finder, Found, finder_of, has_moving_arrays
 from fastema.bridges.names import describe_named
 from fastema.bridges.registry import bridge_of
 from fastema.bridges.registry import describe as describe_any
@@ -175,7 +175,7 @@ def walk(container: Any) -> Leaves | None:
         Leaf(name, describe_named(name, partial(_describe_array, one), array), _role(one, to_train))
         for name, one, array in zip(names, variables, arrays, strict=True)
     ]
-    moving = any(moves(array) for array in arrays)
+    moving = any(has_moving_arrays(array) for array in arrays)
     held = [] if moving else [part for layer in layers for part in _containers_of(layer)]
     return Leaves(items, describe_any, held, structure=structure, moving=moving)
 

@@ -16,7 +16,7 @@ from fastema.bridges.registry import bridge_of, call_bridge, describe
 from fastema.errors import ArgumentError, FastemaError
 from fastema.layout.spec import Leaves, TensorSpec
 
-__all__ = ["Finder", "Found", "Located", "Locator", "finder_of", "moves"]
+__all__ = ["Finder", "Found", "Located", "Locator", "finder_of", "has_moving_arrays"]
 
 Found: TypeAlias = tuple[Sequence[int], Any]
 """Addresses, and the objects that keep the memory at them alive."""
@@ -35,7 +35,7 @@ class Located(NamedTuple):
     keepalive: list[Any]
 
 
-def moves(array: Any) -> bool:
+def has_moving_arrays(array: Any) -> bool:
     """Return whether an array belongs to a framework whose arrays move."""
     return hasattr(bridge_of(array), "finder")
 
