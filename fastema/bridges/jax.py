@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.errors import ConcretizationTypeError
 from numpy.typing import NDArray
 
-from fastema.bridges.moving import Finder, Found
+from fastema.bridges.moving import Finder, FoundArrays
 from fastema.bridges.names import LONE, code_of, describe_named, refuse_repeated
 from fastema.bridges.registry import describe as describe_any
 from fastema.errors import BridgeError
@@ -128,7 +128,7 @@ def finder(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
     # Every computation creates new sharding objects, which are slow to compare.
     shardings = [one.sharding for one in arrays]
 
-    def find(arrays: Sequence[Any], write: bool) -> Found | None:
+    def find(arrays: Sequence[Any], write: bool) -> FoundArrays | None:
         if is_traced():
             return None
         try:

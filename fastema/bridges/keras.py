@@ -17,7 +17,7 @@ from typing import Any, Final
 import keras
 from numpy.typing import NDArray
 
-from fastema.bridges.moving import Finder, Found, finder_of, has_moving_arrays
+from fastema.bridges.moving import Finder, FoundArrays, finder_of, has_moving_arrays
 from fastema.bridges.names import describe_named
 from fastema.bridges.registry import bridge_of
 from fastema.bridges.registry import describe as describe_any
@@ -78,7 +78,7 @@ def finder(specs: Sequence[TensorSpec], variables: Sequence[Any]) -> Finder:
     """Return a finder for variables like these; see :mod:`fastema.bridges.moving`."""
     find = finder_of(specs, [value(one) for one in variables])
 
-    def look(variables: Sequence[Any], write: bool) -> Found | None:
+    def look(variables: Sequence[Any], write: bool) -> FoundArrays | None:
         return find([value(one) for one in variables], write)
 
     return look

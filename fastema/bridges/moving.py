@@ -16,12 +16,12 @@ from fastema.bridges.registry import bridge_of, call_bridge, describe
 from fastema.errors import ArgumentError, FastemaError
 from fastema.layout.spec import Leaves, TensorSpec
 
-__all__ = ["Finder", "Found", "Located", "Locator", "finder_of", "has_moving_arrays"]
+__all__ = ["Finder", "FoundArrays", "Located", "Locator", "finder_of", "has_moving_arrays"]
 
-Found: TypeAlias = tuple[Sequence[int], Any]
+FoundArrays: TypeAlias = tuple[Sequence[int], Any]
 """Addresses, and the objects that keep the memory at them alive."""
 
-Finder: TypeAlias = Callable[[Sequence[Any], bool], Found | None]
+Finder: TypeAlias = Callable[[Sequence[Any], bool], FoundArrays | None]
 """``find(arrays, write)`` returns addresses, or None if more than the addresses has changed.
 
 ``write`` announces that the caller is about to write to these addresses.
@@ -47,7 +47,7 @@ def finder_of(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
         found: Finder = bridge.finder(specs, arrays)
         return found
 
-    def find(arrays: Sequence[Any], write: bool) -> Found | None:
+    def find(arrays: Sequence[Any], write: bool) -> FoundArrays | None:
         try:
             now = [describe(array) for array in arrays]
         except FastemaError:

@@ -20,7 +20,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from fastema.bridges.dlpack import capsule_address
-from fastema.bridges.moving import Finder, Found
+from fastema.bridges.moving import Finder, FoundArrays
 from fastema.bridges.names import code_of, describe_named
 from fastema.errors import BridgeError, DTypeError
 from fastema.layout.dtypes import NAMES
@@ -257,7 +257,7 @@ class _Finder:
         self._variables: dict[int, Any] = {}
         self._fixed: list[bool] = []
 
-    def __call__(self, arrays: Sequence[Any], write: bool) -> Found | None:
+    def __call__(self, arrays: Sequence[Any], write: bool) -> FoundArrays | None:
         if not tf.executing_eagerly():
             return None
         if not self._are_known(arrays) and not self._fit(arrays):
