@@ -157,7 +157,7 @@ class _Current:
             binding._bound = self._before
         if bound.guard is not None:
             if kind is None and self._once:
-                bound.sides[1].notify_used(bound.located[1])
+                bound.sides[1].record_used(bound.located[1])
             bound.located = STAYED, STAYED  # let the framework reuse the memory
 
 

@@ -42,7 +42,7 @@ class Side(Protocol):
     def refuse_used(self, located: Located, instead: str) -> None:
         """Refuse immutable arrays that the latest call has used already."""
 
-    def notify_used(self, located: Located) -> None:
+    def record_used(self, located: Located) -> None:
         """Record that a call has used the arrays."""
 
 
@@ -58,7 +58,7 @@ class Owned:
     def refuse_used(self, located: Located, instead: str) -> None:
         """Do nothing: the memory is mutable."""
 
-    def notify_used(self, located: Located) -> None:
+    def record_used(self, located: Located) -> None:
         """Do nothing: use is not recorded."""
 
 
@@ -144,6 +144,6 @@ class Moving(Owned):
         """See :class:`Side`."""
         self._locator.refuse_used(located, instead)
 
-    def notify_used(self, located: Located) -> None:
+    def record_used(self, located: Located) -> None:
         """See :class:`Side`."""
-        self._locator.notify_used(located)
+        self._locator.record_used(located)

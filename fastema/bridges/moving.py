@@ -116,7 +116,7 @@ class Locator:
             return None
         return Located(addresses, keepalive)
 
-    def notify_used(self, located: Located) -> None:
+    def record_used(self, located: Located) -> None:
         """Remember the arrays that a call has used, for :meth:`refuse_used`."""
         if self._never_change:
             self._used = [ref(array) for arrays in located.keepalive for array in arrays]
