@@ -16,7 +16,7 @@ from fastema.engine.locks import rlock
 from fastema.errors import ArgumentError, DTypeError, LayoutError, StateError, format_problems
 from fastema.layout.device_context import LaunchArgs, checked_seed
 from fastema.layout.dtypes import average_of, parse
-from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable, unique
+from fastema.layout.group import Pair, check_pair, drop_repeated, refuse_overlap, refuse_unwritable
 from fastema.layout.spec import Leaves, Role
 
 __all__ = ["Plan", "PolicyOf", "copy_", "lerp_", "mean_between", "swap_"]
@@ -93,7 +93,7 @@ def matched(dst: Leaves, src: Leaves, called: tuple[str, str]) -> list[Pair]:
     pairs = [Pair(leaf.name, leaf.spec, sources[leaf.name]) for leaf in dst.items]
     for pair in pairs:
         check_pair(pair)
-    return unique(pairs)
+    return drop_repeated(pairs)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ __all__ = [
     "Pair",
     "averaged_form",
     "check_pair",
+    "drop_repeated",
     "refuse_overlap",
     "refuse_shared_elements",
     "refuse_unwritable",
-    "unique",
 ]
 
 
@@ -116,7 +116,7 @@ def refuse_shared_elements(name: str, spec: TensorSpec) -> None:
         )
 
 
-def unique(pairs: Iterable[Pair]) -> list[Pair]:
+def drop_repeated(pairs: Iterable[Pair]) -> list[Pair]:
     """Return the pairs, only the first of those with the same memory (tied weights)."""
     kept: dict[tuple[TensorSpec, TensorSpec], Pair] = {}
     for pair in pairs:

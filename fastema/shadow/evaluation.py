@@ -15,7 +15,7 @@ from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.program import Program
 from fastema.errors import BridgeError, StateError, format_problems
-from fastema.layout.group import check_pair, refuse_overlap, refuse_unwritable, unique
+from fastema.layout.group import check_pair, drop_repeated, refuse_overlap, refuse_unwritable
 from fastema.shadow.binding import ShadowSwap
 from fastema.shadow.matching import names_of_state, pairs_to, refuse_other_holder
 from fastema.shadow.store import Entry
@@ -298,7 +298,7 @@ class Evaluated(Updating[Weights]):
             self._sync()
             container = list_iterators(model)
             reshard(container)
-            pairs = unique(pairs_to(leaves_of(container), entries, self._names))
+            pairs = drop_repeated(pairs_to(leaves_of(container), entries, self._names))
             there = [pair for pair in pairs if not can_be_assigned(pair.src)]
             for pair in there:
                 check_pair(pair)
