@@ -26,7 +26,7 @@ from fastema.errors import DTypeError
 from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.table import DISTANCE, MEASURES, SQUARE, STILL
 from fastema.layout.device_context import LaunchArgs, Substitute
-from fastema.layout.group import Pair, averaged_form
+from fastema.layout.group import Pair, kernel_format
 from fastema.layout.table import first_and_strides, tensor_key
 
 __all__ = ["AT_ONCE", "BYTES", "Batch", "LaunchArgs", "batches", "substitute"]
@@ -424,7 +424,7 @@ _STAND_INS: Final[dict[str, Callable[[Batch, LaunchArgs], Tensor | None]]] = {
 def _arithmetic(operation: str, pair: Pair) -> tuple[torch.dtype, str]:
     """Return the compute dtype of a pair and the format of its written side."""
     dst = pair.dst.kind
-    form = averaged_form(operation, OPERATIONS[operation].moves_bits, pair)
+    form = kernel_format(operation, OPERATIONS[operation].moves_bits, pair)
     if form is None:
         return _WORDS[dst.itemsize // dst.parts], ""
     ring = None if pair.ring is None else pair.ring[0].kind.real

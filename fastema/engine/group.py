@@ -11,7 +11,7 @@ from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.table import MEASURES
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.dtypes import raw
-from fastema.layout.group import Pair, averaged_form
+from fastema.layout.group import Pair, kernel_format
 
 __all__ = ["Group", "formats_of"]
 
@@ -53,7 +53,7 @@ def formats_of(operation: str, pair: Pair) -> tuple[str, ...]:
     Raises a DTypeError for integers that would be averaged.
     """
     dst, src = pair.dst.kind, pair.src.kind
-    form = averaged_form(operation, OPERATIONS[operation].moves_bits, pair)
+    form = kernel_format(operation, OPERATIONS[operation].moves_bits, pair)
     if form is None:
         return raw(dst), raw(src)
     if operation == "swap" and "+" in form and src.code == "f32":

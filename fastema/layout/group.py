@@ -19,9 +19,9 @@ from fastema.layout.spec import TensorSpec
 __all__ = [
     "OverlapGuard",
     "Pair",
-    "averaged_form",
     "check_pair",
     "drop_repeated",
+    "kernel_format",
     "refuse_overlap",
     "refuse_shared_elements",
     "refuse_unwritable",
@@ -79,7 +79,7 @@ def check_pair(pair: Pair) -> None:
         )
 
 
-def averaged_form(operation: str, moves_bits: str, pair: Pair) -> str | None:
+def kernel_format(operation: str, moves_bits: str, pair: Pair) -> str | None:
     """Return the kernel format of the written side; None if the operation copies bits unchanged.
 
     ``moves_bits`` is that of the operation: "never", "always", or "if equal" (dtypes). Raises a
