@@ -116,7 +116,7 @@ def first_and_strides(pair: Pair) -> tuple[int, tuple[int, ...]]:
     return sum(i * s for i, s in zip(part.offset or (), strides, strict=False)), strides
 
 
-def _joint_axes(pair: Pair, index: tuple[int, ...]) -> list[_Axis]:
+def _merge_axes(pair: Pair, index: tuple[int, ...]) -> list[_Axis]:
     """Return the axes of a pair, outermost of ``dst`` first, merged where both sides allow it."""
     dst, src = pair.dst, pair.src
     parts = dst.kind.parts
@@ -168,7 +168,7 @@ def _rows(pair: Pair, most: int) -> Table:
     first, index = first_and_strides(pair)
     reach = first + sum([(n - 1) * i for n, i in zip(pair.dst.shape, index, strict=True)])
     one_half = first // _HALF == reach // _HALF
-    axes = _joint_axes(pair, index)
+    axes = _merge_axes(pair, index)
     walk = _walk(axes, most, one_half)
     row = np.zeros((1, COLUMNS), np.int64)
     row[:, [DST, SRC, RESIDUAL, RING]] = _addresses(pair)
