@@ -177,7 +177,7 @@ def _rows(pair: Pair, most: int) -> Table:
     row[:, COUNT], row[:, INDEX_JUMP] = walk.length, walk.outer.place
     if pair.ring is not None:
         row[:, RING_STRIDE] = pair.ring[1]
-    rows = _chunked(_spread(row, pair, axes), pair, most)
+    rows = _chunked(_expand_rows(row, pair, axes), pair, most)
     return rows if one_half else _halved(rows, pair)
 
 
@@ -195,7 +195,7 @@ def _streams(pair: Pair) -> list[tuple[int, int, int]]:
     ]
 
 
-def _spread(rows: Table, pair: Pair, axes: Sequence[_Axis]) -> Table:
+def _expand_rows(rows: Table, pair: Pair, axes: Sequence[_Axis]) -> Table:
     """Return a copy of a row for every index of ``axes``."""
     offsets = np.zeros((1, 3), np.int64)
     for n, *strides in axes:
