@@ -177,7 +177,7 @@ def _rows(pair: Pair, most: int) -> Table:
     row[:, COUNT], row[:, INDEX_JUMP] = walk.length, walk.outer.place
     if pair.ring is not None:
         row[:, RING_STRIDE] = pair.ring[1]
-    rows = _chunked(_expand_rows(row, pair, axes), pair, most)
+    rows = _cut_into_chunks(_expand_rows(row, pair, axes), pair, most)
     return rows if one_half else _halved(rows, pair)
 
 
@@ -208,7 +208,7 @@ def _expand_rows(rows: Table, pair: Pair, axes: Sequence[_Axis]) -> Table:
     return rows
 
 
-def _chunked(rows: Table, pair: Pair, most: int) -> Table:
+def _cut_into_chunks(rows: Table, pair: Pair, most: int) -> Table:
     """Return rows cut into pieces of at most ``most`` elements."""
     count, run = rows[0, [COUNT, INDEX_RUN]]  # all rows of a tensor have the same length
     if count <= most:
