@@ -178,7 +178,7 @@ def _rows(pair: Pair, most: int) -> Table:
     if pair.ring is not None:
         row[:, RING_STRIDE] = pair.ring[1]
     rows = _cut_into_chunks(_expand_rows(row, pair, axes), pair, most)
-    return rows if one_half else _halved(rows, pair)
+    return rows if one_half else _cut_at_halves(rows, pair)
 
 
 def _streams(pair: Pair) -> list[tuple[int, int, int]]:
@@ -221,7 +221,7 @@ def _cut_into_chunks(rows: Table, pair: Pair, most: int) -> Table:
     return _clip_rows(np.repeat(rows, pieces, axis=0), pair, first, np.minimum(first + most, count))
 
 
-def _halved(rows: Table, pair: Pair) -> Table:
+def _cut_at_halves(rows: Table, pair: Pair) -> Table:
     """Return rows cut where the high half of the index changes; rows must have one run each."""
     step = np.maximum(rows[:, INDEX_STEP], 1)
     last = rows[:, INDEX] + (rows[:, COUNT] - 1) * step
