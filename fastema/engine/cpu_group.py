@@ -15,7 +15,7 @@ from fastema.kernels import table as abi
 from fastema.kernels.operations import OPERATIONS
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair
-from fastema.layout.table import Rows, moved_bytes, numbered_tables
+from fastema.layout.table import IndexedTable, moved_bytes, numbered_tables
 
 __all__ = ["CpuGroup", "groups"]
 
@@ -24,7 +24,7 @@ class CpuGroup(Group):
     """Pairs of one tag, dtype pair and layout, in host memory."""
 
     def __init__(
-        self, tag: str, members: Sequence[Pair], layout: str, rows: Rows, claim: int
+        self, tag: str, members: Sequence[Pair], layout: str, rows: IndexedTable, claim: int
     ) -> None:
         super().__init__(tag, members)
         self.indices = rows.table[:, abi.AVERAGE]

@@ -35,7 +35,7 @@ from fastema.layout.flat import row_major
 from fastema.layout.group import Pair
 
 __all__ = [
-    "Rows",
+    "IndexedTable",
     "Table",
     "chunk_tables",
     "first_and_strides",
@@ -48,7 +48,7 @@ __all__ = [
 Table = NDArray[np.int64]
 
 
-class Rows(NamedTuple):
+class IndexedTable(NamedTuple):
     """A table, and for each of its rows the index of the row's pair."""
 
     table: Table
@@ -281,7 +281,7 @@ def gpu_chunk(pairs: Sequence[Pair]) -> int:
 
 def numbered_tables(
     pairs: Iterable[Pair], together: int = 1, chunk: int | None = None
-) -> dict[str, Rows]:
+) -> dict[str, IndexedTable]:
     """Return the chunk tables of pairs with the same dtypes: ``"flat"`` and ``"strided"``.
 
     Flat rows have adjacent elements. Dense tensors have flat rows for any order of axes that both
@@ -293,7 +293,7 @@ def numbered_tables(
     pairs : iterable of Pair
         Pairs with the same dtypes; averages of one tensor must be adjacent.
     together : int
-        Averages per tensor. Rows that read the same chunk of a tensor are adjacent, so that it is
+        Averages per tensor. IndexedTable that read the same chunk of a tensor are adjacent, so that it is
         read from memory once.
     chunk : int, optional
         Maximum elements per row; by default what suits a CPU.
@@ -326,7 +326,7 @@ def numbered_tables(
     adjacent &= (table[:, INDEX_STEP] <= 1) & (table[:, INDEX_JUMP] == 0)
     layouts = {"flat": adjacent, "strided": ~adjacent}
     return {
-        layout: Rows(table[rows], np.array(numbers)[pair][rows])
+        layout: IndexedTable(table[rows], np.array(numbers)[pair][rows])
         for layout, rows in layouts.items()
         if rows.any()
     }
