@@ -280,7 +280,7 @@ def gpu_chunk(pairs: Sequence[Pair]) -> int:
 
 
 def numbered_tables(
-    pairs: Iterable[Pair], together: int = 1, chunk: int | None = None
+    pairs: Iterable[Pair], num_averages: int = 1, chunk: int | None = None
 ) -> dict[str, IndexedTable]:
     """Return the chunk tables of pairs with the same dtypes: ``"flat"`` and ``"strided"``.
 
@@ -303,7 +303,7 @@ def numbered_tables(
     if not numbers:
         return {}
     kept = [pairs[number] for number in numbers]
-    groups = [kept[first : first + together] for first in range(0, len(kept), together)]
+    groups = [kept[first : first + num_averages] for first in range(0, len(kept), num_averages)]
     # Models have many tensors and few shapes: tensors of one form differ in address and key only.
     firsts: dict[tuple[_Form, ...], int] = {}
     like = [firsts.setdefault(tuple(map(_form, one)), place) for place, one in enumerate(groups)]
@@ -315,8 +315,8 @@ def numbered_tables(
     group = np.repeat(np.arange(len(groups)), count)
     place = np.arange(len(group)) - np.repeat(np.cumsum(count) - count, count)
     member = place % np.array([len(one) for one in groups])[group]  # the last group may be smaller
-    pair = group * together + member
-    model = np.array(like)[group] * together + member
+    pair = group * num_averages + member
+    model = np.array(like)[group] * num_averages + member
     table = np.concatenate(patterns)[(np.cumsum(lengths) - lengths)[form][group] + place]
     addresses = np.array([_addresses(one) for one in kept])
     table[:, [DST, SRC, RESIDUAL, RING]] += addresses[pair] - addresses[model]
@@ -333,10 +333,10 @@ def numbered_tables(
 
 
 def chunk_tables(
-    pairs: Iterable[Pair], together: int = 1, chunk: int | None = None
+    pairs: Iterable[Pair], num_averages: int = 1, chunk: int | None = None
 ) -> dict[str, Table]:
     """Return the tables of :func:`numbered_tables`, without the pairs' indices."""
-    found = numbered_tables(pairs, together, chunk)
+    found = numbered_tables(pairs, num_averages, chunk)
     return {layout: rows.table for layout, rows in found.items()}
 
 

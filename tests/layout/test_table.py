@@ -179,7 +179,7 @@ def averages(count: int, shape: tuple[int, ...], name: str, address: int) -> lis
 def test_rows_that_read_one_chunk_follow_each_other(size: int) -> None:
     pairs = averages(3, (size,), "a", 1 << 40) + averages(3, (0,), "none", 1 << 43)
     pairs += averages(3, (2, 7), "b", 1 << 44)
-    (rows,) = table.chunk_tables(pairs, together=3).values()
+    (rows,) = table.chunk_tables(pairs, num_averages=3).values()
     assert len(rows) == 3 * (-(-size // SHARED_CHUNK) + 1)
     for first in range(0, len(rows), 3):
         claimed = rows[first : first + 3]
