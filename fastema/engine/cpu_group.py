@@ -15,7 +15,7 @@ from fastema.kernels import table as abi
 from fastema.kernels.operations import OPERATIONS
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair
-from fastema.layout.table import IndexedTable, moved_bytes, numbered_tables
+from fastema.layout.table import IndexedTable, build_indexed_tables, moved_bytes
 
 __all__ = ["CpuGroup", "groups"]
 
@@ -77,5 +77,5 @@ class CpuGroup(Group):
 def groups(tag: str, members: Sequence[Pair]) -> list[CpuGroup]:
     """Return groups for pairs of one tag and dtype pair: one for each layout of tables."""
     averages = len({pair.average_index for pair in members})
-    tables = numbered_tables(members, averages)
+    tables = build_indexed_tables(members, averages)
     return [CpuGroup(tag, members, layout, rows, averages) for layout, rows in tables.items()]

@@ -37,11 +37,11 @@ from fastema.layout.group import Pair
 __all__ = [
     "IndexedTable",
     "Table",
+    "build_indexed_tables",
     "chunk_tables",
     "first_and_strides",
     "gpu_chunk",
     "moved_bytes",
-    "numbered_tables",
     "tensor_key",
 ]
 
@@ -279,7 +279,7 @@ def gpu_chunk(pairs: Sequence[Pair]) -> int:
     return min(max(1 << wanted.bit_length(), least), most)
 
 
-def numbered_tables(
+def build_indexed_tables(
     pairs: Iterable[Pair], num_averages: int = 1, chunk: int | None = None
 ) -> dict[str, IndexedTable]:
     """Return the chunk tables of pairs with the same dtypes: ``"flat"`` and ``"strided"``.
@@ -335,8 +335,8 @@ def numbered_tables(
 def chunk_tables(
     pairs: Iterable[Pair], num_averages: int = 1, chunk: int | None = None
 ) -> dict[str, Table]:
-    """Return the tables of :func:`numbered_tables`, without the pairs' indices."""
-    found = numbered_tables(pairs, num_averages, chunk)
+    """Return the tables of :func:`build_indexed_tables`, without the pairs' indices."""
+    found = build_indexed_tables(pairs, num_averages, chunk)
     return {layout: rows.table for layout, rows in found.items()}
 
 

@@ -243,7 +243,7 @@ def test_later_runs_compile_nothing_and_keep_no_memory(
     program = run("lerp", sides, "f32", "f32")
     made = dict(registry._loaded)
     monkeypatch.setattr("fastema.engine.cpu_group.kernel", None)  # asked for once only
-    monkeypatch.setattr("fastema.engine.cpu_group.numbered_tables", None)
+    monkeypatch.setattr("fastema.engine.cpu_group.build_indexed_tables", None)
     tracemalloc.start()
     try:
         held = []
