@@ -24,7 +24,7 @@ from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.table import AVERAGE, CLOCK_CELLS, GPU_THREADS, MAX_AVERAGES, MEASURES
 from fastema.layout.device_context import DeviceContext, LaunchArgs, Substitute
 from fastema.layout.group import Pair
-from fastema.layout.table import Table, chunk_tables, gpu_chunk
+from fastema.layout.table import Table, build_tables, gpu_chunk
 
 __all__ = ["CudaGroup", "SlowWarning", "groups"]
 
@@ -85,7 +85,7 @@ class CudaGroup(Group):
         self._clock_offset = 8 * CLOCK_CELLS * batch
         # The row number decides when a windowed mean is recomputed: use the chunks of the CPU.
         chunk = None if members[0].ring else gpu_chunk(members)
-        tables = chunk_tables(members, len({pair.average_index for pair in members}), chunk)
+        tables = build_tables(members, len({pair.average_index for pair in members}), chunk)
         columns = [table[:, AVERAGE] for table in tables.values()]
         self.indices = np.concatenate([np.empty(0, np.int64), *columns])
         for column in columns:

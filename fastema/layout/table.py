@@ -38,7 +38,7 @@ __all__ = [
     "IndexedTable",
     "Table",
     "build_indexed_tables",
-    "chunk_tables",
+    "build_tables",
     "first_and_strides",
     "gpu_chunk",
     "moved_bytes",
@@ -332,7 +332,7 @@ def build_indexed_tables(
     }
 
 
-def chunk_tables(
+def build_tables(
     pairs: Iterable[Pair], num_averages: int = 1, chunk: int | None = None
 ) -> dict[str, Table]:
     """Return the tables of :func:`build_indexed_tables`, without the pairs' indices."""

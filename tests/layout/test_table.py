@@ -42,7 +42,7 @@ def check(pairs: list[Pair], chunk: int = CHUNK) -> dict[str, np.ndarray]:
     want = Counter(
         both for pair in pairs for both in zip(elements(pair.dst), elements(pair.src), strict=True)
     )
-    tables, found = table.chunk_tables(pairs), Counter[tuple[int, int]]()
+    tables, found = table.build_tables(pairs), Counter[tuple[int, int]]()
     for layout, rows in tables.items():
         dst = named(rows, abi.DST, abi.DST_STEP, pairs[0].dst)
         found.update(zip(dst, named(rows, abi.SRC, abi.SRC_STEP, pairs[0].src), strict=True))
@@ -65,7 +65,7 @@ def indices(pair: Pair) -> dict[int, int]:
     No row has indices of two high halves.
     """
     found: dict[int, int] = {}
-    for layout, rows in table.chunk_tables([pair]).items():
+    for layout, rows in table.build_tables([pair]).items():
         for row in rows:
             runs = [divmod(i, int(row[abi.INDEX_RUN])) for i in range(row[abi.COUNT])]
             first, jump, step = row[[abi.INDEX, abi.INDEX_JUMP, abi.INDEX_STEP]].tolist()
@@ -111,7 +111,7 @@ def test_pairs_of_any_strides_are_named_with_what_goes_with_them(
     slot = TensorSpec(1 << 50, shape, strides, "c64" if dst.kind.parts == 2 else "bf16", "cpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table, "SHARED_CHUNK", chunk)
-        tables = table.chunk_tables([pair._replace(residual=residual, ring=(slot, 4000))])
+        tables = table.build_tables([pair._replace(residual=residual, ring=(slot, 4000))])
     found = Counter[tuple[int, ...]]()
     sides = {abi.DST: dst, abi.SRC: src, abi.RESIDUAL: residual, abi.RING: slot}
     for rows in tables.values():
@@ -179,7 +179,7 @@ def averages(count: int, shape: tuple[int, ...], name: str, address: int) -> lis
 def test_rows_that_read_one_chunk_follow_each_other(size: int) -> None:
     pairs = averages(3, (size,), "a", 1 << 40) + averages(3, (0,), "none", 1 << 43)
     pairs += averages(3, (2, 7), "b", 1 << 44)
-    (rows,) = table.chunk_tables(pairs, num_averages=3).values()
+    (rows,) = table.build_tables(pairs, num_averages=3).values()
     assert len(rows) == 3 * (-(-size // SHARED_CHUNK) + 1)
     for first in range(0, len(rows), 3):
         claimed = rows[first : first + 3]
