@@ -15,7 +15,7 @@ from fastema.kernels import table as abi
 from fastema.kernels.operations import OPERATIONS
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair
-from fastema.layout.table import IndexedTable, build_indexed_tables, moved_bytes
+from fastema.layout.table import IndexedTable, build_indexed_tables, count_bytes
 
 __all__ = ["CpuGroup", "groups"]
 
@@ -30,7 +30,7 @@ class CpuGroup(Group):
         self.indices = rows.table[:, abi.AVERAGE]
         self._layout, self._table, self._pair = layout, rows.table, rows.pair
         self._offsets: dict[int, NDArray[np.int64]] = {}
-        self._nbytes = moved_bytes(members)
+        self._nbytes = count_bytes(members)
         self._numbers = np.zeros(1 + max(pair.average_index for pair in members))
         self._control = np.zeros(abi.CONTROLS, np.int64)
         self._control[abi.CLAIM] = claim

@@ -39,9 +39,9 @@ __all__ = [
     "Table",
     "build_indexed_tables",
     "build_tables",
+    "count_bytes",
     "first_and_strides",
     "gpu_chunk",
-    "moved_bytes",
     "tensor_key",
 ]
 
@@ -340,6 +340,6 @@ def build_tables(
     return {layout: rows.table for layout, rows in found.items()}
 
 
-def moved_bytes(pairs: Sequence[Pair]) -> int:
+def count_bytes(pairs: Sequence[Pair]) -> int:
     """Return the bytes of both sides, by which work is divided among threads."""
     return sum(p.dst.nbytes + p.src.nbytes for p in pairs)
