@@ -14,7 +14,7 @@ from fastema.bridges.memory import allocate
 from fastema.bridges.registry import leaves_of, list_iterators, reshard
 from fastema.engine.locks import rlock
 from fastema.errors import ArgumentError, DTypeError, LayoutError, StateError, format_problems
-from fastema.layout.device_context import LaunchArgs, checked_seed
+from fastema.layout.device_context import LaunchArgs, check_seed
 from fastema.layout.dtypes import average_of, parse
 from fastema.layout.group import Pair, check_pair, drop_repeated, refuse_overlap, refuse_unwritable
 from fastema.layout.spec import Leaves, Role
@@ -207,7 +207,7 @@ class Plan:
     ) -> None:
         if rounding not in _MARKS:
             raise ArgumentError(f"rounding={rounding!r}: expected one of {', '.join(_MARKS)}")
-        self._seed, self.calls = checked_seed(seed), 0
+        self._seed, self.calls = check_seed(seed), 0
         self._lock = rlock()
         self.binding = Binding(
             list_iterators(avg),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastema.errors import ArgumentError
 
-__all__ = ["DeviceContext", "LaunchArgs", "Substitute", "checked_seed"]
+__all__ = ["DeviceContext", "LaunchArgs", "Substitute", "check_seed"]
 
 
 class LaunchArgs(NamedTuple):
@@ -25,7 +25,7 @@ class LaunchArgs(NamedTuple):
     clocks: Mapping[str, int] = {}  # by device: address of a counter that replaces all above
 
 
-def checked_seed(seed: Any) -> int:
+def check_seed(seed: Any) -> int:
     """Return the seed; raise an ArgumentError unless it is an integer from 0 to 2**63 - 1."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ArgumentError(f"seed={seed!r}: expected a whole number from 0 to 2**63 - 1")

@@ -13,7 +13,7 @@ from fastema.engine.interrupts import defer_signals
 from fastema.engine.locks import rlock
 from fastema.engine.program import Program
 from fastema.errors import ArgumentError, NonFiniteError, StateError, format_problems
-from fastema.layout.device_context import LaunchArgs, checked_seed
+from fastema.layout.device_context import LaunchArgs, check_seed
 from fastema.layout.spec import Leaves
 from fastema.rules import Rule, Schedule
 from fastema.rules.checks import MOST, checked_whole
@@ -93,7 +93,7 @@ class Updating(Generic[Weights]):
                 "on_nonfinite='raise' needs the host, which a captured graph does not ask; with "
                 "capturable=True use 'skip', which leaves the update out"
             )
-        self._seed = checked_seed(seed)
+        self._seed = check_seed(seed)
         self._measures = drift
         averaged = "lerp_measured" if drift else self._operation
         self._operations = {"averaged": averaged, "copied": "copy"}
