@@ -15,7 +15,7 @@ from fastema.bridges.registry import leaves_of, list_iterators, reshard
 from fastema.engine.locks import rlock
 from fastema.errors import ArgumentError, DTypeError, LayoutError, StateError, format_problems
 from fastema.layout.device_context import LaunchArgs, check_seed
-from fastema.layout.dtypes import average_of, parse
+from fastema.layout.dtypes import average_of, parse_dtype
 from fastema.layout.group import Pair, check_pair, drop_repeated, refuse_overlap, refuse_unwritable
 from fastema.layout.spec import Leaves, Role
 
@@ -452,7 +452,7 @@ def mean_between(later: Any, n: int, earlier: Any, m: int) -> dict[str, Any]:
         raise ArgumentError(f"n={n!r}, m={m!r}: expected whole numbers with n > m >= 1")
     means = leaves_of(list_iterators(later))
     floats = [leaf for leaf in means.items if leaf.spec.kind.real is not None]
-    kinds = [average_of(leaf.spec.kind, parse("f64")) for leaf in floats]
+    kinds = [average_of(leaf.spec.kind, parse_dtype("f64")) for leaf in floats]
     memories = allocate(zip((leaf.spec for leaf in floats), kinds, strict=True))
     found = {leaf.name: array for leaf, (array, _) in zip(floats, memories, strict=True)}
     last = {leaf.name: leaf.spec.owner for leaf in floats}

@@ -40,7 +40,7 @@ from fastema.checkpoint.files import File, read, storing, write
 from fastema.checkpoint.sums import weighted_sum
 from fastema.engine.program import Program
 from fastema.errors import ArgumentError, CheckpointError, StateError, format_problems
-from fastema.layout.dtypes import DType, average_of, parse
+from fastema.layout.dtypes import DType, average_of, parse_dtype
 from fastema.layout.flat import row_major
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
@@ -201,7 +201,7 @@ def _tensors_to_write(
         half = _on_the_host(residual[name])[1] if name in residual else None
         kind = average_of(spec.kind, wanted) if name in averaged else spec.kind
         if half is not None and wanted is None:
-            kind = parse("f32")
+            kind = parse_dtype("f32")
         row = replace(spec, strides=row_major(spec.shape))
         if half is not None or kind != spec.kind or row != spec:
             others.append((Pair(name, spec, row, SPLIT if half else "", half), kind))
@@ -397,7 +397,7 @@ def _memory(files: Sequence[File], wanted: DType | None) -> dict[str, Memory]:
     for name, (kind, shape, _) in newest.tensors.items():
         like = TensorSpec(0, shape, row_major(shape), kind.code, "cpu", owner=owner)
         if name in averaged:
-            kind = average_of(kind, wanted or (kind if kind.real == "f64" else parse("f32")))
+            kind = average_of(kind, wanted or (kind if kind.real == "f64" else parse_dtype("f32")))
         likes.append((like, kind))
     return dict(zip(newest.tensors, allocate(likes), strict=True))
 

@@ -16,7 +16,7 @@ from fastema.bridges.memory import Memory
 from fastema.checkpoint.files import File, Fill, StoredTensor
 from fastema.engine.program import Program
 from fastema.layout.device_context import LaunchArgs
-from fastema.layout.dtypes import DType, average_of, parse
+from fastema.layout.dtypes import DType, average_of, parse_dtype
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
 
@@ -122,7 +122,7 @@ class _Workbench:
         self, coefficients: Sequence[Sequence[float]], kinds: tuple[DType, ...], to: DType
     ) -> None:
         self._kinds, self._to = kinds, to
-        wide = average_of(to, parse("f64"))
+        wide = average_of(to, parse_dtype("f64"))
         count = min(len(kinds), _TOGETHER)
         largest = max(kind.itemsize for kind in kinds)
         self._buffers: list[Bytes] = [np.zeros(_ROOM * largest, np.uint8) for _ in range(count)]

@@ -22,7 +22,7 @@ from optax import EmaState
 
 from fastema.bridges.jax import is_traced
 from fastema.errors import ArgumentError
-from fastema.layout.dtypes import NAMES, parse
+from fastema.layout.dtypes import NAMES, parse_dtype
 from fastema.layout.flat import aligned_empty
 from fastema.plan import Plan
 
@@ -83,7 +83,7 @@ def _averaged_dtype(new: Any, old: Any, step_size: Any) -> np.dtype[Any] | None:
     if found is None or len(_devices(new, old, step_size)) > 1:
         return None
     codes = [NAMES.get(one.name) for one in (found, new.dtype, old.dtype)]
-    kinds = [parse(code) for code in codes if code is not None and parse(code).real]
+    kinds = [parse_dtype(code) for code in codes if code is not None and parse_dtype(code).real]
     is_ours = len(kinds) == 3 and len({one.parts for one in kinds}) == 1
     return found if is_ours else None
 
@@ -125,7 +125,7 @@ def _lerp(
         dtype = _averaged_dtype(x, avg, weight)
         if dtype is None:
             continue
-        if kept is not None and parse(NAMES[dtype.name]).parts == 1:
+        if kept is not None and parse_dtype(NAMES[dtype.name]).parts == 1:
             dtype = kept
         averages[place] = _copied(avg, dtype) if old is not None else aligned_empty(x.shape, dtype)
         if old is None:

@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 from fastema.errors import DTypeError
 
-__all__ = ["DTYPES", "NAMES", "NAME_OF", "DType", "average_of", "dtype", "parse", "raw"]
+__all__ = ["DTYPES", "NAMES", "NAME_OF", "DType", "average_of", "dtype", "parse_dtype", "raw"]
 
 
 class DType(NamedTuple):
@@ -72,7 +72,7 @@ _ALIASES: Final = {**NAMES, "double": "f64", "float": "f32", "half": "f16"}
 _COMPLEX: Final = {"f32": "c64", "f64": "c128"}
 
 
-def parse(name: str) -> DType:
+def parse_dtype(name: str) -> DType:
     """Return the DType of a code or a framework-neutral name such as ``"bfloat16"``."""
     return dtype(_ALIASES.get(name, name))
 

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from fastema.binding.swap import SPLIT
 from fastema.errors import ArgumentError, DTypeError, LayoutError, format_problems
-from fastema.layout.dtypes import DType, average_of, parse
+from fastema.layout.dtypes import DType, average_of, parse_dtype
 from fastema.layout.group import refuse_shared_elements
 from fastema.layout.spec import Leaf, Leaves, Opaque, Role, TensorSpec
 
@@ -172,9 +172,9 @@ def _memory(spec: TensorSpec) -> object:
 def companion(kind: DType, weights: DType, form: str) -> DType:
     """Return the dtype of an average's residual: its second half, or a mean's rounding error."""
     if form == SPLIT:
-        return parse("i16")
+        return parse_dtype("i16")
     real = "f64" if "f64" in (kind.real, weights.real) else "f32"
-    return average_of(kind, parse(real))
+    return average_of(kind, parse_dtype(real))
 
 
 class ShadowFormat(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, get_args
 from fastema.binding.swap import SPLIT
 from fastema.bridges.registry import bridge_of, dtype_code
 from fastema.errors import ArgumentError, BridgeError, DTypeError
-from fastema.layout.dtypes import DType, parse
+from fastema.layout.dtypes import DType, parse_dtype
 from fastema.shadow.entries import Policy, Rounding, ShadowFormat
 
 __all__ = [
@@ -85,7 +85,7 @@ def dtype_of(value: Any) -> DType | None:
     """Return the dtype for a name such as ``"float32"`` or a framework's dtype; None for None."""
     if value is None:
         return None
-    return parse(value if isinstance(value, str) else dtype_code(value))
+    return parse_dtype(value if isinstance(value, str) else dtype_code(value))
 
 
 def destination(target: Sequence[Any], device: Any, dtype: Any) -> tuple[Any, Any]:
