@@ -10,7 +10,7 @@ import numpy as np
 
 from fastema.bridges.registry import bridge_of, describe, memory_of
 from fastema.layout.dtypes import DType
-from fastema.layout.flat import dense_strides, place
+from fastema.layout.flat import compute_offsets, dense_strides
 from fastema.layout.spec import TensorSpec
 
 __all__ = ["Memory", "allocate", "bytes_of", "row_major_on_host"]
@@ -43,7 +43,7 @@ def allocate(
     made: dict[int, Memory] = {}
     for (bridge, device, code), members in groups.items():
         itemsize = wanted[members[0]][1].itemsize
-        placed = place([wanted[i][0].size for i in members], itemsize)
+        placed = compute_offsets([wanted[i][0].size for i in members], itemsize)
         where = "pinned" if on_host and device != "cpu" else device
         flat = bridge.zeros(placed.length * max(slots, 1), code, where)
         whole = describe(flat)

@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["ALIGNMENT", "Placement", "aligned_empty", "dense_strides", "place", "row_major"]
+__all__ = [
+    "ALIGNMENT",
+    "Placement",
+    "aligned_empty",
+    "compute_offsets",
+    "dense_strides",
+    "row_major",
+]
 
 ALIGNMENT: Final = 64
 """Bytes. Every tensor starts on its own cache line, so that threads never share one."""
@@ -46,7 +53,7 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def place(sizes: Sequence[int], itemsize: int) -> Placement:
+def compute_offsets(sizes: Sequence[int], itemsize: int) -> Placement:
     """Return aligned offsets in a flat buffer for tensors of these sizes, all in elements."""
     unit = max(ALIGNMENT // itemsize, 1)
     offsets, length = [], 0

@@ -11,7 +11,7 @@ from fastema.errors import DTypeError
 from fastema.kernels import variants
 from fastema.kernels.formats import FORMATS
 from fastema.layout.dtypes import DTYPES, average_of, dtype
-from fastema.layout.flat import ALIGNMENT, place
+from fastema.layout.flat import ALIGNMENT, compute_offsets
 from fastema.layout.spec import TensorSpec
 
 from ..support import arrays, reference
@@ -108,7 +108,7 @@ def test_dtypes_are_rounded_at_random_where_there_is_a_format_for_it() -> None:
 def test_tensors_in_a_flat_buffer_begin_at_lines_and_do_not_touch(
     sizes: list[int], itemsize: int
 ) -> None:
-    length, offsets = place(sizes, itemsize)
+    length, offsets = compute_offsets(sizes, itemsize)
     assert all(offset * itemsize % ALIGNMENT == 0 for offset in offsets)
     ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
     assert all(end <= begin for end, begin in zip(ends, offsets[1:], strict=False))
