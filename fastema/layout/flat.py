@@ -13,7 +13,7 @@ from fastema.layout.spec import TensorSpec
 
 __all__ = [
     "ALIGNMENT",
-    "Placement",
+    "FlatLayout",
     "aligned_empty",
     "compute_offsets",
     "dense_strides",
@@ -24,7 +24,7 @@ ALIGNMENT: Final = 64
 """Bytes. Every tensor starts on its own cache line, so that threads never share one."""
 
 
-class Placement(NamedTuple):
+class FlatLayout(NamedTuple):
     """Length of a flat buffer and the offset of each tensor in it, in elements."""
 
     length: int
@@ -53,11 +53,11 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def compute_offsets(sizes: Sequence[int], itemsize: int) -> Placement:
+def compute_offsets(sizes: Sequence[int], itemsize: int) -> FlatLayout:
     """Return aligned offsets in a flat buffer for tensors of these sizes, all in elements."""
     unit = max(ALIGNMENT // itemsize, 1)
     offsets, length = [], 0
     for size in sizes:
         offsets.append(length)
         length += -(-size // unit) * unit
-    return Placement(length, offsets)
+    return FlatLayout(length, offsets)
