@@ -24,7 +24,7 @@ from fastema.bridges.torch_parts import (
     reshard_modules,
 )
 from fastema.bridges.torch_parts import gather as gather
-from fastema.bridges.torch_ranks import Ranks
+from fastema.bridges.torch_ranks import MeshRanks
 from fastema.errors import BridgeError, DeviceError, DTypeError, FastemaError
 from fastema.layout.device_context import DeviceContext
 from fastema.layout.dtypes import NAME_OF
@@ -157,15 +157,15 @@ def part_of(tensor: torch.Tensor) -> torch.Tensor:
     return local(tensor).detach()
 
 
-def ranks_of(tensors: Iterable[torch.Tensor]) -> Ranks | None:
+def ranks_of(tensors: Iterable[torch.Tensor]) -> MeshRanks | None:
     """Return the ranks that hold parts of the DTensors among these; None if there are none."""
     meshes = [tensor.device_mesh for tensor in tensors if is_divided(tensor)]
-    return Ranks(meshes) if meshes else None
+    return MeshRanks(meshes) if meshes else None
 
 
-def world_of(tensors: Sequence[torch.Tensor]) -> Ranks | None:
+def world_of(tensors: Sequence[torch.Tensor]) -> MeshRanks | None:
     """Return all ranks of the default group; None without a group or with one rank only."""
-    return Ranks.of_world()
+    return MeshRanks.of_world()
 
 
 def link(tensors: Mapping[str, torch.Tensor]) -> Any:

@@ -12,13 +12,13 @@ import torch.distributed as dist
 
 from fastema.errors import LayoutError, format_problems
 
-__all__ = ["Ranks"]
+__all__ = ["MeshRanks"]
 
 _SHOWN = 8
 """Maximum number of differences that an error lists."""
 
 
-class Ranks:
+class MeshRanks:
     """The ranks of all meshes that this rank's tensors are sharded over.
 
     A mesh whose ranks all belong to the largest mesh is left out: the mesh of all data-parallel
@@ -39,7 +39,7 @@ class Ranks:
             ]
 
     @classmethod
-    def of_world(cls) -> Ranks | None:
+    def of_world(cls) -> MeshRanks | None:
         """Return all ranks of the default group; None without a group or with one rank only."""
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return None
