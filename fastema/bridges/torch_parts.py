@@ -105,7 +105,7 @@ def _fingerprint(tensor: DTensor) -> object:
 
 @dataclass(frozen=True)
 class _Division:
-    """How a DTensor is sharded; see :class:`fastema.layout.spec.Division`."""
+    """How a DTensor is sharded; see :class:`fastema.layout.spec.Sharding`."""
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]

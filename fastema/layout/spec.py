@@ -16,12 +16,12 @@ from fastema.layout.dtypes import DType, dtype
 
 __all__ = [
     "Attributes",
-    "Division",
     "Leaf",
     "Leaves",
     "Opaque",
     "Ranks",
     "Role",
+    "Sharding",
     "Structure",
     "TensorContainer",
     "TensorSpec",
@@ -62,7 +62,7 @@ def _geometry(shape: tuple[int, ...], strides: tuple[int, ...], code: str) -> _G
     return _Geometry(size, size * itemsize, dense, overlaps_itself, low, high)
 
 
-class Division(Protocol):
+class Sharding(Protocol):
     """How a tensor is sharded over processes. Two are equal on all processes or on none."""
 
     @property
@@ -72,7 +72,7 @@ class Division(Protocol):
     def tensor(self, array: Any) -> Any:
         """Return a sharded tensor around an array, in any memory, as this process's part."""
 
-    def stacked(self, count: int) -> Division:
+    def stacked(self, count: int) -> Sharding:
         """Return the sharding of ``count`` such tensors stacked along a new first axis."""
 
 
@@ -109,7 +109,7 @@ class TensorSpec:
     context: DeviceContext | None = field(default=None, compare=False, repr=False)
     fingerprint: Callable[[Any], object] | None = field(default=None, compare=False, repr=False)
     unwrap: Callable[[Any], Any] | None = field(default=None, compare=False, repr=False)
-    division: Division | None = field(default=None, compare=False, repr=False)
+    division: Sharding | None = field(default=None, compare=False, repr=False)
 
     def with_owner(self, owner: Any) -> TensorSpec:
         """Return a copy of this spec with another owner."""

@@ -8,7 +8,7 @@ from typing import Any
 from fastema.bridges.registry import leaves_of
 from fastema.errors import LayoutError, StateError, format_problems
 from fastema.layout.group import Pair
-from fastema.layout.spec import Division, Leaf, Leaves, TensorSpec
+from fastema.layout.spec import Leaf, Leaves, Sharding, TensorSpec
 from fastema.shadow.entries import Names
 from fastema.shadow.store import Entry
 
@@ -86,7 +86,7 @@ def refuse_divided_otherwise(found: Mapping[str, Leaf], entries: Mapping[str, En
         )
 
 
-def _placed(division: Division | None) -> str:
+def _placed(division: Sharding | None) -> str:
     return "whole on this rank" if division is None else str(division)
 
 
