@@ -76,7 +76,7 @@ def describe_part(tensor: DTensor, describe: Callable[[torch.Tensor], TensorSpec
         owner=tensor,
         fingerprint=_fingerprint,
         unwrap=_wrapped,
-        division=_Division(mesh, placements, whole, tensor.stride()),
+        division=_DTensorSharding(mesh, placements, whole, tensor.stride()),
     )
 
 
@@ -104,7 +104,7 @@ def _fingerprint(tensor: DTensor) -> object:
 
 
 @dataclass(frozen=True)
-class _Division:
+class _DTensorSharding:
     """How a DTensor is sharded; see :class:`fastema.layout.spec.Sharding`."""
 
     mesh: DeviceMesh
@@ -131,10 +131,10 @@ class _Division:
         spec = DTensorSpec(self.mesh, self.placements, tensor_meta=meta)
         return DTensor(from_dlpack(array.detach()), spec, requires_grad=False)
 
-    def stacked(self, count: int) -> _Division:
+    def stacked(self, count: int) -> _DTensorSharding:
         """Return the sharding of ``count`` such tensors stacked along a new first axis."""
         sizes = [n * s for n, s in zip(self.shape, self.strides, strict=True)]
-        return _Division(
+        return _DTensorSharding(
             self.mesh,
             tuple(map(_with_axis_before, self.placements)),
             (count, *self.shape),
@@ -158,7 +158,7 @@ def _with_axis_before(placement: Any) -> Any:
 def with_part(tensor: DTensor, part: torch.Tensor) -> DTensor:
     """Return a DTensor sharded like ``tensor`` around another local part, on any device."""
     placed = tensor.device_mesh, tuple(tensor.placements)
-    return _Division(*placed, tuple(tensor.shape), tensor.stride()).tensor(part)
+    return _DTensorSharding(*placed, tuple(tensor.shape), tensor.stride()).tensor(part)
 
 
 def gather(tensor: DTensor) -> torch.Tensor:
@@ -166,7 +166,7 @@ def gather(tensor: DTensor) -> torch.Tensor:
     # Send bytes: neither gloo nor NCCL supports 16-bit integers.
     part = local(tensor).detach().contiguous().unsqueeze(-1).view(torch.uint8)
     size, device = tensor.dtype.itemsize, tensor.device_mesh.device_type
-    division = _Division(
+    division = _DTensorSharding(
         tensor.device_mesh,
         tuple(tensor.placements),
         (*tensor.shape, size),
