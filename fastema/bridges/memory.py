@@ -55,7 +55,7 @@ def allocate(
             view = bridge.view(flat, offset, shape, strides)
             spec = whole.part(view, offset, shape, strides)
             if like.division is not None:
-                spec = spec.divided_like(like)
+                spec = spec.sharded_like(like)
             made[i] = view, spec
     return [made[i] for i in range(len(wanted))]
 

@@ -132,7 +132,7 @@ class TensorSpec:
             fingerprint=self.fingerprint,
         )
 
-    def divided_like(self, other: TensorSpec) -> TensorSpec:
+    def sharded_like(self, other: TensorSpec) -> TensorSpec:
         """Return a copy of this spec, sharded like another tensor of the same shape.
 
         Extra leading axes (the slots of a ring) are not sharded.

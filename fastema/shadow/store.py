@@ -146,7 +146,7 @@ class Store:
             array, spec = memory
             if part == "ring" and ring_on_host:
                 return spec
-            return describe(bridge_of(array).transfer(array, device)).divided_like(spec)
+            return describe(bridge_of(array).transfer(array, device)).sharded_like(spec)
 
         return self._converted(there, ring_on_host)
 
