@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fastema.bridges.torch_parts import is_divided, local, with_part
+from fastema.bridges.torch_parts import is_divided, local, wrap_part
 from fastema.errors import LayoutError, format_problems
 
 __all__ = ["Fetch", "Link"]
@@ -113,7 +113,7 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
     """Return an empty host tensor like ``tensor``, pinned for a GPU tensor."""
     part = local(tensor)
     memory = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda, requires_grad=False)
-    return with_part(tensor, memory) if is_divided(tensor) else memory
+    return wrap_part(tensor, memory) if is_divided(tensor) else memory
 
 
 class Fetch:

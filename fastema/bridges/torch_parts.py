@@ -155,7 +155,7 @@ def _with_axis_before(placement: Any) -> Any:
     return type(placement)(placement.dim + 1, **options)
 
 
-def with_part(tensor: DTensor, part: torch.Tensor) -> DTensor:
+def wrap_part(tensor: DTensor, part: torch.Tensor) -> DTensor:
     """Return a DTensor sharded like ``tensor`` around another local part, on any device."""
     placed = tensor.device_mesh, tuple(tensor.placements)
     return _DTensorSharding(*placed, tuple(tensor.shape), tensor.stride()).tensor(part)
