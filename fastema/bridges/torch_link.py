@@ -41,7 +41,7 @@ class Link:
             if one.is_cuda
         }
 
-    def before_steps(self, owner: Any, method: str) -> Callable[[], None]:
+    def call_before_steps(self, owner: Any, method: str) -> Callable[[], None]:
         """Call ``owner.method()`` before every optimizer step while it lives; return a remover."""
         reference = weakref.ref(owner)
 

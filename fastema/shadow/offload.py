@@ -132,7 +132,7 @@ class OffloadedEMA(EMA[Any]):
         self._kept, self._module = list(kept), module
         tensors = self._owners(leaves)
         self._link = link_of(tensors)
-        self._end_fences = self._link.before_steps(self, "wait")
+        self._end_fences = self._link.call_before_steps(self, "wait")
         self._fetch: Any = None
         self._job: Future[None] | None = None
         self._pool: ThreadPoolExecutor | None = None
