@@ -208,7 +208,7 @@ class Versions:
         self._tensors = (*kept, *map(local, divided))
         self._stepped: set[int] = set()
         self._end_notes: Callable[[], object] = lambda: None
-        self._before = self._begun = self._now = self._versions()
+        self._before = self._start_versions = self._now = self._versions()
         self._written: list[torch.Tensor] = []
 
     def _versions(self) -> array[int]:
@@ -220,18 +220,18 @@ class Versions:
         self._before = self._versions()
         self._stepped = set()
         self._record_optimizer_steps()
-        self._begun = array("q", [Versions._next]) * len(self._tensors)
+        self._start_versions = array("q", [Versions._next]) * len(self._tensors)
         Versions._next += 1
-        if not self._set(self._begun):
-            self._begun = self._versions()
+        if not self._set(self._start_versions):
+            self._start_versions = self._versions()
 
     def written(self) -> list[torch.Tensor]:
         """Return the tensors written since :meth:`begin`; call this before :meth:`end`."""
         self._now = self._versions()
         self._written = []
-        if self._now == self._begun and not self._stepped:
+        if self._now == self._start_versions and not self._stepped:
             return []
-        counts = zip(self._owners, self._tensors, self._now, self._begun, strict=True)
+        counts = zip(self._owners, self._tensors, self._now, self._start_versions, strict=True)
         found = {
             id(owner): (owner, tensor)
             for owner, tensor, now, begun in counts
