@@ -208,7 +208,7 @@ class Versions:
         self._tensors = (*kept, *map(local, divided))
         self._stepped: set[int] = set()
         self._end_notes: Callable[[], object] = lambda: None
-        self._before = self._start_versions = self._now = self._versions()
+        self._before = self._start_versions = self._end_versions = self._versions()
         self._written: list[torch.Tensor] = []
 
     def _versions(self) -> array[int]:
@@ -227,11 +227,13 @@ class Versions:
 
     def written(self) -> list[torch.Tensor]:
         """Return the tensors written since :meth:`begin`; call this before :meth:`end`."""
-        self._now = self._versions()
+        self._end_versions = self._versions()
         self._written = []
-        if self._now == self._start_versions and not self._stepped:
+        if self._end_versions == self._start_versions and not self._stepped:
             return []
-        counts = zip(self._owners, self._tensors, self._now, self._start_versions, strict=True)
+        counts = zip(
+            self._owners, self._tensors, self._end_versions, self._start_versions, strict=True
+        )
         found = {
             id(owner): (owner, tensor)
             for owner, tensor, now, begun in counts
@@ -261,7 +263,7 @@ class Versions:
         counters then advance instead.
         """
         self._end_notes()
-        Versions._next = max(Versions._next, max(self._now, default=0)) + 1
+        Versions._next = max(Versions._next, max(self._end_versions, default=0)) + 1
         # A view shares its base's counter, and other parts of the base may have been written.
         shared = any(tensor._is_view() for tensor in self._written)
         self._written = []
