@@ -208,7 +208,7 @@ class Versions:
         self._tensors = (*kept, *map(local, divided))
         self._stepped: set[int] = set()
         self._end_notes: Callable[[], object] = lambda: None
-        self._before = self._start_versions = self._end_versions = self._versions()
+        self._saved_versions = self._start_versions = self._end_versions = self._versions()
         self._written: list[torch.Tensor] = []
 
     def _versions(self) -> array[int]:
@@ -217,7 +217,7 @@ class Versions:
 
     def begin(self) -> None:
         """Start counting from an unused number: the tensors hold other contents from now on."""
-        self._before = self._versions()
+        self._saved_versions = self._versions()
         self._stepped = set()
         self._record_optimizer_steps()
         self._start_versions = array("q", [Versions._next]) * len(self._tensors)
@@ -268,7 +268,7 @@ class Versions:
         shared = any(tensor._is_view() for tensor in self._written)
         self._written = []
         if put_back and not shared:
-            self._set(self._before)
+            self._set(self._saved_versions)
         else:
             notify_write(self._tensors)
 
