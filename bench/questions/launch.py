@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class DeviceContext:
     """A device whose memory is the host's."""
 
-    index, device, without_kernels = 0, "cuda:0", None
+    index, device, fallback_reason = 0, "cuda:0", None
 
     def stream(self) -> int:
         return 7

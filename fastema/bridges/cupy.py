@@ -100,7 +100,7 @@ def transfer(array: Any, device: str) -> Any:
 class CupyContext:
     """One CUDA device in CuPy; see :class:`fastema.layout.device_context.DeviceContext`."""
 
-    without_kernels: str | None = None
+    fallback_reason: str | None = None
 
     def __init__(self, index: int) -> None:
         self.index = index

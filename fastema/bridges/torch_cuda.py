@@ -28,7 +28,7 @@ _current = getattr(
 class TorchContext:
     """One CUDA device in PyTorch; see :class:`fastema.layout.device_context.DeviceContext`."""
 
-    without_kernels: str | None = None
+    fallback_reason: str | None = None
 
     def __init__(self, index: int) -> None:
         self.index = index

@@ -28,7 +28,7 @@ class OtherContext:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.index = str(device), device.index or 0
-        self.without_kernels: str | None = (
+        self.fallback_reason: str | None = (
             f"fastema has no kernels for {_NAMES[device.type]}: PyTorch's own functions average "
             f"the tensors on {device}"
         )

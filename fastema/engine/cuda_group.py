@@ -98,8 +98,8 @@ class CudaGroup(Group):
 
     def prepare(self, operation: str) -> Callable[[], None]:
         """Load the kernels of an operation, compile new ones, and return the launch."""
-        if self._context.without_kernels is not None:
-            return self._substitute(operation, self._context.without_kernels)
+        if self._context.fallback_reason is not None:
+            return self._substitute(operation, self._context.fallback_reason)
         cuda.refuse_forked()
         if self._context.capturing():
             raise StateError(

@@ -121,6 +121,6 @@ def contexts_of(devices: Mapping[str, DeviceContext | None]) -> list[DeviceConte
                 f"capturable=True is for weights on a GPU, but some are on {device}, where "
                 "nothing can be captured: leave it out"
             )
-        if context.without_kernels is not None:
-            raise ArgumentError(f"capturable=True needs an NVIDIA GPU: {context.without_kernels}")
+        if context.fallback_reason is not None:
+            raise ArgumentError(f"capturable=True needs an NVIDIA GPU: {context.fallback_reason}")
     return [context for context in devices.values() if context is not None]

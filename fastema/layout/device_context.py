@@ -45,7 +45,7 @@ class DeviceContext(Protocol):
     index: int
     """Index of the device among those visible to the process."""
 
-    without_kernels: str | None
+    fallback_reason: str | None
     """Why the framework's functions replace the kernels on this device; None if kernels run."""
 
     def stream(self) -> int:

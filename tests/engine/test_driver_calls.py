@@ -81,7 +81,7 @@ PREPARED = """
     class DeviceContext:
         '''A device whose memory is the host's.'''
 
-        without_kernels = None
+        fallback_reason = None
 
         def __init__(self, index, handle):
             self.index, self.device, self.handle = index, f"cuda:{index}", handle

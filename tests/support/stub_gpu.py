@@ -204,7 +204,7 @@ class StubContext:
     held: list[Any] = field(default_factory=list)
     pinned: set[int] = field(default_factory=set)
     """Addresses of memory of the host that was asked for, for a device."""
-    without_kernels: str | None = None
+    fallback_reason: str | None = None
 
     @property
     def device(self) -> str:
