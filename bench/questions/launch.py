@@ -53,7 +53,7 @@ class DeviceContext:
     def write(self, owner: np.ndarray, array: np.ndarray) -> None:
         owner[...] = array
 
-    def hold(self, owners: Any) -> bool:
+    def defer_reuse(self, owners: Any) -> bool:
         return True
 
 

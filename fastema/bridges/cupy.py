@@ -138,7 +138,7 @@ class CupyContext:
         """Wait for all work on the device."""
         cupy.cuda.Device(self.index).synchronize()
 
-    def hold(self, owners: Iterable[Any]) -> bool:
+    def defer_reuse(self, owners: Iterable[Any]) -> bool:
         """Return False: CuPy's pool knows only the stream that memory was allocated on."""
         return False
 

@@ -97,7 +97,7 @@ class TorchContext:
         self._refuse_capture()
         torch.cuda.synchronize(self.index)
 
-    def hold(self, owners: Iterable[torch.Tensor]) -> bool:
+    def defer_reuse(self, owners: Iterable[torch.Tensor]) -> bool:
         """Record the current stream with torch's allocator, which then frees memory only after it.
 
         Return False if some memory cannot be recorded: host memory, and memory that the allocator

@@ -55,7 +55,7 @@ class OtherContext:
         """Overwrite an uploaded array."""
         owner.copy_(torch.from_numpy(np.ascontiguousarray(array)))
 
-    def hold(self, owners: Iterable[torch.Tensor]) -> bool:
+    def defer_reuse(self, owners: Iterable[torch.Tensor]) -> bool:
         """Return True: PyTorch's functions keep their operands alive."""
         return True
 

@@ -47,6 +47,6 @@ class StreamTracker:
                 keep_for_graphs(*kept())
                 self._captured = True
         elif stream not in self._streams:
-            self.needs_wait = not self._context.hold(owners())
+            self.needs_wait = not self._context.defer_reuse(owners())
             self._streams.add(stream)
         return stream

@@ -63,7 +63,7 @@ class DeviceContext(Protocol):
     def write(self, owner: Any, array: NDArray[Any]) -> None:
         """Overwrite an uploaded array, after waiting for all work so far."""
 
-    def hold(self, owners: Iterable[Any]) -> bool:
+    def defer_reuse(self, owners: Iterable[Any]) -> bool:
         """Keep freed memory from reuse until the work on the current stream is done with it.
 
         Return False if that is impossible for some of it: the caller must then :meth:`wait` before

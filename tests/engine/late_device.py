@@ -202,9 +202,9 @@ class LateContext(StubContext):
         self.calls["wait"] += 1
         self.driver.finish()
 
-    def hold(self, owners: Iterable[Any]) -> bool:
+    def defer_reuse(self, owners: Iterable[Any]) -> bool:
         assert not self.capturing()
-        self.calls["hold"] += 1
+        self.calls["defer_reuse"] += 1
         everything = True
         for owner in owners:
             tensor = isinstance(owner, torch.Tensor)

@@ -233,8 +233,8 @@ class StubContext:
         self.calls["write"] += 1
         owner[...] = array
 
-    def hold(self, owners: Iterable[Any]) -> bool:
-        self.calls["hold"] += 1
+    def defer_reuse(self, owners: Iterable[Any]) -> bool:
+        self.calls["defer_reuse"] += 1
         self.held += owners
         return not any(
             isinstance(one, torch.Tensor) and one.data_ptr() in self.pinned for one in owners
