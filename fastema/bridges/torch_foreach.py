@@ -120,7 +120,7 @@ def _to_odd(values: Tensor) -> Tensor:
 # -- forms -----------------------------------------------------------------------------------------
 
 
-def _mixed(x: Any) -> Any:
+def _mix32(x: Any) -> Any:
     """Return ``fastema.kernels.scalar.mix32`` of an int, or of an int64 tensor in place."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x ^= x >> shift
@@ -141,11 +141,11 @@ def _random_words(place: tuple[int, int, Tensor], args: LaunchArgs, device: Any)
     x = index.reshape(-1)
     key: Any = args.seed & _LOW ^ 0x9E3779B9
     for number in (args.seed >> 32, args.step & _LOW, args.step >> 32, tensor):
-        key = _mixed(key) ^ number
+        key = _mix32(key) ^ number
     high = start >> 32
-    key = _mixed(_mixed(key) ^ (high if last >> 32 == high else x >> 32))
+    key = _mix32(_mix32(key) ^ (high if last >> 32 == high else x >> 32))
     x = x.bitwise_and_(_LOW).bitwise_xor_(key).mul_(0x7FEB352D).bitwise_and_(_LOW)
-    x.bitwise_xor_(x >> 16).bitwise_xor_(_mixed(key))
+    x.bitwise_xor_(x >> 16).bitwise_xor_(_mix32(key))
     x.mul_((x << 1).bitwise_or_(1)).bitwise_and_(_LOW)
     return x.bitwise_right_shift_(16)
 
