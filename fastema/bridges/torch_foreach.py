@@ -215,7 +215,7 @@ _FORMS: Final = {
     "f16~": _Form(_PLAIN.load, _store_random(13, 2.0**-14, 65504.0)),
     "bf16~": _Form(_PLAIN.load, _store_random(16, 0.0, torch.finfo(torch.float32).max)),
     _SPLIT: _Form(
-        lambda batch: _unparked(*_halves(batch)).view(torch.float32).to(batch.real), _store_split
+        lambda batch: _unpark_bits(*_halves(batch)).view(torch.float32).to(batch.real), _store_split
     ),
 }
 
@@ -233,7 +233,7 @@ def _high(bits: Tensor) -> Tensor:
     return torch.where(nan, high.bitwise_or_(quiet), nearest)
 
 
-def _unparked(model: Tensor, parked: Tensor) -> Tensor:
+def _unpark_bits(model: Tensor, parked: Tensor) -> Tensor:
     """Return the float32 whose :func:`_high` is ``model`` and whose low half ``parked`` has."""
     nan = (model & 0x7FFF) > 0x7F80
     up = ((parked >> 15) & 1).masked_fill_(nan, 0)
@@ -252,7 +252,9 @@ def _stowed(bits: Tensor) -> Tensor:
 def _unstowed(high: Tensor, residual: Tensor) -> Tensor:
     """Return ``fastema.kernels.scalar.unstow`` of two halves."""
     beyond = ((high & 0x7FFF) == 0).logical_and_(residual < 0)
-    return torch.where(beyond, (high | 0x7F80) << 16 | residual & 0xFFFF, _unparked(high, residual))
+    return torch.where(
+        beyond, (high | 0x7F80) << 16 | residual & 0xFFFF, _unpark_bits(high, residual)
+    )
 
 
 def _park(batch: Batch, args: LaunchArgs) -> None:
@@ -264,7 +266,7 @@ def _park(batch: Batch, args: LaunchArgs) -> None:
 def _unpark(batch: Batch, args: LaunchArgs) -> None:
     parked, model = _flat(batch.dst, torch.int32), _flat(batch.src, torch.int32)
     _unflatten(parked >> 16, batch.src)
-    _unflatten(_unparked(model, parked), batch.dst)
+    _unflatten(_unpark_bits(model, parked), batch.dst)
 
 
 # -- averages --------------------------------------------------------------------------------------
