@@ -240,7 +240,7 @@ def _unpark_bits(model: Tensor, parked: Tensor) -> Tensor:
     return torch.sub(model, up, out=up).mul_(1 << 16).bitwise_or_(parked & 0xFFFF)
 
 
-def _stowed(bits: Tensor) -> Tensor:
+def _stow_bits(bits: Tensor) -> Tensor:
     """Return ``fastema.kernels.scalar.stow_high`` of the bits."""
     nan = (bits & 0x7FFFFFFF) > 0x7F80FFFF
     high = bits >> 16
@@ -356,7 +356,7 @@ def _swap(batch: Batch, args: LaunchArgs) -> None:
         weights = [one.view(torch.int32) for one in batch.src]
         bits = _flat(weights, torch.int32)
         _unflatten(_unstowed(*_halves(batch)), weights)
-        _store_halves(batch, bits, _stowed(bits))
+        _store_halves(batch, bits, _stow_bits(bits))
         return
     average = batch.form.load(batch)
     _copy(batch, args)
