@@ -249,7 +249,7 @@ def _stow_bits(bits: Tensor) -> Tensor:
     return torch.where(nan, high, rounded)
 
 
-def _unstowed(high: Tensor, residual: Tensor) -> Tensor:
+def _unstow_bits(high: Tensor, residual: Tensor) -> Tensor:
     """Return ``fastema.kernels.scalar.unstow`` of two halves."""
     beyond = ((high & 0x7FFF) == 0).logical_and_(residual < 0)
     return torch.where(
@@ -355,7 +355,7 @@ def _swap(batch: Batch, args: LaunchArgs) -> None:
     if batch.residual and batch.src[0].dtype == torch.float32:
         weights = [one.view(torch.int32) for one in batch.src]
         bits = _flat(weights, torch.int32)
-        _unflatten(_unstowed(*_halves(batch)), weights)
+        _unflatten(_unstow_bits(*_halves(batch)), weights)
         _store_halves(batch, bits, _stow_bits(bits))
         return
     average = batch.form.load(batch)
