@@ -192,7 +192,7 @@ def _store_random(dropped: int, lift: float, largest: float) -> Callable[..., No
 
 def _store_split(batch: Batch, values: Tensor, args: LaunchArgs) -> None:
     bits = values.to(torch.float32).view(torch.int32)
-    _store_halves(batch, bits, torch.where(values.isnan(), bits >> 16 | 0x40, _high(bits)))
+    _store_halves(batch, bits, torch.where(values.isnan(), bits >> 16 | 0x40, _round_high(bits)))
 
 
 def _halves(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -224,7 +224,7 @@ _FORMS: Final = {
 # Halves are signed here: shifts are arithmetic and no value leaves its range.
 
 
-def _high(bits: Tensor) -> Tensor:
+def _round_high(bits: Tensor) -> Tensor:
     """Return ``fastema.kernels.scalar.park_model`` of the bits."""
     nan = (bits & 0x7FFFFFFF) > 0x7F800000
     high = bits >> 16
@@ -234,7 +234,7 @@ def _high(bits: Tensor) -> Tensor:
 
 
 def _unpark_bits(model: Tensor, parked: Tensor) -> Tensor:
-    """Return the float32 whose :func:`_high` is ``model`` and whose low half ``parked`` has."""
+    """Return the float32 whose :func:`_round_high` is ``model`` and whose low half ``parked`` has."""
     nan = (model & 0x7FFF) > 0x7F80
     up = ((parked >> 15) & 1).masked_fill_(nan, 0)
     return torch.sub(model, up, out=up).mul_(1 << 16).bitwise_or_(parked & 0xFFFF)
@@ -259,7 +259,7 @@ def _unstow_bits(high: Tensor, residual: Tensor) -> Tensor:
 
 def _park(batch: Batch, args: LaunchArgs) -> None:
     avg, weight = _flat(batch.dst, torch.int32), _flat(batch.src, torch.int32)
-    _unflatten(_high(avg), batch.src)
+    _unflatten(_round_high(avg), batch.src)
     _unflatten(weight.mul_(1 << 16).bitwise_or_(avg & 0xFFFF), batch.dst)
 
 
