@@ -375,10 +375,10 @@ def _window(batch: Batch, args: LaunchArgs) -> None:
     mean, residual = (_exact_mean if batch.real == torch.float64 else _mean)(history, count)
     batch.form.store(batch, mean, args)
     residual.add_(mean.sub_(batch.form.load(batch)))
-    _unflatten(_numbers_only(residual), batch.residual)
+    _unflatten(_replace_nan(residual), batch.residual)
 
 
-def _numbers_only(values: Tensor) -> Tensor:
+def _replace_nan(values: Tensor) -> Tensor:
     """Replace NaN by 0: the residual of an infinity is NaN."""
     return values.masked_fill_(values.isnan(), 0)
 
@@ -404,7 +404,7 @@ def _exact_mean(history: Iterator[Tensor], count: int) -> tuple[Tensor, Tensor]:
     high = mean * (2.0**27 + 1)
     high.sub_(high - mean)
     remainder = total.sub_(high * count).sub_((mean - high).mul_(count))
-    return _two_sum(mean, _numbers_only(residual.add_(remainder).div_(count)))
+    return _two_sum(mean, _replace_nan(residual.add_(remainder).div_(count)))
 
 
 def _two_sum(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
