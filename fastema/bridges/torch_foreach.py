@@ -1,7 +1,7 @@
 """The kernels' operations in torch's own functions, slower, for devices without kernels.
 
 ``substitute`` cuts pairs into pieces, and puts pieces with equal dtypes and formats into a
-:class:`Batch`. An operation is a function of a batch and the arguments of a run. It uses torch's
+:class:`PieceBatch`. An operation is a function of a batch and the arguments of a run. It uses torch's
 functions on lists of tensors if there is one for it, otherwise flat copies of the pieces. It works
 on at most :data:`AT_ONCE` elements at a time, with at most :data:`BYTES` bytes of temporaries per
 element, so the memory needed does not grow with the model.
@@ -29,7 +29,7 @@ from fastema.layout.device_context import LaunchArgs, Substitute
 from fastema.layout.group import Pair, kernel_format
 from fastema.layout.table import first_and_strides, tensor_key
 
-__all__ = ["AT_ONCE", "BYTES", "Batch", "LaunchArgs", "batches", "substitute"]
+__all__ = ["AT_ONCE", "BYTES", "LaunchArgs", "PieceBatch", "batches", "substitute"]
 
 AT_ONCE: Final = 1 << 22
 """Maximum elements per batch; with :data:`BYTES` bytes per element that is 256 MB."""
@@ -43,7 +43,7 @@ _WORDS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HALVES: Final = (torch.float16, torch.bfloat16)
 
 
-class Batch(NamedTuple):
+class PieceBatch(NamedTuple):
     """Pieces of pairs with equal dtypes, form, device and average index.
 
     ``real`` is the compute dtype: float64 if either side is float64, otherwise float32; for
@@ -68,8 +68,8 @@ class Batch(NamedTuple):
 class _Form(NamedTuple):
     """How to load the written side into a flat tensor to compute with, and store it back."""
 
-    load: Callable[[Batch], Tensor]
-    store: Callable[[Batch, Tensor, LaunchArgs], None]
+    load: Callable[[PieceBatch], Tensor]
+    store: Callable[[PieceBatch, Tensor, LaunchArgs], None]
 
 
 def _parts(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
@@ -150,7 +150,7 @@ def _random_words(place: tuple[int, int, Tensor], args: LaunchArgs, device: Any)
     return x.bitwise_right_shift_(16)
 
 
-def _random_bits(batch: Batch, args: LaunchArgs, bits: int) -> Tensor:
+def _random_bits(batch: PieceBatch, args: LaunchArgs, bits: int) -> Tensor:
     """Return the kernels' random number of ``bits`` bits for every element of a batch."""
     sizes = [one.numel() for one in batch.dst]
     words = torch.empty(sum(sizes), dtype=torch.int32, device=batch.dst[0].device)
@@ -177,7 +177,7 @@ def _store_random(dropped: int, lift: float, largest: float) -> Callable[..., No
     rest = (1 << dropped) - 1
     beyond = int(np.float32(largest).view(np.int32)) | rest
 
-    def store(batch: Batch, values: Tensor, args: LaunchArgs) -> None:
+    def store(batch: PieceBatch, values: Tensor, args: LaunchArgs) -> None:
         values = _to_odd(values) if values.dtype == torch.float64 else values
         size = values.abs()
         shift = (size < lift).to(torch.float32).mul_(lift)
@@ -190,16 +190,16 @@ def _store_random(dropped: int, lift: float, largest: float) -> Callable[..., No
     return store
 
 
-def _store_split(batch: Batch, values: Tensor, args: LaunchArgs) -> None:
+def _store_split(batch: PieceBatch, values: Tensor, args: LaunchArgs) -> None:
     bits = values.to(torch.float32).view(torch.int32)
     _store_halves(batch, bits, torch.where(values.isnan(), bits >> 16 | 0x40, _round_high(bits)))
 
 
-def _halves(batch: Batch) -> tuple[Tensor, Tensor]:
+def _halves(batch: PieceBatch) -> tuple[Tensor, Tensor]:
     return _flat(batch.dst, torch.int32), _flat(batch.residual, torch.int32)
 
 
-def _store_halves(batch: Batch, bits: Tensor, high: Tensor) -> None:
+def _store_halves(batch: PieceBatch, bits: Tensor, high: Tensor) -> None:
     _unflatten(high, batch.dst)
     _unflatten(
         ((bits & 0xFFFF) ^ 0x8000) - 0x8000, batch.residual
@@ -257,13 +257,13 @@ def _unstow_bits(high: Tensor, residual: Tensor) -> Tensor:
     )
 
 
-def _park(batch: Batch, args: LaunchArgs) -> None:
+def _park(batch: PieceBatch, args: LaunchArgs) -> None:
     avg, weight = _flat(batch.dst, torch.int32), _flat(batch.src, torch.int32)
     _unflatten(_round_high(avg), batch.src)
     _unflatten(weight.mul_(1 << 16).bitwise_or_(avg & 0xFFFF), batch.dst)
 
 
-def _unpark(batch: Batch, args: LaunchArgs) -> None:
+def _unpark(batch: PieceBatch, args: LaunchArgs) -> None:
     parked, model = _flat(batch.dst, torch.int32), _flat(batch.src, torch.int32)
     _unflatten(parked >> 16, batch.src)
     _unflatten(_unpark_bits(model, parked), batch.dst)
@@ -272,20 +272,20 @@ def _unpark(batch: Batch, args: LaunchArgs) -> None:
 # -- averages --------------------------------------------------------------------------------------
 
 
-def _weight(batch: Batch, args: LaunchArgs) -> float:
+def _weight(batch: PieceBatch, args: LaunchArgs) -> float:
     """Return the batch's weight of the new value, rounded to the compute dtype."""
     number = args.numbers[batch.average_index]
     return float(number if batch.real == torch.float64 else np.float32(number))
 
 
-def _source(batch: Batch, dtype: torch.dtype) -> list[Tensor]:
+def _source(batch: PieceBatch, dtype: torch.dtype) -> list[Tensor]:
     """Return the source tensors in a dtype, without a copy if they already have it."""
     if batch.src[0].dtype == dtype:
         return batch.src
     return _parts(_flat(batch.src, dtype), batch.src)
 
 
-def _lerp(batch: Batch, args: LaunchArgs) -> None:
+def _lerp(batch: PieceBatch, args: LaunchArgs) -> None:
     w, dtype = _weight(batch, args), batch.dst[0].dtype
     in_place = batch.form is _PLAIN and dtype in (batch.src[0].dtype, batch.real)
     # From 1/2 on, torch interpolates from the new value: infinities would differ.
@@ -299,7 +299,7 @@ def _lerp(batch: Batch, args: LaunchArgs) -> None:
         batch.form.store(batch, x, args)
 
 
-def _lerp_measured(batch: Batch, args: LaunchArgs) -> Tensor:
+def _lerp_measured(batch: PieceBatch, args: LaunchArgs) -> Tensor:
     before = batch.form.load(batch)
     _lerp(batch, args)
     after, x = batch.form.load(batch), _flat(batch.src, batch.real)
@@ -308,7 +308,7 @@ def _lerp_measured(batch: Batch, args: LaunchArgs) -> Tensor:
     return _sums(batch, {DISTANCE: distance.square_(), SQUARE: after.square_(), STILL: still})
 
 
-def _add(batch: Batch, args: LaunchArgs) -> None:
+def _add(batch: PieceBatch, args: LaunchArgs) -> None:
     w = _weight(batch, args)
     if batch.form is _PLAIN and batch.dst[0].dtype == batch.real:
         torch._foreach_add_(batch.dst, _source(batch, batch.real), alpha=w)
@@ -317,12 +317,12 @@ def _add(batch: Batch, args: LaunchArgs) -> None:
         batch.form.store(batch, total, args)
 
 
-def _finite(batch: Batch, args: LaunchArgs) -> Tensor:
+def _finite(batch: PieceBatch, args: LaunchArgs) -> Tensor:
     bad = torch.isfinite(_flat(batch.src, batch.real)).logical_not_()
     return _sums(batch, {DISTANCE: bad} if bad.any() else {})
 
 
-def _sums(batch: Batch, measures: dict[int, Tensor]) -> Tensor:
+def _sums(batch: PieceBatch, measures: dict[int, Tensor]) -> Tensor:
     """Return the sum of each measure over each piece: ``[pieces, MEASURES]``."""
     sizes = [one.numel() for one in batch.dst]
     device = batch.dst[0].device
@@ -337,21 +337,21 @@ def _sums(batch: Batch, measures: dict[int, Tensor]) -> Tensor:
 # -- copies ----------------------------------------------------------------------------------------
 
 
-def _copy(batch: Batch, args: LaunchArgs) -> None:
+def _copy(batch: PieceBatch, args: LaunchArgs) -> None:
     if batch.form is _PLAIN:
         _assign(batch.dst, batch.src)
     else:
         batch.form.store(batch, _flat(batch.src, batch.real), args)
 
 
-def _cast_back(batch: Batch, args: LaunchArgs) -> None:
+def _cast_back(batch: PieceBatch, args: LaunchArgs) -> None:
     if batch.form is _PLAIN:
         _assign(batch.src, batch.dst)
     else:
         _unflatten(batch.form.load(batch), batch.src)
 
 
-def _swap(batch: Batch, args: LaunchArgs) -> None:
+def _swap(batch: PieceBatch, args: LaunchArgs) -> None:
     if batch.residual and batch.src[0].dtype == torch.float32:
         weights = [one.view(torch.int32) for one in batch.src]
         bits = _flat(weights, torch.int32)
@@ -366,7 +366,7 @@ def _swap(batch: Batch, args: LaunchArgs) -> None:
 # -- windowed means --------------------------------------------------------------------------------
 
 
-def _window(batch: Batch, args: LaunchArgs) -> None:
+def _window(batch: PieceBatch, args: LaunchArgs) -> None:
     _assign([slots[args.slot] for slots in batch.ring], batch.src)
     count = int(args.numbers[batch.average_index])
     filled = [(args.slot - age) % args.window for age in range(count)]
@@ -418,7 +418,7 @@ def _two_sum(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 # -- pairs into batches ----------------------------------------------------------------------------
 
-_STAND_INS: Final[dict[str, Callable[[Batch, LaunchArgs], Tensor | None]]] = {
+_STAND_INS: Final[dict[str, Callable[[PieceBatch, LaunchArgs], Tensor | None]]] = {
     name: globals()[f"_{name}"] for name, one in OPERATIONS.items() if one.in_torch
 }
 
@@ -481,15 +481,15 @@ def _split_tensors(streams: list[Tensor], most: int) -> Iterator[list[Tensor]]:
         yield from _split_tensors(piece, most)
 
 
-def batches(operation: str, pairs: Sequence[Pair], most: int) -> list[Batch]:
-    """Sort the pieces of pairs by dtypes into :class:`Batch` objects of at most ``most`` elements.
+def batches(operation: str, pairs: Sequence[Pair], most: int) -> list[PieceBatch]:
+    """Sort the pieces of pairs by dtypes into :class:`PieceBatch` objects of at most ``most`` elements.
 
     Batches are in the order of their averages, and the pieces of an average keep their order: pairs
     that write the same tensor do so in the order of their ``average_index``. Raises a DTypeError
     for averages of integers.
     """
-    found: list[Batch] = []
-    latest: dict[tuple[object, ...], tuple[Batch, int]] = {}
+    found: list[PieceBatch] = []
+    latest: dict[tuple[object, ...], tuple[PieceBatch, int]] = {}
     for row, pair in enumerate(pairs):
         real, form = _arithmetic(operation, pair)
         if not pair.dst.size:
@@ -500,7 +500,7 @@ def batches(operation: str, pairs: Sequence[Pair], most: int) -> list[Batch]:
             batch, room = latest.get(key, (None, 0))
             size = piece[0].numel()
             if batch is None or size > room:
-                batch = Batch(pair.average_index, real, _FORMS[form], [], [], [], [], [], [])
+                batch = PieceBatch(pair.average_index, real, _FORMS[form], [], [], [], [], [], [])
                 room = most
                 found.append(batch)
             latest[key] = batch, room - size
