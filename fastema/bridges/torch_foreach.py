@@ -29,7 +29,7 @@ from fastema.layout.device_context import LaunchArgs, Substitute
 from fastema.layout.group import Pair, kernel_format
 from fastema.layout.table import first_and_strides, tensor_key
 
-__all__ = ["AT_ONCE", "BYTES", "LaunchArgs", "PieceBatch", "batches", "substitute"]
+__all__ = ["AT_ONCE", "BYTES", "LaunchArgs", "PieceBatch", "batch_pairs", "substitute"]
 
 AT_ONCE: Final = 1 << 22
 """Maximum elements per batch; with :data:`BYTES` bytes per element that is 256 MB."""
@@ -481,7 +481,7 @@ def _split_tensors(streams: list[Tensor], most: int) -> Iterator[list[Tensor]]:
         yield from _split_tensors(piece, most)
 
 
-def batches(operation: str, pairs: Sequence[Pair], most: int) -> list[PieceBatch]:
+def batch_pairs(operation: str, pairs: Sequence[Pair], most: int) -> list[PieceBatch]:
     """Sort the pieces of pairs by dtypes into :class:`PieceBatch` objects of at most ``most`` elements.
 
     Batches are in the order of their averages, and the pieces of an average keep their order: pairs
@@ -523,7 +523,7 @@ def substitute(operation: str, pairs: Sequence[Pair]) -> Substitute:
     if function is None:
         known = ", ".join(_STAND_INS)
         raise DTypeError(f"{operation}: torch has no functions for it; known operations: {known}")
-    prepared = batches(operation, pairs, AT_ONCE)
+    prepared = batch_pairs(operation, pairs, AT_ONCE)
 
     def run(args: LaunchArgs) -> NDArray[np.float64] | None:
         with torch.inference_mode():  # inference tensors may be written only here
