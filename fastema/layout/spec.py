@@ -295,7 +295,7 @@ class Leaves:
         everything: list[Leaf | Opaque] = [*self.items, *self.opaque]
         return {one.name: one.role for one in everything}
 
-    def only(self, names: Container[str]) -> Leaves:
+    def select_names(self, names: Container[str]) -> Leaves:
         """Return the leaves with these names, in the same containers."""
         kept = [leaf for leaf in self.items if leaf.name in names]
         return Leaves(kept, self.describe, self.held)

@@ -64,7 +64,7 @@ class _Matcher:
             for leaf in model.items
             if leaf.name in names.still and leaf.role == "frozen"
         ]
-        return Match(parts, model, model.only({*entries, *names.aliases}), frozen)
+        return Match(parts, model, model.select_names({*entries, *names.aliases}), frozen)
 
 
 class ShadowBinding(Binding):

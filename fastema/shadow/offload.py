@@ -172,7 +172,7 @@ class OffloadedEMA(EMA[Any]):
             for leaf in model.items
             if leaf.name in names.still and leaf.role == "frozen"
         ]
-        return Match({}, NOTHING, model.only({*self._kept, *names.aliases}), frozen)
+        return Match({}, NOTHING, model.select_names({*self._kept, *names.aliases}), frozen)
 
     def _leaves(self, model: Any = None, *, write: bool = False, restore: bool = False) -> Leaves:
         """Return the model's tensors; look them up again only if one has moved."""

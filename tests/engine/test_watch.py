@@ -140,7 +140,7 @@ def test_training_and_moving_back_are_no_change() -> None:
 
 
 def kept_of(leaves: Any) -> Any:
-    return leaves.only({leaf.name for leaf in leaves.items if leaf.persistent})
+    return leaves.select_names({leaf.name for leaf in leaves.items if leaf.persistent})
 
 
 def test_watched_tensors_are_kept_alive_and_modules_and_what_may_change_are_not() -> None:
