@@ -23,13 +23,13 @@ __all__ = [
     "averages_of",
     "averages_or_copies",
     "by_plain_name",
+    "describe_unfit",
     "load_modules",
     "load_stored",
     "mapping_in",
     "mismatches",
     "take_over",
     "tensors_of",
-    "unfit",
     "whole_in",
 ]
 
@@ -77,7 +77,7 @@ def whole_in(found: Any, what: str, least: int = 0) -> int:
         raise CheckpointError(str(error)) from None
 
 
-def unfit(entries: Iterable[tuple[str, Any, Any]]) -> list[str]:
+def describe_unfit(entries: Iterable[tuple[str, Any, Any]]) -> list[str]:
     """Return a line for each entry (name, loaded value, target) that cannot be loaded.
 
     Entries whose target is not a tensor, such as a module's extra state, are not checked.
@@ -102,7 +102,9 @@ def mismatches(own: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Return a line for each tensor that is missing, unexpected or cannot be loaded."""
     problems = [f"{name!r} is missing" for name in own if name not in found]
     problems += [f"{name!r} is unexpected" for name in found if name not in own]
-    return problems + unfit((name, found[name], own[name]) for name in own if name in found)
+    return problems + describe_unfit(
+        (name, found[name], own[name]) for name in own if name in found
+    )
 
 
 def load_modules(*pairs: tuple[nn.Module, Mapping[str, Any]]) -> None:
@@ -165,7 +167,9 @@ def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = N
     known = {*own, *aliases, *ema.skipped_names}
     problems = [f"{name!r} is missing" for name in ema.averaged_names if name not in found]
     problems += [f"{name!r} is unexpected" for name in found if name not in known]
-    problems += unfit((name, found[name], one) for name, one in own.items() if name in found)
+    problems += describe_unfit(
+        (name, found[name], one) for name, one in own.items() if name in found
+    )
     if problems:
         raise CheckpointError(
             "the averages in the checkpoint do not fit the model:\n" + format_problems(problems)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fastema.checkpoint.transfer import by_plain_name, mapping_in, unfit
+from fastema.checkpoint.transfer import by_plain_name, describe_unfit, mapping_in
 from fastema.compat.averager import ModelAverager
 from fastema.compat.lists import StoredWeights
 from fastema.compat.mirrored import Mirrored
@@ -262,7 +262,9 @@ def ema_weights(
     parameters = dict(model.named_parameters())
     names = _dotless(name for name in parameters if prefix + name.replace(".", "") in state)
     found = {name: state[prefix + short] for name, short in names.items()}
-    problems = unfit((prefix + names[name], one, parameters[name]) for name, one in found.items())
+    problems = describe_unfit(
+        (prefix + names[name], one, parameters[name]) for name, one in found.items()
+    )
     problems += [
         f"{prefix + name.replace('.', '')!r} is missing"
         for name, parameter in parameters.items()

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 from fastema.checkpoint.transfer import (
     averages_of,
     by_plain_name,
+    describe_unfit,
     mapping_in,
     take_over,
-    unfit,
     whole_in,
 )
 from fastema.errors import CheckpointError, format_problems
@@ -123,7 +123,7 @@ def load(
             f"the state holds {len(saved)} averages, but there are {len(ordered)} parameters: pass "
             "the optimizer that it was saved with"
         )
-    problems = unfit(
+    problems = describe_unfit(
         (name or f"number {at}", one, parameter)
         for at, ((name, parameter), one) in enumerate(zip(ordered, saved, strict=True))
     )
