@@ -17,7 +17,7 @@ from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
 from fastema.checkpoint.stretches import Stretches
 from fastema.errors import CheckpointError
 
-__all__ = ["Content", "Leaf", "gathered", "open_content", "untied"]
+__all__ = ["Content", "Leaf", "drop_tied_names", "gathered", "open_content"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def gathered(content: Content, part: Any) -> Checkpoint:
     return content.checkpoint(dict(zip(plain_names(list(held)), leaves, strict=True)))
 
 
-def untied(found: Checkpoint) -> Checkpoint:
+def drop_tied_names(found: Checkpoint) -> Checkpoint:
     """Keep only the first name of tied tensors; ``tied`` of the result maps the others to it."""
     owners: dict[Any, str] = {}
     tied = dict(found.tied)

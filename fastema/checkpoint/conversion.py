@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
-from fastema.checkpoint.content import untied
+from fastema.checkpoint.content import drop_tied_names
 from fastema.checkpoint.files import moved_into_place, refuse_ending
 from fastema.checkpoint.layouts import diffusers_options
 from fastema.checkpoint.merge import copy, refuse_source
@@ -211,7 +211,7 @@ def _parameters(source: StoredAverage, names: list[str] | None, wanted: _Writer)
             f"{wanted.library} stores a list in the order of model.parameters(), which "
             f"{source.path} does not record: pass names"
         )
-    found = untied(found)
+    found = drop_tied_names(found)
     return [name for name in found.tensors if _is_parameter(name, found)]
 
 
@@ -383,7 +383,7 @@ def _write_ours(source: StoredAverage, out: Path) -> None:
     seed = source.options.get("seed", 0) if source.library == "fastema" else 0
     counters = {"num_updates": source.num_updates or 0, "num_skipped": 0, "seed": seed}
     logs = schedule.log_decays(counters["num_updates"])
-    tensors = {"shadow": [_tensors(untied(source.checkpoint))]}
+    tensors = {"shadow": [_tensors(drop_tied_names(source.checkpoint))]}
     rounding = source.options.get("rounding", "stochastic")
     write_state(out, pack(kind, counters, schedule, logs, rounding, tensors))
 
@@ -393,7 +393,7 @@ _KINDS: Final[dict[type[Rule], str]] = {CumulativeMean: "SWA", Power: "PowerEMA"
 
 
 def _write_weights(source: StoredAverage, out: Path) -> None:
-    copy(untied(source.checkpoint), out, f"{source.library}: {source.path.name}")
+    copy(drop_tied_names(source.checkpoint), out, f"{source.library}: {source.path.name}")
 
 
 def _always(schedule: Schedule) -> bool:
