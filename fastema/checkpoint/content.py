@@ -17,7 +17,7 @@ from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
 from fastema.checkpoint.stretches import Stretches
 from fastema.errors import CheckpointError
 
-__all__ = ["Content", "Leaf", "drop_tied_names", "gathered", "open_content"]
+__all__ = ["Content", "Leaf", "collect_tensors", "drop_tied_names", "open_content"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def open_content(path: Path, key: str | None) -> tuple[Content, Checkpoint | Non
     return Content(path, leaves), whole
 
 
-def gathered(content: Content, part: Any) -> Checkpoint:
+def collect_tensors(content: Content, part: Any) -> Checkpoint:
     """Collect the tensors of a part of a file under names without wrapper prefixes."""
     held = content.tensors(part)
     leaves = [content.find(name, one) for name, one in held.items()]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastema.checkpoint.content import gathered, open_content
+from fastema.checkpoint.content import collect_tensors, open_content
 from fastema.checkpoint.layouts import Names, read
 from fastema.checkpoint.source import Checkpoint, open_checkpoint
 from fastema.errors import CheckpointError, FastemaError
@@ -103,7 +103,7 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
         raise CheckpointError(f"{path} does not hold the state of an average: {error}") from None
     if found is None:
         return StoredAverage(Path(path), "model", whole or open_checkpoint(path, key))
-    averages = gathered(content, found.averages)
+    averages = collect_tensors(content, found.averages)
     if not averages.tensors:
         raise CheckpointError(f"{path} holds an average without tensors ({library})")
     return StoredAverage(
@@ -114,7 +114,7 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
         found.num_updates,
         found.schedule,
         dict(found.options),
-        None if found.weights is None else gathered(content, found.weights),
+        None if found.weights is None else collect_tensors(content, found.weights),
         list(found.notes),
     )
 
