@@ -113,13 +113,15 @@ def consolidate(
     most = checked_whole(max_bytes, "max_bytes", 1 << 20) // 4
     checked_whole(file_bytes, "file_bytes", 1)
     if not isinstance(source, Average):
-        tensors, blocks = group.agreed(lambda: _saved(Path(source), key, which, rest, group))
+        tensors, blocks = group.run_on_all_ranks(
+            lambda: _saved(Path(source), key, which, rest, group)
+        )
         _write(group, target, tensors, blocks, files_from, file_bytes, most)
         return target
     if key is not None or rest is not None:
         raise ArgumentError("key= and rest= are for folders of torch.distributed.checkpoint")
     with source.lock:
-        found = group.agreed(lambda: live.describe_live(source, which))
+        found = group.run_on_all_ranks(lambda: live.describe_live(source, which))
         if source._ranks is not None:
             source._ranks.compare(source._common_settings())
         tensors, mine = _united(group, found)
@@ -190,9 +192,11 @@ def _write(
 
     with ExitStack() as stack:  # hold the first rank's lock until all ranks have written
         try:
-            files, partial = group.agreed(prepare, on_first=True)
-            group.agreed(lambda: write_blocks(partial, files, tensors, blocks, most))
-            group.agreed(lambda: finish(partial, folder, files, copied_from), on_first=True)
+            files, partial = group.run_on_all_ranks(prepare, on_first=True)
+            group.run_on_all_ranks(lambda: write_blocks(partial, files, tensors, blocks, most))
+            group.run_on_all_ranks(
+                lambda: finish(partial, folder, files, copied_from), on_first=True
+            )
         except BaseException:
             for one in made:
                 shutil.rmtree(one, ignore_errors=True)

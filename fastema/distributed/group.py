@@ -31,7 +31,7 @@ class RankGroup:
         self._dist.all_gather_object(found, value)
         return found
 
-    def agreed(self, function: Callable[[], Value], *, on_first: bool = False) -> Value:
+    def run_on_all_ranks(self, function: Callable[[], Value], *, on_first: bool = False) -> Value:
         """Call a function on every rank, or only on the first and return its result on all ranks.
 
         If it raises on one rank, every other rank raises a CheckpointError that names that rank.
