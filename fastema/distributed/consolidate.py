@@ -124,7 +124,7 @@ def consolidate(
         found = group.run_on_all_ranks(lambda: live.describe_live(source, which))
         if source._ranks is not None:
             source._ranks.compare(source._common_settings())
-        tensors, mine = _united(group, found)
+        tensors, mine = _merge_rank_tensors(group, found)
         blocks = [block for block in found.blocks if block.name in mine]
         _write(group, target, tensors, blocks, files_from, file_bytes, most)
     return target
@@ -147,7 +147,9 @@ def _saved(
     return tensors, blocks[group.rank :: group.size]
 
 
-def _united(group: RankGroup, found: live.LiveAverage) -> tuple[dict[str, StoredTensor], set[str]]:
+def _merge_rank_tensors(
+    group: RankGroup, found: live.LiveAverage
+) -> tuple[dict[str, StoredTensor], set[str]]:
     """Return the tensors of all processes, and the names of those that this process writes."""
     every = group.gather((found.tensors, found.divided))
     tensors: dict[str, StoredTensor] = {}
