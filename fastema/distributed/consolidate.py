@@ -114,7 +114,7 @@ def consolidate(
     checked_whole(file_bytes, "file_bytes", 1)
     if not isinstance(source, Average):
         tensors, blocks = group.run_on_all_ranks(
-            lambda: _saved(Path(source), key, which, rest, group)
+            lambda: _plan_saved(Path(source), key, which, rest, group)
         )
         _write(group, target, tensors, blocks, files_from, file_bytes, most)
         return target
@@ -130,7 +130,7 @@ def consolidate(
     return target
 
 
-def _saved(
+def _plan_saved(
     path: Path, key: str | None, which: int | None, rest: str | None, group: RankGroup
 ) -> tuple[dict[str, StoredTensor], list[Block]]:
     """Return the tensors of a saved folder, and the blocks that this process writes."""
