@@ -255,7 +255,9 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return tensors_of(checkpoint)
 
 
-def _saved(content: Callable[[StoredAverage, dict[str, Tensor]], dict[str, Any]]) -> Any:
+def _build_torch_writer(
+    content: Callable[[StoredAverage, dict[str, Tensor]], dict[str, Any]],
+) -> Any:
     """Return a function that builds a state with ``content`` and writes it with ``torch.save``."""
 
     def write(source: StoredAverage, out: Path) -> None:
@@ -405,20 +407,20 @@ _WRITERS: Final = {
     for one in (
         _Writer("fastema", _write_ours, counts=True, keeps=_always),
         _Writer("safetensors", _write_weights),
-        _Writer("swa_utils", _saved(_swa_utils), counts=True),
-        _Writer("timm", _saved(_timm), weights=True),
-        _Writer("torch_ema", _saved(_torch_ema), "places", True, _is_simple),
-        _Writer("ema_pytorch", _saved(_ema_pytorch), counts=True, weights=True),
+        _Writer("swa_utils", _build_torch_writer(_swa_utils), counts=True),
+        _Writer("timm", _build_torch_writer(_timm), weights=True),
+        _Writer("torch_ema", _build_torch_writer(_torch_ema), "places", True, _is_simple),
+        _Writer("ema_pytorch", _build_torch_writer(_ema_pytorch), counts=True, weights=True),
         _Writer(
             "diffusers",
-            _saved(_diffusers),
+            _build_torch_writer(_diffusers),
             "places",
             True,
             lambda schedule: diffusers_options(schedule) is not None,
         ),
-        _Writer("litema", _saved(_litema), "parameters", True, _is_simple),
-        _Writer("mmengine", _saved(_mmengine), counts=True),
-        _Writer("d2go", _saved(_d2go)),
+        _Writer("litema", _build_torch_writer(_litema), "parameters", True, _is_simple),
+        _Writer("mmengine", _build_torch_writer(_mmengine), counts=True),
+        _Writer("d2go", _build_torch_writer(_d2go)),
     )
 }
 """Library to its layout."""
