@@ -61,7 +61,7 @@ def describe_live(ema: Average[Any], which: int | None) -> LiveAverage:
             raise CheckpointError(f"{key} cannot be written: {error}") from None
         if kept in entries:
             entry = entries[kept]
-            found.add(key, entry.spec, spec.kind, partial(_rounded, entry, spec.dtype))
+            found.add(key, entry.spec, spec.kind, partial(_read_rounded_piece, entry, spec.dtype))
         else:
             found.add(key, spec, spec.kind, partial(_plain, part_of(value)))
     return found
@@ -72,7 +72,7 @@ def _plain(array: Any, piece: tuple[slice, ...]) -> Any:
     return row_major_on_host(array[piece])
 
 
-def _rounded(entry: Entry, code: str, piece: tuple[slice, ...]) -> Any:
+def _read_rounded_piece(entry: Entry, code: str, piece: tuple[slice, ...]) -> Any:
     """Return a piece of an average, rounded to the model's dtype."""
     shadow, *residual = (
         entry.parts[part][0][piece] for part in ("shadow", "residual") if part in entry.parts
