@@ -122,7 +122,7 @@ def convert(
     source = load(src, key=key, index=index)
     if decay is not None:
         source = replace(source, schedule=Schedule(Constant(checked_decay(decay))))
-    source, lost = _arranged(source, wanted, _listed_names(names, out))
+    source, lost = _arrange_tensors(source, wanted, _listed_names(names, out))
     lost += source.notes
     if source.library == "model":
         lost.append("an average: the source holds only a model's weights")
@@ -164,7 +164,7 @@ def _listed_names(given: _Path | Sequence[str] | None, out: Path) -> list[str] |
     return list(given)
 
 
-def _arranged(
+def _arrange_tensors(
     source: StoredAverage, wanted: _Writer, names: list[str] | None
 ) -> tuple[StoredAverage, list[str]]:
     """Rename and order tensors for the target layout; also return what it leaves out."""
