@@ -187,7 +187,9 @@ def _arrange_tensors(
         new = [dots[name] for name in keys]
     if len(new) != len(keys):
         raise CheckpointError(f"{len(new)} names for the {len(keys)} tensors of {source.path}")
-    source = replace(source, checkpoint=_renamed(found, dict(zip(new, keys, strict=True))))
+    source = replace(
+        source, checkpoint=_select_and_rename(found, dict(zip(new, keys, strict=True)))
+    )
     if wanted.names == "full":
         return source, []
     kept = new if source.names == "places" else _parameters(source, names, wanted)
@@ -195,7 +197,7 @@ def _arrange_tensors(
     lost = [f"tensors that are not parameters: {_shortened(left)}"] if left else []
     by_place = wanted.names == "places"
     of_places = {str(i) if by_place else name: name for i, name in enumerate(kept)}
-    return replace(source, checkpoint=_renamed(source.checkpoint, of_places)), lost
+    return replace(source, checkpoint=_select_and_rename(source.checkpoint, of_places)), lost
 
 
 def _parameters(source: StoredAverage, names: list[str] | None, wanted: _Writer) -> list[str]:
@@ -220,7 +222,7 @@ def _shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + more
 
 
-def _renamed(found: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+def _select_and_rename(found: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     """Return a checkpoint with only the tensors in ``names``, which maps new names to old ones."""
     return replace(
         found,
