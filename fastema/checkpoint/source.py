@@ -181,13 +181,13 @@ def _open_folder(path: Path, key: str | None) -> Checkpoint:
     for name in _MODELS:
         for file in (path / f"{name}{_INDEX}", path / name):
             if file.exists():
-                return _renamed(_open_file(file, key), path)
+                return _with_folder_path(_open_file(file, key), path)
     for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth"):
         indices = sorted(path.glob(f"{pattern}{_INDEX}"))
         one = sorted(path.glob(pattern))
         found = indices or one
         if len(found) == 1:
-            return _renamed(_open_file(found[0], key), path)
+            return _with_folder_path(_open_file(found[0], key), path)
         if found:
             raise CheckpointError(
                 f"{path} holds {len(found)} files that may be the checkpoint, such as "
@@ -199,7 +199,7 @@ def _open_folder(path: Path, key: str | None) -> Checkpoint:
     )
 
 
-def _renamed(found: Checkpoint, path: Path) -> Checkpoint:
+def _with_folder_path(found: Checkpoint, path: Path) -> Checkpoint:
     """Return the checkpoint with its folder's path, and the step in that name if unknown so far."""
     step = found.step if found.step is not None else _step_of_name(path)
     return replace(found, path=path, step=step)
