@@ -194,7 +194,7 @@ def _arrange_tensors(
         return source, []
     kept = new if source.names == "places" else _parameters(source, names, wanted)
     left = [name for name in new if name not in set(kept)]
-    lost = [f"tensors that are not parameters: {_shortened(left)}"] if left else []
+    lost = [f"tensors that are not parameters: {_join_names(left)}"] if left else []
     by_place = wanted.names == "places"
     of_places = {str(i) if by_place else name: name for i, name in enumerate(kept)}
     return replace(source, checkpoint=_select_and_rename(source.checkpoint, of_places)), lost
@@ -217,7 +217,7 @@ def _parameters(source: StoredAverage, names: list[str] | None, wanted: _Writer)
     return [name for name in found.tensors if _is_parameter(name, found)]
 
 
-def _shortened(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
 
