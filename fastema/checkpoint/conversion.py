@@ -305,14 +305,14 @@ def _is_simple(schedule: Schedule) -> bool:
     return isinstance(rule, Constant) and schedule.update_every == 1
 
 
-def _grows(source: StoredAverage) -> bool:
+def _has_warmup(source: StoredAverage) -> bool:
     return source.schedule is not None and isinstance(source.schedule.rules[0], Warmup)
 
 
 def _torch_ema(source: StoredAverage, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return {
         "decay": _decay_of(source, "torch_ema"),
-        "num_updates": (source.num_updates or 0) if _grows(source) else None,
+        "num_updates": (source.num_updates or 0) if _has_warmup(source) else None,
         "shadow_params": list(tensors.values()),
         "collected_params": None,
     }
@@ -360,7 +360,7 @@ def _litema(source: StoredAverage, tensors: dict[str, Tensor]) -> dict[str, Any]
     short = {name.replace(".", ""): one for name, one in tensors.items()}
     if len(short) != len(tensors):
         raise CheckpointError(f"{source.path}: two names are the same without dots")
-    count = (source.num_updates or 0) if _grows(source) else -1
+    count = (source.num_updates or 0) if _has_warmup(source) else -1
     decay = _number(_decay_of(source, "litema"), "float32")
     return {"decay": decay, "num_updates": _number(count, "int32"), **short}
 
