@@ -165,7 +165,7 @@ def _listed_names(given: _Path | Sequence[str] | None, out: Path) -> list[str] |
 
 
 def _arrange_tensors(
-    source: StoredAverage, wanted: _Writer, names: list[str] | None
+    source: StoredAverage, wanted: _LayoutWriter, names: list[str] | None
 ) -> tuple[StoredAverage, list[str]]:
     """Rename and order tensors for the target layout; also return what it leaves out."""
     found = source.checkpoint
@@ -200,7 +200,7 @@ def _arrange_tensors(
     return replace(source, checkpoint=_select_and_rename(source.checkpoint, of_places)), lost
 
 
-def _parameters(source: StoredAverage, names: list[str] | None, wanted: _Writer) -> list[str]:
+def _parameters(source: StoredAverage, names: list[str] | None, wanted: _LayoutWriter) -> list[str]:
     """Return the names of the parameters in the model's order."""
     found = source.checkpoint
     if names is not None:
@@ -239,7 +239,7 @@ def _never(schedule: Schedule) -> bool:
     return False
 
 
-class _Writer(NamedTuple):
+class _LayoutWriter(NamedTuple):
     """A library's layout: the function that writes it, and what it can store."""
 
     library: str
@@ -407,22 +407,22 @@ def _always(schedule: Schedule) -> bool:
 _WRITERS: Final = {
     one.library: one
     for one in (
-        _Writer("fastema", _write_ours, counts=True, keeps=_always),
-        _Writer("safetensors", _write_weights),
-        _Writer("swa_utils", _build_torch_writer(_swa_utils), counts=True),
-        _Writer("timm", _build_torch_writer(_timm), weights=True),
-        _Writer("torch_ema", _build_torch_writer(_torch_ema), "places", True, _is_simple),
-        _Writer("ema_pytorch", _build_torch_writer(_ema_pytorch), counts=True, weights=True),
-        _Writer(
+        _LayoutWriter("fastema", _write_ours, counts=True, keeps=_always),
+        _LayoutWriter("safetensors", _write_weights),
+        _LayoutWriter("swa_utils", _build_torch_writer(_swa_utils), counts=True),
+        _LayoutWriter("timm", _build_torch_writer(_timm), weights=True),
+        _LayoutWriter("torch_ema", _build_torch_writer(_torch_ema), "places", True, _is_simple),
+        _LayoutWriter("ema_pytorch", _build_torch_writer(_ema_pytorch), counts=True, weights=True),
+        _LayoutWriter(
             "diffusers",
             _build_torch_writer(_diffusers),
             "places",
             True,
             lambda schedule: diffusers_options(schedule) is not None,
         ),
-        _Writer("litema", _build_torch_writer(_litema), "parameters", True, _is_simple),
-        _Writer("mmengine", _build_torch_writer(_mmengine), counts=True),
-        _Writer("d2go", _build_torch_writer(_d2go)),
+        _LayoutWriter("litema", _build_torch_writer(_litema), "parameters", True, _is_simple),
+        _LayoutWriter("mmengine", _build_torch_writer(_mmengine), counts=True),
+        _LayoutWriter("d2go", _build_torch_writer(_d2go)),
     )
 }
 """Library to its layout."""
