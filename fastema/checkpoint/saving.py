@@ -26,7 +26,7 @@ _ATTEMPTS: Final = 20
 """Times to read a file that is replaced during every read."""
 
 
-class _Writer:
+class _BackgroundWriter:
     """Background writer: writes files one after another on its own thread and keeps errors."""
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class _Writer:
                 print(f"fastema.checkpoint.save: {error}", file=sys.stderr)
 
 
-_writer = _Writer()
+_writer = _BackgroundWriter()
 
 
 def save(ema: Average[Any], path: str | os.PathLike[str], *, wait: bool = True) -> None:

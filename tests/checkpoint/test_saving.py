@@ -132,7 +132,7 @@ def test_a_file_that_does_not_fit_changes_nothing(inside: Path) -> None:
 
 
 def test_a_child_process_has_nothing_to_wait_for() -> None:
-    writer = saving._Writer()
+    writer = saving._BackgroundWriter()
     writer.submit(Path("/nowhere/ema.safetensors"), {})
     writer._forget()
     writer.raise_failed(all_of_them=True)
