@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from fastema.checkpoint.content import drop_tied_names
-from fastema.checkpoint.files import moved_into_place, refuse_ending
+from fastema.checkpoint.files import atomic_write_path, refuse_ending
 from fastema.checkpoint.layouts import diffusers_options
 from fastema.checkpoint.merge import copy, refuse_source
 from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
@@ -266,7 +266,7 @@ def _build_torch_writer(
         import torch
 
         made = content(source, _tensors(source.checkpoint))
-        with moved_into_place(out) as partial, open(partial, "xb") as opened:
+        with atomic_write_path(out) as partial, open(partial, "xb") as opened:
             try:
                 torch.save(made, opened)
             except RuntimeError as error:  # torch.save raises this for every operating system error

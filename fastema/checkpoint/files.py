@@ -30,10 +30,10 @@ __all__ = [
     "Fill",
     "ReplacedError",
     "StoredTensor",
+    "atomic_write_path",
     "fsync",
     "header_of",
     "lock_folder",
-    "moved_into_place",
     "read",
     "read_whole",
     "reading",
@@ -189,7 +189,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], **met
     # Largest items first, so that every element is aligned to its size.
     names = sorted(tensors, key=lambda name: (-tensors[name].kind.itemsize, name))
     header = header_of({name: tensors[name] for name in names}, metadata)
-    with moved_into_place(path) as partial, open(partial, "xb") as opened:
+    with atomic_write_path(path) as partial, open(partial, "xb") as opened:
         opened.write(header)
         for name in names:
             opened.write(tensors[name].bytes())
@@ -247,7 +247,7 @@ def refuse_ending(path: Path, *, torch: bool = False) -> None:
 
 
 @contextmanager
-def moved_into_place(path: str | os.PathLike[str], suffix: str = ".part") -> Iterator[str]:
+def atomic_write_path(path: str | os.PathLike[str], suffix: str = ".part") -> Iterator[str]:
     """Yield a temporary path to write; rename it to ``path`` on success, delete it on failure.
 
     Also remove what killed writers left in the folder, unless another process is writing there or

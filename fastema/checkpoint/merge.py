@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from fastema.checkpoint.files import StoredTensor, moved_into_place, storing
+from fastema.checkpoint.files import StoredTensor, atomic_write_path, storing
 from fastema.checkpoint.folder import Files, files_of, new_folder, refuse_occupied, write_at
 from fastema.checkpoint.source import PROVENANCE, Checkpoint
 from fastema.checkpoint.stored import open_weights
@@ -354,7 +354,7 @@ def _target(
         with new_folder(out, files, source) as partial, _writing(partial, files) as write:
             yield write
         return
-    with moved_into_place(out) as name:
+    with atomic_write_path(out) as name:
         path = Path(name)
         (file,) = files.sizes
         with path.open("xb") as opened:

@@ -410,7 +410,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         """
         final = _path(path, "path", _WEIGHTS)
         assert final is not None
-        with self.swapped(), files.moved_into_place(final, _WEIGHTS) as partial:
+        with self.swapped(), files.atomic_write_path(final, _WEIGHTS) as partial:
             model = self._checked_model()
             # Bypass the guards: they would restore the model's weights first.
             type(model).save_weights(model, partial)

@@ -1,4 +1,4 @@
-"""The moving averages of a log's metrics, as columns of a file and lines of a picture."""
+"""Compute moving averages of a log's metrics; write them as columns, draw them as lines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fastema.checkpoint.files import moved_into_place
+from fastema.checkpoint.files import atomic_write_path
 from fastema.errors import ArgumentError, NonFiniteError
 from fastema.tracking.logs.table import Table
 from fastema.tracking.plots.panels import AveragedLine, of_series
@@ -23,8 +23,8 @@ class Smoothed(NamedTuple):
 
     metric: str
     average: AveragedLine
-    column: str  # its name in the output
-    series: NDArray[np.float64]  # (n,), one for each of the metric's values
+    column: str  # the column's name in the output
+    series: NDArray[np.float64]  # (n,), one per value of the metric
 
 
 def smooth(
@@ -34,9 +34,17 @@ def smooth(
     metrics: Sequence[str] | None = None,
     weights: str | None = None,
 ) -> list[Smoothed]:
-    """Each of the averages of each metric of a log, chosen by names or patterns.
+    """Return every average of every metric of a log.
 
-    `weights` is the column with the weight of each row.
+    `metrics` selects metrics by name or pattern; None takes all. `weights` names the column with
+    the weight of each row.
+
+    Raises
+    ------
+    ArgumentError
+        For a missing weight, a column name that is taken, or no metric at all.
+    NonFiniteError
+        For a NaN or an infinity, if the average is to raise on one.
     """
     by_row = np.full(log.num_rows, np.nan)
     if weights is not None:
@@ -59,8 +67,8 @@ def smooth(
             column = _column(name, average, averages, taken)
             if column in taken:
                 raise ArgumentError(
-                    f"{log.source} has a column {column!r} already; smooth the log that it came "
-                    "from, or other metrics of it"
+                    f"{log.source} has a column {column!r} already; smooth the original log, "
+                    "or other metrics"
                 )
             taken.add(column)
             try:
@@ -76,14 +84,14 @@ def smooth(
 def _column(
     name: str, average: AveragedLine, averages: Sequence[AveragedLine], taken: set[str]
 ) -> str:
-    """``loss_ema``; ``loss_ema_0.9`` where it is one of several, or the other is taken."""
+    """Return ``loss_ema``, or ``loss_ema_0.9`` if there are several or the short name is taken."""
     short = f"{name}_{average.kind}"
     alone = sum(other.kind == average.kind for other in averages) == 1
     return short if alone and short not in taken else f"{short}_{average.setting}"
 
 
 def write(file: TextIO, log: Table, smoothed: Sequence[Smoothed], *, raw: bool) -> None:
-    """Write the log's columns as they were, and the averages in full precision after them."""
+    """Write the log's columns unchanged, followed by the averages in full precision."""
     averaged = {one.metric for one in smoothed}
     columns = {name: cells for name, cells in log.cells.items() if raw or name not in averaged}
     for one in smoothed:
@@ -98,7 +106,7 @@ def write(file: TextIO, log: Table, smoothed: Sequence[Smoothed], *, raw: bool) 
 
 
 def save(out: Path, log: Table, smoothed: Sequence[Smoothed], *, raw: bool) -> None:
-    """Write them to a file, atomically: the old file stays until the new one is complete."""
+    """Write log and averages to a file atomically: an old file stays until the new is complete."""
     with (
         _replaceable(out) as partial,
         open(partial, "w", encoding="utf-8", newline="") as file,
@@ -107,10 +115,10 @@ def save(out: Path, log: Table, smoothed: Sequence[Smoothed], *, raw: bool) -> N
 
 
 def _replaceable(out: Path) -> AbstractContextManager[str]:
-    """The name to write to; only what is a file is replaced by another, a device is not."""
+    """Return a context manager for the name to write to: `out` itself if it is a device or pipe."""
     if out.exists() and not out.is_file():
         return nullcontext(str(out))
-    return moved_into_place(out.resolve(), out.suffix)
+    return atomic_write_path(out.resolve(), out.suffix)
 
 
 def draw(
@@ -122,7 +130,7 @@ def draw(
     asked_for: bool,
     scale: Any,
 ) -> None:
-    """Draw the metrics and their averages; those of short curves too where they were asked for."""
+    """Draw metrics and averages; if `asked_for`, also the averages of short curves."""
     from fastema.tracking.plots import picture
 
     curves = log.curves(step)

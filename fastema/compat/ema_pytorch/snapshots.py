@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastema.bridges.registry import describe
-from fastema.checkpoint.files import File, StoredTensor, moved_into_place
+from fastema.checkpoint.files import File, StoredTensor, atomic_write_path
 from fastema.checkpoint.sums import weighted_sum
 from fastema.errors import CheckpointError, format_problems
 
@@ -39,7 +39,7 @@ def write(folder: Path, which: int, state: Mapping[str, Any], dtype: torch.dtype
     path = folder / f"{which}.{int(state['step'].item())}.pt"
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is gone: create the folder again for {path.name}")
-    with moved_into_place(path) as partial:
+    with atomic_write_path(path) as partial:
         torch.save({name: _stored(value, dtype) for name, value in state.items()}, partial)
 
 
