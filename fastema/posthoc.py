@@ -36,7 +36,7 @@ import numpy as np
 from fastema.binding.swap import SPLIT
 from fastema.bridges.memory import Memory, allocate
 from fastema.bridges.registry import bridge_of, describe
-from fastema.checkpoint.files import File, read, storing, write
+from fastema.checkpoint.files import File, read, wrap_write_errors, write
 from fastema.checkpoint.sums import weighted_sum
 from fastema.engine.program import Program
 from fastema.errors import ArgumentError, CheckpointError, StateError, format_problems
@@ -148,7 +148,7 @@ def _save(average: Average, chosen: list[int], folder: Path, wanted: DType | Non
     step = start + (average.num_updates - start) // every * every
     if step <= start:
         raise StateError("nothing is averaged yet: save a snapshot after the first update")
-    with storing(folder):
+    with wrap_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     state = average.state_dict(copy=False)
     averaged = average.averaged_names

@@ -38,7 +38,7 @@ __all__ = [
     "read_whole",
     "reading",
     "refuse_ending",
-    "storing",
+    "wrap_write_errors",
     "write",
 ]
 
@@ -227,7 +227,7 @@ def _encodable(name: str) -> bool:
 
 
 @contextmanager
-def storing(path: str | os.PathLike[str]) -> Iterator[None]:
+def wrap_write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn an OSError in the block into a StorageError that names the path."""
     try:
         yield
@@ -261,7 +261,7 @@ def atomic_write_path(path: str | os.PathLike[str], suffix: str = ".part") -> It
         raise StorageError(f"{final} is not a file, and will not be replaced by one")
     # Not from tempfile, whose files do not have the default permissions.
     partial = final.with_name(f".{final.name}.fastema-{secrets.token_hex(6)}{suffix}")
-    with storing(final), lock_folder(final.parent):
+    with wrap_write_errors(final), lock_folder(final.parent):
         try:
             yield os.fspath(partial)
             fsync(partial)

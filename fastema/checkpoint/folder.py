@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from fastema.bridges.memory import bytes_of
-from fastema.checkpoint.files import StoredTensor, fsync, header_of, lock_folder, storing
+from fastema.checkpoint.files import StoredTensor, fsync, header_of, lock_folder, wrap_write_errors
 from fastema.errors import CheckpointError, StorageError
 from fastema.layout.flat import row_major
 
@@ -107,7 +107,7 @@ def begin(folder: Path, files: Files) -> Path:
     :func:`~fastema.checkpoint.files.lock_folder`.
     """
     partial = folder.with_name(f".{folder.name}.fastema-{secrets.token_hex(6)}.part")
-    with storing(folder):
+    with wrap_write_errors(folder):
         partial.mkdir()
         try:
             for file, size in files.sizes.items():
@@ -123,7 +123,7 @@ def begin(folder: Path, files: Files) -> Path:
 @contextmanager
 def new_folder(folder: Path, files: Files, copied_from: Path) -> Iterator[Path]:
     """Yield a hidden folder to write to; rename it to ``folder`` on success, else remove it."""
-    with storing(folder), lock_folder(folder.parent):
+    with wrap_write_errors(folder), lock_folder(folder.parent):
         partial = begin(folder, files)
         try:
             yield partial
@@ -141,7 +141,7 @@ def write_blocks(
     most: int,
 ) -> None:
     """Write this process's blocks into the files, in pieces of at most ``most`` bytes."""
-    with storing(folder), ExitStack() as stack:
+    with wrap_write_errors(folder), ExitStack() as stack:
         handles: dict[str, int] = {}
         for block in blocks:
             file, begin = files.places[block.name]
@@ -211,7 +211,7 @@ def write_at(handle: int, data: memoryview, offset: int) -> None:
 
 def finish(partial: Path, folder: Path, files: Files, copied_from: Path | None) -> None:
     """Write the index, copy the files that are not weights, and rename the folder into place."""
-    with storing(folder):
+    with wrap_write_errors(folder):
         if len(files.sizes) > 1:
             total = sum(files.sizes.values()) - sum(map(len, files.headers.values()))
             index = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from fastema.checkpoint.files import StoredTensor, atomic_write_path, storing
+from fastema.checkpoint.files import StoredTensor, atomic_write_path, wrap_write_errors
 from fastema.checkpoint.folder import Files, files_of, new_folder, refuse_occupied, write_at
 from fastema.checkpoint.source import PROVENANCE, Checkpoint
 from fastema.checkpoint.stored import open_weights
@@ -369,7 +369,7 @@ def _target(
 
 @contextmanager
 def _writing(folder: Path, files: Files) -> Iterator[Callable[[str, int, memoryview], None]]:
-    with storing(folder), ExitStack() as stack:
+    with wrap_write_errors(folder), ExitStack() as stack:
         handles: dict[str, int] = {}
         for file in dict.fromkeys(file for file, _ in files.places.values()):
             handles[file] = os.open(folder / file, os.O_WRONLY)
