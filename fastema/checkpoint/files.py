@@ -27,8 +27,8 @@ from fastema.layout.spec import TensorSpec
 
 __all__ = [
     "File",
+    "FileChangedError",
     "Fill",
-    "ReplacedError",
     "StoredTensor",
     "atomic_write_path",
     "fsync",
@@ -97,7 +97,7 @@ class StoredTensor(NamedTuple):
         return self.size * self.kind.itemsize
 
 
-class ReplacedError(CheckpointError):
+class FileChangedError(CheckpointError):
     """Raised when a file is replaced or changed between two reads."""
 
 
@@ -110,7 +110,7 @@ class File(NamedTuple):
     version: tuple[int, ...] | None = None  # changes if the file is replaced or rewritten
 
     def opened(self) -> AbstractContextManager[Fill]:
-        """Open the file for :func:`reading`; raise a ReplacedError if it has changed."""
+        """Open the file for :func:`reading`; raise a FileChangedError if it has changed."""
         return reading(self.path, self.version)
 
 
@@ -124,7 +124,7 @@ def reading(path: Path, version: tuple[int, ...] | None = None) -> Iterator[Fill
     """Yield a function that reads a file's bytes from an offset into a buffer, on any thread.
 
     Raise a CheckpointError if the file is missing, is not a regular file, or is truncated while it
-    is read, and a ReplacedError if its version is not ``version``.
+    is read, and a FileChangedError if its version is not ``version``.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
@@ -134,7 +134,7 @@ def reading(path: Path, version: tuple[int, ...] | None = None) -> Iterator[Fill
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     with file as opened:
         if version is not None and _version_of(opened) != version:
-            raise ReplacedError(f"{path} was changed while it was read; read it again")
+            raise FileChangedError(f"{path} was changed while it was read; read it again")
 
         def fill(offset: int, buffer: memoryview) -> None:
             ahead = len(buffer)

@@ -167,7 +167,7 @@ def _read_whole(file: Path, like: Any) -> dict[str, Any] | None:
             return None
         try:
             return read_state(found, like)
-        except files.ReplacedError:
+        except files.FileChangedError:
             if attempt + 1 == _ATTEMPTS:
                 raise
     raise AssertionError
