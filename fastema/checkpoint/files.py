@@ -329,11 +329,11 @@ def read(path: str | os.PathLike[str]) -> File:
             )
         text = opened.read(length)
     try:
-        header = _of_type(json.loads(text, object_pairs_hook=_without_repeats), dict)
+        header = _check_type(json.loads(text, object_pairs_hook=_without_repeats), dict)
         annotations = header.pop(_METADATA, None)
-        metadata = {} if annotations is None else _of_type(annotations, dict)
+        metadata = {} if annotations is None else _check_type(annotations, dict)
         for value in metadata.values():
-            _of_type(value, str)
+            _check_type(value, str)
         tensors = {key: _stored(entry, 8 + length, size) for key, entry in header.items()}
         end = 8 + length
         for one in sorted(tensors.values(), key=lambda one: (one.offset, one.nbytes)):
@@ -354,26 +354,28 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _of_type(value: Any, kind: type) -> Any:
+def _check_type(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise ValueError(f"expected a {kind.__name__}, got {str(value)[:100]!r}")
     return value
 
 
 def _whole_number(value: Any) -> int:
-    number: int = _of_type(value, int)
+    number: int = _check_type(value, int)
     if not 0 <= number <= _MOST:
         raise ValueError(f"expected a number from 0 to {_MOST}, got {number}")
     return number
 
 
 def _stored(entry: Any, start: int, size: int) -> StoredTensor:
-    entry = _of_type(entry, dict)
-    shape = tuple(_whole_number(extent) for extent in _of_type(entry["shape"], list))
+    entry = _check_type(entry, dict)
+    shape = tuple(_whole_number(extent) for extent in _check_type(entry["shape"], list))
     if len(shape) > _MOST_AXES or math.prod(filter(None, shape)) > _MOST:
         raise ValueError(f"the shape {list(shape)} has too many axes or elements")
-    first, end = (start + _whole_number(offset) for offset in _of_type(entry["data_offsets"], list))
-    found = StoredTensor(dtype(_CODES[_of_type(entry["dtype"], str)]), shape, first)
+    first, end = (
+        start + _whole_number(offset) for offset in _check_type(entry["data_offsets"], list)
+    )
+    found = StoredTensor(dtype(_CODES[_check_type(entry["dtype"], str)]), shape, first)
     if not start <= first <= end <= size or end - first != found.nbytes:
         raise ValueError("a tensor lies outside the file; it was cut short")
     return found
