@@ -334,7 +334,7 @@ def read(path: str | os.PathLike[str]) -> File:
         metadata = {} if annotations is None else _check_type(annotations, dict)
         for value in metadata.values():
             _check_type(value, str)
-        tensors = {key: _stored(entry, 8 + length, size) for key, entry in header.items()}
+        tensors = {key: _parse_tensor(entry, 8 + length, size) for key, entry in header.items()}
         end = 8 + length
         for one in sorted(tensors.values(), key=lambda one: (one.offset, one.nbytes)):
             if one.offset != end:
@@ -367,7 +367,7 @@ def _whole_number(value: Any) -> int:
     return number
 
 
-def _stored(entry: Any, start: int, size: int) -> StoredTensor:
+def _parse_tensor(entry: Any, start: int, size: int) -> StoredTensor:
     entry = _check_type(entry, dict)
     shape = tuple(_whole_number(extent) for extent in _check_type(entry["shape"], list))
     if len(shape) > _MOST_AXES or math.prod(filter(None, shape)) > _MOST:
