@@ -21,11 +21,11 @@ __all__ = [
     "Block",
     "Files",
     "begin",
+    "check_vacant",
     "files_of",
     "finish",
     "new_folder",
     "plan",
-    "refuse_occupied",
     "write_at",
     "write_blocks",
 ]
@@ -92,7 +92,7 @@ def files_of(
     return files
 
 
-def refuse_occupied(folder: Path) -> None:
+def check_vacant(folder: Path) -> None:
     """Raise a CheckpointError if the folder is not empty, or if the path is not a folder."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise CheckpointError(f"{folder} is not a folder; name one that does not exist yet")

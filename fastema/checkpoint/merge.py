@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from fastema.checkpoint.files import StoredTensor, atomic_write_path, wrap_write_errors
-from fastema.checkpoint.folder import Files, files_of, new_folder, refuse_occupied, write_at
+from fastema.checkpoint.folder import Files, check_vacant, files_of, new_folder, write_at
 from fastema.checkpoint.source import PROVENANCE, Checkpoint
 from fastema.checkpoint.stored import open_weights
 from fastema.checkpoint.sums import Read, weighted_sums
@@ -259,7 +259,7 @@ def _refuse_output(out: Path, made: Merge) -> None:
     for one in made.checkpoints:
         refuse_source(out, one, "one of the checkpoints")
     if made.is_folder:
-        refuse_occupied(out)
+        check_vacant(out)
     elif out.is_dir():
         raise CheckpointError(f"{out} is a folder, and the result is a file; name a file in it")
     elif out.suffix != ".safetensors":

@@ -15,9 +15,9 @@ from fastema.checkpoint.folder import (
     Block,
     Files,
     begin,
+    check_vacant,
     finish,
     plan,
-    refuse_occupied,
     write_blocks,
 )
 from fastema.distributed import live
@@ -184,7 +184,7 @@ def _write(
     made: list[Path] = []
 
     def prepare() -> tuple[Files, Path]:
-        refuse_occupied(folder)
+        check_vacant(folder)
         if copied_from is not None and not copied_from.is_dir():
             raise CheckpointError(f"files_from={str(copied_from)!r}: there is no such folder")
         files = plan(tensors, file_bytes, _METADATA)
