@@ -23,9 +23,9 @@ __all__ = [
     "begin",
     "check_vacant",
     "files_of",
-    "finish",
     "new_folder",
     "plan",
+    "publish_folder",
     "write_at",
     "write_blocks",
 ]
@@ -127,7 +127,7 @@ def new_folder(folder: Path, files: Files, copied_from: Path) -> Iterator[Path]:
         partial = begin(folder, files)
         try:
             yield partial
-            finish(partial, folder, files, copied_from)
+            publish_folder(partial, folder, files, copied_from)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -209,7 +209,7 @@ def write_at(handle: int, data: memoryview, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
-def finish(partial: Path, folder: Path, files: Files, copied_from: Path | None) -> None:
+def publish_folder(partial: Path, folder: Path, files: Files, copied_from: Path | None) -> None:
     """Write the index, copy the files that are not weights, and rename the folder into place."""
     with wrap_write_errors(folder):
         if len(files.sizes) > 1:

@@ -16,8 +16,8 @@ from fastema.checkpoint.folder import (
     Files,
     begin,
     check_vacant,
-    finish,
     plan,
+    publish_folder,
     write_blocks,
 )
 from fastema.distributed import live
@@ -197,7 +197,7 @@ def _write(
             files, partial = group.run_on_all_ranks(prepare, on_first=True)
             group.run_on_all_ranks(lambda: write_blocks(partial, files, tensors, blocks, most))
             group.run_on_all_ranks(
-                lambda: finish(partial, folder, files, copied_from), on_first=True
+                lambda: publish_folder(partial, folder, files, copied_from), on_first=True
             )
         except BaseException:
             for one in made:
