@@ -113,14 +113,14 @@ def opened(path: Path) -> Folder:
     except Exception as error:
         raise CheckpointError(f"{description} cannot be read: {error}") from None
     try:
-        return _checked(path, found)
+        return _parse_description(path, found)
     except CheckpointError:
         raise
     except Exception as error:
         raise CheckpointError(f"{description} is damaged: {error!r}") from None
 
 
-def _checked(path: Path, found: Any) -> Folder:
+def _parse_description(path: Path, found: Any) -> Folder:
     stored = {
         (index.fqn, tuple(index.offset)): info
         for index, info in found.storage_data.items()
