@@ -122,7 +122,7 @@ def inspect(
         sum(one.size for one in tensors),
         sum(one.nbytes for one in tensors),
         dtypes,
-        _checked(found) if check else "sizes",
+        _verify_files(found) if check else "sizes",
     )
 
 
@@ -133,7 +133,7 @@ def _reach(found: StoredAverage) -> Reach | None:
     return effective_steps(schedule.rules[0], count - schedule.start_after, schedule.update_every)
 
 
-def _checked(found: StoredAverage) -> str:
+def _verify_files(found: StoredAverage) -> str:
     paths = dict.fromkeys(found.checkpoint.files)
     good = [_has_good_sums(path) for path in paths]
     return "checksums" if all(good) else "sizes"
