@@ -135,11 +135,11 @@ def _reach(found: StoredAverage) -> Reach | None:
 
 def _verify_files(found: StoredAverage) -> str:
     paths = dict.fromkeys(found.checkpoint.files)
-    good = [_has_good_sums(path) for path in paths]
+    good = [_verify_file(path) for path in paths]
     return "checksums" if all(good) else "sizes"
 
 
-def _has_good_sums(path: Path) -> bool:
+def _verify_file(path: Path) -> bool:
     """Return whether a file has checksums; raise a CheckpointError if one differs."""
     if path.is_file() and is_torch_file(path):
         torch_file.check(path)
