@@ -9,7 +9,7 @@ from typing import Any
 
 from fastema.checkpoint import files, torch_file
 from fastema.checkpoint.source import Checkpoint, is_torch_file
-from fastema.checkpoint.state import has_good_sums
+from fastema.checkpoint.state import verify_checksums
 from fastema.checkpoint.stored import StoredAverage, load
 from fastema.errors import CheckpointError
 from fastema.rules.reach import Reach, effective_steps
@@ -150,4 +150,4 @@ def _verify_file(path: Path) -> bool:
         if path.suffix == ".safetensors":
             raise
         return False  # an index, or a part of another format
-    return has_good_sums(found)
+    return verify_checksums(found)

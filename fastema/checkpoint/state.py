@@ -15,7 +15,7 @@ from fastema.bridges.registry import describe, memory_of
 from fastema.checkpoint import files
 from fastema.errors import CheckpointError, DTypeError
 
-__all__ = ["has_good_sums", "is_state", "load_state", "read_state", "write_state"]
+__all__ = ["is_state", "load_state", "read_state", "verify_checksums", "write_state"]
 
 _KEY: Final = "state"
 """Key of the plain values in a file's metadata, and name of the tensor that repeats them."""
@@ -54,7 +54,7 @@ def is_state(found: files.File) -> bool:
     return _KEY in found.metadata
 
 
-def has_good_sums(found: files.File) -> bool:
+def verify_checksums(found: files.File) -> bool:
     """Return whether a file has checksums; raise a CheckpointError if one differs."""
     try:
         sums = json.loads(found.metadata[_SUMS])
