@@ -150,14 +150,14 @@ def _parse_description(path: Path, found: Any) -> Folder:
         tensor = StoredTensor(dtype(_CODE_OF[state[0]]), shape)
         if len(chunks) > _MOST_BLOCKS:
             raise CheckpointError(f"{key}: it has {len(chunks)} blocks, too many for a checkpoint")
-        if sum(math.prod(one.shape) for one in chunks) != tensor.size or _overlap(chunks):
+        if sum(math.prod(one.shape) for one in chunks) != tensor.size or _has_overlap(chunks):
             raise CheckpointError(f"{key}: its blocks overlap or do not cover it")
         tensors[key] = Chunked(tensor, chunks)
     places = {str(key): tuple(place) for key, place in (found.planner_data or {}).items()}
     return Folder(path, tensors, places)
 
 
-def _overlap(chunks: list[_Chunk]) -> bool:
+def _has_overlap(chunks: list[_Chunk]) -> bool:
     """Return whether any two blocks share an element."""
     filled = [one for one in chunks if math.prod(one.shape)]
     if len(filled) < 2 or not filled[0].shape:

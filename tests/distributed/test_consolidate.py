@@ -105,11 +105,11 @@ def test_blocks_that_overlap_are_no_tensor() -> None:
         return dcp._Chunk(offset, shape, Path("x"), 0, 0)
 
     rows = [chunk((0, 0), (3, 4)), chunk((3, 0), (3, 4))]
-    assert not dcp._overlap(rows)
-    assert not dcp._overlap([chunk((0,), (0,)), chunk((0,), (4,))])
-    assert dcp._overlap([rows[0], chunk((2, 3), (1, 1))])
-    assert dcp._overlap([rows[0], rows[0]])
-    assert dcp._overlap([chunk((), ()), chunk((), ())])
+    assert not dcp._has_overlap(rows)
+    assert not dcp._has_overlap([chunk((0,), (0,)), chunk((0,), (4,))])
+    assert dcp._has_overlap([rows[0], chunk((2, 3), (1, 1))])
+    assert dcp._has_overlap([rows[0], rows[0]])
+    assert dcp._has_overlap([chunk((), ()), chunk((), ())])
 
 
 class _Evil:
