@@ -23,7 +23,7 @@ from fastema.errors import CheckpointError
 from fastema.layout.dtypes import NAME_OF, dtype
 from fastema.layout.flat import row_major
 
-__all__ = ["Chunked", "Folder", "average_in", "blocks_of", "opened", "state_in"]
+__all__ = ["ChunkedTensor", "Folder", "average_in", "blocks_of", "opened", "state_in"]
 
 _CODE_OF: Final = {name: code for code, name in NAME_OF.items()}
 
@@ -83,7 +83,7 @@ class _Chunk(NamedTuple):
     length: int
 
 
-class Chunked(NamedTuple):
+class ChunkedTensor(NamedTuple):
     """A tensor in a folder, and its blocks."""
 
     tensor: StoredTensor
@@ -94,7 +94,7 @@ class Folder(NamedTuple):
     """The contents of a folder."""
 
     path: Path
-    tensors: dict[str, Chunked]  # by key
+    tensors: dict[str, ChunkedTensor]  # by key
     places: dict[str, tuple[Any, ...]]  # key to its path in the saved state
 
 
@@ -126,7 +126,7 @@ def _parse_description(path: Path, found: Any) -> Folder:
         for index, info in found.storage_data.items()
         if getattr(index, "offset", None) is not None
     }
-    tensors: dict[str, Chunked] = {}
+    tensors: dict[str, ChunkedTensor] = {}
     for key, entry in found.state_dict_metadata.items():
         if not hasattr(entry, "chunks"):
             continue
@@ -152,7 +152,7 @@ def _parse_description(path: Path, found: Any) -> Folder:
             raise CheckpointError(f"{key}: it has {len(chunks)} blocks, too many for a checkpoint")
         if sum(math.prod(one.shape) for one in chunks) != tensor.size or _has_overlap(chunks):
             raise CheckpointError(f"{key}: its blocks overlap or do not cover it")
-        tensors[key] = Chunked(tensor, chunks)
+        tensors[key] = ChunkedTensor(tensor, chunks)
     places = {str(key): tuple(place) for key, place in (found.planner_data or {}).items()}
     return Folder(path, tensors, places)
 
@@ -217,7 +217,7 @@ def state_in(folder: Folder, key: str) -> dict[str, str]:
     return found
 
 
-def blocks_of(name: str, stored: Chunked) -> Iterator[Block]:
+def blocks_of(name: str, stored: ChunkedTensor) -> Iterator[Block]:
     """Yield the blocks of a tensor; each is read only when it is written."""
     for chunk in stored.chunks:
         if math.prod(chunk.shape):
@@ -319,7 +319,7 @@ class _Part(io.RawIOBase):
         return len(data)
 
 
-def stretches_of(name: str, stored: Chunked) -> Stretches:
+def stretches_of(name: str, stored: ChunkedTensor) -> Stretches:
     """Return where the bytes of a tensor lie in the files that hold its blocks."""
     chunks = [one for one in stored.chunks if math.prod(one.shape)]
     paths = list(dict.fromkeys(one.path for one in chunks))
