@@ -16,7 +16,7 @@ from fastema.rules.ema import InverseGamma
 from fastema.shadow.foreign import library_of
 from fastema.shadow.store import PARTS
 
-__all__ = ["Found", "Names", "candidates", "diffusers_options", "read"]
+__all__ = ["Names", "StoredContents", "candidates", "diffusers_options", "read"]
 
 Names = Literal["full", "without dots", "places"]
 """How tensors are named: as in the model, as in the model without dots, or by list position."""
@@ -24,7 +24,7 @@ Names = Literal["full", "without dots", "places"]
 _LONGEST_CONFIG: Final = 1 << 24
 
 
-class Found(NamedTuple):
+class StoredContents(NamedTuple):
     """The contents of a layout: mappings of names to tensors that are not read yet."""
 
     averages: Mapping[Any, Any]
@@ -51,7 +51,9 @@ _LITEMA: Final = "model_ema."
 """Prefix of the entries of Stable Diffusion's average."""
 
 
-def read(content: Content, whole: Checkpoint | None, index: int) -> tuple[str, Found | None]:
+def read(
+    content: Content, whole: Checkpoint | None, index: int
+) -> tuple[str, StoredContents | None]:
     """Return a file's library and average, or ``("model", None)`` if it holds no average."""
     if whole is not None:
         ours = _of_fastema(content, whole, index)
@@ -73,7 +75,7 @@ def read(content: Content, whole: Checkpoint | None, index: int) -> tuple[str, F
         if isinstance(inner, Mapping) and content.tensors(inner):
             beside = content.mapping.get("model", content.mapping.get("state_dict"))
             weights = beside if isinstance(beside, Mapping) else None
-            return "state dict", Found(inner, weights=weights)
+            return "state dict", StoredContents(inner, weights=weights)
     return "model", None
 
 
@@ -126,7 +128,9 @@ def _under(mapping: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
 # -- of fastema ------------------------------------------------------------------------------------
 
 
-def _of_fastema(content: Content, whole: Checkpoint, index: int) -> tuple[str, Found] | None:
+def _of_fastema(
+    content: Content, whole: Checkpoint, index: int
+) -> tuple[str, StoredContents] | None:
     metadata = whole.metadata
     if "state" in metadata:
         try:
@@ -141,7 +145,7 @@ def _of_fastema(content: Content, whole: Checkpoint, index: int) -> tuple[str, F
         return "fastema.posthoc", _of_snapshot(content, metadata)
     if PROVENANCE in metadata:
         notes = (f"average of finished checkpoints: {metadata[PROVENANCE]}",)
-        return "fastema.average", Found(content.mapping, notes=notes)
+        return "fastema.average", StoredContents(content.mapping, notes=notes)
     return None
 
 
@@ -156,7 +160,7 @@ def _sets(tensors: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _of_state(
     content: Content, plain: Mapping[str, Any], parts: Mapping[str, Any], index: int
-) -> Found:
+) -> StoredContents:
     several, schedule = list(parts.get("shadow") or ()), _parsed(content, plain)
     if len(several) != len(schedule.rules):
         raise CheckpointError(
@@ -172,7 +176,7 @@ def _of_state(
         notes.append("the windowed mean's latest weights are in 'ring'")
     options = {key: plain[key] for key in ("kind", "rounding", "seed") if key in plain}
     count = content.whole(plain.get("num_updates", 0), "num_updates")
-    return Found(several[index], "full", count, chosen, options, None, tuple(notes))
+    return StoredContents(several[index], "full", count, chosen, options, None, tuple(notes))
 
 
 def _parsed(content: Content, plain: Mapping[str, Any]) -> Schedule:
@@ -182,13 +186,13 @@ def _parsed(content: Content, plain: Mapping[str, Any]) -> Schedule:
         raise CheckpointError(f"{content.path}: its schedule is invalid: {error}") from None
 
 
-def _of_snapshot(content: Content, metadata: Mapping[str, str]) -> Found:
+def _of_snapshot(content: Content, metadata: Mapping[str, str]) -> StoredContents:
     try:
         step, start, every = (int(metadata[name]) for name in ("step", "start", "every"))
         schedule = Schedule(Power(float(metadata["gamma"])), every, start)
     except (ValueError, ArgumentError) as error:
         raise CheckpointError(f"{content.path} is not a snapshot: {error}") from None
-    return Found(content.mapping, "full", step, schedule, {"gamma": metadata["gamma"]})
+    return StoredContents(content.mapping, "full", step, schedule, {"gamma": metadata["gamma"]})
 
 
 # -- of others -------------------------------------------------------------------------------------
@@ -214,7 +218,7 @@ def _places(content: Content, found: Any, name: str) -> dict[str, Any]:
     return {str(i): one for i, one in enumerate(found)}
 
 
-def _of_torch_ema(content: Content, state: Mapping[Any, Any]) -> Found:
+def _of_torch_ema(content: Content, state: Mapping[Any, Any]) -> StoredContents:
     decay, updates = state["decay"], state["num_updates"]
     limit = float(content.number(decay, "decay"))
     count = None if updates is None else content.whole(updates, "num_updates")
@@ -223,7 +227,7 @@ def _of_torch_ema(content: Content, state: Mapping[Any, Any]) -> Found:
     options = {"decay": limit, "num_updates": count}
     collected = state.get("collected_params")
     weights = None if not collected else _places(content, collected, "collected_params")
-    return Found(averages, "places", count, schedule, options, weights)
+    return StoredContents(averages, "places", count, schedule, options, weights)
 
 
 _DIFFUSERS: Final = (
@@ -233,7 +237,9 @@ _DIFFUSERS: Final = (
 """Schedule options that diffusers saves."""
 
 
-def _of_diffusers(content: Content, state: Mapping[Any, Any], names: Names = "places") -> Found:
+def _of_diffusers(
+    content: Content, state: Mapping[Any, Any], names: Names = "places"
+) -> StoredContents:
     options = _only(state, *_DIFFUSERS)
     count = content.whole(state["optimization_step"], "optimization_step")
     numbers = {
@@ -252,7 +258,7 @@ def _of_diffusers(content: Content, state: Mapping[Any, Any], names: Names = "pl
     notes: tuple[str, ...] = ()
     if schedule is None:
         notes = ("its decay still grows as (1 + s) / (10 + s), one step behind fastema's warm-up",)
-    return Found(averages, names, count, schedule, options, None, notes)
+    return StoredContents(averages, names, count, schedule, options, None, notes)
 
 
 def diffusers_options(schedule: Schedule | None) -> dict[str, Any] | None:
@@ -281,46 +287,46 @@ def _diffusers_rule(numbers: Mapping[str, float], grows: bool, step: int) -> Rul
     raise ArgumentError("no rule has a decay one step behind that of a warm-up")
 
 
-def _of_lightning(content: Content, state: Mapping[Any, Any]) -> Found:
+def _of_lightning(content: Content, state: Mapping[Any, Any]) -> StoredContents:
     counters = state["averaging_state"]
     found = counters.get("n_averaged") if isinstance(counters, Mapping) else None
     count = None if found is None else content.whole(found, "n_averaged")
     options = {} if count is None else {"n_averaged": count}
     weights = state["current_model_state"]
-    return Found(state["state_dict"], "full", count, None, options, weights)
+    return StoredContents(state["state_dict"], "full", count, None, options, weights)
 
 
-def _of_ema_pytorch(content: Content, state: Mapping[Any, Any]) -> Found:
+def _of_ema_pytorch(content: Content, state: Mapping[Any, Any]) -> StoredContents:
     count = content.whole(state["step"], "step")
     options = {"initted": bool(content.number(state["initted"], "initted")), "step": count}
     weights = _under(state, "online_model.") or None
-    return Found(_under(state, "ema_model."), "full", count, None, options, weights)
+    return StoredContents(_under(state, "ema_model."), "full", count, None, options, weights)
 
 
-def _of_swa_utils(content: Content, state: Mapping[Any, Any]) -> Found:
+def _of_swa_utils(content: Content, state: Mapping[Any, Any]) -> StoredContents:
     count = content.whole(state["n_averaged"], "n_averaged")
     notes = ("its averaging function is not saved; a mean is assumed",)
     schedule = Schedule(CumulativeMean())
     averages = _under(state, _MODULE)
-    return Found(averages, "full", count, schedule, {"n_averaged": count}, None, notes)
+    return StoredContents(averages, "full", count, schedule, {"n_averaged": count}, None, notes)
 
 
-def _of_mmengine(content: Content, state: Mapping[Any, Any]) -> Found:
+def _of_mmengine(content: Content, state: Mapping[Any, Any]) -> StoredContents:
     count, inner = content.whole(state["steps"], "steps"), _under(state, _MODULE)
     model = inner.pop("", None)  # MMEngine saves the average and the model swapped
     if isinstance(model, Mapping):
-        return Found(model, "full", count, None, {"steps": count}, inner)
-    return Found(inner, "full", count, None, {"steps": count})
+        return StoredContents(model, "full", count, None, {"steps": count}, inner)
+    return StoredContents(inner, "full", count, None, {"steps": count})
 
 
-def _of_timm(content: Content, state: Mapping[Any, Any]) -> Found:
+def _of_timm(content: Content, state: Mapping[Any, Any]) -> StoredContents:
     if "state_dict_ema" in state:
-        return Found(state["state_dict_ema"], weights=state.get("state_dict"))
+        return StoredContents(state["state_dict_ema"], weights=state.get("state_dict"))
     notes = ("timm's ModelEmaV3, or any model in a wrapper: their states look alike",)
-    return Found(_under(state, _MODULE), notes=notes)
+    return StoredContents(_under(state, _MODULE), notes=notes)
 
 
-def _of_nemo(content: Content, state: Mapping[Any, Any]) -> Found:
+def _of_nemo(content: Content, state: Mapping[Any, Any]) -> StoredContents:
     count = content.whole(state["current_step"], "current_step")
     every = content.whole(state["every_n_steps"], "every_n_steps")
     options: dict[str, int | float] = {"current_step": count, "every_n_steps": every}
@@ -329,15 +335,15 @@ def _of_nemo(content: Content, state: Mapping[Any, Any]) -> Found:
         decay = options["decay"] = content.number(state["decay"], "decay")
         schedule = _scheduled(lambda: Aligned(decay ** (1.0 / every), phase=1), every)
     averages = _places(content, state["ema"], "ema")
-    return Found(averages, "places", count, schedule, options)
+    return StoredContents(averages, "places", count, schedule, options)
 
 
-def _of_ultralytics(content: Content, state: Mapping[Any, Any]) -> Found:
+def _of_ultralytics(content: Content, state: Mapping[Any, Any]) -> StoredContents:
     count = content.whole(state["updates"], "updates")
-    return Found(state["ema"], "full", count, None, {"updates": count}, state.get("model"))
+    return StoredContents(state["ema"], "full", count, None, {"updates": count}, state.get("model"))
 
 
-def _of_composer(content: Content, state: Mapping[Any, Any]) -> Found:
+def _of_composer(content: Content, state: Mapping[Any, Any]) -> StoredContents:
     averages, whole = state["ema_model"], state.get("state", {})
     if not isinstance(averages, Mapping):
         raise CheckpointError(f"{content.path}: it was saved before its average began")
@@ -352,24 +358,24 @@ def _of_composer(content: Content, state: Mapping[Any, Any]) -> Found:
     stamp = whole.get("timestamp")
     inner = stamp.get("Timestamp", {}) if isinstance(stamp, Mapping) else {}
     count = content.whole(inner["batch"], "batch") if "batch" in inner else None
-    return Found(averages, "full", count, None, {}, weights)
+    return StoredContents(averages, "full", count, None, {}, weights)
 
 
-def _of_d2go(content: Content, state: Mapping[Any, Any]) -> Found:
-    return Found(state["ema_state"], weights=state.get("model"))
+def _of_d2go(content: Content, state: Mapping[Any, Any]) -> StoredContents:
+    return StoredContents(state["ema_state"], weights=state.get("model"))
 
 
-def _of_litema(content: Content, state: Mapping[Any, Any]) -> Found:
+def _of_litema(content: Content, state: Mapping[Any, Any]) -> StoredContents:
     limit = float(content.number(state["decay"], "decay"))
     updates = content.number(state["num_updates"], "num_updates")
     schedule = _scheduled(lambda: Constant(limit) if updates < 0 else Warmup(limit))
     averages = {k: v for k, v in state.items() if k not in ("decay", "num_updates", "")}
     count = None if updates < 0 else int(updates)
     options = {"decay": limit, "num_updates": int(updates)}
-    return Found(averages, "without dots", count, schedule, options, state.get(""))
+    return StoredContents(averages, "without dots", count, schedule, options, state.get(""))
 
 
-_READERS: Final[dict[str, Callable[[Content, Mapping[Any, Any]], Found]]] = {
+_READERS: Final[dict[str, Callable[[Content, Mapping[Any, Any]], StoredContents]]] = {
     "composer": _of_composer,
     "d2go": _of_d2go,
     "diffusers": _of_diffusers,
