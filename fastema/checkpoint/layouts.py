@@ -161,7 +161,7 @@ def _sets(tensors: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _of_state(
     content: Content, plain: Mapping[str, Any], parts: Mapping[str, Any], index: int
 ) -> StoredContents:
-    several, schedule = list(parts.get("shadow") or ()), _parsed(content, plain)
+    several, schedule = list(parts.get("shadow") or ()), _parse_schedule(content, plain)
     if len(several) != len(schedule.rules):
         raise CheckpointError(
             f"{content.path} holds {len(several)} averages, and {len(schedule.rules)} schedules"
@@ -179,7 +179,7 @@ def _of_state(
     return StoredContents(several[index], "full", count, chosen, options, None, tuple(notes))
 
 
-def _parsed(content: Content, plain: Mapping[str, Any]) -> Schedule:
+def _parse_schedule(content: Content, plain: Mapping[str, Any]) -> Schedule:
     try:
         return Schedule.from_dict(plain["schedule"])
     except (KeyError, TypeError, ValueError) as error:
