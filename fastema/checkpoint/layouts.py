@@ -198,7 +198,7 @@ def _of_snapshot(content: Content, metadata: Mapping[str, str]) -> StoredContent
 # -- of others -------------------------------------------------------------------------------------
 
 
-def _scheduled(rule: Callable[[], Rule], every: int = 1, start: int = 0) -> Schedule | None:
+def _build_schedule(rule: Callable[[], Rule], every: int = 1, start: int = 0) -> Schedule | None:
     """Return a schedule, or None if a saved number is out of range."""
     try:
         return Schedule(rule(), every, start)
@@ -222,7 +222,7 @@ def _of_torch_ema(content: Content, state: Mapping[Any, Any]) -> StoredContents:
     decay, updates = state["decay"], state["num_updates"]
     limit = float(content.number(decay, "decay"))
     count = None if updates is None else content.whole(updates, "num_updates")
-    schedule = _scheduled(lambda: Constant(limit) if count is None else Warmup(limit))
+    schedule = _build_schedule(lambda: Constant(limit) if count is None else Warmup(limit))
     averages = _places(content, state["shadow_params"], "shadow_params")
     options = {"decay": limit, "num_updates": count}
     collected = state.get("collected_params")
@@ -253,7 +253,7 @@ def _of_diffusers(
     }
     start = content.whole(options.get("update_after_step", 0), "update_after_step")
     grows = bool(options.get("use_ema_warmup"))
-    schedule = _scheduled(lambda: _diffusers_rule(numbers, grows, count - start), 1, start)
+    schedule = _build_schedule(lambda: _diffusers_rule(numbers, grows, count - start), 1, start)
     averages = _places(content, state["shadow_params"], "shadow_params")
     notes: tuple[str, ...] = ()
     if schedule is None:
@@ -333,7 +333,7 @@ def _of_nemo(content: Content, state: Mapping[Any, Any]) -> StoredContents:
     schedule = None
     if "decay" in state:
         decay = options["decay"] = content.number(state["decay"], "decay")
-        schedule = _scheduled(lambda: Aligned(decay ** (1.0 / every), phase=1), every)
+        schedule = _build_schedule(lambda: Aligned(decay ** (1.0 / every), phase=1), every)
     averages = _places(content, state["ema"], "ema")
     return StoredContents(averages, "places", count, schedule, options)
 
@@ -368,7 +368,7 @@ def _of_d2go(content: Content, state: Mapping[Any, Any]) -> StoredContents:
 def _of_litema(content: Content, state: Mapping[Any, Any]) -> StoredContents:
     limit = float(content.number(state["decay"], "decay"))
     updates = content.number(state["num_updates"], "num_updates")
-    schedule = _scheduled(lambda: Constant(limit) if updates < 0 else Warmup(limit))
+    schedule = _build_schedule(lambda: Constant(limit) if updates < 0 else Warmup(limit))
     averages = {k: v for k, v in state.items() if k not in ("decay", "num_updates", "")}
     count = None if updates < 0 else int(updates)
     options = {"decay": limit, "num_updates": int(updates)}
