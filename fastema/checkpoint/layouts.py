@@ -206,7 +206,7 @@ def _build_schedule(rule: Callable[[], Rule], every: int = 1, start: int = 0) ->
         return None
 
 
-def _places(content: Content, found: Any, name: str) -> dict[str, Any]:
+def _index_tensors(content: Content, found: Any, name: str) -> dict[str, Any]:
     """Return the tensors of a list by position, as strings.
 
     A mapping is returned unchanged: a safetensors file already names its tensors by position.
@@ -223,10 +223,10 @@ def _of_torch_ema(content: Content, state: Mapping[Any, Any]) -> StoredContents:
     limit = float(content.number(decay, "decay"))
     count = None if updates is None else content.whole(updates, "num_updates")
     schedule = _build_schedule(lambda: Constant(limit) if count is None else Warmup(limit))
-    averages = _places(content, state["shadow_params"], "shadow_params")
+    averages = _index_tensors(content, state["shadow_params"], "shadow_params")
     options = {"decay": limit, "num_updates": count}
     collected = state.get("collected_params")
-    weights = None if not collected else _places(content, collected, "collected_params")
+    weights = None if not collected else _index_tensors(content, collected, "collected_params")
     return StoredContents(averages, "places", count, schedule, options, weights)
 
 
@@ -254,7 +254,7 @@ def _of_diffusers(
     start = content.whole(options.get("update_after_step", 0), "update_after_step")
     grows = bool(options.get("use_ema_warmup"))
     schedule = _build_schedule(lambda: _diffusers_rule(numbers, grows, count - start), 1, start)
-    averages = _places(content, state["shadow_params"], "shadow_params")
+    averages = _index_tensors(content, state["shadow_params"], "shadow_params")
     notes: tuple[str, ...] = ()
     if schedule is None:
         notes = ("its decay still grows as (1 + s) / (10 + s), one step behind fastema's warm-up",)
@@ -334,7 +334,7 @@ def _of_nemo(content: Content, state: Mapping[Any, Any]) -> StoredContents:
     if "decay" in state:
         decay = options["decay"] = content.number(state["decay"], "decay")
         schedule = _build_schedule(lambda: Aligned(decay ** (1.0 / every), phase=1), every)
-    averages = _places(content, state["ema"], "ema")
+    averages = _index_tensors(content, state["ema"], "ema")
     return StoredContents(averages, "places", count, schedule, options)
 
 
