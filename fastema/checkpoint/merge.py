@@ -211,7 +211,7 @@ def merge(
         reads = [stack.enter_context(one.opened()) for one in made.checkpoints]
         _refuse_unequal(made, reads, advance)
         targets = [
-            stack.enter_context(_target(made, out, _sources(made, weights)))
+            stack.enter_context(_open_output(made, out, _sources(made, weights)))
             for out, weights in outputs.items()
         ]
 
@@ -228,7 +228,7 @@ def copy(found: Checkpoint, out: Path, sources: str) -> None:
     """Stream a checkpoint's tensors unchanged to safetensors."""
     made = Merge([found], equal=set(found.tensors))
     _refuse_output(out, made)
-    with found.opened() as read, _target(made, out, sources) as write:
+    with found.opened() as read, _open_output(made, out, sources) as write:
         _copy(made, read, [write], lambda n: None)
 
 
@@ -341,7 +341,7 @@ def _metadata(made: Merge, sources: str) -> dict[str, str]:
 
 
 @contextmanager
-def _target(
+def _open_output(
     made: Merge, out: Path, sources: str
 ) -> Iterator[Callable[[str, int, memoryview], None]]:
     """Yield a function that writes parts of tensors; keep the result only if the block succeeds."""
