@@ -12,7 +12,7 @@ import numpy as np
 from fastema.bridges.names import plain_names
 from fastema.checkpoint import torch_file
 from fastema.checkpoint.files import StoredTensor
-from fastema.checkpoint.pickles import Rebuilt
+from fastema.checkpoint.pickles import PickledTensor
 from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
 from fastema.checkpoint.stretches import Stretches
 from fastema.errors import CheckpointError
@@ -45,7 +45,7 @@ class Content(NamedTuple):
 
     def tensors(self, part: Any) -> dict[str, Any]:
         """Return the tensors of a part of the file by dotted key."""
-        return torch_file.tensors_in(part, Leaf if self.state is None else Rebuilt)
+        return torch_file.tensors_in(part, Leaf if self.state is None else PickledTensor)
 
     def checkpoint(self, tensors: Mapping[str, Leaf]) -> Checkpoint:
         """Return a checkpoint that holds these tensors of the file under these names."""
@@ -60,7 +60,7 @@ class Content(NamedTuple):
 
     def number(self, found: Any, name: str) -> int | float:
         """Return a number that is stored as a plain value or as a tensor of one element."""
-        if isinstance(found, Rebuilt | Leaf):
+        if isinstance(found, PickledTensor | Leaf):
             leaf = self.find(name, found)
             kind = _NUMBERS.get(leaf.stored.kind.code)
             if leaf.stored.size == 1 and kind is not None:

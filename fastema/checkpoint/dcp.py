@@ -271,7 +271,7 @@ class _Reader:
             raise CheckpointError(f"{self._name}: its description is compressed, or too long")
         with archive.open(described) as file:
             found = pickles.load(file.read(_LONGEST_OF_TENSOR), pickles.TENSORS)
-        if not isinstance(found, pickles.Rebuilt):
+        if not isinstance(found, pickles.PickledTensor):
             raise CheckpointError(f"{self._name}: the file holds no plain tensor")
         code = self._tensor.kind.code
         if found.code != code or found.size != self._chunk.shape:

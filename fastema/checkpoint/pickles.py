@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 from fastema.layout.dtypes import NAME_OF
 from fastema.layout.flat import row_major
 
-__all__ = ["STORAGES", "TENSORS", "Rebuilt", "is_row_major", "load"]
+__all__ = ["STORAGES", "TENSORS", "PickledTensor", "is_row_major", "load"]
 
 STORAGES: Final = {
     "DoubleStorage": "f64",
@@ -89,7 +89,7 @@ class _Unpickler(pickle.Unpickler):
         return pid
 
 
-class Rebuilt(NamedTuple):
+class PickledTensor(NamedTuple):
     """A tensor in a pickle: its storage, position and strides there, and dtype code."""
 
     storage: tuple[Any, ...]
@@ -104,7 +104,7 @@ class Rebuilt(NamedTuple):
         return str(self.storage[2])
 
 
-def is_row_major(found: Rebuilt) -> bool:
+def is_row_major(found: PickledTensor) -> bool:
     """Return whether a tensor is row-major contiguous; ignore strides of axes of length 1."""
     expected = row_major(found.size)
     return 0 in found.size or all(
@@ -128,7 +128,7 @@ def _rebuilt_as(
     hooks: Any,
     code: Any,
     metadata: Any = None,
-) -> Rebuilt:
+) -> PickledTensor:
     if metadata:
         raise pickle.UnpicklingError(
             f"a tensor is a lazy conjugate or negative: {metadata!r}; save a .clone()"
@@ -140,14 +140,14 @@ def _rebuilt_as(
     if len(extents) != len(steps):
         raise pickle.UnpicklingError("a tensor does not have one stride per axis")
     of_storage = STORAGES.get(kind[1], "")
-    return Rebuilt(kind, _whole(offset), extents, steps, of_storage or str(code))
+    return PickledTensor(kind, _whole(offset), extents, steps, of_storage or str(code))
 
 
 def _parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
-def _rebuilt(*args: Any) -> Rebuilt:
+def _rebuilt(*args: Any) -> PickledTensor:
     """Rebuild a tensor whose dtype is that of its storage; the seventh argument is metadata."""
     return _rebuilt_as(*(*args[:6], None, *args[6:]))
 

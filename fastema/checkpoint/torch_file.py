@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from fastema.checkpoint import pickles
 from fastema.checkpoint.files import StoredTensor
-from fastema.checkpoint.pickles import Rebuilt
+from fastema.checkpoint.pickles import PickledTensor
 from fastema.errors import CheckpointError
 from fastema.layout.dtypes import DTYPES, dtype
 
@@ -30,7 +30,7 @@ _DEEPEST: Final = 64
 
 
 class State(NamedTuple):
-    """A file's contents, with a :class:`Rebuilt` for each tensor, and its storages."""
+    """A file's contents, with a :class:`PickledTensor` for each tensor, and its storages."""
 
     content: Any
     storages: dict[str, tuple[int, int]]  # name to first byte in the file and length
@@ -116,7 +116,7 @@ def part_of(content: Any, key: str, path: Path) -> Any:
     return content
 
 
-def tensors_in(content: Any, kind: type = Rebuilt) -> dict[str, Any]:
+def tensors_in(content: Any, kind: type = PickledTensor) -> dict[str, Any]:
     """Return the tensors in nested mappings and lists by dotted key."""
     found: dict[str, Any] = {}
     for name, one in _walk(content, kind, "", 0, iter(range(_MOST_ENTRIES))):
@@ -147,7 +147,9 @@ def _walk(
             yield from _walk(value, kind, f"{prefix}{key}.", depth + 1, left)
 
 
-def place_of(path: Path, name: str, tensor: Rebuilt, state: State) -> tuple[StoredTensor, int]:
+def place_of(
+    path: Path, name: str, tensor: PickledTensor, state: State
+) -> tuple[StoredTensor, int]:
     """Return a tensor's dtype and shape, and its offset in the file."""
     if tensor.code not in DTYPES:
         raise CheckpointError(f"{path}: {name} has an unknown dtype: {tensor.code}")
