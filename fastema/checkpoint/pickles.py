@@ -147,7 +147,7 @@ def _parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
-def _rebuilt(*args: Any) -> PickledTensor:
+def _rebuild_v2(*args: Any) -> PickledTensor:
     """Rebuild a tensor whose dtype is that of its storage; the seventh argument is metadata."""
     return _rebuilt_as(*(*args[:6], None, *args[6:]))
 
@@ -175,7 +175,7 @@ def _size(extents: Any) -> tuple[int, ...]:
 
 
 TENSORS: Final[dict[tuple[str, str], Any]] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuilt),
+    ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_v2),
     ("torch._utils", "_rebuild_tensor_v3"): _Function(_rebuilt_as),
     ("torch._utils", "_rebuild_parameter"): _Function(_parameter),
     ("torch", "Size"): _Function(_size),
