@@ -119,7 +119,7 @@ def _whole(found: Any) -> int:
     return found
 
 
-def _rebuilt_as(
+def _rebuild_v3(
     storage: Any,
     offset: Any,
     size: Any,
@@ -149,7 +149,7 @@ def _parameter(tensor: Any, *_: Any) -> Any:
 
 def _rebuild_v2(*args: Any) -> PickledTensor:
     """Rebuild a tensor whose dtype is that of its storage; the seventh argument is metadata."""
-    return _rebuilt_as(*(*args[:6], None, *args[6:]))
+    return _rebuild_v3(*(*args[:6], None, *args[6:]))
 
 
 class _Function:
@@ -176,7 +176,7 @@ def _size(extents: Any) -> tuple[int, ...]:
 
 TENSORS: Final[dict[tuple[str, str], Any]] = {
     ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_v2),
-    ("torch._utils", "_rebuild_tensor_v3"): _Function(_rebuilt_as),
+    ("torch._utils", "_rebuild_tensor_v3"): _Function(_rebuild_v3),
     ("torch._utils", "_rebuild_parameter"): _Function(_parameter),
     ("torch", "Size"): _Function(_size),
     **{("torch", name): code for code, name in NAME_OF.items()},
