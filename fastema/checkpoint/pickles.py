@@ -113,7 +113,7 @@ def is_row_major(found: PickledTensor) -> bool:
     )
 
 
-def _whole(found: Any) -> int:
+def _check_extent(found: Any) -> int:
     if type(found) is not int or not 0 <= found < 2**62:
         raise pickle.UnpicklingError(f"{found!r} is not a valid extent, offset or stride")
     return found
@@ -136,11 +136,11 @@ def _rebuild_v3(
     kind = tuple(storage)
     if len(kind) != 5 or not isinstance(kind[1], str):
         raise pickle.UnpicklingError("a tensor has no storage")
-    extents, steps = tuple(map(_whole, size)), tuple(map(_whole, strides))
+    extents, steps = tuple(map(_check_extent, size)), tuple(map(_check_extent, strides))
     if len(extents) != len(steps):
         raise pickle.UnpicklingError("a tensor does not have one stride per axis")
     of_storage = STORAGES.get(kind[1], "")
-    return PickledTensor(kind, _whole(offset), extents, steps, of_storage or str(code))
+    return PickledTensor(kind, _check_extent(offset), extents, steps, of_storage or str(code))
 
 
 def _parameter(tensor: Any, *_: Any) -> Any:
@@ -171,7 +171,7 @@ class _Function:
 def _size(extents: Any) -> tuple[int, ...]:
     if not isinstance(extents, list | tuple) or len(extents) > _MOST_AXES:
         raise pickle.UnpicklingError("a tensor has an invalid shape")
-    return tuple(map(_whole, extents))
+    return tuple(map(_check_extent, extents))
 
 
 TENSORS: Final[dict[tuple[str, str], Any]] = {
