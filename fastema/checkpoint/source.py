@@ -274,7 +274,7 @@ def _open_torch(paths: list[Path], path: Path, key: str | None) -> Checkpoint:
     step: int | None = None
     for part in paths:
         state = torch_file.read(part)
-        chosen, prefix = _chosen(state, key, part)
+        chosen, prefix = _select_part(state, key, part)
         step = _step_of(state) if step is None else step
         owners: dict[Any, str] = {}
         for name, one in torch_file.tensors_in(chosen).items():
@@ -316,7 +316,7 @@ def _open_dcp(path: Path, key: str | None) -> Checkpoint:
     return Checkpoint(path, "torch.distributed", tensors, lie, layout, every, {}, {}, step)
 
 
-def _chosen(state: torch_file.State, key: str | None, path: Path) -> tuple[Any, str]:
+def _select_part(state: torch_file.State, key: str | None, path: Path) -> tuple[Any, str]:
     """Return the part of a file that holds the weights, and its key with a trailing dot."""
     if key is not None:
         return torch_file.part_of(state.content, key, path), f"{key}."
