@@ -80,11 +80,11 @@ class Checkpoint:
 
     def opened(self) -> AbstractContextManager[Read]:
         """Open the files; the context manager yields a function that any thread may read with."""
-        return _opened(self)
+        return _open_readers(self)
 
 
 @contextmanager
-def _opened(checkpoint: Checkpoint) -> Iterator[Read]:
+def _open_readers(checkpoint: Checkpoint) -> Iterator[Read]:
     paths = dict.fromkeys(path for place in checkpoint.places.values() for path in place.paths)
     with ExitStack() as stack:
         few = len(paths) <= _MOST_OPEN
