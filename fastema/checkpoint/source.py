@@ -126,7 +126,7 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     No code in a checkpoint is run. Only its headers and descriptions are read.
     """
     found = Path(path)
-    with _reading(found):
+    with _wrap_read_errors(found):
         mode = found.stat().st_mode
         if stat.S_ISDIR(mode):
             made = _open_folder(found, key)
@@ -140,7 +140,7 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _wrap_read_errors(path: Path) -> Iterator[None]:
     """Turn an OSError or ValueError in the block into a CheckpointError that names the path."""
     try:
         yield
@@ -154,7 +154,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 def is_torch_file(path: Path) -> bool:
     """Return whether a path is a regular file that begins like one of ``torch.save``."""
-    with _reading(path):
+    with _wrap_read_errors(path):
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
             return False
         with path.open("rb") as file:
