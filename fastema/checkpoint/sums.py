@@ -198,11 +198,13 @@ def _batches(
         kinds = tuple(one[name].kind for one in tensors)
         groups.setdefault((kinds, to), []).append(name)
     for (kinds, to), names in groups.items():
-        for pieces in _filled(names, tensors[0]):
+        for pieces in _fill_batches(names, tensors[0]):
             yield _Batch(kinds, to, pieces)
 
 
-def _filled(names: Iterable[str], tensors: Mapping[str, StoredTensor]) -> Iterator[list[_Piece]]:
+def _fill_batches(
+    names: Iterable[str], tensors: Mapping[str, StoredTensor]
+) -> Iterator[list[_Piece]]:
     batch: list[_Piece] = []
     at = 0
     for name in names:
