@@ -33,7 +33,7 @@ class Content(NamedTuple):
 
     path: Path
     mapping: Mapping[Any, Any]
-    state: torch_file.State | None = None  # set for a file of torch.save
+    state: torch_file.TorchFile | None = None  # set for a file of torch.save
 
     def find(self, name: str, one: Any) -> Leaf:
         """Locate a tensor; raise a CheckpointError if its dtype or memory layout is unsupported."""

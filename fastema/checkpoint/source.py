@@ -316,7 +316,7 @@ def _open_dcp(path: Path, key: str | None) -> Checkpoint:
     return Checkpoint(path, "torch.distributed", tensors, lie, layout, every, {}, {}, step)
 
 
-def _select_part(state: torch_file.State, key: str | None, path: Path) -> tuple[Any, str]:
+def _select_part(state: torch_file.TorchFile, key: str | None, path: Path) -> tuple[Any, str]:
     """Return the part of a file that holds the weights, and its key with a trailing dot."""
     if key is not None:
         return torch_file.part_of(state.content, key, path), f"{key}."
@@ -329,7 +329,7 @@ def _select_part(state: torch_file.State, key: str | None, path: Path) -> tuple[
 
 def _step_of(values: Any) -> int | None:
     """Return the step in a checkpoint's metadata or top-level entries, or None."""
-    plain = values.content if isinstance(values, torch_file.State) else values
+    plain = values.content if isinstance(values, torch_file.TorchFile) else values
     for name in _COUNTERS if isinstance(plain, dict) else ():
         value = plain.get(name)
         if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19:

@@ -14,7 +14,7 @@ from fastema.checkpoint.pickles import PickledTensor
 from fastema.errors import CheckpointError
 from fastema.layout.dtypes import DTYPES, dtype
 
-__all__ = ["State", "check", "data_of", "part_of", "place_of", "read", "tensors_in"]
+__all__ = ["TorchFile", "check", "data_of", "part_of", "place_of", "read", "tensors_in"]
 
 _LONGEST: Final = 1 << 28
 """Size limit of a description, in bytes."""
@@ -29,14 +29,14 @@ _DEEPEST: Final = 64
 """Limit on the nesting of mappings and lists."""
 
 
-class State(NamedTuple):
+class TorchFile(NamedTuple):
     """A file's contents, with a :class:`PickledTensor` for each tensor, and its storages."""
 
     content: Any
     storages: dict[str, tuple[int, int]]  # name to first byte in the file and length
 
 
-def read(path: Path) -> State:
+def read(path: Path) -> TorchFile:
     """Read a file's contents but no tensor data; raise a CheckpointError if damaged or unsafe."""
     with _archive(path) as (file, archive):
         size = path.stat().st_size
@@ -58,7 +58,7 @@ def read(path: Path) -> State:
                 if begin + one.file_size > size:
                     raise CheckpointError(f"{path} was cut short")
                 storages[name.removeprefix("data/")] = begin, one.file_size
-    return State(content, storages)
+    return TorchFile(content, storages)
 
 
 def check(path: Path) -> None:
@@ -148,7 +148,7 @@ def _walk(
 
 
 def place_of(
-    path: Path, name: str, tensor: PickledTensor, state: State
+    path: Path, name: str, tensor: PickledTensor, state: TorchFile
 ) -> tuple[StoredTensor, int]:
     """Return a tensor's dtype and shape, and its offset in the file."""
     if tensor.code not in DTYPES:
