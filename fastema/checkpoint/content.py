@@ -40,7 +40,7 @@ class Content(NamedTuple):
         if isinstance(one, Leaf):
             return one
         assert self.state is not None
-        stored, offset = torch_file.place_of(self.path, name, one, self.state)
+        stored, offset = torch_file.locate_tensor(self.path, name, one, self.state)
         return Leaf(stored, Stretches.whole(self.path, offset))
 
     def tensors(self, part: Any) -> dict[str, Any]:

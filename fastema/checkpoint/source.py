@@ -278,7 +278,7 @@ def _open_torch(paths: list[Path], path: Path, key: str | None) -> Checkpoint:
         step = _step_of(state) if step is None else step
         owners: dict[Any, str] = {}
         for name, one in torch_file.tensors_in(chosen).items():
-            stored, offset = torch_file.place_of(part, f"{prefix}{name}", one, state)
+            stored, offset = torch_file.locate_tensor(part, f"{prefix}{name}", one, state)
             if name in tensors:
                 raise CheckpointError(f"{part}: {name!r} is in another file too")
             owner = owners.setdefault((offset, stored.kind, stored.shape), name)

@@ -14,7 +14,7 @@ from fastema.checkpoint.pickles import PickledTensor
 from fastema.errors import CheckpointError
 from fastema.layout.dtypes import DTYPES, dtype
 
-__all__ = ["TorchFile", "check", "data_of", "part_of", "place_of", "read", "tensors_in"]
+__all__ = ["TorchFile", "check", "data_of", "locate_tensor", "part_of", "read", "tensors_in"]
 
 _LONGEST: Final = 1 << 28
 """Size limit of a description, in bytes."""
@@ -147,7 +147,7 @@ def _walk(
             yield from _walk(value, kind, f"{prefix}{key}.", depth + 1, left)
 
 
-def place_of(
+def locate_tensor(
     path: Path, name: str, tensor: PickledTensor, state: TorchFile
 ) -> tuple[StoredTensor, int]:
     """Return a tensor's dtype and shape, and its offset in the file."""
