@@ -22,12 +22,12 @@ from fastema.shadow.state import SavedOrMine
 __all__ = [
     "averages_of",
     "averages_or_copies",
-    "by_plain_name",
     "describe_unfit",
     "load_modules",
     "load_stored",
     "mapping_in",
     "mismatches",
+    "strip_wrapper_prefixes",
     "take_over",
     "tensors_of",
     "whole_in",
@@ -47,7 +47,7 @@ def tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return found
 
 
-def by_plain_name(named: Mapping[str, Value]) -> dict[str, Value]:
+def strip_wrapper_prefixes(named: Mapping[str, Value]) -> dict[str, Value]:
     """Return a mapping with wrapper prefixes removed from its names."""
     return dict(zip(plain_names(list(named)), named.values(), strict=True))
 
@@ -143,7 +143,7 @@ def averages_or_copies(
     averages: Mapping[str, Tensor], named: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the averages of these tensors, or copies of the tensors that have no average."""
-    found = by_plain_name(named)
+    found = strip_wrapper_prefixes(named)
     return {name: averages.get(name, one.detach().clone()) for name, one in found.items()}
 
 
@@ -159,7 +159,7 @@ def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = N
     own = _single_average(state)
     count = state["num_updates"] if num_updates is None else num_updates
     count = checked_whole(count, "num_updates", 0)
-    found = by_plain_name(averages)
+    found = strip_wrapper_prefixes(averages)
     aliases = ema.aliases
     for name, kept in aliases.items():
         if name in found:

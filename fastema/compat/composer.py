@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fastema.checkpoint.transfer import (
     averages_of,
     averages_or_copies,
-    by_plain_name,
     mapping_in,
+    strip_wrapper_prefixes,
     take_over,
     whole_in,
 )
@@ -61,7 +61,7 @@ _call_states: weakref.WeakKeyDictionary[Any, _CallState] = weakref.WeakKeyDictio
 
 def _tied(model: nn.Module, averages: Mapping[str, Tensor]) -> dict[str, str]:
     """Return further names of averaged parameters, each with the name that has the average."""
-    named = by_plain_name(dict(model.named_parameters(remove_duplicate=False)))
+    named = strip_wrapper_prefixes(dict(model.named_parameters(remove_duplicate=False)))
     held = {id(one): name for name, one in named.items() if name in averages}
     return {
         name: held[id(one)]
@@ -83,7 +83,7 @@ def _averages(ema_model: Any) -> dict[str, Tensor]:
             f"ema_model is a {type(ema_model).__name__}: expected a torch.nn.Module, or an object "
             f"with the dicts {' and '.join(_PARTS)}"
         )
-    return by_plain_name(named)
+    return strip_wrapper_prefixes(named)
 
 
 def compute_ema(model: nn.Module, ema_model: Any, smoothing: float = 0.99) -> None:
@@ -237,8 +237,10 @@ def _read(checkpoint: Any) -> tuple[dict[str, Any], int | None]:
                 "the state holds the weights, not the average (ema_weights_active): the average is "
                 "in the model's state; pass the whole checkpoint of the Trainer"
             )
-        weights = by_plain_name(mapping_in(model, "'model' of the checkpoint"))
-        averages = {name: weights[name] for name in by_plain_name(averages) if name in weights}
+        weights = strip_wrapper_prefixes(mapping_in(model, "'model' of the checkpoint"))
+        averages = {
+            name: weights[name] for name in strip_wrapper_prefixes(averages) if name in weights
+        }
     return averages, batches
 
 
@@ -281,7 +283,7 @@ def export(ema: EMA, model: nn.Module) -> dict[str, Any]:
     """
     averages = averages_of(ema)
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
-    names = list(by_plain_name(trained))
+    names = list(strip_wrapper_prefixes(trained))
     missing = [name for name in names if name not in averages]
     if missing:
         raise CheckpointError(f"these parameters are not averaged: {', '.join(missing)}")

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fastema.checkpoint.transfer import by_plain_name, describe_unfit, mapping_in
+from fastema.checkpoint.transfer import describe_unfit, mapping_in, strip_wrapper_prefixes
 from fastema.compat.averager import ModelAverager
 from fastema.compat.lists import StoredWeights
 from fastema.compat.mirrored import Mirrored
@@ -49,7 +49,7 @@ def _dotless(names: Iterable[str]) -> dict[str, str]:
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return parameters by their names without wrappers' prefixes; tied ones by all their names."""
-    return by_plain_name(dict(model.named_parameters(remove_duplicate=False)))
+    return strip_wrapper_prefixes(dict(model.named_parameters(remove_duplicate=False)))
 
 
 class LitEma(nn.Module):

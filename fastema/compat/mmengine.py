@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from fastema.checkpoint.transfer import by_plain_name, load_modules, mapping_in, mismatches
+from fastema.checkpoint.transfer import load_modules, mapping_in, mismatches, strip_wrapper_prefixes
 from fastema.compat.averager import ModelAverager
 from fastema.compat.lists import first_places
 from fastema.compat.mirrored import Mirrored
@@ -165,7 +165,9 @@ class BaseAveragedModel(nn.Module):
             found = model.state_dict()
         else:
             found = dict(model.named_parameters(remove_duplicate=False))
-        return by_plain_name({k: one for k, one in found.items() if isinstance(one, Tensor)})
+        return strip_wrapper_prefixes(
+            {k: one for k, one in found.items() if isinstance(one, Tensor)}
+        )
 
 
 class _Lerped(BaseAveragedModel):

@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from fastema.checkpoint.transfer import (
     averages_of,
-    by_plain_name,
     describe_unfit,
     mapping_in,
+    strip_wrapper_prefixes,
     take_over,
     whole_in,
 )
@@ -52,7 +52,7 @@ def rule(decay: float = 0.9999, every_n_steps: int = 1) -> Aligned:
 
 def _ordered(model: nn.Module, optimizer: Optimizer | None) -> list[tuple[str | None, Tensor]]:
     """Return parameters in the optimizer's order, with their names in the model."""
-    named = by_plain_name(dict(model.named_parameters()))
+    named = strip_wrapper_prefixes(dict(model.named_parameters()))
     names = {id(one): name for name, one in named.items()}
     if optimizer is None:
         return list(named.items())
