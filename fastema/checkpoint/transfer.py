@@ -22,10 +22,10 @@ from fastema.shadow.state import SavedOrMine
 __all__ = [
     "averages_of",
     "averages_or_copies",
+    "check_mapping",
     "describe_unfit",
     "load_modules",
     "load_stored",
-    "mapping_in",
     "mismatches",
     "strip_wrapper_prefixes",
     "take_over",
@@ -52,7 +52,7 @@ def strip_wrapper_prefixes(named: Mapping[str, Value]) -> dict[str, Value]:
     return dict(zip(plain_names(list(named)), named.values(), strict=True))
 
 
-def mapping_in(found: Any, what: str) -> Mapping[str, Any]:
+def check_mapping(found: Any, what: str) -> Mapping[str, Any]:
     """Return a part of a checkpoint, which must map names; raise a CheckpointError otherwise."""
     if not isinstance(found, Mapping):
         raise CheckpointError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastema.checkpoint.transfer import (
     averages_of,
     averages_or_copies,
-    mapping_in,
+    check_mapping,
     strip_wrapper_prefixes,
     take_over,
     whole_in,
@@ -188,8 +188,8 @@ def _time(value: str, name: str) -> tuple[int, str]:
 
 def _state_of(checkpoint: Any) -> tuple[Mapping[str, Any], Any, int | None]:
     """Return the EMA's state, and the model's state and the batch count, or None if absent."""
-    whole = mapping_in(checkpoint, "the checkpoint")
-    state = mapping_in(whole.get("state", whole), "'state' of the checkpoint")
+    whole = check_mapping(checkpoint, "the checkpoint")
+    state = check_mapping(whole.get("state", whole), "'state' of the checkpoint")
     if "ema_model" in state:
         return state, None, None
     algorithms = state.get("algorithms", ())
@@ -208,14 +208,14 @@ def _state_of(checkpoint: Any) -> tuple[Mapping[str, Any], Any, int | None]:
             f"the checkpoint holds {len(found)} states of Composer's EMA, expected one: under "
             "'algorithms', or by itself with 'ema_model'"
         )
-    algorithm = mapping_in(found[0], "the state of Composer's EMA")
+    algorithm = check_mapping(found[0], "the state of Composer's EMA")
     if "ema_model" not in algorithm:
         raise CheckpointError("the state of Composer's EMA lacks 'ema_model'")
     batches = None
     if state.get("timestamp") is not None:
-        outer = mapping_in(state["timestamp"], "'timestamp' of the checkpoint")
+        outer = check_mapping(state["timestamp"], "'timestamp' of the checkpoint")
         inner = outer.get("Timestamp", {})
-        inner = mapping_in(inner, "'Timestamp' of the checkpoint's 'timestamp'")
+        inner = check_mapping(inner, "'Timestamp' of the checkpoint's 'timestamp'")
         batches = whole_in(inner["batch"], "the timestamp's batch") if "batch" in inner else None
     return algorithm, state.get("model"), batches
 
@@ -227,9 +227,9 @@ def _read(checkpoint: Any) -> tuple[dict[str, Any], int | None]:
         raise CheckpointError(
             "'ema_model' is None: the run was saved before its average began, at ema_start"
         )
-    averages = dict(mapping_in(state["ema_model"], "'ema_model'"))
+    averages = dict(check_mapping(state["ema_model"], "'ema_model'"))
     if averages.keys() >= set(_PARTS):  # before Composer 0.13 it was a state dict
-        parts = [mapping_in(averages[part], f"{part!r} of 'ema_model'") for part in _PARTS]
+        parts = [check_mapping(averages[part], f"{part!r} of 'ema_model'") for part in _PARTS]
         averages = {name: one for part in parts for name, one in part.items()}
     if state.get("ema_weights_active") and "training_model" not in state:
         if model is None:
@@ -237,7 +237,7 @@ def _read(checkpoint: Any) -> tuple[dict[str, Any], int | None]:
                 "the state holds the weights, not the average (ema_weights_active): the average is "
                 "in the model's state; pass the whole checkpoint of the Trainer"
             )
-        weights = strip_wrapper_prefixes(mapping_in(model, "'model' of the checkpoint"))
+        weights = strip_wrapper_prefixes(check_mapping(model, "'model' of the checkpoint"))
         averages = {
             name: weights[name] for name in strip_wrapper_prefixes(averages) if name in weights
         }

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fastema.checkpoint.transfer import describe_unfit, mapping_in, strip_wrapper_prefixes
+from fastema.checkpoint.transfer import check_mapping, describe_unfit, strip_wrapper_prefixes
 from fastema.compat.averager import ModelAverager
 from fastema.compat.lists import StoredWeights
 from fastema.compat.mirrored import Mirrored
@@ -229,8 +229,8 @@ class LitEma(nn.Module):
 
 def _state_of(checkpoint: Any) -> Mapping[str, Any]:
     """Return the tensors of a checkpoint: a Lightning checkpoint, or a plain state dict."""
-    whole = mapping_in(checkpoint, "the checkpoint")
-    return mapping_in(whole.get("state_dict", whole), "'state_dict' of the checkpoint")
+    whole = check_mapping(checkpoint, "the checkpoint")
+    return check_mapping(whole.get("state_dict", whole), "'state_dict' of the checkpoint")
 
 
 def ema_weights(

@@ -18,7 +18,12 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from fastema.checkpoint.transfer import load_modules, mapping_in, mismatches, strip_wrapper_prefixes
+from fastema.checkpoint.transfer import (
+    check_mapping,
+    load_modules,
+    mismatches,
+    strip_wrapper_prefixes,
+)
 from fastema.compat.averager import ModelAverager
 from fastema.compat.lists import first_places
 from fastema.compat.mirrored import Mirrored
@@ -350,13 +355,13 @@ def load(
         If an entry is missing, or tensors are not those of the model. The error names them; nothing
         is changed.
     """
-    whole = mapping_in(checkpoint, "the checkpoint")
+    whole = check_mapping(checkpoint, "the checkpoint")
     named = {name: whole.get(name) for name in ("state_dict", "ema_state_dict")}
     if any(part is None for part in named.values()):
         raise CheckpointError(
             "the checkpoint holds no average: expected 'state_dict' and 'ema_state_dict', which "
             "MMEngine writes with an EMAHook"
         )
-    state, ema_state = (mapping_in(part, f"{name!r}") for name, part in named.items())
+    state, ema_state = (check_mapping(part, f"{name!r}") for name, part in named.items())
     weights, averages = _exchanged(state, ema_state)
     load_modules((average, averages), *([] if model is None else [(model, weights)]))

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from fastema.checkpoint.transfer import (
     averages_of,
+    check_mapping,
     describe_unfit,
-    mapping_in,
     strip_wrapper_prefixes,
     take_over,
     whole_in,
@@ -62,7 +62,7 @@ def _ordered(model: nn.Module, optimizer: Optimizer | None) -> list[tuple[str | 
 
 def _state_of(checkpoint: Any) -> Mapping[str, Any]:
     """Return the state of an ``EMAOptimizer`` in a checkpoint, which may be that state itself."""
-    whole = mapping_in(checkpoint, "the checkpoint")
+    whole = check_mapping(checkpoint, "the checkpoint")
     states = whole.get("optimizer_states", [whole])
     if not isinstance(states, list | tuple):
         raise CheckpointError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastema.checkpoint.transfer import load_modules, mapping_in, whole_in
+from fastema.checkpoint.transfer import check_mapping, load_modules, whole_in
 from fastema.compat.modules import ModuleAverager, frozen_copy
 from fastema.compat.shares import refuse_no_share
 from fastema.engine.interrupts import defer_signals
@@ -184,14 +184,14 @@ def load(ema: ModelEMA, checkpoint: Mapping[str, Any]) -> None:
         If an entry is missing, or tensors do not match the model. The error names them; nothing is
         changed.
     """
-    whole = mapping_in(checkpoint, "the checkpoint")
+    whole = check_mapping(checkpoint, "the checkpoint")
     saved, updates = whole.get("ema"), whole.get("updates")
     if saved is None or updates is None:
         raise CheckpointError(
             "the checkpoint holds no average with its number of updates under 'ema' and 'updates' "
             "(a checkpoint that was stripped at the end of training has neither)"
         )
-    state = mapping_in(saved.state_dict() if isinstance(saved, nn.Module) else saved, "'ema'")
+    state = check_mapping(saved.state_dict() if isinstance(saved, nn.Module) else saved, "'ema'")
     done = whole_in(updates, "updates")
     load_modules((ema.ema, state))
     ema.updates = done
