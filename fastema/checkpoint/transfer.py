@@ -22,6 +22,7 @@ from fastema.shadow.state import SavedOrMine
 __all__ = [
     "averages_of",
     "averages_or_copies",
+    "check_integer",
     "check_mapping",
     "describe_unfit",
     "load_modules",
@@ -30,7 +31,6 @@ __all__ = [
     "strip_wrapper_prefixes",
     "take_over",
     "tensors_of",
-    "whole_in",
 ]
 
 Value = TypeVar("Value")
@@ -64,7 +64,7 @@ def check_mapping(found: Any, what: str) -> Mapping[str, Any]:
     return found
 
 
-def whole_in(found: Any, what: str, least: int = 0) -> int:
+def check_integer(found: Any, what: str, least: int = 0) -> int:
     """Return an integer of a checkpoint, at least ``least``; raise a CheckpointError otherwise.
 
     The integer may be a plain value or a tensor of one element.

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from fastema.checkpoint.transfer import (
     averages_of,
     averages_or_copies,
+    check_integer,
     check_mapping,
     strip_wrapper_prefixes,
     take_over,
-    whole_in,
 )
 from fastema.compat.modules import NamedAverager
 from fastema.compat.shares import refuse_no_share
@@ -216,7 +216,9 @@ def _state_of(checkpoint: Any) -> tuple[Mapping[str, Any], Any, int | None]:
         outer = check_mapping(state["timestamp"], "'timestamp' of the checkpoint")
         inner = outer.get("Timestamp", {})
         inner = check_mapping(inner, "'Timestamp' of the checkpoint's 'timestamp'")
-        batches = whole_in(inner["batch"], "the timestamp's batch") if "batch" in inner else None
+        batches = (
+            check_integer(inner["batch"], "the timestamp's batch") if "batch" in inner else None
+        )
     return algorithm, state.get("model"), batches
 
 

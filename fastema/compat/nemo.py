@@ -10,11 +10,11 @@ from torch.optim import Optimizer
 
 from fastema.checkpoint.transfer import (
     averages_of,
+    check_integer,
     check_mapping,
     describe_unfit,
     strip_wrapper_prefixes,
     take_over,
-    whole_in,
 )
 from fastema.errors import CheckpointError, format_problems
 from fastema.rules import Aligned
@@ -132,8 +132,8 @@ def load(
             "the averages do not fit the parameters at their places; pass the optimizer that they "
             "were saved with, which defines their order:\n" + format_problems(problems)
         )
-    every = whole_in(state["every_n_steps"], "every_n_steps", 1)
-    done = whole_in(state["current_step"], "current_step")
+    every = check_integer(state["every_n_steps"], "every_n_steps", 1)
+    done = check_integer(state["current_step"], "current_step")
     names = (name for name, _ in ordered)
     averages = {name: one for name, one in zip(names, saved, strict=True) if name is not None}
     take_over(ema, averages, done + _ahead_of(ema, every))

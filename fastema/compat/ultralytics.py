@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastema.checkpoint.transfer import check_mapping, load_modules, whole_in
+from fastema.checkpoint.transfer import check_integer, check_mapping, load_modules
 from fastema.compat.modules import ModuleAverager, frozen_copy
 from fastema.compat.shares import refuse_no_share
 from fastema.engine.interrupts import defer_signals
@@ -192,6 +192,6 @@ def load(ema: ModelEMA, checkpoint: Mapping[str, Any]) -> None:
             "(a checkpoint that was stripped at the end of training has neither)"
         )
     state = check_mapping(saved.state_dict() if isinstance(saved, nn.Module) else saved, "'ema'")
-    done = whole_in(updates, "updates")
+    done = check_integer(updates, "updates")
     load_modules((ema.ema, state))
     ema.updates = done
