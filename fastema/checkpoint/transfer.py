@@ -25,9 +25,9 @@ __all__ = [
     "check_integer",
     "check_mapping",
     "describe_unfit",
+    "find_mismatches",
     "load_modules",
     "load_stored",
-    "mismatches",
     "strip_wrapper_prefixes",
     "take_over",
     "tensors_of",
@@ -98,7 +98,7 @@ def _why_unfit(found: Any, own: Tensor) -> str:
     return ""
 
 
-def mismatches(own: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+def find_mismatches(own: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Return a line for each tensor that is missing, unexpected or cannot be loaded."""
     problems = [f"{name!r} is missing" for name in own if name not in found]
     problems += [f"{name!r} is unexpected" for name in found if name not in own]
@@ -109,7 +109,9 @@ def mismatches(own: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
 
 def load_modules(*pairs: tuple[nn.Module, Mapping[str, Any]]) -> None:
     """Load states into modules, or load none and raise a CheckpointError if any does not fit."""
-    problems = [one for module, state in pairs for one in mismatches(module.state_dict(), state)]
+    problems = [
+        one for module, state in pairs for one in find_mismatches(module.state_dict(), state)
+    ]
     if problems:
         raise CheckpointError(
             "the checkpoint does not fit the model:\n" + format_problems(problems)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from fastema.checkpoint.transfer import (
     check_mapping,
+    find_mismatches,
     load_modules,
-    mismatches,
     strip_wrapper_prefixes,
 )
 from fastema.compat.averager import ModelAverager
@@ -147,7 +147,7 @@ class BaseAveragedModel(nn.Module):
 
     def _call_avg_func(self, model: nn.Module) -> None:
         averages, sources = self._averaged_of(self.module), self._averaged_of(model)
-        problems = mismatches(averages, sources)
+        problems = find_mismatches(averages, sources)
         if problems:
             raise LayoutError(
                 "the model's tensors do not match the average:\n" + format_problems(problems)
