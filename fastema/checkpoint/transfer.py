@@ -26,10 +26,10 @@ __all__ = [
     "check_mapping",
     "describe_unfit",
     "find_mismatches",
+    "load_averages",
     "load_modules",
     "load_stored",
     "strip_wrapper_prefixes",
-    "take_over",
     "tensors_of",
 ]
 
@@ -149,7 +149,7 @@ def averages_or_copies(
     return {name: averages.get(name, one.detach().clone()) for name, one in found.items()}
 
 
-def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = None) -> None:
+def load_averages(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = None) -> None:
     """Load another library's averages, of any floating dtype and device, by name.
 
     Every averaged tensor must be present. Tensors that are only copied, such as buffers, may be
@@ -196,7 +196,7 @@ def load_stored(ema: Any, stored: StoredAverage, schedule: SavedOrMine) -> None:
         state = next(one for one in candidates(content) if one.get("format") == "fastema")
         ema.load_state_dict(state, schedule=schedule)
         return
-    take_over(ema, _by_name(ema, stored), stored.num_updates)
+    load_averages(ema, _by_name(ema, stored), stored.num_updates)
 
 
 def _by_name(ema: EMA, stored: StoredAverage) -> dict[str, Tensor]:

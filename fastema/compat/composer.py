@@ -15,8 +15,8 @@ from fastema.checkpoint.transfer import (
     averages_or_copies,
     check_integer,
     check_mapping,
+    load_averages,
     strip_wrapper_prefixes,
-    take_over,
 )
 from fastema.compat.modules import NamedAverager
 from fastema.compat.shares import refuse_no_share
@@ -269,7 +269,7 @@ def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None
         If ``ema`` has several averages, or one split into two halves; if ``ema`` is applied.
     """
     averages, batches = _read(checkpoint)
-    take_over(ema, averages, batches if num_updates is None else num_updates)
+    load_averages(ema, averages, batches if num_updates is None else num_updates)
 
 
 def export(ema: EMA, model: nn.Module) -> dict[str, Any]:

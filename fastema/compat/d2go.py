@@ -9,7 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastema.checkpoint.transfer import averages_of, averages_or_copies, check_mapping, take_over
+from fastema.checkpoint.transfer import (
+    averages_of,
+    averages_or_copies,
+    check_mapping,
+    load_averages,
+)
 from fastema.rules import Constant, Rule
 from fastema.rules.checks import checked_decay, checked_least
 from fastema.shadow import EMA
@@ -84,7 +89,7 @@ def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None
     """
     whole = check_mapping(checkpoint, "the checkpoint")
     state = whole.get("ema_state", whole)
-    take_over(ema, check_mapping(state, "the average ('ema_state', or by itself)"), num_updates)
+    load_averages(ema, check_mapping(state, "the average ('ema_state', or by itself)"), num_updates)
 
 
 def export(ema: EMA, model: nn.Module | None = None) -> dict[str, dict[str, Tensor]]:

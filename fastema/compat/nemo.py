@@ -13,8 +13,8 @@ from fastema.checkpoint.transfer import (
     check_integer,
     check_mapping,
     describe_unfit,
+    load_averages,
     strip_wrapper_prefixes,
-    take_over,
 )
 from fastema.errors import CheckpointError, format_problems
 from fastema.rules import Aligned
@@ -136,7 +136,7 @@ def load(
     done = check_integer(state["current_step"], "current_step")
     names = (name for name, _ in ordered)
     averages = {name: one for name, one in zip(names, saved, strict=True) if name is not None}
-    take_over(ema, averages, done + _ahead_of(ema, every))
+    load_averages(ema, averages, done + _ahead_of(ema, every))
 
 
 def export(ema: EMA, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
