@@ -20,10 +20,10 @@ from fastema.shadow import EMA
 from fastema.shadow.state import SavedOrMine
 
 __all__ = [
-    "averages_of",
     "averages_or_copies",
     "check_integer",
     "check_mapping",
+    "copy_averages",
     "describe_unfit",
     "find_mismatches",
     "load_averages",
@@ -136,7 +136,7 @@ def _single_average(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
     return shadows[0]
 
 
-def averages_of(ema: EMA) -> dict[str, Tensor]:
+def copy_averages(ema: EMA) -> dict[str, Tensor]:
     """Copy a single average's tensors by name; raise an ArgumentError for several or split ones."""
     return dict(_single_average(ema.state_dict()))
 

@@ -11,10 +11,10 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from fastema.checkpoint.transfer import (
-    averages_of,
     averages_or_copies,
     check_integer,
     check_mapping,
+    copy_averages,
     load_averages,
     strip_wrapper_prefixes,
 )
@@ -283,7 +283,7 @@ def export(ema: EMA, model: nn.Module) -> dict[str, Any]:
         The averaged model. The state holds copies of all its buffers, and of the averages of its
         trained parameters; a CheckpointError names trained parameters that are not averaged.
     """
-    averages = averages_of(ema)
+    averages = copy_averages(ema)
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
     names = list(strip_wrapper_prefixes(trained))
     missing = [name for name in names if name not in averages]

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastema.checkpoint.transfer import (
-    averages_of,
     averages_or_copies,
     check_mapping,
+    copy_averages,
     load_averages,
 )
 from fastema.rules import Constant, Rule
@@ -106,7 +106,7 @@ def export(ema: EMA, model: nn.Module | None = None) -> dict[str, dict[str, Tens
         Also export this model's buffers that ``ema`` skips, such as those with
         ``persistent=False``.
     """
-    averages = averages_of(ema)
+    averages = copy_averages(ema)
     buffers = {} if model is None else averages_or_copies(averages, dict(model.named_buffers()))
     left_out = {name: one for name, one in buffers.items() if name in ema.skipped_names}
     return {"ema_state": {**left_out, **averages}}

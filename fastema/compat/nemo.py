@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastema.checkpoint.transfer import (
-    averages_of,
     check_integer,
     check_mapping,
+    copy_averages,
     describe_unfit,
     load_averages,
     strip_wrapper_prefixes,
@@ -155,7 +155,7 @@ def export(ema: EMA, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     optimizer : torch.optim.Optimizer
         The optimizer that NeMo's ``EMAOptimizer`` wraps.
     """
-    averages, every, done = averages_of(ema), ema.schedule.update_every, ema.num_updates
+    averages, every, done = copy_averages(ema), ema.schedule.update_every, ema.num_updates
     step = done - _ahead_of(ema, every)
     return {
         "opt": optimizer.state_dict(),
