@@ -224,10 +224,10 @@ def find_snapshots(folder: str | os.PathLike[str]) -> list[Snapshot]:
         raise CheckpointError(
             f"no snapshots in {folder}; fastema.posthoc.save_snapshot writes them"
         )
-    return [_snapshot(read(path)) for path in files]
+    return [_parse_snapshot(read(path)) for path in files]
 
 
-def _snapshot(file: File) -> Snapshot:
+def _parse_snapshot(file: File) -> Snapshot:
     values = file.metadata
     try:
         if values["kind"] != _KIND:
@@ -361,9 +361,9 @@ def _advice(found: Sequence[Snapshot], last: int, error: float) -> str:
 def _checked_snapshots(snapshots: Any) -> list[Snapshot]:
     if isinstance(snapshots, str | os.PathLike):
         path = Path(snapshots)
-        found = find_snapshots(path) if path.is_dir() else [_snapshot(read(path))]
+        found = find_snapshots(path) if path.is_dir() else [_parse_snapshot(read(path))]
     else:
-        found = [_snapshot(read(path)) for path in snapshots]
+        found = [_parse_snapshot(read(path)) for path in snapshots]
     if not found:
         raise ArgumentError("snapshots: no files were given")
     if len({(one.start, one.every) for one in found}) > 1:

@@ -59,7 +59,7 @@ def test_what_was_tracked_is_reconstructed(run: Run, kind: tuple[str, float], st
     assert found.error < 0.1
     assert error < 0.01 * run.spread  # of a walk over this distance
     assert sum(found.coefficients.values()) == pytest.approx(1.0, abs=1e-9)
-    steps = {posthoc._snapshot(posthoc.read(path)).step for path in found.coefficients}
+    steps = {posthoc._parse_snapshot(posthoc.read(path)).step for path in found.coefficients}
     assert max(steps) <= step
     assert step - run.ema.schedule.update_every < found.step <= step
 
