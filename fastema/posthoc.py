@@ -314,7 +314,7 @@ def synthesize(
     if last < found[0].step:
         raise ArgumentError(f"step={last}: the first snapshot is of step {found[0].step}")
     last = start + (last - start) // every * every  # the average is constant between updates
-    target = _target(sigma_rel, half_life, last - start)
+    target = _target_profile(sigma_rel, half_life, last - start)
     latest = read(found[-1].path)
     kinds = {str(latest.tensors[name].kind.real) for name in _averaged(latest)}
     noise = max((_NOISE[kind] for kind in kinds), default=0.0)
@@ -373,7 +373,7 @@ def _checked_snapshots(snapshots: Any) -> list[Snapshot]:
     return sorted(found, key=lambda one: (one.step, one.gamma))
 
 
-def _target(sigma_rel: float | None, half_life: float | None, steps: int) -> Profile:
+def _target_profile(sigma_rel: float | None, half_life: float | None, steps: int) -> Profile:
     if sigma_rel is not None and half_life is None:
         return PowerProfile(steps, gamma_of(sigma_rel))
     if half_life is not None and sigma_rel is None:
