@@ -239,7 +239,7 @@ def _parse_snapshot(file: File) -> Snapshot:
         copied = json.loads(values["copied"])
         if not isinstance(copied, list) or not all(isinstance(name, str) for name in copied):
             raise ValueError(f"copied {values['copied'][:100]!r}")
-        for name in _averaged(file):
+        for name in _averaged_names(file):
             if file.tensors[name].kind.real is None:
                 raise ValueError(f"{name!r} has dtype {file.tensors[name].kind.code}")
         return Snapshot(file.path, step, start, every, gamma)
@@ -316,7 +316,7 @@ def synthesize(
     last = start + (last - start) // every * every  # the average is constant between updates
     target = _target_profile(sigma_rel, half_life, last - start)
     latest = read(found[-1].path)
-    kinds = {str(latest.tensors[name].kind.real) for name in _averaged(latest)}
+    kinds = {str(latest.tensors[name].kind.real) for name in _averaged_names(latest)}
     noise = max((_NOISE[kind] for kind in kinds), default=0.0)
     solution = solve([one.profile for one in found], target, noise=noise)
     used = [
@@ -328,7 +328,7 @@ def synthesize(
     result = _memory(files, dtype_of(dtype))
     if solution.error > _POOR:
         warnings.warn(_advice(found, last, solution.error), stacklevel=2)
-    averaged = _averaged(files[-1])
+    averaged = _averaged_names(files[-1])
     nbytes = sum(file.tensors[name].nbytes for file in files for name in averaged)
     with _with_progress(progress, nbytes) as advance:
         weighted_sum(files, [c for _, c in used], result, averaged, advance)
@@ -392,7 +392,7 @@ def _memory(files: Sequence[File], wanted: DType | None) -> dict[str, Memory]:
                 problems.append(f"{name!r} in {file.path.name} and {newest.path.name}")
     if problems:
         raise CheckpointError("the snapshots hold different tensors:\n" + format_problems(problems))
-    averaged, owner = _averaged(newest), np.empty(0)
+    averaged, owner = _averaged_names(newest), np.empty(0)
     likes = []
     for name, (kind, shape, _) in newest.tensors.items():
         like = TensorSpec(0, shape, row_major(shape), kind.code, "cpu", owner=owner)
@@ -402,7 +402,7 @@ def _memory(files: Sequence[File], wanted: DType | None) -> dict[str, Memory]:
     return dict(zip(newest.tensors, allocate(likes), strict=True))
 
 
-def _averaged(file: File) -> set[str]:
+def _averaged_names(file: File) -> set[str]:
     return set(file.tensors).difference(json.loads(file.metadata["copied"]))
 
 
