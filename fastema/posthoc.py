@@ -308,7 +308,7 @@ def synthesize(
     OSError
         If a file cannot be read. A StorageError if ``out`` cannot be written.
     """
-    found = _checked_snapshots(snapshots)
+    found = _load_snapshots(snapshots)
     start, every = found[0].start, found[0].every
     last = found[-1].step if step is None else checked_whole(step, "step", 0)
     if last < found[0].step:
@@ -358,7 +358,7 @@ def _advice(found: Sequence[Snapshot], last: int, error: float) -> str:
     )
 
 
-def _checked_snapshots(snapshots: Any) -> list[Snapshot]:
+def _load_snapshots(snapshots: Any) -> list[Snapshot]:
     if isinstance(snapshots, str | os.PathLike):
         path = Path(snapshots)
         found = find_snapshots(path) if path.is_dir() else [_parse_snapshot(read(path))]
