@@ -41,8 +41,8 @@ __all__ = [
     "WatchedMemory",
     "Way",
     "WriteWatch",
+    "copy_applied",
     "recover",
-    "recovered",
     "rounded",
     "way_of",
     "write_averages",
@@ -294,7 +294,7 @@ def _in_halves(pair: Pair) -> bool:
     return way_of(pair) == "bits" and pair.dst.dtype != pair.src.dtype
 
 
-def recovered(pairs: Sequence[Pair]) -> list[Any]:
+def copy_applied(pairs: Sequence[Pair]) -> list[Any]:
     """Return copies of averages that are applied to a model, in new memory."""
     shadows = allocate([(pair.dst, pair.dst.kind) for pair in pairs])
     halves = [pair.residual for pair in pairs if pair.residual is not None and _in_halves(pair)]

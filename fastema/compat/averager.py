@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from fastema.binding.swap import InMemory, Swap, recovered
+from fastema.binding.swap import InMemory, Swap, copy_applied
 from fastema.bridges.registry import leaves_of, list_iterators
 from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.errors import LayoutError, StateError, format_problems
@@ -175,7 +175,7 @@ class _InPlace:
 
     def averages(self) -> dict[str, Tensor]:
         """Return copies of the averages, which the model holds."""
-        shadows = recovered(self._pairs)
+        shadows = copy_applied(self._pairs)
         found = dict(zip((pair.dst for pair in self._pairs), shadows, strict=True))
         return {name: found[spec] for name, spec in self._specs.items()}
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TypeVar, overload
 
 from fastema.binding.binding import can_be_assigned
-from fastema.binding.swap import recovered, rounded, write_averages
+from fastema.binding.swap import copy_applied, rounded, write_averages
 from fastema.bridges.memory import allocate
 from fastema.bridges.registry import describe, leaves_of, list_iterators, reshard, state_of
 from fastema.engine.blocks import BlockSteps, RestoringBlock
@@ -400,8 +400,8 @@ class Evaluated(Updating[Weights]):
             if applied is None or (index != applied.index and entry.averaged):
                 self._sync()
             elif self._binding.is_unmoved(name):  # skip checking all other tensors
-                (array,) = recovered([self._binding.pair(name, index)])
+                (array,) = copy_applied([self._binding.pair(name, index)])
             else:
                 with self._applied_swap():
-                    (array,) = recovered([self._binding.pair(name, index)])
+                    (array,) = copy_applied([self._binding.pair(name, index)])
             return entry.to_framework(array)
