@@ -42,7 +42,7 @@ __all__ = [
     "Way",
     "WriteWatch",
     "copy_applied",
-    "recover",
+    "copy_applied_into",
     "rounded",
     "way_of",
     "write_averages",
@@ -264,7 +264,7 @@ class Recovered(NamedTuple):
     residual: TensorSpec | None
 
 
-def recover(pairs: Sequence[Pair], into: Sequence[Recovered]) -> None:
+def copy_applied_into(pairs: Sequence[Pair], into: Sequence[Recovered]) -> None:
     """Copy averages that are applied to a model, from wherever their way keeps them."""
     begin = nbytes = 0
     for end, pair in enumerate(pairs, 1):
@@ -299,7 +299,7 @@ def copy_applied(pairs: Sequence[Pair]) -> list[Any]:
     shadows = allocate([(pair.dst, pair.dst.kind) for pair in pairs])
     halves = [pair.residual for pair in pairs if pair.residual is not None and _in_halves(pair)]
     residuals = iter(allocate([(residual, residual.kind) for residual in halves]))
-    recover(
+    copy_applied_into(
         pairs,
         [
             Recovered(spec, next(residuals)[1] if _in_halves(pair) else None)

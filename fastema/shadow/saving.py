@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from fastema.binding.swap import Recovered, recover
+from fastema.binding.swap import Recovered, copy_applied_into
 from fastema.engine.collector import pause_gc
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.streams import keep_for_graphs
@@ -178,7 +178,7 @@ class Saveable(Evaluated[Weights]):
                 if index == swap.index or not entry.averaged
             ]
             parts = [store.sets[index][name].parts for index, name in applied]
-            recover(
+            copy_applied_into(
                 [self._binding.pair(name, index) for index, name in applied],
                 [
                     Recovered(p["shadow"][1], p["residual"][1] if "residual" in p else None)
