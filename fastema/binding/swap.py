@@ -43,7 +43,7 @@ __all__ = [
     "WriteWatch",
     "copy_applied",
     "copy_applied_into",
-    "rounded",
+    "round_to_weights",
     "way_of",
     "write_averages",
 ]
@@ -227,7 +227,7 @@ class _Assigned:
 def _as_weights(pairs: Sequence[Pair]) -> list[Any]:
     """Return averages in their weights' dtypes, without a copy where the dtypes agree."""
     differ = [p for p in pairs if p.dst.dtype != p.src.dtype]
-    made = dict(zip((pair.name for pair in differ), rounded(differ), strict=True))
+    made = dict(zip((pair.name for pair in differ), round_to_weights(differ), strict=True))
     return [made.get(pair.name, pair.dst.owner) for pair in pairs]
 
 
@@ -240,7 +240,7 @@ def write_averages(pairs: Sequence[Pair]) -> None:
         notify(arrays)
 
 
-def rounded(pairs: Sequence[Pair]) -> list[Any]:
+def round_to_weights(pairs: Sequence[Pair]) -> list[Any]:
     """Return averages in new memory, rounded to their weights' dtypes."""
     memories = allocate([(pair.dst, pair.src.kind) for pair in pairs])
     given = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from fastema.binding.swap import rounded
+from fastema.binding.swap import round_to_weights
 from fastema.bridges.memory import row_major_on_host
 from fastema.bridges.registry import describe, part_of
 from fastema.checkpoint.files import StoredTensor
@@ -80,5 +80,7 @@ def _read_rounded_piece(entry: Entry, code: str, piece: tuple[slice, ...]) -> An
     spec = describe(shadow)
     if spec.dtype != code:
         half = describe(residual[0]) if residual else None
-        (shadow,) = rounded([Pair(entry.name, spec, replace(spec, dtype=code), entry.form, half)])
+        (shadow,) = round_to_weights(
+            [Pair(entry.name, spec, replace(spec, dtype=code), entry.form, half)]
+        )
     return row_major_on_host(shadow)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TypeVar, overload
 
 from fastema.binding.binding import can_be_assigned
-from fastema.binding.swap import copy_applied, rounded, write_averages
+from fastema.binding.swap import copy_applied, round_to_weights, write_averages
 from fastema.bridges.memory import allocate
 from fastema.bridges.registry import describe, leaves_of, list_iterators, reshard, state_of
 from fastema.engine.blocks import BlockSteps, RestoringBlock
@@ -204,7 +204,7 @@ class Evaluated(Updating[Weights]):
             pairs = binding.of(which)
             shown = {
                 pair.name: self._store.sets[which][pair.name].to_framework(array)
-                for pair, array in zip(pairs, rounded(pairs), strict=True)
+                for pair, array in zip(pairs, round_to_weights(pairs), strict=True)
             }
             names = [self._names.aliases.get(name, name) for name in binding.model.order]
             return structure.rebuild([shown[name] for name in names])
