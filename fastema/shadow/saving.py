@@ -254,7 +254,7 @@ class Saveable(Evaluated[Weights]):
         stored_as = self._format._replace(random=rounding == "stochastic")
         if stored_as == self._format:
             return stored_as, self._store, self._binding
-        store = self._store.rounded(stored_as)
+        store = self._store.with_rounding(stored_as)
         binding = self._bind(self._binding.container, store)
         if self._count is not None:
             self._warm_up(self._count, binding)

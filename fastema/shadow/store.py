@@ -191,7 +191,7 @@ class Store:
         Program(pairs).run({operation: operation for operation in pairs})
         return Store(sets)
 
-    def rounded(self, stored_as: ShadowFormat) -> Store:
+    def with_rounding(self, stored_as: ShadowFormat) -> Store:
         """Return a store of the same memory, with the format's rounding of 16-bit averages."""
         as_stored = stored_as._replace(dtype=None)
 
