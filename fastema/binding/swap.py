@@ -279,7 +279,7 @@ def _recover(pairs: Sequence[Pair], into: Sequence[Recovered]) -> None:
     models = [spec for _, spec in allocate([(pair.src, pair.src.kind) for pair, _ in parked])]
     copies = [Pair(one.name, spec, one.src) for (one, _), spec in zip(parked, models, strict=True)]
     for pair, to in zip(pairs, into, strict=True):
-        if _in_halves(pair):
+        if _is_split_swap(pair):
             copies.append(Pair(pair.name, to.shadow, pair.src, pair.form, to.residual))
             continue
         copies.append(Pair(pair.name, to.shadow, pair.src if way_of(pair) == "bits" else pair.dst))
@@ -289,7 +289,7 @@ def _recover(pairs: Sequence[Pair], into: Sequence[Recovered]) -> None:
     Program({"copied": copies, "parked": bits}).run({"copied": "copy", "parked": "unpark"})
 
 
-def _in_halves(pair: Pair) -> bool:
+def _is_split_swap(pair: Pair) -> bool:
     """Return whether a split average was swapped with unsplit weights."""
     return way_of(pair) == "bits" and pair.dst.dtype != pair.src.dtype
 
@@ -297,12 +297,12 @@ def _in_halves(pair: Pair) -> bool:
 def copy_applied(pairs: Sequence[Pair]) -> list[Any]:
     """Return copies of averages that are applied to a model, in new memory."""
     shadows = allocate([(pair.dst, pair.dst.kind) for pair in pairs])
-    halves = [pair.residual for pair in pairs if pair.residual is not None and _in_halves(pair)]
+    halves = [pair.residual for pair in pairs if pair.residual is not None and _is_split_swap(pair)]
     residuals = iter(allocate([(residual, residual.kind) for residual in halves]))
     copy_applied_into(
         pairs,
         [
-            Recovered(spec, next(residuals)[1] if _in_halves(pair) else None)
+            Recovered(spec, next(residuals)[1] if _is_split_swap(pair) else None)
             for pair, (_, spec) in zip(pairs, shadows, strict=True)
         ],
     )
