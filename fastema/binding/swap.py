@@ -154,9 +154,9 @@ class InMemory:
             save = [Pair(pair.name, self._kept[pair.name], pair.src) for pair in outside]
             Program({"save": save}).run({"save": "copy"})
         self._assigned = _Assigned(tagged.get("assign", []))
-        self._program = self._prepared(tagged)
+        self._program = self._build_program(tagged)
 
-    def _prepared(self, tagged: Mapping[str, list[Pair]]) -> Program:
+    def _build_program(self, tagged: Mapping[str, list[Pair]]) -> Program:
         outside = tagged.get("spare", [])
         parts = {tag: members for tag, members in tagged.items() if tag != "assign"}
         parts["kept"] = [Pair(pair.name, pair.src, self._kept[pair.name]) for pair in outside]
@@ -186,7 +186,7 @@ class InMemory:
 
     def relocate(self, pairs: Iterable[Pair]) -> None:
         """Continue with the tensors' new addresses after they have moved."""
-        self._program = self._prepared(_by_way(pairs))
+        self._program = self._build_program(_by_way(pairs))
 
 
 def _by_way(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
