@@ -99,13 +99,13 @@ class _Bound:
         if self.guard is not None:
             dst, src = (one.addresses or None for one in located)
             if self.guard.may_overlap(dst, src):
-                _check_overlap([_relocated(pair, located) for pair in self.pairs], self.labels)
+                _check_overlap([_relocate_pair(pair, located) for pair in self.pairs], self.labels)
             self.program.relocate(dst, src)
             self.located = located
         self.containers = self.containers[0], container
 
 
-def _relocated(pair: Pair, located: tuple[Located, Located]) -> Pair:
+def _relocate_pair(pair: Pair, located: tuple[Located, Located]) -> Pair:
     dst, src = (one.addresses.get(pair.name) for one in located)
     return pair._replace(
         dst=pair.dst if dst is None else pair.dst.at(dst),
@@ -333,11 +333,11 @@ class Binding:
         bound = self._bound
         if bound.guard is None:
             return bound.pairs
-        return [_relocated(pair, bound.located) for pair in bound.pairs]
+        return [_relocate_pair(pair, bound.located) for pair in bound.pairs]
 
     def pair_at(self, number: int) -> Pair:
         """Return the pair at one index of :attr:`pairs`."""
-        return _relocated(self._bound.pairs[number], self._bound.located)
+        return _relocate_pair(self._bound.pairs[number], self._bound.located)
 
     @property
     def tagged(self) -> Mapping[str, Sequence[Pair]]:
