@@ -18,7 +18,7 @@ from fastema.layout.device_context import DeviceContext
 from fastema.layout.group import OverlapGuard, Pair, refuse_overlap
 from fastema.layout.spec import Leaves, Role, Structure, TensorSpec
 
-__all__ = ["Binding", "Match", "Matcher", "Outline", "can_be_assigned", "is_fixed"]
+__all__ = ["Binding", "Match", "Matcher", "Outline", "can_be_assigned", "is_immutable"]
 
 Result = TypeVar("Result")
 
@@ -51,7 +51,7 @@ def can_be_assigned(spec: TensorSpec) -> bool:
     return not spec.writable and hasattr(bridge_of(spec.owner), "assign")
 
 
-def is_fixed(spec: TensorSpec) -> bool:
+def is_immutable(spec: TensorSpec) -> bool:
     """Return whether a tensor is immutable, so that each step replaces it."""
     return not (spec.writable or can_be_assigned(spec))
 
@@ -212,7 +212,7 @@ class Binding:
             pair.name
             for members in tagged.values()
             for pair in members
-            if not pair.average_index and is_fixed(pair.src)
+            if not pair.average_index and is_immutable(pair.src)
         ]
         if src.moving:
             names = {*fixed}
