@@ -57,7 +57,7 @@ def _decide(policy: PolicyOf, name: str, role: Role) -> str:
     return answer
 
 
-def matched(dst: Leaves, src: Leaves, called: tuple[str, str]) -> list[Pair]:
+def match_leaves(dst: Leaves, src: Leaves, called: tuple[str, str]) -> list[Pair]:
     """Return the leaves of two containers paired by name, after checking each pair.
 
     Parameters
@@ -110,7 +110,7 @@ class _PairSelection:
         dst, src = avg, x
         if policy is not None:
             dst, src = (_without_skipped(side, policy, roles) for side in (avg, x))
-        pairs = [self._rounded(pair) for pair in matched(dst, src, self.called)]
+        pairs = [self._rounded(pair) for pair in match_leaves(dst, src, self.called)]
         parts: dict[str, list[Pair]] = {"averaged": [], "copied": []}
         for pair in pairs:
             refuse_unwritable(pair.name, pair.dst)
