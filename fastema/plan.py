@@ -229,7 +229,7 @@ class Plan:
             binding.notify_write(*((0, 1) if swaps else (0,)))
 
     def _check_lerp(self) -> None:
-        exact, is_random = self.binding.cached("lerp", self._lerped)
+        exact, is_random = self.binding.cached("lerp", self._inspect_lerp)
         if exact:
             raise DTypeError(
                 "only floats are averaged:\n"
@@ -242,7 +242,7 @@ class Plan:
                 "fastema.EMA(..., capturable=True), whose steps advance on the GPU"
             )
 
-    def _lerped(self) -> tuple[list[str], bool]:
+    def _inspect_lerp(self) -> tuple[list[str], bool]:
         """Return averaged tensors that are not floats, and whether rounding is stochastic."""
         pairs = self.binding.tagged["averaged"]
         exact = [f"{one.name!r} is {one.dst.dtype}" for one in pairs if one.dst.kind.real is None]
