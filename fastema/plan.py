@@ -110,7 +110,7 @@ class _PairSelection:
         dst, src = avg, x
         if policy is not None:
             dst, src = (_without_skipped(side, policy, roles) for side in (avg, x))
-        pairs = [self._rounded(pair) for pair in match_leaves(dst, src, self.called)]
+        pairs = [self._with_rounding(pair) for pair in match_leaves(dst, src, self.called)]
         parts: dict[str, list[Pair]] = {"averaged": [], "copied": []}
         for pair in pairs:
             refuse_unwritable(pair.name, pair.dst)
@@ -132,7 +132,7 @@ class _PairSelection:
             if policy(leaf.name, "weight") != policy(leaf.name, "frozen")
         ]
 
-    def _rounded(self, pair: Pair) -> Pair:
+    def _with_rounding(self, pair: Pair) -> Pair:
         random = pair.dst.kind.random
         return pair._replace(form=f"{pair.dst.dtype}{self.mark}") if random else pair
 
