@@ -17,7 +17,7 @@ from fastema.shadow.options import (
     Policy,
     Rounding,
     WatchMode,
-    checked,
+    check_literal,
     checked_which,
     options_in,
 )
@@ -105,7 +105,7 @@ class EMACallback(Callback):  # type: ignore[misc]
     ) -> None:
         options = options_in(locals()) | {"zero_debias": zero_debias}
         super().__init__()
-        self.at_end: AtEnd = checked(at_end, "at_end", AtEnd)
+        self.at_end: AtEnd = check_literal(at_end, "at_end", AtEnd)
         # Raise errors in options now, not when training begins; capturable needs a GPU to check.
         tried = {**options, "capturable": False}
         EMA([torch.zeros(1)], decay, **tried)

@@ -34,7 +34,7 @@ from fastema.shadow.options import (
     OnNonFinite,
     Policy,
     WhenBehind,
-    checked,
+    check_literal,
     destination,
     patterns_of,
 )
@@ -118,7 +118,10 @@ class OffloadedEMA(EMA[Any]):
         module = list_iterators(weights)
         reshard(module)
         leaves = leaves_of(module)
-        policies = checked(frozen, "frozen", Policy), checked(buffers, "buffers", Policy)
+        policies = (
+            check_literal(frozen, "frozen", Policy),
+            check_literal(buffers, "buffers", Policy),
+        )
         chosen = select(leaves, *policies, patterns_of(policy))
         kept: dict[str, Policy] = {leaf.name: "average" for leaf in chosen.averaged}
         kept |= {leaf.name: "copy" for leaf in chosen.copied}

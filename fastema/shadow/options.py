@@ -17,7 +17,7 @@ __all__ = [
     "Policy",
     "Rounding",
     "WatchMode",
-    "checked",
+    "check_literal",
     "checked_which",
     "destination",
     "dtype_of",
@@ -69,12 +69,12 @@ def patterns_of(policy: Any) -> dict[str, Policy]:
             "{'*.expert_bias': 'average', 'visual.*': 'skip'}"
         )
     return {
-        str(pattern): checked(value, f"policy[{pattern!r}]", Policy)
+        str(pattern): check_literal(value, f"policy[{pattern!r}]", Policy)
         for pattern, value in policy.items()
     }
 
 
-def checked(value: Any, name: str, known: Any) -> Any:
+def check_literal(value: Any, name: str, known: Any) -> Any:
     """Return a value of a literal type; raise an ArgumentError with the valid ones otherwise."""
     if value not in get_args(known):
         raise ArgumentError(f"{name}={value!r}: expected one of {', '.join(get_args(known))}")
@@ -140,6 +140,6 @@ def format_of(shadow_dtype: Any, rounding: Any, num_averages: int) -> ShadowForm
     """Return the storage format that the keyword arguments of an average describe."""
     split = isinstance(shadow_dtype, str) and shadow_dtype == SPLIT
     if rounding is not None:
-        checked(rounding, "rounding", Rounding)
+        check_literal(rounding, "rounding", Rounding)
     wanted = dtype_of("bf16" if split else shadow_dtype)
     return ShadowFormat(wanted, split, rounding != "nearest", num_averages)

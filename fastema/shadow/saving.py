@@ -14,7 +14,7 @@ from fastema.errors import ArgumentError, StateError
 from fastema.shadow.binding import ShadowBinding
 from fastema.shadow.entries import ShadowFormat
 from fastema.shadow.evaluation import Evaluated
-from fastema.shadow.options import Rounding, checked, destination, format_of
+from fastema.shadow.options import Rounding, check_literal, destination, format_of
 from fastema.shadow.schedule_counter import ScheduleCounter, refuse_uneven, tables_for
 from fastema.shadow.state import SavedOrMine, pack, unpack
 from fastema.shadow.store import Store, Tensors
@@ -217,7 +217,7 @@ class Saveable(Evaluated[Weights]):
         UserWarning
             If the saved schedule replaces a different one.
         """
-        checked(schedule, "schedule", SavedOrMine)
+        check_literal(schedule, "schedule", SavedOrMine)
         with self._lock:
             self._refuse_applied("load_state_dict")
             own = self._schedule

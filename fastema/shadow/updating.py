@@ -25,7 +25,7 @@ from fastema.shadow.options import (
     Policy,
     Rounding,
     WatchMode,
-    checked,
+    check_literal,
     dtype_of,
     format_of,
     patterns_of,
@@ -84,10 +84,10 @@ class Updating(Generic[Weights]):
         ring: tuple[int, Any, bool] | None = None,
     ) -> None:
         self._schedule = Schedule(rules, update_every, start_after)
-        frozen = checked(frozen, "frozen", Policy)
-        buffers = checked(buffers, "buffers", Policy)
-        self._watch = _WATCHES[checked(watch, "watch", WatchMode)]
-        self._on_nonfinite = checked(on_nonfinite, "on_nonfinite", OnNonFinite)
+        frozen = check_literal(frozen, "frozen", Policy)
+        buffers = check_literal(buffers, "buffers", Policy)
+        self._watch = _WATCHES[check_literal(watch, "watch", WatchMode)]
+        self._on_nonfinite = check_literal(on_nonfinite, "on_nonfinite", OnNonFinite)
         if capturable and on_nonfinite == "raise":
             raise ArgumentError(
                 "on_nonfinite='raise' needs the host, which a captured graph does not ask; with "

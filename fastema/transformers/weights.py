@@ -29,7 +29,7 @@ from fastema.shadow.options import (
     Policy,
     Rounding,
     WatchMode,
-    checked,
+    check_literal,
     checked_which,
     options_in,
 )
@@ -184,8 +184,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         watch: WatchMode = "all",
     ) -> None:
         options = options_in(locals()) | {"zero_debias": zero_debias}
-        self.at_end: AtEnd = checked(at_end, "at_end", AtEnd)
-        self.on_missing: OnMissing = checked(on_missing, "on_missing", OnMissing)
+        self.at_end: AtEnd = check_literal(at_end, "at_end", AtEnd)
+        self.on_missing: OnMissing = check_literal(on_missing, "on_missing", OnMissing)
         # Raise errors in options now, not when training begins; capturable needs a GPU to check.
         tried = {**options, "capturable": False}
         EMA([torch.zeros(1)], decay, **tried)
