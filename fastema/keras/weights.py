@@ -28,7 +28,7 @@ from fastema.shadow.options import (
     Policy,
     Rounding,
     WatchMode,
-    checked_which,
+    check_which,
     options_in,
 )
 
@@ -150,7 +150,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     ) -> None:
         options = options_in(locals()) | {"zero_debias": zero_debias}
         super().__init__()
-        self._which = checked_which(which, decay)
+        self._which = check_which(which, decay)
         self._decay, self._options = decay, options
         self._swap_on_epoch = swap_on_epoch
         self._backup = _path(backup, "backup", _BACKUP)

@@ -18,7 +18,7 @@ from fastema.shadow.options import (
     Rounding,
     WatchMode,
     check_literal,
-    checked_which,
+    check_which,
     options_in,
 )
 
@@ -109,7 +109,7 @@ class EMACallback(Callback):  # type: ignore[misc]
         # Raise errors in options now, not when training begins; capturable needs a GPU to check.
         tried = {**options, "capturable": False}
         EMA([torch.zeros(1)], decay, **tried)
-        self._which = checked_which(which, decay)
+        self._which = check_which(which, decay)
         self.evaluate_with_average = evaluate_with_average
         self._decay, self._options = decay, options
         self._ema: EMA | None = None

@@ -18,7 +18,7 @@ __all__ = [
     "Rounding",
     "WatchMode",
     "check_literal",
-    "checked_which",
+    "check_which",
     "destination",
     "dtype_of",
     "format_of",
@@ -37,7 +37,7 @@ _OPTIONS: Final = (
 )
 
 
-def checked_which(which: int | None, decay: Any) -> int | None:
+def check_which(which: int | None, decay: Any) -> int | None:
     """Return ``which`` if it selects one of the averages of ``decay``.
 
     Raises

@@ -30,7 +30,7 @@ from fastema.shadow.options import (
     Rounding,
     WatchMode,
     check_literal,
-    checked_which,
+    check_which,
     options_in,
 )
 
@@ -189,7 +189,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         # Raise errors in options now, not when training begins; capturable needs a GPU to check.
         tried = {**options, "capturable": False}
         EMA([torch.zeros(1)], decay, **tried)
-        self._which = checked_which(which, decay)
+        self._which = check_which(which, decay)
         self.evaluate_with_average = evaluate_with_average
         self._decay, self._options = decay, options
 
