@@ -35,7 +35,7 @@ from fastema.shadow.options import (
     Policy,
     WhenBehind,
     check_literal,
-    destination,
+    parse_destination,
     patterns_of,
 )
 from fastema.shadow.views import Shadow
@@ -429,7 +429,7 @@ class OffloadedEMA(EMA[Any]):
 
     def to(self, *target: Any, device: Any = None, dtype: Any = None, **options: Any) -> Any:
         """Change the average's dtype; it stays on the host. See :meth:`fastema.EMA.to`."""
-        there, _ = destination(target, device, dtype)
+        there, _ = parse_destination(target, device, dtype)
         if there is not None and not str(there).startswith("cpu"):
             raise ArgumentError(f"to({there!r}): an average with offload=True stays on the CPU")
         with self._lock:

@@ -19,10 +19,10 @@ __all__ = [
     "WatchMode",
     "check_literal",
     "check_which",
-    "destination",
     "dtype_of",
     "format_of",
     "options_in",
+    "parse_destination",
     "patterns_of",
 ]
 
@@ -88,7 +88,7 @@ def dtype_of(value: Any) -> DType | None:
     return parse_dtype(value if isinstance(value, str) else dtype_code(value))
 
 
-def destination(target: Sequence[Any], device: Any, dtype: Any) -> tuple[Any, Any]:
+def parse_destination(target: Sequence[Any], device: Any, dtype: Any) -> tuple[Any, Any]:
     """Return the device and the dtype that the arguments of ``to()`` ask for; None: unchanged.
 
     ``target`` holds the positional arguments, as in :meth:`torch.Tensor.to`: a device, a dtype,

@@ -14,7 +14,7 @@ from fastema.errors import ArgumentError, StateError
 from fastema.shadow.binding import ShadowBinding
 from fastema.shadow.entries import ShadowFormat
 from fastema.shadow.evaluation import Evaluated
-from fastema.shadow.options import Rounding, check_literal, destination, format_of
+from fastema.shadow.options import Rounding, check_literal, format_of, parse_destination
 from fastema.shadow.schedule_counter import ScheduleCounter, refuse_uneven, tables_for
 from fastema.shadow.state import SavedOrMine, pack, unpack
 from fastema.shadow.store import Store, Tensors
@@ -72,7 +72,7 @@ class Saveable(Evaluated[Weights]):
         >>> ema.to(np.float64).shadow["0"].dtype
         dtype('float64')
         """
-        device, dtype = destination(target, device, dtype)
+        device, dtype = parse_destination(target, device, dtype)
         with self._lock:
             self._refuse_applied("to")
             store, stored_as = self._store, self._format
