@@ -101,7 +101,7 @@ def parse_destination(target: Sequence[Any], device: Any, dtype: Any) -> tuple[A
     """
     found: dict[str, Any] = {"device": device, "dtype": dtype}
     for given in target:
-        for name, value in _named_target(given).items():
+        for name, value in _parse_target(given).items():
             if found[name] is not None:
                 raise ArgumentError(
                     f"to(): got two values for {name}, {found[name]!r} and {value!r}; expected "
@@ -111,7 +111,7 @@ def parse_destination(target: Sequence[Any], device: Any, dtype: Any) -> tuple[A
     return found["device"], found["dtype"]
 
 
-def _named_target(given: Any) -> dict[str, Any]:
+def _parse_target(given: Any) -> dict[str, Any]:
     """Return a positional argument of ``to()`` as keywords: device, dtype, or both."""
     if given is None:
         return {}
