@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastema.engine.program import Program
 from fastema.errors import StateError
-from fastema.shadow.reports import named, report
+from fastema.shadow.reports import describe_rule, report
 from fastema.shadow.saving import Saveable
 from fastema.shadow.updating import Weights
 from fastema.shadow.views import Drift
@@ -131,7 +131,7 @@ class Average(Saveable[Weights]):
         averaged = [entry for entry in self._store.sets[0].values() if entry.averaged]
         elements = sum(entry.spec.size for entry in averaged)
         dtypes = "/".join(sorted({e.form.strip("~") or e.spec.dtype for e in averaged}))
-        rules = "; ".join(named(rule) for rule in self._schedule.rules)
+        rules = "; ".join(describe_rule(rule) for rule in self._schedule.rules)
         state = ", applied" if self.applied else ""
         return (
             f"{self._kind}({elements:,} weights in {_counted(len(averaged), 'tensor')}, "

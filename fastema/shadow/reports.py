@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastema.rules import Constant, CumulativeMean, Debiased, Power, Rule, Schedule, Warmup, Window
 from fastema.rules.units import effective_steps
 
-__all__ = ["named", "named_schedule", "report"]
+__all__ = ["describe_rule", "named_schedule", "report"]
 
 _NEGLIGIBLE = 0.0005
 """Shares below this are reported as nothing."""
@@ -20,14 +20,14 @@ def _count(number: float, thing: str) -> str:
     return f"{rounded} {thing}{'' if rounded == '1' else 's'}"
 
 
-def named(rule: Rule) -> str:
+def describe_rule(rule: Rule) -> str:
     """Return a rule's average in words, such as ``decay 0.999 with warm-up``."""
     if isinstance(rule, Constant):
         return f"decay {rule.value!r}"
     if isinstance(rule, Warmup):
         return f"decay {rule.limit!r} with warm-up"
     if isinstance(rule, Debiased):
-        return f"{named(rule.inner)}, bias-corrected"
+        return f"{describe_rule(rule.inner)}, bias-corrected"
     if isinstance(rule, CumulativeMean):
         return "mean of all weights"
     if isinstance(rule, Window):
@@ -41,7 +41,7 @@ def named(rule: Rule) -> str:
 
 def named_schedule(schedule: Schedule) -> str:
     """Return a schedule in words, such as ``decay 0.999, every 4 steps, after step 1,000``."""
-    parts = ["; ".join(named(rule) for rule in schedule.rules)]
+    parts = ["; ".join(describe_rule(rule) for rule in schedule.rules)]
     if schedule.update_every > 1:
         parts.append(f"every {schedule.update_every:,} steps")
     if schedule.start_after:
@@ -51,7 +51,7 @@ def named_schedule(schedule: Schedule) -> str:
 
 def _of_rule(rule: Rule, n: int, every: int) -> str:
     reach = effective_steps(rule, n, every)
-    text = f"{named(rule)}: "
+    text = f"{describe_rule(rule)}: "
     if reach.mean_age or reach.std_age:
         age = _number(reach.mean_age)
         text += f"lags {age} +/- {_count(reach.std_age, 'step')} behind the model"

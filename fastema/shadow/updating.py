@@ -30,7 +30,7 @@ from fastema.shadow.options import (
     format_of,
     patterns_of,
 )
-from fastema.shadow.reports import named
+from fastema.shadow.reports import describe_rule
 from fastema.shadow.schedule_counter import ScheduleCounter
 from fastema.shadow.store import Store
 
@@ -476,7 +476,9 @@ class Updating(Generic[Weights]):
         if which is None and count == 1:
             return 0
         if isinstance(which, bool) or not isinstance(which, int) or not -count <= which < count:
-            rules = ", ".join(f"{i}: {named(rule)}" for i, rule in enumerate(self._schedule.rules))
+            rules = ", ".join(
+                f"{i}: {describe_rule(rule)}" for i, rule in enumerate(self._schedule.rules)
+            )
             raise ArgumentError(
                 f"which={which!r}: choose one of the averages ({rules}); `shadows` has all of them"
             )
