@@ -18,7 +18,7 @@ from fastema.checkpoint.stored import StoredAverage, load
 from fastema.errors import ArgumentError, CheckpointError, StorageError, format_problems
 from fastema.rules import Constant, CumulativeMean, Power, Rule, Schedule, Warmup, Window
 from fastema.rules.checks import checked_decay
-from fastema.shadow.reports import named_schedule
+from fastema.shadow.reports import describe_schedule
 from fastema.shadow.state import pack
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def convert(
         lost.append(f"the number of updates, {source.num_updates}")
     schedule = source.schedule
     if schedule is not None and not wanted.keeps(schedule):
-        lost.append(f"the schedule, {named_schedule(schedule)}")
+        lost.append(f"the schedule, {describe_schedule(schedule)}")
     if source.weights is not None and not wanted.weights:
         lost.append("the training weights, which the source holds too")
     refuse_source(out, source.checkpoint)

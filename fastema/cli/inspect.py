@@ -1,4 +1,4 @@
-"""``fastema inspect``: what a checkpoint holds."""
+"""``fastema inspect``: describe what a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastema.checkpoint import Description
 
-SUMMARY = "Describe a checkpoint: its library, schedule, step and tensors, and if it is whole."
+SUMMARY = "Describe a checkpoint: its library, schedule, step, tensors and integrity."
 EXTRA = "torch"
 NEEDS: dict[str, str] = {}
 
@@ -25,18 +25,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  fastema inspect runs/checkpoint-500 --check\n"
         "  fastema inspect last.ckpt --key callbacks.ema --json\n"
     )
-    parser.add_argument("path", type=Path, help="a file or a folder")
-    parser.add_argument("--key", help="where the state is among other things, such as trainer.ema")
-    parser.add_argument("--index", type=int, default=0, help="which of several averages")
+    parser.add_argument("path", type=Path, help="a checkpoint: a file or a folder")
     parser.add_argument(
-        "--check", action="store_true", help="read everything, and compare it with its checksums"
+        "--key", help="key of the state inside a larger checkpoint, such as trainer.ema"
+    )
+    parser.add_argument(
+        "--index",
+        type=int,
+        default=0,
+        help="which average to take, if there are several (%(default)s)",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="read all of it and verify the checksums"
     )
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.add_argument("--json", action="store_true", help="print the description as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the description; the exit code."""
+    """Print the description and return the exit code."""
     from fastema.checkpoint import inspect
 
     found = inspect(args.path, key=args.key, index=args.index, check=args.check)
@@ -55,12 +62,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _lines(found: Description) -> Iterator[tuple[str, str]]:
     from fastema.cli.sizes import size
-    from fastema.shadow.reports import named_schedule
+    from fastema.shadow.reports import describe_schedule
 
     average, checkpoint = found.average, found.checkpoint
     what = {
-        "model": "a model's weights; no average was told apart",
-        "state dict": "an average beside a model, by a program of its own",
+        "model": "a model's weights; no separate average was found",
+        "state dict": "a custom program: an average next to a model",
     }
     yield "path", str(average.path)
     yield "written by", what.get(average.library, average.library)
@@ -70,7 +77,7 @@ def _lines(found: Description) -> Iterator[tuple[str, str]]:
     if average.num_updates is not None:
         yield "updates", f"{average.num_updates:,}"
     if average.schedule is not None:
-        yield "schedule", named_schedule(average.schedule)
+        yield "schedule", describe_schedule(average.schedule)
     if average.options:
         yield "options", ", ".join(f"{name}={value}" for name, value in average.options.items())
     if found.reach is not None:
@@ -82,7 +89,7 @@ def _lines(found: Description) -> Iterator[tuple[str, str]]:
     yield "tensors", f"{number} tensor{plural} ({kinds}), {found.parameters:,} elements"
     yield "size", size(found.nbytes)
     if average.names != "full":
-        yield "names", {"places": "none: a list"}.get(average.names, average.names)
+        yield "names", {"places": "none: stored as a list"}.get(average.names, average.names)
     if average.weights is not None:
-        yield "also", "the weights in training"
+        yield "also", "the training weights"
     yield "whole", "yes, by its checksums" if found.checked == "checksums" else "yes, by its sizes"

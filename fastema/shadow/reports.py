@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastema.rules import Constant, CumulativeMean, Debiased, Power, Rule, Schedule, Warmup, Window
 from fastema.rules.units import effective_steps
 
-__all__ = ["describe_rule", "named_schedule", "report"]
+__all__ = ["describe_rule", "describe_schedule", "report"]
 
 _NEGLIGIBLE = 0.0005
 """Shares below this are reported as nothing."""
@@ -39,7 +39,7 @@ def describe_rule(rule: Rule) -> str:
     return repr(rule)
 
 
-def named_schedule(schedule: Schedule) -> str:
+def describe_schedule(schedule: Schedule) -> str:
     """Return a schedule in words, such as ``decay 0.999, every 4 steps, after step 1,000``."""
     parts = ["; ".join(describe_rule(rule) for rule in schedule.rules)]
     if schedule.update_every > 1:
