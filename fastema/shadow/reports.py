@@ -49,7 +49,7 @@ def describe_schedule(schedule: Schedule) -> str:
     return ", ".join(parts)
 
 
-def _of_rule(rule: Rule, n: int, every: int) -> str:
+def _describe_reach(rule: Rule, n: int, every: int) -> str:
     reach = effective_steps(rule, n, every)
     text = f"{describe_rule(rule)}: "
     if reach.mean_age or reach.std_age:
@@ -84,5 +84,5 @@ def report(kind: str, schedule: Schedule, step: int, skipped: int) -> str:
             + (f"of step {start:,}" if start else "it was built from")
         )
     else:
-        lines += [_of_rule(rule, n, every) for rule in schedule.rules]
+        lines += [_describe_reach(rule, n, every) for rule in schedule.rules]
     return "\n".join(lines)
