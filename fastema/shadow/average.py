@@ -134,10 +134,10 @@ class Average(Saveable[Weights]):
         rules = "; ".join(describe_rule(rule) for rule in self._schedule.rules)
         state = ", applied" if self.applied else ""
         return (
-            f"{self._kind}({elements:,} weights in {_counted(len(averaged), 'tensor')}, "
-            f"{dtypes}, {rules}, {_counted(self.num_updates, 'update')}{state})"
+            f"{self._kind}({elements:,} weights in {_format_count(len(averaged), 'tensor')}, "
+            f"{dtypes}, {rules}, {_format_count(self.num_updates, 'update')}{state})"
         )
 
 
-def _counted(number: int, thing: str) -> str:
+def _format_count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
