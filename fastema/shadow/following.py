@@ -30,7 +30,7 @@ class Follower:
         update: Callable[[int], None],
         update_if: Callable[[], bool] | None,
     ) -> None:
-        found = [_unwrapped(one) for one in optimizers]
+        found = [_unwrap_optimizer(one) for one in optimizers]
         if not found or len({id(one) for one in found}) < len(found):
             raise ArgumentError(
                 f"follow() was given {len(found)} optimizers, expected at least one, and each once"
@@ -67,7 +67,7 @@ class Follower:
             handle.remove()
 
 
-def _unwrapped(optimizer: Any) -> Any:
+def _unwrap_optimizer(optimizer: Any) -> Any:
     """Return the torch optimizer inside the wrappers of Lightning and Accelerate."""
     while hasattr(getattr(optimizer, "optimizer", None), "step"):
         optimizer = optimizer.optimizer
