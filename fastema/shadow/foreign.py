@@ -11,7 +11,7 @@ from fastema.bridges.memory import bytes_of, row_major_on_host
 from fastema.errors import FastemaError
 from fastema.shadow.store import PARTS
 
-__all__ = ["identify", "library_of", "unflattened"]
+__all__ = ["identify", "library_of", "unflatten_state"]
 
 _PLAIN: Final = "state"
 """Name of the file's tensor that holds the state's plain values, as JSON."""
@@ -19,7 +19,7 @@ _PLAIN: Final = "state"
 _TENSOR: Final = re.compile(rf"({'|'.join(PARTS)})\.(\d+)\.(.+)", re.DOTALL)
 
 
-def unflattened(state: Any) -> Any:
+def unflatten_state(state: Any) -> Any:
     """Return the state dict in a fastema file that ``safetensors.torch.load_file`` has read.
 
     Anything else is returned unchanged.

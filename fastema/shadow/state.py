@@ -12,7 +12,7 @@ from fastema.layout.spec import TensorSpec
 from fastema.rules import Debiased, Rule, Schedule, Window
 from fastema.rules.rule import GONE, plain_value
 from fastema.shadow.entries import Rounding
-from fastema.shadow.foreign import identify, unflattened
+from fastema.shadow.foreign import identify, unflatten_state
 from fastema.shadow.store import PARTS, Tensors
 
 __all__ = ["Saved", "SavedOrMine", "pack", "unpack"]
@@ -198,7 +198,7 @@ def unpack(
     CheckpointError
         Listing every mismatch of names, shapes, dtypes, counters, schedule and class.
     """
-    state = unflattened(state)
+    state = unflatten_state(state)
     problems = _head(state, kind, expected)
     schedule = None
     log_decays = None
