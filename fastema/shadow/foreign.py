@@ -11,7 +11,7 @@ from fastema.bridges.memory import bytes_of, row_major_on_host
 from fastema.errors import FastemaError
 from fastema.shadow.store import PARTS
 
-__all__ = ["identify", "library_of", "unflatten_state"]
+__all__ = ["explain_foreign_state", "library_of", "unflatten_state"]
 
 _PLAIN: Final = "state"
 """Name of the file's tensor that holds the state's plain values, as JSON."""
@@ -140,7 +140,7 @@ _LAYOUTS: Final = (
 """Known formats; the first that fits wins."""
 
 
-def identify(state: Any) -> str:
+def explain_foreign_state(state: Any) -> str:
     """Return a message that says why an object is not a fastema state, and which call reads it."""
     lacks = "it is not a fastema state dict"
     if not isinstance(state, Mapping) or not state:

@@ -12,7 +12,7 @@ from fastema.layout.spec import TensorSpec
 from fastema.rules import Debiased, Rule, Schedule, Window
 from fastema.rules.rule import GONE, plain_value
 from fastema.shadow.entries import Rounding
-from fastema.shadow.foreign import identify, unflatten_state
+from fastema.shadow.foreign import explain_foreign_state, unflatten_state
 from fastema.shadow.store import PARTS, Tensors
 
 __all__ = ["Saved", "SavedOrMine", "pack", "unpack"]
@@ -73,7 +73,7 @@ def _is(found: Any, expected: str | int) -> bool:
 
 def _head(state: Any, kind: str, expected: Tensors) -> list[str]:
     if not isinstance(state, Mapping) or not _is(state.get("format"), FORMAT):
-        return [identify(state)]
+        return [explain_foreign_state(state)]
     problems = []
     if not _is(state.get("version"), VERSION):
         problems.append(f"version {state.get('version')!r} is not known, only {VERSION}")
