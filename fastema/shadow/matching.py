@@ -38,7 +38,7 @@ def refuse_other_model(
         if one.name in entries:
             raise one.error
     found = {leaf.name: leaf for leaf in leaves.items}
-    gone = _gone_or_reshaped(found, entries)
+    gone = _find_missing_or_reshaped(found, entries)
     problems = [*gone.values(), *_untied(found, names.aliases)]
     if not match_subset:
         problems += _new_or_unfrozen(leaves, entries, names)
@@ -55,7 +55,9 @@ def refuse_other_model(
         )
 
 
-def _gone_or_reshaped(found: Mapping[str, Leaf], entries: Mapping[str, Entry]) -> dict[str, str]:
+def _find_missing_or_reshaped(
+    found: Mapping[str, Leaf], entries: Mapping[str, Entry]
+) -> dict[str, str]:
     """Return what is wrong with averaged tensors, by name."""
     problems = {name: f"{name!r} is gone from the model" for name in entries if name not in found}
     for name, entry in entries.items():
