@@ -39,7 +39,7 @@ def refuse_other_model(
             raise one.error
     found = {leaf.name: leaf for leaf in leaves.items}
     gone = _find_missing_or_reshaped(found, entries)
-    problems = [*gone.values(), *_untied(found, names.aliases)]
+    problems = [*gone.values(), *_find_untied(found, names.aliases)]
     if not match_subset:
         problems += _new_or_unfrozen(leaves, entries, names)
     refuse_divided_otherwise(found, entries)
@@ -92,7 +92,7 @@ def _placed(division: Sharding | None) -> str:
     return "whole on this rank" if division is None else str(division)
 
 
-def _untied(found: Mapping[str, Leaf], aliases: Mapping[str, str]) -> list[str]:
+def _find_untied(found: Mapping[str, Leaf], aliases: Mapping[str, str]) -> list[str]:
     return [
         f"{name!r} was tied to {kept!r} and no longer is"
         for name, kept in aliases.items()
