@@ -41,7 +41,7 @@ def refuse_other_model(
     gone = _find_missing_or_reshaped(found, entries)
     problems = [*gone.values(), *_find_untied(found, names.aliases)]
     if not match_subset:
-        problems += _new_or_unfrozen(leaves, entries, names)
+        problems += _find_new_or_unfrozen(leaves, entries, names)
     refuse_divided_otherwise(found, entries)
     if problems:
         advice = "Build a new average for the changed model."
@@ -100,7 +100,7 @@ def _find_untied(found: Mapping[str, Leaf], aliases: Mapping[str, str]) -> list[
     ]
 
 
-def _new_or_unfrozen(leaves: Leaves, entries: Mapping[str, Entry], names: Names) -> list[str]:
+def _find_new_or_unfrozen(leaves: Leaves, entries: Mapping[str, Entry], names: Names) -> list[str]:
     known = {*entries, *names.aliases, *names.skipped}
     present = [leaf.name for leaf in leaves.items if leaf.persistent]
     present += [one.name for one in leaves.opaque if one.persistent]
