@@ -75,7 +75,7 @@ def refuse_divided_otherwise(found: Mapping[str, Leaf], entries: Mapping[str, En
         if name in found
     ]
     problems = [
-        f"{name!r} is {_placed(now)}, its average {_placed(was)}"
+        f"{name!r} is {_describe_division(now)}, its average {_describe_division(was)}"
         for name, now, was in both
         if now != was
     ]
@@ -88,7 +88,7 @@ def refuse_divided_otherwise(found: Mapping[str, Leaf], entries: Mapping[str, En
         )
 
 
-def _placed(division: Sharding | None) -> str:
+def _describe_division(division: Sharding | None) -> str:
     return "whole on this rank" if division is None else str(division)
 
 
