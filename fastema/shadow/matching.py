@@ -180,8 +180,8 @@ def pairs_to(leaves: Leaves, entries: Mapping[str, Entry], names: Names) -> list
     if problems:
         raise LayoutError("the model does not match the average:\n" + format_problems(problems))
     refuse_divided_otherwise(found, {name: entries[kept] for name, kept in wanted.items()})
-    return [_written(entries[kept], name, found[name]) for name, kept in wanted.items()]
+    return [_pair_for_copy(entries[kept], name, found[name]) for name, kept in wanted.items()]
 
 
-def _written(entry: Entry, name: str, leaf: Leaf) -> Pair:
+def _pair_for_copy(entry: Entry, name: str, leaf: Leaf) -> Pair:
     return entry.pair(leaf.spec, 0)._replace(name=name, ring=None)
