@@ -39,13 +39,13 @@ class _Matcher:
         self.averaged = {name for name, entry in store.sets[0].items() if entry.averaged}
 
     def match_exactly(self, _: Leaves, model: Leaves) -> Match:
-        return self._matched(model, match_subset=False)
+        return self._match_leaves(model, match_subset=False)
 
     def match_subset(self, _: Leaves, model: Leaves) -> Match:
         """Match a model that may have new or unfrozen tensors: to restore its weights."""
-        return self._matched(model, match_subset=True)
+        return self._match_leaves(model, match_subset=True)
 
-    def _matched(self, model: Leaves, *, match_subset: bool) -> Match:
+    def _match_leaves(self, model: Leaves, *, match_subset: bool) -> Match:
         entries, names = self.store.sets[0], self.names
         refuse_other_model(model, entries, names, match_subset=match_subset)
         found = {leaf.name: leaf for leaf in model.items}
