@@ -114,13 +114,13 @@ class ShadowBinding(Binding):
                 + format_problems(repr(name) for name in model.fixed)
             )
         key = "swap", index
-        swap = self.cached(key, lambda: self._made_swap(index))
+        swap = self.cached(key, lambda: self._build_swap(index))
         if swap.memory.has_copies or model.moving:
             self.forget(key)
         swap.container = self.container
         return swap
 
-    def _made_swap(self, index: int) -> ShadowSwap:
+    def _build_swap(self, index: int) -> ShadowSwap:
         roles = self.model.roles
         trained = {name for name in self._averaged if roles[name] != "buffer"}
         watch = self.cached("watch", lambda: WriteWatch(self.weights, trained))
