@@ -128,7 +128,7 @@ class ShadowBinding(Binding):
 
     # -- NaN and infinity -------------------------------------------------------------------------
 
-    def not_finite(self) -> list[str]:
+    def find_nonfinite(self) -> list[str]:
         """Return the names of weights and copied floats that hold a NaN or an infinity.
 
         Tensors whose copy already holds one, such as a mask of infinities, are not checked.
@@ -142,7 +142,7 @@ class ShadowBinding(Binding):
     def flag_nonfinite(self, args: LaunchArgs) -> None:
         """Make the device's counter skip the next update if a weight is not finite.
 
-        Checks the same tensors as :meth:`not_finite`, without waiting for the device.
+        Checks the same tensors as :meth:`find_nonfinite`, without waiting for the device.
         """
         _, program = self.cached("finite", self._finite_program)
         program.run({"all": "finite"}, args)

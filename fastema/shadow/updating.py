@@ -428,7 +428,7 @@ class Updating(Generic[Weights]):
 
     def _check_finite(self, step: int) -> bool:
         """Return whether all weights are finite; otherwise follow ``on_nonfinite``."""
-        names = self._binding.not_finite()
+        names = self._binding.find_nonfinite()
         if not (names if self._ranks is None else self._ranks.any(bool(names))):
             return True
         if self._on_nonfinite == "raise":
