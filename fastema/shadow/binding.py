@@ -137,7 +137,7 @@ class ShadowBinding(Binding):
         if self.addresses:
             program.relocate(self.addresses, self.addresses)
         program.run({"all": "finite"})
-        return [] if program.all_finite() else _not_finite(self._sources(names))
+        return [] if program.all_finite() else _find_nonfinite(self._sources(names))
 
     def flag_nonfinite(self, args: LaunchArgs) -> None:
         """Make the device's counter skip the next update if a weight is not finite.
@@ -154,7 +154,7 @@ class ShadowBinding(Binding):
 
     def _finite_program(self) -> tuple[set[str], Program]:
         copied = [p for p in self.pairs if p.name not in self._averaged and p.src.kind.real]
-        odd = _not_finite([Pair(p.name, p.dst, p.dst) for p in copied])
+        odd = _find_nonfinite([Pair(p.name, p.dst, p.dst) for p in copied])
         names = self._averaged | {p.name for p in copied} - {*odd}
         return names, Program({"all": self._sources(names)})
 
@@ -164,10 +164,10 @@ class ShadowBinding(Binding):
         return [Pair(p.name, p.src, p.src) for p in pairs]
 
 
-def _not_finite(pairs: list[Pair]) -> list[str]:
+def _find_nonfinite(pairs: list[Pair]) -> list[str]:
     """Return the names of pairs whose source holds a NaN or an infinity."""
     program = Program({"all": pairs})
     program.run({"all": "finite"})
     if program.all_finite():
         return []
-    return [pairs[0].name] if len(pairs) == 1 else [n for p in pairs for n in _not_finite([p])]
+    return [pairs[0].name] if len(pairs) == 1 else [n for p in pairs for n in _find_nonfinite([p])]
