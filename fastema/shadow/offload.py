@@ -234,7 +234,9 @@ class OffloadedEMA(EMA[Any]):
         def work() -> None:
             try:
                 fetch.complete()
-                self._take_in(None, steps)  # no lock: other calls hold it and wait for this job
+                self._update_locked(
+                    None, steps
+                )  # no lock: other calls hold it and wait for this job
             finally:
                 self._target = None
 
@@ -320,7 +322,7 @@ class OffloadedEMA(EMA[Any]):
             self._refuse_applied("update_from_host")
             found = {name: tensors[name] for name in self._kept if name in tensors}
             self._link.fetch(found).complete()
-            self._take_in(None, 1 + self._behind)
+            self._update_locked(None, 1 + self._behind)
             self._behind = 0
 
     # -- evaluation -------------------------------------------------------------------------------

@@ -276,9 +276,9 @@ class Updating(Generic[Weights]):
     def _advance(self, model: Any, steps: int) -> None:
         """Update the average, also while it follows optimizers."""
         with self._lock:
-            self._take_in(model, steps)
+            self._update_locked(model, steps)
 
-    def _take_in(self, model: Any, steps: int) -> None:
+    def _update_locked(self, model: Any, steps: int) -> None:
         """Update the average; the caller must exclude concurrent calls."""
         steps = checked_whole(steps, "steps", 1, MOST - self._done)
         self._refuse_applied("update")
