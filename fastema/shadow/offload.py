@@ -220,7 +220,7 @@ class OffloadedEMA(EMA[Any]):
             if job.done():  # not after an interrupt: the next call waits again
                 self._job, self._fetch, self._taken_behind = None, None, 0
 
-    def _settle(self) -> None:
+    def _drain_and_sync(self) -> None:
         """Wait for the running update. Before start_after, copy the current weights."""
         self._drain()
         if self._applied is None and self._is_synced():
@@ -330,7 +330,7 @@ class OffloadedEMA(EMA[Any]):
     def apply_shadow(self, model: Any = None, *, which: int | None = None) -> None:
         """Put the average into the model, in place; see :meth:`fastema.EMA.apply_shadow`."""
         with self._lock:
-            self._settle()
+            self._drain_and_sync()
             self._refuse_applied("apply_shadow")
             leaves = self._leaves(model, write=True)
             tensors, writes = self._owners(leaves), self._write_watch(leaves)
@@ -385,7 +385,7 @@ class OffloadedEMA(EMA[Any]):
     def copy_to(self, model: Any, *, which: int | None = None) -> None:
         """Overwrite a model's weights with the average; see :meth:`fastema.EMA.copy_to`."""
         with self._lock:
-            self._settle()
+            self._drain_and_sync()
             container = list_iterators(model)
             reshard(container)
             pairs = pairs_to(leaves_of(container), self._store.sets[0], self._names)
@@ -405,7 +405,7 @@ class OffloadedEMA(EMA[Any]):
         names = names_of_state(found, self._store.sets[0], self._names)
         theirs = {name: found[key][1] for key, name in names.items() if name in self._kept}
         with self._lock:
-            self._settle()
+            self._drain_and_sync()
             staged = self._link.staging
             if any(one.dtype != staged[name].dtype for name, one in theirs.items()):
                 staged = {**staged, **link_of(theirs).staging}  # round once, to their dtypes
@@ -419,7 +419,7 @@ class OffloadedEMA(EMA[Any]):
     def shadows(self) -> tuple[Shadow, ...]:
         """The mapping of names to tensors of every average, in host memory."""
         with self._lock:
-            self._settle()
+            self._drain_and_sync()
             return super().shadows
 
     def _tensor(self, index: int, name: str) -> Any:
@@ -441,7 +441,7 @@ class OffloadedEMA(EMA[Any]):
     def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
         """Return the state needed to resume the run; see :meth:`fastema.EMA.state_dict`."""
         with self._lock:
-            self._settle()
+            self._drain_and_sync()
             return super().state_dict(copy=copy)
 
     def load_state_dict(self, state: Mapping[str, Any], **options: Any) -> None:
