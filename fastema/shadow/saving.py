@@ -155,7 +155,7 @@ class Saveable(Evaluated[Weights]):
                 self._schedule,
                 log_decays,
                 rounding,
-                self._saved(copy),
+                self._collect_tensors(copy),
             )
 
     def _wait_for_the_ring(self) -> None:
@@ -164,7 +164,7 @@ class Saveable(Evaluated[Weights]):
             self._binding.wait()
 
     @pause_gc
-    def _saved(self, copy: bool) -> Tensors:
+    def _collect_tensors(self, copy: bool) -> Tensors:
         self._sync()
         self._wait_for_the_ring()
         if self._applied is None:
