@@ -117,7 +117,7 @@ class Store:
 
     def tensors(self) -> Tensors:
         """Return the arrays as a state dict holds them, without parts that no entry has."""
-        return self._collect(_saved)
+        return self._collect(_tensor_to_save)
 
     def _collect(self, what: Any) -> Tensors:
         found: Tensors = {}
@@ -260,7 +260,7 @@ def _averages(
     }
 
 
-def _saved(memory: Memory) -> Any:
+def _tensor_to_save(memory: Memory) -> Any:
     array, spec = memory
     return bridge_of(array).alias(array) if spec.division is None else spec.division.tensor(array)
 
