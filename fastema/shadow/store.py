@@ -137,7 +137,7 @@ class Store:
 
     def duplicate(self) -> Store:
         """Return a copy in new memory."""
-        return self._converted(lambda part, memory: memory[1], self.on_host)
+        return self._copy_from(lambda part, memory: memory[1], self.on_host)
 
     def on(self, device: str, *, ring_on_host: bool = False) -> Store:
         """Return a copy on a device; with ``ring_on_host`` its rings stay in host memory."""
@@ -148,9 +148,9 @@ class Store:
                 return spec
             return describe(bridge_of(array).transfer(array, device)).sharded_like(spec)
 
-        return self._converted(there, ring_on_host)
+        return self._copy_from(there, ring_on_host)
 
-    def _converted(self, source: Callable[[str, Memory], TensorSpec], ring_on_host: bool) -> Store:
+    def _copy_from(self, source: Callable[[str, Memory], TensorSpec], ring_on_host: bool) -> Store:
         """Return a store in new memory of the same dtypes, filled from ``source(part, old)``."""
         old = {id(entry): entry for _, entry in self}
         keys = [(key, part) for key, entry in old.items() for part in entry.parts]
