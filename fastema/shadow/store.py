@@ -208,12 +208,12 @@ class Store:
         for part, of_part in self.specs().items():
             for specs, arrays in zip(of_part, tensors[part], strict=True):
                 for name, spec in specs.items():
-                    array = _brought(select_part(arrays[name], spec), spec.device)
+                    array = _transfer_array(select_part(arrays[name], spec), spec.device)
                     pairs.append(Pair(name, spec, describe(array)))
         return Program({"all": pairs})
 
 
-def _brought(array: Any, device: str) -> Any:
+def _transfer_array(array: Any, device: str) -> Any:
     """Return an array of any framework on a device; raise a BridgeError if it cannot be moved."""
     transfer = getattr(bridge_of(array), "transfer", None)
     if transfer is not None:
