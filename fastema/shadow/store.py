@@ -99,7 +99,10 @@ class Store:
             for name, memory in zip(copied, allocate(copied.values()), strict=True)
         }
         return cls(
-            [{**_averages(likes, kinds, stored_as), **held} for _ in range(stored_as.num_averages)]
+            [
+                {**_allocate_averages(likes, kinds, stored_as), **held}
+                for _ in range(stored_as.num_averages)
+            ]
         )
 
     def __iter__(self) -> Iterator[tuple[int, Entry]]:
@@ -182,7 +185,7 @@ class Store:
         for one in self.sets:
             likes = {name: e.spec for name, e in one.items() if e.averaged}
             kinds = {name: stored_as.stored(spec.kind) for name, spec in likes.items()}
-            made = _averages(likes, kinds, stored_as)
+            made = _allocate_averages(likes, kinds, stored_as)
             for name, entry in made.items():
                 made[name] = entry._replace(to_framework=one[name].to_framework)
                 operation, of_entry = _conversion(one[name], entry)
@@ -226,7 +229,7 @@ def _transfer_array(array: Any, device: str) -> Any:
     return array
 
 
-def _averages(
+def _allocate_averages(
     likes: Mapping[str, TensorSpec], kinds: Mapping[str, tuple[DType, str]], stored_as: ShadowFormat
 ) -> dict[str, Entry]:
     """Allocate one average of each tensor."""
