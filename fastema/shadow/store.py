@@ -188,7 +188,7 @@ class Store:
             made = _allocate_averages(likes, kinds, stored_as)
             for name, entry in made.items():
                 made[name] = entry._replace(to_framework=one[name].to_framework)
-                operation, of_entry = _conversion(one[name], entry)
+                operation, of_entry = _plan_conversion(one[name], entry)
                 pairs[operation] += of_entry
             sets.append({name: made.get(name, e) for name, e in one.items()})
         Program(pairs).run({operation: operation for operation in pairs})
@@ -278,7 +278,7 @@ def _converter_by(bridge: ModuleType) -> Callable[[Any], Any]:
     return convert
 
 
-def _conversion(old: Entry, new: Entry) -> tuple[str, list[Pair]]:
+def _plan_conversion(old: Entry, new: Entry) -> tuple[str, list[Pair]]:
     """Return the operation and the pairs that fill an average from one in another format."""
     if old.form == SPLIT and new.form == SPLIT:
         return "copy", [Pair(old.name, new.parts[p][1], old.parts[p][1]) for p in new.parts]
