@@ -227,7 +227,7 @@ class Saveable(Evaluated[Weights]):
             if self._count is not None:
                 refuse_uneven(saved.schedule, saved.counters["num_updates"], saved.log_decays)
             program.prepare({"all": "copy"})  # may fail, so before any change
-            rounded = self._rounded_as(saved.rounding)
+            rounded = self._change_rounding(saved.rounding)
             self._wait_for_the_ring()
             with defer_signals():
                 self._done = saved.counters["num_updates"]
@@ -249,7 +249,7 @@ class Saveable(Evaluated[Weights]):
                 stacklevel=2,
             )
 
-    def _rounded_as(self, rounding: Rounding) -> tuple[ShadowFormat, Store, ShadowBinding]:
+    def _change_rounding(self, rounding: Rounding) -> tuple[ShadowFormat, Store, ShadowBinding]:
         """Return format, store and binding with this rounding of 16-bit averages, in place."""
         stored_as = self._format._replace(random=rounding == "stochastic")
         if stored_as == self._format:
