@@ -167,7 +167,7 @@ def _windows(schedule: Schedule) -> list[Rule | None]:
     return [rule if isinstance(rule, Window) else None for rule in schedule.rules]
 
 
-def _named(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
+def _strip_prefixes(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tensors by the average's own names, without the prefixes of wrappers."""
     names = list(tensors)
     if set(names) != set(expected):
@@ -224,7 +224,7 @@ def unpack(
             tensors[part] = []
             for i, specs in enumerate(of_part):
                 label = "" if part == "shadow" and len(of_part) == 1 else f" in {part}[{i}]"
-                tensors[part].append(_named(state[part][i], specs))
+                tensors[part].append(_strip_prefixes(state[part][i], specs))
                 problems += _body(specs, tensors[part][-1], label)
     if problems or schedule is None or log_decays is None:
         raise CheckpointError("the saved state does not fit:\n" + format_problems(problems))
