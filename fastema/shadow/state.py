@@ -71,7 +71,7 @@ def _is(found: Any, expected: str | int) -> bool:
     return type(found) is type(expected) and found == expected
 
 
-def _head(state: Any, kind: str, expected: Tensors) -> list[str]:
+def _check_head(state: Any, kind: str, expected: Tensors) -> list[str]:
     if not isinstance(state, Mapping) or not _is(state.get("format"), FORMAT):
         return [explain_foreign_state(state)]
     problems = []
@@ -199,7 +199,7 @@ def unpack(
         Listing every mismatch of names, shapes, dtypes, counters, schedule and class.
     """
     state = unflatten_state(state)
-    problems = _head(state, kind, expected)
+    problems = _check_head(state, kind, expected)
     schedule = None
     log_decays = None
     tensors: Tensors = {}
