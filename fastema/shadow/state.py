@@ -86,11 +86,11 @@ def _check_head(state: Any, kind: str, expected: Tensors) -> list[str]:
     if not any(_is(state.get("rounding"), known) for known in get_args(Rounding)):
         problems.append(f"rounding is {state.get('rounding')!r}")
     for part in PARTS:
-        problems += _part(state.get(part), part, len(expected.get(part, ())))
+        problems += _check_part(state.get(part), part, len(expected.get(part, ())))
     return problems
 
 
-def _part(found: Any, part: str, count: int) -> list[str]:
+def _check_part(found: Any, part: str, count: int) -> list[str]:
     if found is None and not count:
         return []
     if not isinstance(found, list) or not all(
