@@ -104,7 +104,7 @@ def _check_part(found: Any, part: str, count: int) -> list[str]:
     return []
 
 
-def _body(
+def _check_tensors(
     expected: Mapping[str, TensorSpec], tensors: Mapping[str, Any], label: str
 ) -> Iterator[str]:
     for name in expected:
@@ -225,7 +225,7 @@ def unpack(
             for i, specs in enumerate(of_part):
                 label = "" if part == "shadow" and len(of_part) == 1 else f" in {part}[{i}]"
                 tensors[part].append(_strip_prefixes(state[part][i], specs))
-                problems += _body(specs, tensors[part][-1], label)
+                problems += _check_tensors(specs, tensors[part][-1], label)
     if problems or schedule is None or log_decays is None:
         raise CheckpointError("the saved state does not fit:\n" + format_problems(problems))
     counters = {name: state[name] for name in COUNTERS}
