@@ -19,7 +19,7 @@ from fastema.layout.group import check_pair, drop_repeated, refuse_overlap, refu
 from fastema.shadow.binding import ShadowSwap
 from fastema.shadow.matching import names_of_state, pairs_to, refuse_other_holder
 from fastema.shadow.store import Entry
-from fastema.shadow.updating import Updating, Weights
+from fastema.shadow.updating import UpdatableAverage, Weights
 from fastema.shadow.views import Shadow
 
 __all__ = ["Evaluated"]
@@ -38,7 +38,7 @@ def _refuse_written(names: Sequence[str]) -> None:
         )
 
 
-class Evaluated(Updating[Weights]):
+class Evaluated(UpdatableAverage[Weights]):
     """Averages that can be applied to a model or copied into one; see :class:`Average`."""
 
     @property

@@ -34,7 +34,7 @@ from fastema.shadow.reports import describe_rule
 from fastema.shadow.schedule_counter import ScheduleCounter
 from fastema.shadow.store import Store
 
-__all__ = ["Updating", "Weights"]
+__all__ = ["UpdatableAverage", "Weights"]
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
@@ -52,7 +52,7 @@ _ONCE: Final = "ema.update(params)"
 """How to pass new immutable arrays; quoted in errors."""
 
 
-class Updating(Generic[Weights]):
+class UpdatableAverage(Generic[Weights]):
     """Averages in flat buffers, all updated in one call; see :class:`Average`."""
 
     _operation: ClassVar[str] = "lerp"
