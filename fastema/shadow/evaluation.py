@@ -22,7 +22,7 @@ from fastema.shadow.store import Entry
 from fastema.shadow.updating import UpdatableAverage, Weights
 from fastema.shadow.views import Shadow
 
-__all__ = ["Evaluated"]
+__all__ = ["SwappableAverage"]
 
 Other = TypeVar("Other")
 
@@ -38,7 +38,7 @@ def _refuse_written(names: Sequence[str]) -> None:
         )
 
 
-class Evaluated(UpdatableAverage[Weights]):
+class SwappableAverage(UpdatableAverage[Weights]):
     """Averages that can be applied to a model or copied into one; see :class:`Average`."""
 
     @property

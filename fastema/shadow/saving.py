@@ -13,7 +13,7 @@ from fastema.engine.streams import keep_for_graphs
 from fastema.errors import ArgumentError, StateError
 from fastema.shadow.binding import ShadowBinding
 from fastema.shadow.entries import ShadowFormat
-from fastema.shadow.evaluation import Evaluated
+from fastema.shadow.evaluation import SwappableAverage
 from fastema.shadow.options import Rounding, check_literal, format_of, parse_destination
 from fastema.shadow.schedule_counter import ScheduleCounter, refuse_uneven, tables_for
 from fastema.shadow.state import SavedOrMine, pack, unpack
@@ -25,7 +25,7 @@ __all__ = ["Saveable"]
 Self = TypeVar("Self", bound="Saveable[Any]")
 
 
-class Saveable(Evaluated[Weights]):
+class Saveable(SwappableAverage[Weights]):
     """Averages that can be saved, loaded and moved; see :class:`Average`."""
 
     def to(
