@@ -7,12 +7,12 @@ from typing import Any
 
 from fastema.errors import ArgumentError
 
-__all__ = ["Follower"]
+__all__ = ["StepHooks"]
 
 _HOOK = "register_step_post_hook"
 
 
-class Follower:
+class StepHooks:
     """Calls ``update(steps)`` once whenever all given optimizers have stepped.
 
     Parameters

@@ -19,7 +19,7 @@ from fastema.rules import Rule, Schedule
 from fastema.rules.checks import MOST, checked_whole
 from fastema.shadow.binding import SYNC, ShadowBinding, ShadowSwap
 from fastema.shadow.entries import select
-from fastema.shadow.following import Follower
+from fastema.shadow.following import StepHooks
 from fastema.shadow.options import (
     OnNonFinite,
     Policy,
@@ -120,7 +120,7 @@ class UpdatableAverage(Generic[Weights]):
             self._ranks.compare(self._common_settings())
         self._log_decays = self._schedule.log_decays(0)
         self._version = 0
-        self._follower: Follower | None = None
+        self._follower: StepHooks | None = None
         self._lock = rlock()
         self._applied: ShadowSwap | None = None
         self._measured: Program | None = None
@@ -350,7 +350,7 @@ class UpdatableAverage(Generic[Weights]):
         def update(steps: int) -> None:
             self._advance(None, 1 if self._format.window else steps)
 
-        self._follower = Follower(optimizers, update, None if update_if is None else is_wanted)
+        self._follower = StepHooks(optimizers, update, None if update_if is None else is_wanted)
 
     def _refuse_following(self, method: str) -> None:
         if self._follower is not None:
