@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 from fastema.binding.binding import Binding, Match
-from fastema.binding.sides import Trained
+from fastema.binding.sides import FreezeState
 from fastema.bridges.memory import allocate
 from fastema.bridges.registry import leaves_of, list_iterators, reshard
 from fastema.engine.locks import rlock
@@ -120,13 +120,13 @@ class _PairSelection:
             parts["copied" if is_copied else "averaged"].append(pair)
         return Match(parts, dst, src, self._policy_parameters(x))
 
-    def _policy_parameters(self, x: Leaves) -> list[Trained]:
+    def _policy_parameters(self, x: Leaves) -> list[FreezeState]:
         """Return the parameters whose policy depends on ``requires_grad``."""
         policy = self.policy
         if policy is None:
             return []
         return [
-            Trained(leaf.spec.owner, leaf.spec.owner.requires_grad)
+            FreezeState(leaf.spec.owner, leaf.spec.owner.requires_grad)
             for leaf in x.items
             if leaf.role != "buffer" and hasattr(leaf.spec.owner, "requires_grad")
             if policy(leaf.name, "weight") != policy(leaf.name, "frozen")

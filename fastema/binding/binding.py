@@ -8,7 +8,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from fastema.binding.sides import NOTHING, STAYED, Moving, Owned, Side, Trained, Watched
+from fastema.binding.sides import NOTHING, STAYED, FreezeState, Moving, Owned, Side, Watched
 from fastema.bridges.moving import Located
 from fastema.bridges.registry import bridge_of, leaves_of, list_iterators, reshard, write_listeners
 from fastema.engine.cuda import refuse_forked
@@ -32,14 +32,14 @@ class Match(NamedTuple):
         Checked pairs by program tag, tied weights once, all averages of a tensor in a row.
     dst, src : Leaves
         Tensors to watch.
-    trained : sequence of Trained
+    trained : sequence of FreezeState
         Parameters whose freezing or unfreezing requires a new match.
     """
 
     pairs: Mapping[str, Sequence[Pair]]
     dst: Leaves
     src: Leaves
-    trained: Sequence[Trained] = ()
+    trained: Sequence[FreezeState] = ()
 
 
 Matcher: TypeAlias = Callable[[Leaves, Leaves], Match]

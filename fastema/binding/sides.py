@@ -12,7 +12,7 @@ from fastema.bridges.registry import bridge_of
 from fastema.engine.watch import SHARES, watch
 from fastema.layout.spec import Leaves
 
-__all__ = ["NOTHING", "STAYED", "Moving", "Owned", "Sampled", "Side", "Trained", "Watched"]
+__all__ = ["NOTHING", "STAYED", "FreezeState", "Moving", "Owned", "Sampled", "Side", "Watched"]
 
 NOTHING: Final = Leaves([], lambda owner: owner)
 """Leaves of a side whose memory fastema owns: there is nothing to watch."""
@@ -21,7 +21,7 @@ STAYED: Final = Located({}, [])
 """Result for tensors that have not moved since they were matched."""
 
 
-class Trained(NamedTuple):
+class FreezeState(NamedTuple):
     """A parameter whose treatment depends on ``requires_grad``, and its value when matched."""
 
     owner: Any
@@ -69,7 +69,7 @@ class Watched(Owned):
     """
 
     def __init__(
-        self, leaves: Leaves, container: Any, trained: Sequence[Trained], *, transient: bool
+        self, leaves: Leaves, container: Any, trained: Sequence[FreezeState], *, transient: bool
     ) -> None:
         self._watch = watch(leaves, transient=transient)
         self._trained = trained
@@ -102,7 +102,7 @@ class Watched(Owned):
         return self._watch.changed() or (bool(trained) and _changed(trained))
 
 
-def _changed(trained: Sequence[Trained]) -> bool:
+def _changed(trained: Sequence[FreezeState]) -> bool:
     return any(one.requires_grad is not before for one, before in trained)
 
 
@@ -110,7 +110,7 @@ class Sampled(Watched):
     """Watched tensors of which each call checks one share of :data:`SHARES`, in turn."""
 
     def __init__(
-        self, leaves: Leaves, container: Any, trained: Sequence[Trained], *, transient: bool
+        self, leaves: Leaves, container: Any, trained: Sequence[FreezeState], *, transient: bool
     ) -> None:
         super().__init__(leaves, container, trained, transient=transient)
         self._share = 0

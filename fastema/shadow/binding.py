@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from fastema.binding.binding import Binding, Match
-from fastema.binding.sides import Trained, Watched
+from fastema.binding.sides import FreezeState, Watched
 from fastema.binding.swap import InMemory, Swap, WatchedMemory, WriteWatch
 from fastema.bridges.registry import describe
 from fastema.engine.program import Program
@@ -60,7 +60,7 @@ class _Matcher:
         for pair in pairs:
             parts["averaged" if pair.name in self.averaged else "copied"].append(pair)
         frozen = [
-            Trained(leaf.spec.owner, before=False)
+            FreezeState(leaf.spec.owner, before=False)
             for leaf in model.items
             if leaf.name in names.still and leaf.role == "frozen"
         ]

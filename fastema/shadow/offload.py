@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from fastema.binding.binding import Binding, Match
-from fastema.binding.sides import NOTHING, Trained
+from fastema.binding.sides import NOTHING, FreezeState
 from fastema.binding.swap import WriteWatch
 from fastema.bridges.registry import leaves_of, link_of, list_iterators, reshard, state_of
 from fastema.engine.blocks import BlockSteps
@@ -171,7 +171,7 @@ class OffloadedEMA(EMA[Any]):
         names = self._names
         refuse_other_model(model, self._store.sets[0], names, match_subset=match_subset)
         frozen = [
-            Trained(leaf.spec.owner, before=False)
+            FreezeState(leaf.spec.owner, before=False)
             for leaf in model.items
             if leaf.name in names.still and leaf.role == "frozen"
         ]
