@@ -34,9 +34,9 @@ from fastema.layout.spec import TensorSpec
 
 __all__ = [
     "SPLIT",
+    "AppliedCopy",
     "Calls",
     "InMemory",
-    "Recovered",
     "Swap",
     "WatchedMemory",
     "Way",
@@ -257,14 +257,14 @@ _RECOVERED_AT_ONCE: Final = 1 << 26
 """Bytes of weights to copy in one batch, which bounds the temporary memory."""
 
 
-class Recovered(NamedTuple):
+class AppliedCopy(NamedTuple):
     """Memory that receives an applied average and, if it has one, its residual."""
 
     shadow: TensorSpec
     residual: TensorSpec | None
 
 
-def copy_applied_into(pairs: Sequence[Pair], into: Sequence[Recovered]) -> None:
+def copy_applied_into(pairs: Sequence[Pair], into: Sequence[AppliedCopy]) -> None:
     """Copy averages that are applied to a model, from wherever their way keeps them."""
     begin = nbytes = 0
     for end, pair in enumerate(pairs, 1):
@@ -274,7 +274,7 @@ def copy_applied_into(pairs: Sequence[Pair], into: Sequence[Recovered]) -> None:
             begin, nbytes = end, 0
 
 
-def _recover(pairs: Sequence[Pair], into: Sequence[Recovered]) -> None:
+def _recover(pairs: Sequence[Pair], into: Sequence[AppliedCopy]) -> None:
     parked = [(pair, to) for pair, to in zip(pairs, into, strict=True) if way_of(pair) == "park"]
     models = [spec for _, spec in allocate([(pair.src, pair.src.kind) for pair, _ in parked])]
     copies = [Pair(one.name, spec, one.src) for (one, _), spec in zip(parked, models, strict=True)]
@@ -302,7 +302,7 @@ def copy_applied(pairs: Sequence[Pair]) -> list[Any]:
     copy_applied_into(
         pairs,
         [
-            Recovered(spec, next(residuals)[1] if _is_split_swap(pair) else None)
+            AppliedCopy(spec, next(residuals)[1] if _is_split_swap(pair) else None)
             for pair, (_, spec) in zip(pairs, shadows, strict=True)
         ],
     )

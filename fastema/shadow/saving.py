@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from fastema.binding.swap import Recovered, copy_applied_into
+from fastema.binding.swap import AppliedCopy, copy_applied_into
 from fastema.engine.collector import pause_gc
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.streams import keep_for_graphs
@@ -181,7 +181,7 @@ class Saveable(SwappableAverage[Weights]):
             copy_applied_into(
                 [self._binding.pair(name, index) for index, name in applied],
                 [
-                    Recovered(p["shadow"][1], p["residual"][1] if "residual" in p else None)
+                    AppliedCopy(p["shadow"][1], p["residual"][1] if "residual" in p else None)
                     for p in parts
                 ],
             )
