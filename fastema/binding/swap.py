@@ -35,7 +35,7 @@ from fastema.layout.spec import TensorSpec
 __all__ = [
     "SPLIT",
     "AppliedCopy",
-    "Calls",
+    "CallableWay",
     "InMemory",
     "Swap",
     "WatchedMemory",
@@ -59,7 +59,7 @@ class Way(Protocol):
         """Put the raw weights back."""
 
 
-class Calls(NamedTuple):
+class CallableWay(NamedTuple):
     """A way made from two functions."""
 
     apply: Callable[[], object]

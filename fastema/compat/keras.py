@@ -22,7 +22,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 import keras
 
-from fastema.binding.swap import Calls, Swap, Way
+from fastema.binding.swap import CallableWay, Swap, Way
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, BridgeError, DTypeError, StateError
 from fastema.keras.guards import ErrorGuard, UseGuard, WeightGuard, guard_use, is_running
@@ -127,7 +127,7 @@ def _way(model: Any, pairs: list[tuple[Any, Any]]) -> Way:
     except (BridgeError, DTypeError):
         # The variables have several replicas or 8 bits, or only the backend reaches their device.
         exchange = partial(_one_by_one, pairs)
-    return Calls(exchange, exchange)
+    return CallableWay(exchange, exchange)
 
 
 class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]

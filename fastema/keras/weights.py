@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 import keras
 
-from fastema.binding.swap import Calls, Swap
+from fastema.binding.swap import CallableWay, Swap
 from fastema.bridges.registry import leaves_of
 from fastema.checkpoint import files, state
 from fastema.engine.blocks import BlockSteps, RestoringBlock
@@ -320,7 +320,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         is_jax = keras.backend.backend() == "jax"
         if hook != "epoch" and not is_jax:
             apply = partial(ema.apply_shadow, which=which)
-            return Swap(Calls(apply, self._restore_ema))
+            return Swap(CallableWay(apply, self._restore_ema))
         if is_jax:
             model.jax_state_sync()
         names = ema.shadows[0].keys()

@@ -11,7 +11,7 @@ import tensorflow as tf
 # No public API reports whether a function is traced for XLA, which cannot call Python.
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from fastema.binding.swap import Calls, Swap
+from fastema.binding.swap import CallableWay, Swap
 from fastema.bridges.tensorflow import Unshared, unshare
 from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.engine.interrupts import defer_signals
@@ -262,7 +262,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
                 + format_problems(f"{name_of(variable_of(v))!r}" for v in strangers)
             )
         plan = self._plan(self._entry(chosen))
-        swap = Swap(Calls(plan.swap_, plan.swap_))
+        swap = Swap(CallableWay(plan.swap_, plan.swap_))
 
         def apply() -> None:
             swap.apply()

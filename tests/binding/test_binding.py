@@ -10,7 +10,7 @@ import torch
 
 import fastema
 from fastema.binding.binding import Binding, Match
-from fastema.binding.swap import Calls, InMemory, Swap, WriteWatch
+from fastema.binding.swap import CallableWay, InMemory, Swap, WriteWatch
 from fastema.bridges.registry import describe
 from fastema.compat.averager import ModelAverager
 from fastema.engine.program import Program
@@ -139,7 +139,7 @@ def test_a_restore_that_fails_can_be_called_again() -> None:
             raise failures.pop()
         log.append("-b")
 
-    swap = Swap(Way(log, "a"), Calls(lambda: log.append("+b"), restore))
+    swap = Swap(Way(log, "a"), CallableWay(lambda: log.append("+b"), restore))
     swap.apply()
     with pytest.raises(OSError, match="busy"):
         swap.restore()
@@ -159,7 +159,7 @@ def test_an_interrupt_waits_for_the_end_of_either(when: str) -> None:
             signal.raise_signal(signal.SIGINT)
         log.append(sign)
 
-    swap = Swap(Calls(lambda: call("+"), lambda: call("-")))
+    swap = Swap(CallableWay(lambda: call("+"), lambda: call("-")))
     try:
         swap.apply()
         swap.restore()
@@ -258,9 +258,9 @@ def test_a_way_that_fails_keeps_no_other_from_being_undone() -> None:
         undone.append("second")
 
     swap = Swap(
-        Calls(lambda: None, lambda: undone.append("first")),
-        Calls(lambda: None, restore),
-        Calls(lambda: None, lambda: undone.append("third")),
+        CallableWay(lambda: None, lambda: undone.append("first")),
+        CallableWay(lambda: None, restore),
+        CallableWay(lambda: None, lambda: undone.append("third")),
     )
     swap.apply()
     with pytest.raises(MemoryError):
