@@ -153,7 +153,7 @@ class InMemory:
         if outside:
             save = [Pair(pair.name, self._kept[pair.name], pair.src) for pair in outside]
             Program({"save": save}).run({"save": "copy"})
-        self._assigned = _Assigned(tagged.get("assign", []))
+        self._assigned = _AssignmentSwap(tagged.get("assign", []))
         self._program = self._build_program(tagged)
 
     def _build_program(self, tagged: Mapping[str, list[Pair]]) -> Program:
@@ -196,7 +196,7 @@ def _by_way(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
     return found
 
 
-class _Assigned:
+class _AssignmentSwap:
     """Swaps by assigning new arrays, for weights that change only by assignment."""
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
@@ -233,7 +233,7 @@ def _as_weights(pairs: Sequence[Pair]) -> list[Any]:
 
 def write_averages(pairs: Sequence[Pair]) -> None:
     """Overwrite weights with averages, rounded to nearest: ``pair.src`` receives ``pair.dst``."""
-    _Assigned([pair for pair in pairs if can_be_assigned(pair.src)]).apply()
+    _AssignmentSwap([pair for pair in pairs if can_be_assigned(pair.src)]).apply()
     there = [pair for pair in pairs if not can_be_assigned(pair.src)]
     Program({"all": there}).run({"all": "cast_back"})
     for notify, arrays in write_listeners(pair.src.owner for pair in there):
