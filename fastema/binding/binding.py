@@ -8,7 +8,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from fastema.binding.sides import NOTHING, STAYED, FreezeState, Moving, Owned, Side, Watched
+from fastema.binding.sides import NO_LEAVES, STAYED, FreezeState, Moving, Owned, Side, Watched
 from fastema.bridges.moving import Located
 from fastema.bridges.registry import bridge_of, leaves_of, list_iterators, reshard, write_listeners
 from fastema.engine.cuda import refuse_forked
@@ -204,7 +204,7 @@ class Binding:
     ) -> _Bound:
         """Describe the tensors of both sides and pair them."""
         owned = containers[0] is None
-        dst = NOTHING if owned else self._look(containers[0])
+        dst = NO_LEAVES if owned else self._look(containers[0])
         src = self._look(containers[1]) if leaves is None else leaves
         found = match(dst, src)
         tagged = found.pairs
@@ -224,7 +224,7 @@ class Binding:
             (containers[0], dst, found.dst, ()),
             (containers[1], src, found.src, found.trained),
         ):
-            if whole is NOTHING:
+            if whole is NO_LEAVES:
                 sides.append(Owned())
             elif whole.moving:
                 sides.append(Moving(whole, container))

@@ -12,9 +12,9 @@ from fastema.bridges.registry import bridge_of
 from fastema.engine.watch import SHARES, watch
 from fastema.layout.spec import Leaves
 
-__all__ = ["NOTHING", "STAYED", "FreezeState", "Moving", "Owned", "Sampled", "Side", "Watched"]
+__all__ = ["NO_LEAVES", "STAYED", "FreezeState", "Moving", "Owned", "Sampled", "Side", "Watched"]
 
-NOTHING: Final = Leaves([], lambda owner: owner)
+NO_LEAVES: Final = Leaves([], lambda owner: owner)
 """Leaves of a side whose memory fastema owns: there is nothing to watch."""
 
 STAYED: Final = Located({}, [])
@@ -49,7 +49,7 @@ class Side(Protocol):
 class Owned:
     """Tensors in fastema's own memory, which never move. Using them again is always fine."""
 
-    leaves = NOTHING
+    leaves = NO_LEAVES
 
     def find(self, container: Any, *, write: bool) -> Located | None:
         """Return :data:`STAYED`."""

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from fastema.binding.binding import Binding, Match
-from fastema.binding.sides import NOTHING, FreezeState
+from fastema.binding.sides import NO_LEAVES, FreezeState
 from fastema.binding.swap import WriteWatch
 from fastema.bridges.registry import leaves_of, link_of, list_iterators, reshard, state_of
 from fastema.engine.blocks import BlockSteps
@@ -175,7 +175,7 @@ class OffloadedEMA(EMA[Any]):
             for leaf in model.items
             if leaf.name in names.still and leaf.role == "frozen"
         ]
-        return Match({}, NOTHING, model.select_names({*self._kept, *names.aliases}), frozen)
+        return Match({}, NO_LEAVES, model.select_names({*self._kept, *names.aliases}), frozen)
 
     def _leaves(self, model: Any = None, *, write: bool = False, restore: bool = False) -> Leaves:
         """Return the model's tensors; look them up again only if one has moved."""
