@@ -8,7 +8,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from fastema.binding.sides import NO_LEAVES, STAYED, FreezeState, Moving, Owned, Side, Watched
+from fastema.binding.sides import NO_LEAVES, UNMOVED, FreezeState, Moving, Owned, Side, Watched
 from fastema.bridges.moving import Located
 from fastema.bridges.registry import bridge_of, leaves_of, list_iterators, reshard, write_listeners
 from fastema.engine.cuda import refuse_forked
@@ -84,13 +84,13 @@ class _Bound:
     labels: tuple[str, str]
     contexts: list[DeviceContext]  # devices of the weights, without the host
     guard: OverlapGuard | None  # None if neither side moves
-    located: tuple[Located, Located] = (STAYED, STAYED)
+    located: tuple[Located, Located] = (UNMOVED, UNMOVED)
     cached: dict[Any, Any] = field(default_factory=dict)  # values derived from these pairs
 
     def find(self, container: Any, write: bool) -> tuple[Located, Located] | None:
         """Return the locations of both sides; None if one must be matched again."""
         ours, theirs = self.sides
-        dst = STAYED if self.containers[0] is None else ours.find(self.containers[0], write=True)
+        dst = UNMOVED if self.containers[0] is None else ours.find(self.containers[0], write=True)
         src = None if dst is None else theirs.find(container, write=write)
         return None if dst is None or src is None else (dst, src)
 
@@ -158,7 +158,7 @@ class _Current:
         if bound.guard is not None:
             if kind is None and self._once:
                 bound.sides[1].record_used(bound.located[1])
-            bound.located = STAYED, STAYED  # let the framework reuse the memory
+            bound.located = UNMOVED, UNMOVED  # let the framework reuse the memory
 
 
 class Binding:

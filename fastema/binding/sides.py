@@ -12,12 +12,12 @@ from fastema.bridges.registry import bridge_of
 from fastema.engine.watch import SHARES, watch
 from fastema.layout.spec import Leaves
 
-__all__ = ["NO_LEAVES", "STAYED", "FreezeState", "Moving", "Owned", "Sampled", "Side", "Watched"]
+__all__ = ["NO_LEAVES", "UNMOVED", "FreezeState", "Moving", "Owned", "Sampled", "Side", "Watched"]
 
 NO_LEAVES: Final = Leaves([], lambda owner: owner)
 """Leaves of a side whose memory fastema owns: there is nothing to watch."""
 
-STAYED: Final = Located({}, [])
+UNMOVED: Final = Located({}, [])
 """Result for tensors that have not moved since they were matched."""
 
 
@@ -52,8 +52,8 @@ class Owned:
     leaves = NO_LEAVES
 
     def find(self, container: Any, *, write: bool) -> Located | None:
-        """Return :data:`STAYED`."""
-        return STAYED
+        """Return :data:`UNMOVED`."""
+        return UNMOVED
 
     def refuse_used(self, located: Located, instead: str) -> None:
         """Do nothing: the memory is mutable."""
@@ -82,7 +82,7 @@ class Watched(Owned):
 
     def find(self, container: Any, *, write: bool) -> Located | None:
         """See :class:`Side`."""
-        return None if not self._is_same_container(container) or self.changed() else STAYED
+        return None if not self._is_same_container(container) or self.changed() else UNMOVED
 
     def _is_same_container(self, container: Any) -> bool:
         """Return whether this is the watched container, or a list of the same objects."""
@@ -127,7 +127,7 @@ class Sampled(Watched):
             return super().find(container, write=write)
         share, self._share = self._share, (self._share + 1) % SHARES
         moved = self._watch.share_changed(share) or _changed(self._trained[share::SHARES])
-        return STAYED if self._is_same_container(container) and not moved else None
+        return UNMOVED if self._is_same_container(container) and not moved else None
 
 
 class Moving(Owned):
