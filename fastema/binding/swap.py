@@ -253,7 +253,7 @@ def round_to_weights(pairs: Sequence[Pair]) -> list[Any]:
 
 # -- averages that are applied --------------------------------------------------------------------
 
-_RECOVERED_AT_ONCE: Final = 1 << 26
+_COPY_BATCH_BYTES: Final = 1 << 26
 """Bytes of weights to copy in one batch, which bounds the temporary memory."""
 
 
@@ -269,7 +269,7 @@ def copy_applied_into(pairs: Sequence[Pair], into: Sequence[AppliedCopy]) -> Non
     begin = nbytes = 0
     for end, pair in enumerate(pairs, 1):
         nbytes += pair.src.nbytes
-        if nbytes >= _RECOVERED_AT_ONCE or end == len(pairs):
+        if nbytes >= _COPY_BATCH_BYTES or end == len(pairs):
             _recover(pairs[begin:end], into[begin:end])
             begin, nbytes = end, 0
 
