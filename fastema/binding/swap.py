@@ -75,22 +75,22 @@ class Swap:
 
     def __init__(self, *ways: Way) -> None:
         self._ways = ways
-        self._due: list[Way] = []
+        self._applied_ways: list[Way] = []
 
     @property
     def applied(self) -> bool:
         """Whether the model holds the average, or a part of it that could not be restored."""
-        return bool(self._due)
+        return bool(self._applied_ways)
 
     def apply(self) -> None:
         """Put the average into the model. Do nothing if it is already there."""
         with defer_signals():
-            if self._due:
+            if self._applied_ways:
                 return
             try:
                 for way in self._ways:
                     way.apply()
-                    self._due.append(way)
+                    self._applied_ways.append(way)
             except BaseException:
                 self.restore()
                 raise
@@ -102,10 +102,10 @@ class Swap:
         """
         with defer_signals():
             failed: BaseException | None = None
-            for way in reversed([*self._due]):
+            for way in reversed([*self._applied_ways]):
                 try:
                     way.restore()
-                    self._due.remove(way)
+                    self._applied_ways.remove(way)
                 except BaseException as error:
                     failed = failed or error
             if failed is not None:
