@@ -194,7 +194,7 @@ class Plan:
     array([0.4375, 0.4375], dtype=float32)
     """
 
-    _called: ClassVar = ("the first", "the second")
+    _container_labels: ClassVar = ("the first", "the second")
 
     def __init__(
         self,
@@ -212,7 +212,7 @@ class Plan:
         self.binding = Binding(
             list_iterators(avg),
             list_iterators(x),
-            _PairSelection(policy, _MARKS[rounding], self._called),
+            _PairSelection(policy, _MARKS[rounding], self._container_labels),
             labels=("avg ", "x "),
             look=_resharded_leaves,
         )

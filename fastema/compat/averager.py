@@ -43,7 +43,7 @@ def _tensors(leaves: Leaves) -> dict[str, Tensor]:
 
 
 class _Plan(Plan):
-    _called: ClassVar = ("the average", "the model")
+    _container_labels: ClassVar = ("the average", "the model")
 
 
 # -- averages on other devices --------------------------------------------------------------------
