@@ -62,7 +62,7 @@ class _Matcher:
         frozen = [
             FreezeState(leaf.spec.owner, before=False)
             for leaf in model.items
-            if leaf.name in names.still and leaf.role == "frozen"
+            if leaf.name in names.must_stay_frozen and leaf.role == "frozen"
         ]
         return Match(parts, model, model.select_names({*entries, *names.aliases}), frozen)
 

@@ -44,7 +44,7 @@ class Names:
         return next(matching, None) == "skip"
 
     @property
-    def still(self) -> set[str]:
+    def must_stay_frozen(self) -> set[str]:
         """Names of parameters that must stay frozen."""
         return (self.skipped | self.frozen) - self.chosen
 

@@ -173,7 +173,7 @@ class OffloadedEMA(EMA[Any]):
         frozen = [
             FreezeState(leaf.spec.owner, before=False)
             for leaf in model.items
-            if leaf.name in names.still and leaf.role == "frozen"
+            if leaf.name in names.must_stay_frozen and leaf.role == "frozen"
         ]
         return Match({}, NO_LEAVES, model.select_names({*self._kept, *names.aliases}), frozen)
 
