@@ -82,7 +82,7 @@ class Average(Saveable[Weights]):
     @property
     def drifts(self) -> tuple[Drift, ...]:
         """Distance between every average and the weights, in the order of the rules."""
-        program = self._measured
+        program = self._drift_program
         if program is None:
             raise StateError("no drift was measured: build with drift=True, and update first")
         return tuple(self._drift(program, index) for index in range(len(self._store.sets)))

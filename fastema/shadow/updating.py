@@ -123,7 +123,7 @@ class UpdatableAverage(Generic[Weights]):
         self._follower: StepHooks | None = None
         self._lock = rlock()
         self._applied: ShadowSwap | None = None
-        self._measured: Program | None = None
+        self._drift_program: Program | None = None
         self._binding = self._bind(container, self._store, leaves)
         # Do not keep immutable arrays: the arrays passed last are the model.
         self._own_model = None if self._binding.model.fixed else container
@@ -410,7 +410,7 @@ class UpdatableAverage(Generic[Weights]):
             program.run(operations, args)
             self._done, self._log_decays = step, log_decays
             self._version += 1
-            self._measured = None if begins or not self._measures else program
+            self._drift_program = None if begins or not self._measures else program
 
     def _update_by(self, count: ScheduleCounter, program: Program) -> None:
         """Update with the step and weights that the device reads, now and in replays."""
@@ -421,7 +421,7 @@ class UpdatableAverage(Generic[Weights]):
                 self._binding.flag_nonfinite(count.args)
             count.advance()
             program.run(self._operations, count.args)
-            self._measured = program if self._measures else None
+            self._drift_program = program if self._measures else None
 
     def _launch_args(self, step: int, weights: tuple[float, ...]) -> LaunchArgs:
         return LaunchArgs(weights, self._seed, step)
