@@ -141,7 +141,7 @@ class OffloadedEMA(EMA[Any]):
         self._pool: ThreadPoolExecutor | None = None
         self._pid = os.getpid()
         self._target: int | None = None  # number of updates after the running one
-        self._waited, self._moved = 0.0, 0
+        self._waited, self._bytes_moved = 0.0, 0
         # Skipped steps that no update counts yet, and those that the running update counts.
         self._behind, self._taken_behind = 0, 0
         self._skips_behind, self._num_behind = when_behind == "skip", 0
@@ -251,7 +251,7 @@ class OffloadedEMA(EMA[Any]):
     def offload_stats(self) -> OffloadStats:
         """Costs so far, an :class:`OffloadStats`: queue, waits, bytes moved, skipped steps."""
         depth = int(self._job is not None and not self._job.done())
-        return OffloadStats(depth, self._waited, self._moved, self._num_behind)
+        return OffloadStats(depth, self._waited, self._bytes_moved, self._num_behind)
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -268,7 +268,7 @@ class OffloadedEMA(EMA[Any]):
             with defer_signals():  # fetched weights must be averaged and counted
                 self._fetch = self._link.fetch(tensors)
                 self._submit(steps + self._behind)
-                self._moved += self._link.nbytes
+                self._bytes_moved += self._link.nbytes
                 self._behind, self._taken_behind = 0, self._behind
 
     def _is_behind(self) -> bool:
@@ -345,7 +345,7 @@ class OffloadedEMA(EMA[Any]):
                     self._link.send(tensors)
                     raise
                 self._writes = writes
-            self._moved += 2 * self._link.nbytes
+            self._bytes_moved += 2 * self._link.nbytes
 
     def _specs(self, leaves: Leaves) -> dict[str, TensorSpec]:
         found = {leaf.name: leaf.spec for leaf in leaves.items}
@@ -370,7 +370,7 @@ class OffloadedEMA(EMA[Any]):
             writes.now = specs
             writes.end()
             self._writes = None
-        self._moved += self._link.nbytes
+        self._bytes_moved += self._link.nbytes
         return written
 
     def _swap_steps(self, model: Any, which: int | None) -> BlockSteps[Any]:
