@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from fastema.errors import ArgumentError
 
-__all__ = ["GONE", "Rule", "described", "plain_value", "rule_from_dict"]
+__all__ = ["GONE", "Rule", "describe_rule", "plain_value", "rule_from_dict"]
 
 GONE = -64.0
 """Logarithm of a negligible share: 1 - exp(-64) rounds to 1 in float64, by a wide margin."""
@@ -121,7 +121,7 @@ def _name_of(kind: type[Rule]) -> str:
     return kind.__name__ if ours else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def described(rule: Rule) -> dict[str, Any]:
+def describe_rule(rule: Rule) -> dict[str, Any]:
     """Return :meth:`Rule.to_dict`; raise an ArgumentError if a checkpoint cannot store the rule."""
     plain: dict[str, Any] = plain_value(rule.to_dict(), f"{type(rule).__name__}.to_dict()")
     return plain

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastema.errors import ArgumentError
 from fastema.rules.checks import checked_weight, checked_whole, no_decay
-from fastema.rules.rule import Rule, described, rule_from_dict
+from fastema.rules.rule import Rule, describe_rule, rule_from_dict
 
 __all__ = ["Schedule"]
 
@@ -51,7 +51,7 @@ class Schedule:
                 raise ArgumentError(
                     f"decay={rule!r}: expected a number in [0, 1) or a rule of fastema.rules"
                 )
-            described(rule)
+            describe_rule(rule)
         if not given:
             raise ArgumentError("decay=(): expected at least one number or rule")
         if len({rule.phase for rule in given if isinstance(rule, Rule)}) > 1:
@@ -155,7 +155,7 @@ class Schedule:
     def to_dict(self) -> dict[str, Any]:
         """Return the schedule as plain values for a checkpoint."""
         return {
-            "rules": [described(rule) for rule in self.rules],
+            "rules": [describe_rule(rule) for rule in self.rules],
             "update_every": self.update_every,
             "start_after": self.start_after,
         }
