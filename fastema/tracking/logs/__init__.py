@@ -14,7 +14,7 @@ from typing import Any, Final, TextIO
 
 from fastema.errors import ArgumentError
 from fastema.tracking.logs import event_files
-from fastema.tracking.logs.table import Curve, Table, of_cells, parsed
+from fastema.tracking.logs.table import Curve, Table, of_cells, parse_column
 
 __all__ = ["Curve", "Table", "read", "read_table"]
 
@@ -79,7 +79,7 @@ def _csv(text: str, source: str) -> Table:
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ArgumentError(f"{source}: two columns are named {', '.join(twice)}")
-    if all(parsed([name]) is not None for name in names):
+    if all(parse_column([name]) is not None for name in names):
         raise ArgumentError(
             f"{source}: the first line contains numbers; it must name the columns, such as "
             f"{delimiter.join(['step', 'loss'])}"

@@ -124,7 +124,7 @@ class Table:
         if name in self.cells:
             why = "all of its cells are blank"
             for row, cell in enumerate(self.cells[name], 1):
-                if not _is_blank(cell) and parsed([cell]) is None:
+                if not _is_blank(cell) and parse_column([cell]) is None:
                     why = f"row {row} has {cell!r}"
                     break
             raise ArgumentError(f"{self.source}: column {name!r} holds no numbers: {why}")
@@ -203,7 +203,7 @@ def _is_blank(cell: str) -> bool:
     return cell.strip().lower() in _BLANKS
 
 
-def parsed(cells: Sequence[str], delimiter: str = ",") -> Column | None:
+def parse_column(cells: Sequence[str], delimiter: str = ",") -> Column | None:
     """Return the numbers of a column; None if it contains something else or only blanks.
 
     If the delimiter is not a comma, decimal commas such as ``0,5`` are accepted.
@@ -220,7 +220,7 @@ def parsed(cells: Sequence[str], delimiter: str = ",") -> Column | None:
 
 def of_cells(cells: dict[str, list[str]], source: str, delimiter: str = ",") -> Table:
     """Return the table of text cells; raise an ArgumentError if no column contains numbers."""
-    found = {name: parsed(column, delimiter) for name, column in cells.items()}
+    found = {name: parse_column(column, delimiter) for name, column in cells.items()}
     numbers = {name: column for name, column in found.items() if column is not None}
     if not numbers:
         raise ArgumentError(f"{source}: no column of numbers among {', '.join(cells) or 'none'}")
