@@ -149,12 +149,12 @@ def plain_value(value: Any, place: str) -> Any:
     )
 
 
-def _rebuilt(value: Any) -> Any:
+def _rebuild_value(value: Any) -> Any:
     if isinstance(value, Mapping):
         if "rule" in value:
             return rule_from_dict(value)
-        return {key: _rebuilt(one) for key, one in value.items()}
-    return tuple(_rebuilt(one) for one in value) if isinstance(value, tuple | list) else value
+        return {key: _rebuild_value(one) for key, one in value.items()}
+    return tuple(_rebuild_value(one) for one in value) if isinstance(value, tuple | list) else value
 
 
 def rule_from_dict(plain: Mapping[str, Any]) -> Rule:
@@ -179,6 +179,6 @@ def rule_from_dict(plain: Mapping[str, Any]) -> Rule:
             "your own rule before loading it"
         )
     try:
-        return _RULES[name](**{key: _rebuilt(value) for key, value in values.items()})
+        return _RULES[name](**{key: _rebuild_value(value) for key, value in values.items()})
     except TypeError as error:
         raise ArgumentError(f"rule {name}: {error}") from None
