@@ -18,7 +18,7 @@ from fastema.tracking import MetricSmoother
 from fastema.tracking.logs import Curve
 from fastema.tracking.plots import plot
 from fastema.tracking.plots.panels import Panel, averages, panels
-from fastema.tracking.plots.picture import thinned
+from fastema.tracking.plots.picture import thin_curve
 
 from ..support.requirements import require_packages
 from ..support.smoothing import ema, sma
@@ -162,7 +162,7 @@ def test_gaps_and_marks_where_a_value_is_not_finite() -> None:
 def test_thinning_keeps_the_outline(count: int, buckets: int, holes: set[int], seed: int) -> None:
     values = np.random.default_rng(seed).normal(size=count)
     values[[hole for hole in holes if hole < count]] = math.nan
-    steps, got = thinned(Curve(np.arange(count), values), buckets)
+    steps, got = thin_curve(Curve(np.arange(count), values), buckets)
     assert (np.diff(steps) > 0).all()
     np.testing.assert_array_equal(got, values[steps.astype(int)])
     assert len(got) == count if count <= 2 * buckets else len(got) <= 2 * buckets + 2

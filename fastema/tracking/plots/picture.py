@@ -180,7 +180,7 @@ def write_title(
 
 
 def _draw_curve(axes: Axes, curve: Curve, look: _Style) -> None:
-    steps, values = thinned(curve)
+    steps, values = thin_curve(curve)
     axes.plot(
         steps,
         values,
@@ -204,7 +204,7 @@ def _draw_curve(axes: Axes, curve: Curve, look: _Style) -> None:
     )
 
 
-def thinned(curve: Curve, buckets: int = _BUCKETS) -> tuple[NDArray[np.float64], ...]:
+def thin_curve(curve: Curve, buckets: int = _BUCKETS) -> tuple[NDArray[np.float64], ...]:
     """Return the steps and values of a curve, reduced to the extremes of each segment.
 
     The first and last point are kept, and a short curve keeps all points. An infinity becomes NaN,
