@@ -131,7 +131,7 @@ def _panel(name: str, found: History, averages: Sequence[AveragedLine], *, raw: 
             lines.append(Line("reported", "as reported", curves[name]))
     else:
         lines.append(Line("raw", "raw", curves[name]))
-    held = _held_averages(name, found)
+    held = _find_recorded_averages(name, found)
     if held:
         shown = [line for line in lines if raw or line.kind != "raw"]
         return Panel(name, found.axis, shown + held)
@@ -169,7 +169,7 @@ def of_series(
     return Panel(name, axis, lines, remark)
 
 
-def _held_averages(name: str, found: History) -> list[Line]:
+def _find_recorded_averages(name: str, found: History) -> list[Line]:
     """Return the lines of a metric's averages that the history contains."""
     lines = []
     for other, curve in found.curves.items():
