@@ -89,7 +89,7 @@ def _steady(weight: float, updates: int, every: int) -> _Span:
         power = power._replace(rest=math.exp(length * rate))
 
 
-def _walked(rule: Rule, updates: int, every: int) -> _Span:
+def _merge_updates(rule: Rule, updates: int, every: int) -> _Span:
     """Return the span of a rule's updates, from the newest back to the first that still counts."""
     span, left = _NOTHING, updates
     while left and span.rest > _NEGLIGIBLE:
@@ -184,7 +184,7 @@ def effective_steps(rule: Rule, n: int, every: int = 1) -> Reach:
     if isinstance(inner, Constant):
         span = _steady(inner.weight(every, every), updates, every)
     else:
-        span = _walked(inner, updates, every)
+        span = _merge_updates(inner, updates, every)
     share = 0.0
     if inner is rule:
         share, span = span.rest, span.then(_INITIAL)
