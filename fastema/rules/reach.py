@@ -73,7 +73,7 @@ _NOTHING = _Span(1.0, 0.0, 0.0, 0.0, 0.0)
 _INITIAL = _Span(0.0, 0.0, 1.0, 0.0, 0.0)
 
 
-def _steady(weight: float, updates: int, every: int) -> _Span:
+def _merge_equal_updates(weight: float, updates: int, every: int) -> _Span:
     """Return the span of ``updates`` updates with equal weights, merged by doubling."""
     if weight == 1.0:
         return _Span(0.0, float(updates * every), 1.0, 0.0, 0.0)
@@ -99,7 +99,7 @@ def _merge_updates(rule: Rule, updates: int, every: int) -> _Span:
         if part == 1:
             span = span.then(_Span(1.0 - weight, float(every), weight, 0.0, 0.0))
         else:
-            span = span.then(_steady(weight, part, every))
+            span = span.then(_merge_equal_updates(weight, part, every))
         left -= part
     return span._replace(rest=0.0) if left else span
 
@@ -182,7 +182,7 @@ def effective_steps(rule: Rule, n: int, every: int = 1) -> Reach:
         return Reach(every * mean + since, every * std, 0.0)
     inner = rule.inner if isinstance(rule, Debiased) else rule
     if isinstance(inner, Constant):
-        span = _steady(inner.weight(every, every), updates, every)
+        span = _merge_equal_updates(inner.weight(every, every), updates, every)
     else:
         span = _merge_updates(inner, updates, every)
     share = 0.0
