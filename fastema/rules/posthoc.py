@@ -302,14 +302,14 @@ def solve(snapshots: Sequence[Profile], target: Profile, *, noise: float = 1e-4)
     products = _products([*(snapshots[i] for i in used), target])
     products /= products[-1, -1]
     distances = products[:-1, :-1] - products[:-1, -1:] - products[-1:, :-1] + 1.0
-    found = _normalised(distances + cost * np.eye(len(used)))
+    found = _minimize_quadratic(distances + cost * np.eye(len(used)))
     coefficients[used] = found
     return Synthesis(
         tuple(coefficients.tolist()), math.sqrt(max(float(found @ distances @ found), 0.0))
     )
 
 
-def _normalised(matrix: Array) -> Array:
+def _minimize_quadratic(matrix: Array) -> Array:
     """Return the vector that minimizes ``c @ matrix @ c`` and sums to 1."""
     # Early snapshots have a far greater norm than late ones: scale the diagonal to 1, so that
     # rounding affects all alike. Eigenvalues below the rounding error are noise: clamp them.
