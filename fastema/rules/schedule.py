@@ -123,15 +123,15 @@ class Schedule:
         if m < steps and self.start_after:  # averaging began since the previous call
             begun = self.log_decays(self.start_after)
             if last > 0:  # these weights are also the first that are averaged
-                begun = self._weighed(step, last, last, begun)[1]
+                begun = self._weigh_rules(step, last, last, begun)[1]
             return (1.0,) * len(self.rules), begun
         counted = m + self.offset
         due = counted // every - (counted - steps) // every
         if not due:
             return (), log_decays
-        return self._weighed(step, last, due * every, log_decays)
+        return self._weigh_rules(step, last, due * every, log_decays)
 
-    def _weighed(
+    def _weigh_rules(
         self, step: int, last: int, length: int, log_decays: tuple[float, ...]
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         weights, after = [], []
