@@ -17,7 +17,7 @@ __all__ = ["Debiased", "debiased"]
 _BLOCK = 256
 
 
-def _decayed(log_decay: float, weight: float) -> float:
+def _add_log_decay(log_decay: float, weight: float) -> float:
     return max(log_decay + math.log1p(-weight), GONE) if weight < 1.0 else GONE
 
 
@@ -49,7 +49,7 @@ class _EvenRun:
             done += 1
             step = done * self._every
             weight = checked_weight(self._rule.weight(step, self._every), self._rule, step)
-            log_decay = _decayed(log_decay, weight)
+            log_decay = _add_log_decay(log_decay, weight)
             if log_decay == GONE:
                 self._full = done
                 return GONE
@@ -104,7 +104,7 @@ class Debiased(Rule):
         ``w`` is the weight of the inner rule.
         """
         weight = checked_weight(self.inner.weight(n, every), self.inner, n)
-        after = _decayed(log_decay, weight)
+        after = _add_log_decay(log_decay, weight)
         # Until the rule has averaged something, the average equals the weights.
         return (min(weight / -math.expm1(after), 1.0) if log_decay else 1.0), after
 
