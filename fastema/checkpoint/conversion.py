@@ -17,7 +17,7 @@ from fastema.checkpoint.state import write_state
 from fastema.checkpoint.stored import StoredAverage, load
 from fastema.errors import ArgumentError, CheckpointError, StorageError, format_problems
 from fastema.rules import Constant, CumulativeMean, Power, Rule, Schedule, Warmup, Window
-from fastema.rules.checks import checked_decay
+from fastema.rules.checks import validate_decay
 from fastema.shadow.reports import describe_schedule
 from fastema.shadow.state import pack
 
@@ -121,7 +121,7 @@ def convert(
     refuse_ending(out, torch=to not in ("fastema", "safetensors"))
     source = load(src, key=key, index=index)
     if decay is not None:
-        source = replace(source, schedule=Schedule(Constant(checked_decay(decay))))
+        source = replace(source, schedule=Schedule(Constant(validate_decay(decay))))
     source, lost = _arrange_tensors(source, wanted, _listed_names(names, out))
     lost += source.notes
     if source.library == "model":

@@ -16,7 +16,7 @@ from fastema.checkpoint.transfer import (
     load_averages,
 )
 from fastema.rules import Constant, Rule
-from fastema.rules.checks import checked_decay, checked_least
+from fastema.rules.checks import checked_least, validate_decay
 from fastema.shadow import EMA
 
 __all__ = ["WarmUp", "export", "load", "rule"]
@@ -30,7 +30,7 @@ class WarmUp(Rule):
     factor: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "limit", checked_decay(self.limit))
+        object.__setattr__(self, "limit", validate_decay(self.limit))
         factor = checked_least(self.factor, "decay_warm_up_factor", 0)
         object.__setattr__(self, "factor", factor)
 

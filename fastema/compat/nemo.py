@@ -18,7 +18,7 @@ from fastema.checkpoint.transfer import (
 )
 from fastema.errors import CheckpointError, format_problems
 from fastema.rules import Aligned
-from fastema.rules.checks import checked_decay, checked_whole
+from fastema.rules.checks import checked_whole, validate_decay
 from fastema.shadow import EMA
 
 __all__ = ["export", "load", "rule"]
@@ -47,7 +47,7 @@ def rule(decay: float = 0.9999, every_n_steps: int = 1) -> Aligned:
     0.9999
     """
     every = checked_whole(every_n_steps, "every_n_steps", 1)
-    return Aligned(checked_decay(decay) ** (1.0 / every), phase=1)
+    return Aligned(validate_decay(decay) ** (1.0 / every), phase=1)
 
 
 def _ordered(model: nn.Module, optimizer: Optimizer | None) -> list[tuple[str | None, Tensor]]:

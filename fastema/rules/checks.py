@@ -10,12 +10,12 @@ from fastema.errors import ArgumentError
 
 __all__ = [
     "MOST",
-    "checked_decay",
     "checked_least",
     "checked_positive",
     "checked_weight",
     "checked_whole",
     "no_decay",
+    "validate_decay",
 ]
 
 MOST = 2**63 - 1
@@ -32,7 +32,7 @@ def _number(value: Any) -> float:
         return math.inf
 
 
-def checked_decay(decay: Any, name: str = "decay") -> float:
+def validate_decay(decay: Any, name: str = "decay") -> float:
     """Return ``decay`` as a float; raise an ArgumentError unless it is in [0, 1)."""
     value = _number(decay)
     if not 0.0 <= value < 1.0:

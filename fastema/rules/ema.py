@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import checked_decay, checked_positive, checked_whole
+from fastema.rules.checks import checked_positive, checked_whole, validate_decay
 from fastema.rules.rule import Rule
 
 __all__ = [
@@ -30,7 +30,7 @@ class Constant(Rule):
     value: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "value", checked_decay(self.value))
+        object.__setattr__(self, "value", validate_decay(self.value))
 
     def decay(self, n: int) -> float:
         """Return the constant decay."""
@@ -65,7 +65,7 @@ class Warmup(Rule):
     limit: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "limit", checked_decay(self.limit))
+        object.__setattr__(self, "limit", validate_decay(self.limit))
 
     def decay(self, n: int) -> float:
         """Return ``min(limit, (1 + n) / (10 + n))``."""
@@ -82,8 +82,8 @@ class InverseGamma(Rule):
     minimum: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "limit", checked_decay(self.limit))
-        object.__setattr__(self, "minimum", checked_decay(self.minimum, "minimum"))
+        object.__setattr__(self, "limit", validate_decay(self.limit))
+        object.__setattr__(self, "minimum", validate_decay(self.minimum, "minimum"))
         object.__setattr__(self, "inv_gamma", checked_positive(self.inv_gamma, "inv_gamma"))
         object.__setattr__(self, "power", checked_positive(self.power, "power"))
         if self.minimum > self.limit:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastema.engine import series
 from fastema.errors import ArgumentError
-from fastema.rules.checks import checked_decay
+from fastema.rules.checks import validate_decay
 from fastema.tracking.scalar import SCALE, Floats, MovingAverage, OnNonFinite, Run
 
 __all__ = ["ExponentialMovingAverage"]
@@ -56,7 +56,7 @@ class ExponentialMovingAverage(MovingAverage):
     def __init__(
         self, decay: float = 0.9, debias: bool = False, *, on_nonfinite: OnNonFinite = "show"
     ) -> None:
-        self._decay = checked_decay(decay)
+        self._decay = validate_decay(decay)
         if not isinstance(debias, bool):
             raise ArgumentError(f"debias={debias!r}: expected True or False")
         self._debias = debias
