@@ -16,7 +16,7 @@ from fastema.checkpoint.transfer import (
     load_averages,
 )
 from fastema.rules import Constant, Rule
-from fastema.rules.checks import checked_least, validate_decay
+from fastema.rules.checks import validate_at_least, validate_decay
 from fastema.shadow import EMA
 
 __all__ = ["WarmUp", "export", "load", "rule"]
@@ -31,7 +31,7 @@ class WarmUp(Rule):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "limit", validate_decay(self.limit))
-        factor = checked_least(self.factor, "decay_warm_up_factor", 0)
+        factor = validate_at_least(self.factor, "decay_warm_up_factor", 0)
         object.__setattr__(self, "factor", factor)
 
     def decay(self, n: int) -> float:

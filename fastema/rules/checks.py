@@ -10,11 +10,11 @@ from fastema.errors import ArgumentError
 
 __all__ = [
     "MOST",
-    "checked_least",
     "checked_positive",
     "checked_weight",
     "checked_whole",
     "no_decay",
+    "validate_at_least",
     "validate_decay",
 ]
 
@@ -60,7 +60,7 @@ def checked_positive(number: Any, name: str) -> float:
     return value
 
 
-def checked_least(number: Any, name: str, least: float) -> float:
+def validate_at_least(number: Any, name: str, least: float) -> float:
     """Return ``number`` as a float; raise an ArgumentError unless it is finite and >= ``least``."""
     value = _number(number)
     if not least <= value < math.inf:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import checked_least, checked_positive
+from fastema.rules.checks import checked_positive, validate_at_least
 from fastema.rules.power import checked_gamma, sigma_rel_of
 
 __all__ = ["ExponentialProfile", "PowerProfile", "Profile", "Synthesis", "dot", "solve"]
@@ -288,7 +288,7 @@ def solve(snapshots: Sequence[Profile], target: Profile, *, noise: float = 1e-4)
     (1.0, True)
     """
     _checked(snapshots, target)
-    cost = checked_least(noise, "noise", 0.0) ** 2
+    cost = validate_at_least(noise, "noise", 0.0) ** 2
     used = [i for i, snapshot in enumerate(snapshots) if snapshot.step <= target.step]
     if not used:
         steps = sorted({snapshot.step for snapshot in snapshots})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import checked_least, checked_positive
+from fastema.rules.checks import checked_positive, validate_at_least
 from fastema.rules.rule import Rule
 
 __all__ = ["Power", "checked_gamma", "gamma_of", "power", "sigma_rel_of"]
@@ -18,7 +18,7 @@ _STEEPEST = 1e100  # keeps products of two exponents finite
 
 def checked_gamma(gamma: Any) -> float:
     """Return ``gamma`` as a float; raise an ArgumentError unless it is in [0, 1e100]."""
-    value = checked_least(gamma, "gamma", 0.0)
+    value = validate_at_least(gamma, "gamma", 0.0)
     if value > _STEEPEST:
         raise ArgumentError(f"gamma={gamma!r}: expected at most {_STEEPEST:g}")
     return value
