@@ -16,7 +16,7 @@ from fastema.compat.shares import refuse_no_share
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import CheckpointError
 from fastema.rules import Rule
-from fastema.rules.checks import checked_positive
+from fastema.rules.checks import validate_positive
 
 __all__ = ["ModelEMA", "Ramp", "export", "load"]
 
@@ -50,7 +50,7 @@ class Ramp(Rule):
 
     def __post_init__(self) -> None:
         refuse_no_share(self.limit, "decay")
-        object.__setattr__(self, "tau", checked_positive(self.tau, "tau"))
+        object.__setattr__(self, "tau", validate_positive(self.tau, "tau"))
 
     def decay(self, n: int) -> float:
         """Return ``limit * (1 - exp(-n / tau))``."""

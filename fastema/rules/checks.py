@@ -10,12 +10,12 @@ from fastema.errors import ArgumentError
 
 __all__ = [
     "MOST",
-    "checked_positive",
     "checked_weight",
     "checked_whole",
     "no_decay",
     "validate_at_least",
     "validate_decay",
+    "validate_positive",
 ]
 
 MOST = 2**63 - 1
@@ -52,7 +52,7 @@ def no_decay(found: Any, name: str = "decay") -> ArgumentError:
     return ArgumentError(f"{name}={found!r}: expected {expected}")
 
 
-def checked_positive(number: Any, name: str) -> float:
+def validate_positive(number: Any, name: str) -> float:
     """Return ``number`` as a float; raise an ArgumentError unless it is finite and above 0."""
     value = _number(number)
     if not 0.0 < value < math.inf:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import checked_positive, checked_whole, validate_decay
+from fastema.rules.checks import checked_whole, validate_decay, validate_positive
 from fastema.rules.rule import Rule
 
 __all__ = [
@@ -84,8 +84,8 @@ class InverseGamma(Rule):
     def __post_init__(self) -> None:
         object.__setattr__(self, "limit", validate_decay(self.limit))
         object.__setattr__(self, "minimum", validate_decay(self.minimum, "minimum"))
-        object.__setattr__(self, "inv_gamma", checked_positive(self.inv_gamma, "inv_gamma"))
-        object.__setattr__(self, "power", checked_positive(self.power, "power"))
+        object.__setattr__(self, "inv_gamma", validate_positive(self.inv_gamma, "inv_gamma"))
+        object.__setattr__(self, "power", validate_positive(self.power, "power"))
         if self.minimum > self.limit:
             raise ArgumentError(f"minimum={self.minimum} is above decay={self.limit}")
 
@@ -102,7 +102,7 @@ class HalfLifeFraction(Rule):
     fraction: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fraction", checked_positive(self.fraction, "fraction"))
+        object.__setattr__(self, "fraction", validate_positive(self.fraction, "fraction"))
 
     def decay(self, n: int) -> float:
         """Return ``2 ** (-1 / (fraction * n))``."""
@@ -264,4 +264,4 @@ def half_life(steps: float) -> Constant:
     >>> round(half_life(693).decay(1), 4)
     0.999
     """
-    return Constant(2.0 ** (-1.0 / checked_positive(steps, "steps")))
+    return Constant(2.0 ** (-1.0 / validate_positive(steps, "steps")))

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import checked_positive, validate_at_least
+from fastema.rules.checks import validate_at_least, validate_positive
 from fastema.rules.power import checked_gamma, sigma_rel_of
 
 __all__ = ["ExponentialProfile", "PowerProfile", "Profile", "Synthesis", "dot", "solve"]
@@ -56,7 +56,7 @@ class PowerProfile:
     gamma: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "step", checked_positive(self.step, "step"))
+        object.__setattr__(self, "step", validate_positive(self.step, "step"))
         object.__setattr__(self, "gamma", checked_gamma(self.gamma))
 
     @property
@@ -98,8 +98,8 @@ class ExponentialProfile:
     half_life: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "step", checked_positive(self.step, "step"))
-        object.__setattr__(self, "half_life", checked_positive(self.half_life, "half_life"))
+        object.__setattr__(self, "step", validate_positive(self.step, "step"))
+        object.__setattr__(self, "half_life", validate_positive(self.half_life, "half_life"))
         if self.step > _MOST_HALVINGS * self.half_life:
             raise ArgumentError(
                 f"half_life={self.half_life!r}: expected more than step={self.step!r} divided by "

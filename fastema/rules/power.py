@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import checked_positive, validate_at_least
+from fastema.rules.checks import validate_at_least, validate_positive
 from fastema.rules.rule import Rule
 
 __all__ = ["Power", "checked_gamma", "gamma_of", "power", "sigma_rel_of"]
@@ -123,7 +123,7 @@ def gamma_of(sigma_rel: float) -> float:
     ArgumentError
         If ``sigma_rel`` is out of range.
     """
-    width = checked_positive(sigma_rel, "sigma_rel")
+    width = validate_positive(sigma_rel, "sigma_rel")
     gamma = 1.0 / width
     if width > _WIDEST * (1 + 1e-15) or gamma > _STEEPEST:
         raise ArgumentError(

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import checked_positive, validate_decay
+from fastema.rules.checks import validate_decay, validate_positive
 from fastema.rules.reach import Reach, effective_steps
 
 __all__ = [
@@ -53,7 +53,7 @@ def effective_window(decay: float, per_step: float = 1) -> float:
     >>> round(effective_window(0.999, per_step=256))  # samples, in batches of 256
     256000
     """
-    return checked_positive(per_step, "per_step") / (1.0 - validate_decay(decay))
+    return validate_positive(per_step, "per_step") / (1.0 - validate_decay(decay))
 
 
 def decay_of_window(window: float, per_step: float = 1) -> float:
@@ -64,7 +64,7 @@ def decay_of_window(window: float, per_step: float = 1) -> float:
     >>> decay_of_window(1000)
     0.999
     """
-    length, unit = checked_positive(window, "window"), checked_positive(per_step, "per_step")
+    length, unit = validate_positive(window, "window"), validate_positive(per_step, "per_step")
     if length < unit:
         raise ArgumentError(f"window={window!r}: expected at least one step, {per_step!r}")
     return _below_one(1.0 - unit / length, "window", window)
@@ -78,8 +78,8 @@ def decay_of_half_life(half_life: float, per_step: float = 1) -> float:
     >>> round(decay_of_half_life(500_000, per_step=256), 6)  # half a million images
     0.999645
     """
-    length = checked_positive(half_life, "half_life")
-    unit = checked_positive(per_step, "per_step")
+    length = validate_positive(half_life, "half_life")
+    unit = validate_positive(per_step, "per_step")
     return _below_one(2.0 ** -(unit / length), "half_life", half_life)
 
 
@@ -91,7 +91,7 @@ def half_life_of_decay(decay: float, per_step: float = 1) -> float:
     >>> round(half_life_of_decay(0.999), 1)
     692.8
     """
-    value, unit = validate_decay(decay), checked_positive(per_step, "per_step")
+    value, unit = validate_decay(decay), validate_positive(per_step, "per_step")
     return -unit / math.log2(value) if value else 0.0
 
 
@@ -110,7 +110,7 @@ def rescaled(decay: float, factor: float) -> float:
     ----------
     D. Busbridge et al., How to Scale Your EMA, 2023, https://arxiv.org/abs/2307.13813
     """
-    value = validate_decay(decay) ** checked_positive(factor, "factor")
+    value = validate_decay(decay) ** validate_positive(factor, "factor")
     return _below_one(value, "factor", factor)
 
 
