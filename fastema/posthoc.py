@@ -45,7 +45,7 @@ from fastema.layout.flat import row_major
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
 from fastema.plan import Plan
-from fastema.rules.checks import MOST, checked_whole
+from fastema.rules.checks import MOST, validate_int
 from fastema.rules.posthoc import ExponentialProfile, PowerProfile, Profile, solve
 from fastema.rules.power import Power, checked_gamma, gamma_of, sigma_rel_of
 from fastema.shadow.average import Average
@@ -310,7 +310,7 @@ def synthesize(
     """
     found = _load_snapshots(snapshots)
     start, every = found[0].start, found[0].every
-    last = found[-1].step if step is None else checked_whole(step, "step", 0)
+    last = found[-1].step if step is None else validate_int(step, "step", 0)
     if last < found[0].step:
         raise ArgumentError(f"step={last}: the first snapshot is of step {found[0].step}")
     last = start + (last - start) // every * every  # the average is constant between updates

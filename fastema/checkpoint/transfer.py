@@ -15,7 +15,7 @@ from fastema.checkpoint.source import Checkpoint
 from fastema.checkpoint.stored import StoredAverage
 from fastema.errors import ArgumentError, CheckpointError, format_problems
 from fastema.layout.dtypes import NAME_OF
-from fastema.rules.checks import checked_whole
+from fastema.rules.checks import validate_int
 from fastema.shadow import EMA
 from fastema.shadow.state import SavedOrMine
 
@@ -72,7 +72,7 @@ def check_integer(found: Any, what: str, least: int = 0) -> int:
     if isinstance(found, Tensor) and found.numel() == 1 and not found.is_meta:
         found = found.item()
     try:
-        return checked_whole(found, what, least)
+        return validate_int(found, what, least)
     except ArgumentError as error:
         raise CheckpointError(str(error)) from None
 
@@ -160,7 +160,7 @@ def load_averages(ema: EMA, averages: Mapping[str, Any], num_updates: int | None
     state = ema.state_dict(copy=False)
     own = _single_average(state)
     count = state["num_updates"] if num_updates is None else num_updates
-    count = checked_whole(count, "num_updates", 0)
+    count = validate_int(count, "num_updates", 0)
     found = strip_wrapper_prefixes(averages)
     aliases = ema.aliases
     for name, kept in aliases.items():

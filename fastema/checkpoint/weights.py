@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import checked_whole
+from fastema.rules.checks import validate_int
 from fastema.rules.posthoc import PowerProfile, solve
 from fastema.rules.power import gamma_of
 
@@ -28,7 +28,7 @@ def swa(count: int) -> list[float]:
 
 def sma(count: int, last: int) -> list[float]:
     """Return equal weights for the ``last`` checkpoints and 0 for all older ones."""
-    last = checked_whole(last, "sma", 1)
+    last = validate_int(last, "sma", 1)
     if last > count:
         raise ArgumentError(f"sma={last}: there are {count} checkpoints")
     return [0.0] * (count - last) + [1.0 / last] * last

@@ -32,7 +32,7 @@ from fastema.compat.shares import refuse_no_share
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, CheckpointError, LayoutError, format_problems
 from fastema.layout.spec import Role
-from fastema.rules.checks import checked_whole
+from fastema.rules.checks import validate_int
 
 __all__ = [
     "BaseAveragedModel",
@@ -94,7 +94,7 @@ class BaseAveragedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.module = frozen_copy(model)
-        self.interval = checked_whole(interval, "interval", 1)
+        self.interval = validate_int(interval, "interval", 1)
         if device is not None:
             self.module = self.module.to(device)
         self.register_buffer("steps", torch.tensor(0, dtype=torch.long, device=device))

@@ -18,7 +18,7 @@ from fastema.checkpoint.transfer import (
 )
 from fastema.errors import CheckpointError, format_problems
 from fastema.rules import Aligned
-from fastema.rules.checks import checked_whole, validate_decay
+from fastema.rules.checks import validate_decay, validate_int
 from fastema.shadow import EMA
 
 __all__ = ["export", "load", "rule"]
@@ -46,7 +46,7 @@ def rule(decay: float = 0.9999, every_n_steps: int = 1) -> Aligned:
     >>> round(rule(0.999, 10).decay(1), 5)
     0.9999
     """
-    every = checked_whole(every_n_steps, "every_n_steps", 1)
+    every = validate_int(every_n_steps, "every_n_steps", 1)
     return Aligned(validate_decay(decay) ** (1.0 / every), phase=1)
 
 

@@ -23,7 +23,7 @@ from fastema.checkpoint.folder import (
 from fastema.distributed import live
 from fastema.distributed.group import RankGroup
 from fastema.errors import ArgumentError, CheckpointError, format_problems
-from fastema.rules.checks import checked_whole
+from fastema.rules.checks import validate_int
 from fastema.shadow.average import Average
 
 __all__ = ["consolidate"]
@@ -110,8 +110,8 @@ def consolidate(
     """
     group = RankGroup()
     target = Path(folder)
-    most = checked_whole(max_bytes, "max_bytes", 1 << 20) // 4
-    checked_whole(file_bytes, "file_bytes", 1)
+    most = validate_int(max_bytes, "max_bytes", 1 << 20) // 4
+    validate_int(file_bytes, "file_bytes", 1)
     if not isinstance(source, Average):
         tensors, blocks = group.run_on_all_ranks(
             lambda: _plan_saved(Path(source), key, which, rest, group)

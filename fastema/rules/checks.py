@@ -11,10 +11,10 @@ from fastema.errors import ArgumentError
 __all__ = [
     "MOST",
     "checked_weight",
-    "checked_whole",
     "no_decay",
     "validate_at_least",
     "validate_decay",
+    "validate_int",
     "validate_positive",
 ]
 
@@ -68,7 +68,7 @@ def validate_at_least(number: Any, name: str, least: float) -> float:
     return value
 
 
-def checked_whole(number: Any, name: str, least: int, most: int = MOST) -> int:
+def validate_int(number: Any, name: str, least: int, most: int = MOST) -> int:
     """Return ``number`` as an int; raise an ArgumentError unless it is in [``least``, ``most``].
 
     Floats are rejected, also whole ones.

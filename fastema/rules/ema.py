@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import checked_whole, validate_decay, validate_positive
+from fastema.rules.checks import validate_decay, validate_int, validate_positive
 from fastema.rules.rule import Rule
 
 __all__ = [
@@ -55,7 +55,7 @@ class Aligned(Constant):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "phase", checked_whole(self.phase, "phase", 0))
+        object.__setattr__(self, "phase", validate_int(self.phase, "phase", 0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastema.rules.checks import checked_whole
+from fastema.rules.checks import validate_int
 from fastema.rules.rule import Rule
 
 __all__ = ["CumulativeMean", "Window", "cumulative_mean", "window"]
@@ -30,7 +30,7 @@ class Window(Rule):
     size: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "size", checked_whole(self.size, "window", 1))
+        object.__setattr__(self, "size", validate_int(self.size, "window", 1))
 
     def decay(self, n: int) -> float:
         """Return ``1 - 1/min(n, size)``: the total weight of the older values."""

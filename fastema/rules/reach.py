@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import checked_weight, checked_whole
+from fastema.rules.checks import checked_weight, validate_int
 from fastema.rules.debias import Debiased
 from fastema.rules.ema import Constant
 from fastema.rules.means import CumulativeMean, Window
@@ -168,7 +168,7 @@ def effective_steps(rule: Rule, n: int, every: int = 1) -> Reach:
     """
     if not isinstance(rule, Rule):
         raise ArgumentError(f"rule={rule!r}: expected a rule of fastema.rules")
-    n, every = checked_whole(n, "n", 0), checked_whole(every, "every", 1)
+    n, every = validate_int(n, "n", 0), validate_int(every, "every", 1)
     updates, since = divmod(n, every)
     if not updates:
         return Reach(float(n), 0.0, 1.0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import checked_weight, checked_whole, no_decay
+from fastema.rules.checks import checked_weight, no_decay, validate_int
 from fastema.rules.rule import Rule, describe_rule, rule_from_dict
 
 __all__ = ["Schedule"]
@@ -59,8 +59,8 @@ class Schedule:
                 f"decay={given!r}: averages that are updated together need rules of the same phase"
             )
         object.__setattr__(self, "rules", given)
-        object.__setattr__(self, "update_every", checked_whole(update_every, "update_every", 1))
-        object.__setattr__(self, "start_after", checked_whole(start_after, "start_after", 0))
+        object.__setattr__(self, "update_every", validate_int(update_every, "update_every", 1))
+        object.__setattr__(self, "start_after", validate_int(start_after, "start_after", 0))
 
     @property
     def phase(self) -> int:

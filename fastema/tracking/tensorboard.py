@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fastema.errors import ArgumentError, CheckpointError, StateError
-from fastema.rules.checks import checked_whole, validate_at_least
+from fastema.rules.checks import validate_at_least, validate_int
 from fastema.tracking.scalar import OnNonFinite
 from fastema.tracking.smoother import MetricSmoother, checked_step
 
@@ -76,7 +76,7 @@ class TensorBoardWriter:
     ) -> None:
         self.folder = os.fspath(folder)
         self.flush_secs = validate_at_least(flush_secs, "flush_secs", 0.0)
-        self.max_queue = checked_whole(max_queue, "max_queue", 1)
+        self.max_queue = validate_int(max_queue, "max_queue", 1)
         self._smoother = MetricSmoother(
             window_size, decay, raw=raw, debias=debias, on_nonfinite=on_nonfinite
         )
