@@ -10,12 +10,12 @@ from fastema.errors import ArgumentError
 
 __all__ = [
     "MOST",
-    "checked_weight",
     "no_decay",
     "validate_at_least",
     "validate_decay",
     "validate_int",
     "validate_positive",
+    "validate_weight",
 ]
 
 MOST = 2**63 - 1
@@ -80,7 +80,7 @@ def validate_int(number: Any, name: str, least: int, most: int = MOST) -> int:
     return int(number)
 
 
-def checked_weight(weight: Any, rule: object, step: int) -> float:
+def validate_weight(weight: Any, rule: object, step: int) -> float:
     """Return a rule's weight of the new value as a float; raise an ArgumentError if not in [0, 1].
 
     The error names the rule and the step.

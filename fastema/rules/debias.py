@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import MOST, checked_weight
+from fastema.rules.checks import MOST, validate_weight
 from fastema.rules.ema import Constant
 from fastema.rules.rule import GONE, Rule
 
@@ -48,7 +48,7 @@ class _EvenRun:
         while done < count:
             done += 1
             step = done * self._every
-            weight = checked_weight(self._rule.weight(step, self._every), self._rule, step)
+            weight = validate_weight(self._rule.weight(step, self._every), self._rule, step)
             log_decay = _add_log_decay(log_decay, weight)
             if log_decay == GONE:
                 self._full = done
@@ -103,7 +103,7 @@ class Debiased(Rule):
 
         ``w`` is the weight of the inner rule.
         """
-        weight = checked_weight(self.inner.weight(n, every), self.inner, n)
+        weight = validate_weight(self.inner.weight(n, every), self.inner, n)
         after = _add_log_decay(log_decay, weight)
         # Until the rule has averaged something, the average equals the weights.
         return (min(weight / -math.expm1(after), 1.0) if log_decay else 1.0), after

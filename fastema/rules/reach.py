@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import checked_weight, validate_int
+from fastema.rules.checks import validate_int, validate_weight
 from fastema.rules.debias import Debiased
 from fastema.rules.ema import Constant
 from fastema.rules.means import CumulativeMean, Window
@@ -95,7 +95,7 @@ def _merge_updates(rule: Rule, updates: int, every: int) -> _Span:
     while left and span.rest > _NEGLIGIBLE:
         part = max(min(updates - left - _EXACT, left) // _PARTS, 1)
         step = (left - part // 2) * every
-        weight = checked_weight(rule.weight(step, every), rule, step)
+        weight = validate_weight(rule.weight(step, every), rule, step)
         if part == 1:
             span = span.then(_Span(1.0 - weight, float(every), weight, 0.0, 0.0))
         else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import checked_weight, no_decay, validate_int
+from fastema.rules.checks import no_decay, validate_int, validate_weight
 from fastema.rules.rule import Rule, describe_rule, rule_from_dict
 
 __all__ = ["Schedule"]
@@ -137,7 +137,7 @@ class Schedule:
         weights, after = [], []
         for rule, log_decay in zip(self.rules, log_decays, strict=True):
             weight, left = rule.weigh(last, length, log_decay)
-            weights.append(checked_weight(weight, rule, step))
+            weights.append(validate_weight(weight, rule, step))
             after.append(left)
         return tuple(weights), tuple(after)
 
