@@ -47,7 +47,7 @@ from fastema.layout.spec import TensorSpec
 from fastema.plan import Plan
 from fastema.rules.checks import MOST, validate_int
 from fastema.rules.posthoc import ExponentialProfile, PowerProfile, Profile, solve
-from fastema.rules.power import Power, checked_gamma, gamma_of, sigma_rel_of
+from fastema.rules.power import Power, gamma_of, sigma_rel_of, validate_gamma
 from fastema.shadow.average import Average
 from fastema.shadow.options import dtype_of
 
@@ -235,7 +235,7 @@ def _parse_snapshot(file: File) -> Snapshot:
         step, start, every = (int(values[name]) for name in ("step", "start", "every"))
         if not 0 <= start < step <= MOST or not 1 <= every <= MOST:
             raise ValueError(f"step {step}, start {start}, every {every}")
-        gamma = checked_gamma(float(values["gamma"]))
+        gamma = validate_gamma(float(values["gamma"]))
         copied = json.loads(values["copied"])
         if not isinstance(copied, list) or not all(isinstance(name, str) for name in copied):
             raise ValueError(f"copied {values['copied'][:100]!r}")

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from fastema.errors import ArgumentError
 from fastema.rules.checks import validate_at_least, validate_positive
-from fastema.rules.power import checked_gamma, sigma_rel_of
+from fastema.rules.power import sigma_rel_of, validate_gamma
 
 __all__ = ["ExponentialProfile", "PowerProfile", "Profile", "Synthesis", "dot", "solve"]
 
@@ -57,7 +57,7 @@ class PowerProfile:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step", validate_positive(self.step, "step"))
-        object.__setattr__(self, "gamma", checked_gamma(self.gamma))
+        object.__setattr__(self, "gamma", validate_gamma(self.gamma))
 
     @property
     def sigma_rel(self) -> float:

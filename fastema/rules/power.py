@@ -10,13 +10,13 @@ from fastema.errors import ArgumentError
 from fastema.rules.checks import validate_at_least, validate_positive
 from fastema.rules.rule import Rule
 
-__all__ = ["Power", "checked_gamma", "gamma_of", "power", "sigma_rel_of"]
+__all__ = ["Power", "gamma_of", "power", "sigma_rel_of", "validate_gamma"]
 
 _WIDEST = 1 / math.sqrt(12)  # sigma_rel of the uniform profile, gamma = 0
 _STEEPEST = 1e100  # keeps products of two exponents finite
 
 
-def checked_gamma(gamma: Any) -> float:
+def validate_gamma(gamma: Any) -> float:
     """Return ``gamma`` as a float; raise an ArgumentError unless it is in [0, 1e100]."""
     value = validate_at_least(gamma, "gamma", 0.0)
     if value > _STEEPEST:
@@ -48,7 +48,7 @@ class Power(Rule):
     gamma: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "gamma", checked_gamma(self.gamma))
+        object.__setattr__(self, "gamma", validate_gamma(self.gamma))
 
     @property
     def sigma_rel(self) -> float:
@@ -103,7 +103,7 @@ def sigma_rel_of(gamma: float) -> float:
     The width is in (0, 0.2887] and falls as ``gamma`` grows. Raise an ArgumentError unless
     ``gamma`` is in [0, 1e100].
     """
-    value = checked_gamma(gamma)
+    value = validate_gamma(gamma)
     return math.sqrt((value + 1.0) / (value + 3.0)) / (value + 2.0)
 
 
