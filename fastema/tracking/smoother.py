@@ -111,7 +111,7 @@ class MetricSmoother:
             check_weight(weight)
         values = {name: cast(float, number(value)) for name, value in metrics.items()}
         if step is not None:
-            step = checked_step(step)
+            step = validate_step(step)
         if self.on_nonfinite == "raise":
             for name, value in values.items():
                 if weight and not math.isfinite(value):
@@ -254,7 +254,7 @@ class SmoothedMetrics:
         return self._smoother.state_dict()
 
 
-def checked_step(step: Any) -> int:
+def validate_step(step: Any) -> int:
     """Return ``step`` as an int; raise an ArgumentError unless it is a signed 64-bit integer."""
     try:
         found = operator.index(step)

@@ -21,7 +21,7 @@ import numpy as np
 from fastema.errors import ArgumentError, CheckpointError, StateError
 from fastema.rules.checks import validate_at_least, validate_int
 from fastema.tracking.scalar import OnNonFinite
-from fastema.tracking.smoother import MetricSmoother, checked_step
+from fastema.tracking.smoother import MetricSmoother, validate_step
 
 __all__ = ["TensorBoardWriter"]
 
@@ -140,7 +140,7 @@ class TensorBoardWriter:
     def _step(self, tag: str, step: int | None) -> int:
         if not isinstance(tag, str) or not tag:
             raise ArgumentError(f"tag={tag!r}: expected a name")
-        return self._counts.get(tag, 0) if step is None else checked_step(step)
+        return self._counts.get(tag, 0) if step is None else validate_step(step)
 
     def flush(self) -> None:
         """Write all buffered points to the event files."""
