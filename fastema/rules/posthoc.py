@@ -230,7 +230,7 @@ def _products(profiles: Sequence[Profile]) -> Array:
     return found
 
 
-def _checked(snapshots: Sequence[Profile], target: Profile) -> None:
+def _validate_profiles(snapshots: Sequence[Profile], target: Profile) -> None:
     for profile in (*snapshots, target):
         if not isinstance(profile, Profile):
             raise _no_profile(profile)
@@ -287,7 +287,7 @@ def solve(snapshots: Sequence[Profile], target: Profile, *, noise: float = 1e-4)
     >>> round(sum(found.coefficients), 9), found.error < 0.01
     (1.0, True)
     """
-    _checked(snapshots, target)
+    _validate_profiles(snapshots, target)
     cost = validate_at_least(noise, "noise", 0.0) ** 2
     used = [i for i, snapshot in enumerate(snapshots) if snapshot.step <= target.step]
     if not used:
