@@ -10,7 +10,7 @@ from fastema.errors import ArgumentError
 
 __all__ = [
     "MOST",
-    "no_decay",
+    "decay_error",
     "validate_at_least",
     "validate_decay",
     "validate_int",
@@ -36,11 +36,11 @@ def validate_decay(decay: Any, name: str = "decay") -> float:
     """Return ``decay`` as a float; raise an ArgumentError unless it is in [0, 1)."""
     value = _number(decay)
     if not 0.0 <= value < 1.0:
-        raise no_decay(decay, name)
+        raise decay_error(decay, name)
     return value
 
 
-def no_decay(found: Any, name: str = "decay") -> ArgumentError:
+def decay_error(found: Any, name: str = "decay") -> ArgumentError:
     """Return the error for a value that is neither a decay nor a rule."""
     expected = "a number in [0, 1); it is the weight of the old average, for example 0.999"
     if callable(found):

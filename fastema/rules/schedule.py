@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import no_decay, validate_int, validate_weight
+from fastema.rules.checks import decay_error, validate_int, validate_weight
 from fastema.rules.rule import Rule, describe_rule, rule_from_dict
 
 __all__ = ["Schedule"]
@@ -47,7 +47,7 @@ class Schedule:
         for rule in given:
             if not isinstance(rule, Rule):
                 if callable(rule):
-                    raise no_decay(rule)
+                    raise decay_error(rule)
                 raise ArgumentError(
                     f"decay={rule!r}: expected a number in [0, 1) or a rule of fastema.rules"
                 )
