@@ -45,7 +45,7 @@ from fastema.layout.flat import row_major
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
 from fastema.plan import Plan
-from fastema.rules.checks import MOST, validate_int
+from fastema.rules.checks import MAX_STEPS, validate_int
 from fastema.rules.posthoc import ExponentialProfile, PowerProfile, Profile, solve
 from fastema.rules.power import Power, gamma_of, sigma_rel_of, validate_gamma
 from fastema.shadow.average import Average
@@ -233,7 +233,7 @@ def _parse_snapshot(file: File) -> Snapshot:
         if values["kind"] != _KIND:
             raise ValueError(values["kind"])
         step, start, every = (int(values[name]) for name in ("step", "start", "every"))
-        if not 0 <= start < step <= MOST or not 1 <= every <= MOST:
+        if not 0 <= start < step <= MAX_STEPS or not 1 <= every <= MAX_STEPS:
             raise ValueError(f"step {step}, start {start}, every {every}")
         gamma = validate_gamma(float(values["gamma"]))
         copied = json.loads(values["copied"])

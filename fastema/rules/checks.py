@@ -9,7 +9,7 @@ from typing import Any
 from fastema.errors import ArgumentError
 
 __all__ = [
-    "MOST",
+    "MAX_STEPS",
     "decay_error",
     "validate_at_least",
     "validate_decay",
@@ -18,7 +18,7 @@ __all__ = [
     "validate_weight",
 ]
 
-MOST = 2**63 - 1
+MAX_STEPS = 2**63 - 1
 """The largest step count: kernels and checkpoints store it in a signed 64-bit integer."""
 
 
@@ -68,7 +68,7 @@ def validate_at_least(number: Any, name: str, least: float) -> float:
     return value
 
 
-def validate_int(number: Any, name: str, least: int, most: int = MOST) -> int:
+def validate_int(number: Any, name: str, least: int, most: int = MAX_STEPS) -> int:
     """Return ``number`` as an int; raise an ArgumentError unless it is in [``least``, ``most``].
 
     Floats are rejected, also whole ones.

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import MOST, validate_weight
+from fastema.rules.checks import MAX_STEPS, validate_weight
 from fastema.rules.ema import Constant
 from fastema.rules.rule import GONE, Rule
 
@@ -34,7 +34,7 @@ class _EvenRun:
         self._rule, self._every = rule, every
         self._last = 0, 0.0
         self._marks = {0: 0.0}  # after every _BLOCK-th update, without gaps
-        self._full = MOST  # from this update on, no initial value remains
+        self._full = MAX_STEPS  # from this update on, no initial value remains
 
     def after(self, count: int) -> float:
         """Return the sum after ``count`` updates; only the first call takes time linear in it."""

@@ -21,7 +21,7 @@ from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError
 from fastema.layout.spec import Leaves, TensorSpec
 from fastema.rules import Rule
-from fastema.rules.checks import MOST, validate_int
+from fastema.rules.checks import MAX_STEPS, validate_int
 from fastema.shadow.ema import EMA
 from fastema.shadow.entries import select
 from fastema.shadow.matching import (
@@ -258,7 +258,7 @@ class OffloadedEMA(EMA[Any]):
     def _advance(self, model: Any, steps: int) -> None:
         with self._lock:
             self._refuse_applied("update")
-            steps = validate_int(steps, "steps", 1, MOST - self.num_updates - self._behind)
+            steps = validate_int(steps, "steps", 1, MAX_STEPS - self.num_updates - self._behind)
             if self._skips_behind and self._is_behind():
                 self._num_behind += steps
                 self._behind += steps

@@ -16,7 +16,7 @@ from fastema.errors import ArgumentError, NonFiniteError, StateError, format_pro
 from fastema.layout.device_context import LaunchArgs, check_seed
 from fastema.layout.spec import Leaves
 from fastema.rules import Rule, Schedule
-from fastema.rules.checks import MOST, validate_int
+from fastema.rules.checks import MAX_STEPS, validate_int
 from fastema.shadow.binding import SYNC, ShadowBinding, ShadowSwap
 from fastema.shadow.entries import select
 from fastema.shadow.following import StepHooks
@@ -280,7 +280,7 @@ class UpdatableAverage(Generic[Weights]):
 
     def _update_locked(self, model: Any, steps: int) -> None:
         """Update the average; the caller must exclude concurrent calls."""
-        steps = validate_int(steps, "steps", 1, MOST - self._done)
+        steps = validate_int(steps, "steps", 1, MAX_STEPS - self._done)
         self._refuse_applied("update")
         if steps != 1:
             self._refuse_long_steps(steps)
