@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fastema.errors import ArgumentError
 from fastema.rules.checks import MAX_STEPS, validate_weight
 from fastema.rules.ema import Constant
-from fastema.rules.rule import GONE, Rule
+from fastema.rules.rule import LOG_NEGLIGIBLE, Rule
 
 __all__ = ["Debiased", "debiased"]
 
@@ -18,7 +18,7 @@ _BLOCK = 256
 
 
 def _add_log_decay(log_decay: float, weight: float) -> float:
-    return max(log_decay + math.log1p(-weight), GONE) if weight < 1.0 else GONE
+    return max(log_decay + math.log1p(-weight), LOG_NEGLIGIBLE) if weight < 1.0 else LOG_NEGLIGIBLE
 
 
 class _EvenRun:
@@ -39,7 +39,7 @@ class _EvenRun:
     def after(self, count: int) -> float:
         """Return the sum after ``count`` updates; only the first call takes time linear in it."""
         if count >= self._full:
-            return GONE
+            return LOG_NEGLIGIBLE
         block = min(count // _BLOCK, len(self._marks) - 1)
         done, log_decay = block * _BLOCK, self._marks[block]
         last = self._last
@@ -50,9 +50,9 @@ class _EvenRun:
             step = done * self._every
             weight = validate_weight(self._rule.weight(step, self._every), self._rule, step)
             log_decay = _add_log_decay(log_decay, weight)
-            if log_decay == GONE:
+            if log_decay == LOG_NEGLIGIBLE:
                 self._full = done
-                return GONE
+                return LOG_NEGLIGIBLE
             if not done % _BLOCK:
                 self._marks[done // _BLOCK] = log_decay
         self._last = done, log_decay
@@ -91,8 +91,8 @@ class Debiased(Rule):
         if isinstance(self.inner, Constant):
             decay = self.inner.value
             if not count or not decay:
-                return GONE if count else 0.0
-            return max(count * every * math.log(decay), GONE)
+                return LOG_NEGLIGIBLE if count else 0.0
+            return max(count * every * math.log(decay), LOG_NEGLIGIBLE)
         run = self._runs.get(every)
         if run is None:
             run = self._runs.setdefault(every, _EvenRun(self.inner, every))

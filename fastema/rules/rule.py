@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 from fastema.errors import ArgumentError
 
-__all__ = ["GONE", "Rule", "describe_rule", "plain_value", "rule_from_dict"]
+__all__ = ["LOG_NEGLIGIBLE", "Rule", "describe_rule", "plain_value", "rule_from_dict"]
 
-GONE = -64.0
+LOG_NEGLIGIBLE = -64.0
 """Logarithm of a negligible share: 1 - exp(-64) rounds to 1 in float64, by a wide margin."""
 
 _RULES: dict[str, type[Rule]] = {}
@@ -80,7 +80,7 @@ class Rule(ABC):
         All updates so far spanned ``every`` steps. The result is from -64, which stands for a share
         of 0, to 0. A rule without bias correction returns -64.
         """
-        return GONE
+        return LOG_NEGLIGIBLE
 
     def weigh(self, n: int, every: int, log_decay: float) -> tuple[float, float]:
         """Return the weight of the new value at ``n``, and ``log_decay`` after this update.

@@ -10,7 +10,7 @@ from fastema.bridges.registry import describe
 from fastema.errors import ArgumentError, CheckpointError, FastemaError, format_problems
 from fastema.layout.spec import TensorSpec
 from fastema.rules import Debiased, Rule, Schedule, Window
-from fastema.rules.rule import GONE, plain_value
+from fastema.rules.rule import LOG_NEGLIGIBLE, plain_value
 from fastema.shadow.entries import Rounding
 from fastema.shadow.foreign import explain_foreign_state, unflatten_state
 from fastema.shadow.store import PARTS, Tensors
@@ -144,10 +144,10 @@ def _log_decays(found: Any, schedule: Schedule, which: SavedOrMine) -> tuple[flo
     if not _is_debiased(schedule):
         return schedule.log_decays(0) if found is None or which == "mine" else None
     if found is None and which == "mine":  # the average already includes its initial weights
-        return (GONE,) * len(schedule.rules)
+        return (LOG_NEGLIGIBLE,) * len(schedule.rules)
     if not isinstance(found, list | tuple) or len(found) != len(schedule.rules):
         return None
-    if not all(isinstance(one, float) and GONE <= one <= 0.0 for one in found):
+    if not all(isinstance(one, float) and LOG_NEGLIGIBLE <= one <= 0.0 for one in found):
         return None
     return tuple(found)
 
@@ -213,7 +213,7 @@ def unpack(
             log_decays = _log_decays(found, schedule, which)
             if log_decays is None:
                 problems.append(
-                    f"{LOG_DECAYS} is {found!r}, expected one number from {GONE} to 0 per rule if "
+                    f"{LOG_DECAYS} is {found!r}, expected one number from {LOG_NEGLIGIBLE} to 0 per rule if "
                     "any rule is bias-corrected, otherwise none"
                 )
             if len(schedule.rules) != len(own.rules):
