@@ -21,7 +21,7 @@ def _add_log_decay(log_decay: float, weight: float) -> float:
     return max(log_decay + math.log1p(-weight), LOG_NEGLIGIBLE) if weight < 1.0 else LOG_NEGLIGIBLE
 
 
-class _EvenRun:
+class _LogDecayCache:
     """The sum of the logarithms of a rule's decays in a run whose updates all have one length.
 
     The sum is a pure function of the update; the cache only saves time. Threads need no lock, since
@@ -64,7 +64,9 @@ class Debiased(Rule):
     """Bias-corrected version of a rule; see :func:`debiased`."""
 
     inner: Rule
-    _runs: dict[int, _EvenRun] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _runs: dict[int, _LogDecayCache] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Rule):
@@ -95,7 +97,7 @@ class Debiased(Rule):
             return max(count * every * math.log(decay), LOG_NEGLIGIBLE)
         run = self._runs.get(every)
         if run is None:
-            run = self._runs.setdefault(every, _EvenRun(self.inner, every))
+            run = self._runs.setdefault(every, _LogDecayCache(self.inner, every))
         return run.after(count)
 
     def weigh(self, n: int, every: int, log_decay: float) -> tuple[float, float]:
