@@ -36,7 +36,7 @@ class _LogDecayCache:
         self._marks = {0: 0.0}  # after every _BLOCK-th update, without gaps
         self._full = MAX_STEPS  # from this update on, no initial value remains
 
-    def after(self, count: int) -> float:
+    def log_decay_after(self, count: int) -> float:
         """Return the sum after ``count`` updates; only the first call takes time linear in it."""
         if count >= self._full:
             return LOG_NEGLIGIBLE
@@ -98,10 +98,10 @@ class Debiased(Rule):
         run = self._runs.get(every)
         if run is None:
             run = self._runs.setdefault(every, _LogDecayCache(self.inner, every))
-        return run.after(count)
+        return run.log_decay_after(count)
 
     def weigh(self, n: int, every: int, log_decay: float) -> tuple[float, float]:
-        """Return ``w / (1 - exp(after))`` and ``after``, ``log_decay`` after this update.
+        """Return ``w / (1 - exp(after))`` and ``log_decay_after``, ``log_decay`` after this update.
 
         ``w`` is the weight of the inner rule.
         """
