@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from fastema.errors import ArgumentError
 
-__all__ = ["LOG_NEGLIGIBLE", "Rule", "describe_rule", "plain_value", "rule_from_dict"]
+__all__ = ["LOG_NEGLIGIBLE", "Rule", "describe_rule", "rule_from_dict", "to_plain_value"]
 
 LOG_NEGLIGIBLE = -64.0
 """Logarithm of a negligible share: 1 - exp(-64) rounds to 1 in float64, by a wide margin."""
@@ -105,7 +105,7 @@ class Rule(ABC):
             )
         own = type(self).__name__
         plain = {
-            f.name: plain_value(getattr(self, f.name), f"{own}.{f.name}")
+            f.name: to_plain_value(getattr(self, f.name), f"{own}.{f.name}")
             for f in fields(self)
             if f.init
         }
@@ -123,11 +123,11 @@ def _name_of(kind: type[Rule]) -> str:
 
 def describe_rule(rule: Rule) -> dict[str, Any]:
     """Return :meth:`Rule.to_dict`; raise an ArgumentError if a checkpoint cannot store the rule."""
-    plain: dict[str, Any] = plain_value(rule.to_dict(), f"{type(rule).__name__}.to_dict()")
+    plain: dict[str, Any] = to_plain_value(rule.to_dict(), f"{type(rule).__name__}.to_dict()")
     return plain
 
 
-def plain_value(value: Any, place: str) -> Any:
+def to_plain_value(value: Any, place: str) -> Any:
     """Return ``value`` in the types that a checkpoint stores; ``place`` names it in errors.
 
     NumPy numbers become Python numbers, and tuples become lists.
@@ -135,9 +135,9 @@ def plain_value(value: Any, place: str) -> Any:
     if isinstance(value, Rule):
         return value.to_dict()
     if isinstance(value, Mapping):
-        return {key: plain_value(one, f"{place}[{key!r}]") for key, one in value.items()}
+        return {key: to_plain_value(one, f"{place}[{key!r}]") for key, one in value.items()}
     if isinstance(value, tuple | list):
-        return [plain_value(one, f"{place}[{i}]") for i, one in enumerate(value)]
+        return [to_plain_value(one, f"{place}[{i}]") for i, one in enumerate(value)]
     if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, Real):

@@ -10,7 +10,7 @@ from fastema.bridges.registry import describe
 from fastema.errors import ArgumentError, CheckpointError, FastemaError, format_problems
 from fastema.layout.spec import TensorSpec
 from fastema.rules import Debiased, Rule, Schedule, Window
-from fastema.rules.rule import LOG_NEGLIGIBLE, plain_value
+from fastema.rules.rule import LOG_NEGLIGIBLE, to_plain_value
 from fastema.shadow.entries import Rounding
 from fastema.shadow.foreign import explain_foreign_state, unflatten_state
 from fastema.shadow.store import PARTS, Tensors
@@ -154,7 +154,7 @@ def _log_decays(found: Any, schedule: Schedule, which: SavedOrMine) -> tuple[flo
 
 def _schedule(plain: Any, own: Schedule, which: SavedOrMine) -> Schedule:
     # A user-defined rule cannot be rebuilt from its description, but compared with it.
-    same = plain_value(plain, "it") == own.to_dict()
+    same = to_plain_value(plain, "it") == own.to_dict()
     if which == "mine" and not same and any(_windows(own)):
         raise ArgumentError(
             "'mine' is not possible for a windowed mean: its ring comes from the state"
