@@ -203,7 +203,7 @@ def dot(one: Profile, other: Profile) -> float:
     """
     match one, other:
         case PowerProfile(), PowerProfile():
-            return float(_products([one, other])[0, 1])
+            return float(_compute_dot_products([one, other])[0, 1])
         case PowerProfile(), ExponentialProfile():
             return _power_exponential(one, other)
         case ExponentialProfile(), PowerProfile():
@@ -217,7 +217,7 @@ def _no_profile(found: object) -> ArgumentError:
     return ArgumentError(f"{found!r} is not a profile: expected PowerProfile or ExponentialProfile")
 
 
-def _products(profiles: Sequence[Profile]) -> Array:
+def _compute_dot_products(profiles: Sequence[Profile]) -> Array:
     """Return the matrix of all dot products. Products of power profiles are vectorized."""
     found = np.empty((len(profiles), len(profiles)))
     powers = [i for i, p in enumerate(profiles) if isinstance(p, PowerProfile)]
@@ -299,7 +299,7 @@ def solve(snapshots: Sequence[Profile], target: Profile, *, noise: float = 1e-4)
         coefficients[snapshots.index(target)] = 1.0
         return Synthesis(tuple(coefficients.tolist()), 0.0)
 
-    products = _products([*(snapshots[i] for i in used), target])
+    products = _compute_dot_products([*(snapshots[i] for i in used), target])
     products /= products[-1, -1]
     distances = products[:-1, :-1] - products[:-1, -1:] - products[-1:, :-1] + 1.0
     found = _minimize_quadratic(distances + cost * np.eye(len(used)))
