@@ -53,7 +53,7 @@ class _Span(NamedTuple):
     mean: float  # their mean age, counted from the end of the span
     spread: float  # sum of share times squared distance from the mean
 
-    def then(self, older: _Span) -> _Span:
+    def merge(self, older: _Span) -> _Span:
         """Return this span merged with the ``older`` span before it."""
         mass = self.rest * older.mass
         whole = self.mass + mass
@@ -81,11 +81,11 @@ def _merge_equal_updates(weight: float, updates: int, every: int) -> _Span:
     span, power, length = _NOTHING, _Span(1.0 - weight, float(every), weight, 0.0, 0.0), 1
     while True:
         if updates & length:
-            span = span.then(power)
+            span = span.merge(power)
         if length * 2 > updates:
             return span
         # A product of rounded factors would drift; the exponential does not.
-        power, length = power.then(power), length * 2
+        power, length = power.merge(power), length * 2
         power = power._replace(rest=math.exp(length * rate))
 
 
@@ -97,9 +97,9 @@ def _merge_updates(rule: Rule, updates: int, every: int) -> _Span:
         step = (left - part // 2) * every
         weight = validate_weight(rule.weight(step, every), rule, step)
         if part == 1:
-            span = span.then(_Span(1.0 - weight, float(every), weight, 0.0, 0.0))
+            span = span.merge(_Span(1.0 - weight, float(every), weight, 0.0, 0.0))
         else:
-            span = span.then(_merge_equal_updates(weight, part, every))
+            span = span.merge(_merge_equal_updates(weight, part, every))
         left -= part
     return span._replace(rest=0.0) if left else span
 
@@ -187,6 +187,6 @@ def effective_steps(rule: Rule, n: int, every: int = 1) -> Reach:
         span = _merge_updates(inner, updates, every)
     share = 0.0
     if inner is rule:
-        share, span = span.rest, span.then(_INITIAL)
+        share, span = span.rest, span.merge(_INITIAL)
     std = math.sqrt(span.spread / span.mass) if span.mass else 0.0
     return Reach(span.mean + since, std, share)
