@@ -62,8 +62,8 @@ class ExponentialMovingAverage(MovingAverage):
         self._debias = debias
         super().__init__(on_nonfinite)
 
-    def _begin(self) -> None:
-        super()._begin()
+    def _reset_values(self) -> None:
+        super()._reset_values()
         # The averages of products and of weights, each with its residual.
         self._state: _State = (0.0, 0.0, 0.0, 0.0)
 

@@ -60,9 +60,9 @@ class MovingAverage(ABC):
             )
         self._on_nonfinite = on_nonfinite
         self._pending: list[tuple[Number, Number, LazyFloat]] = []
-        self._begin()
+        self._reset_values()
 
-    def _begin(self) -> None:
+    def _reset_values(self) -> None:
         self._reading = math.nan
         self._num_updates = self._num_skipped = 0
 
@@ -267,7 +267,7 @@ class MovingAverage(ABC):
     def reset(self) -> None:
         """Reset to the initial state, without values."""
         self._read_all_pending()
-        self._begin()
+        self._reset_values()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers, strings and lists, which JSON stores exactly."""

@@ -65,8 +65,8 @@ class SimpleMovingAverage(MovingAverage):
             )
         super().__init__(on_nonfinite)
 
-    def _begin(self) -> None:
-        super()._begin()
+    def _reset_values(self) -> None:
+        super()._reset_values()
         self._products = WindowSum(self._window_size)
         self._weights: WindowSum | None = None  # None until a weight is not 1
 
