@@ -118,7 +118,7 @@ class ExponentialMovingAverage(MovingAverage):
         ratio = average / total
         return ratio + (residual - ratio * rest) / total
 
-    def _run(self, x: Floats, weights: Floats | None) -> Run:
+    def _average_series(self, x: Floats, weights: Floats | None) -> Run:
         given = np.ones(len(x)) if weights is None else weights
         plain = self._is_plain() and bool((given == 1.0).all())
         if not plain:

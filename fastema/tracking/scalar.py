@@ -75,7 +75,7 @@ class MovingAverage(ABC):
         """Add one value and return the new average."""
 
     @abstractmethod
-    def _run(self, x: Floats, weights: Floats | None) -> Run:
+    def _average_series(self, x: Floats, weights: Floats | None) -> Run:
         """Average a series with positive weights, without changing this object yet."""
 
     @abstractmethod
@@ -204,7 +204,7 @@ class MovingAverage(ABC):
         if not len(x):
             return x
         if given is None or given.all():
-            averages, finite, take_in = self._run(x, given)
+            averages, finite, take_in = self._average_series(x, given)
             if finite or self._on_nonfinite == "propagate":
                 take_in()
                 self._num_updates += len(x)
@@ -222,7 +222,7 @@ class MovingAverage(ABC):
         taken = weighty & ~odd
         shown = x.copy()
         if taken.any():
-            shown[taken], _, take_in = self._run(x[taken], weights[taken])
+            shown[taken], _, take_in = self._average_series(x[taken], weights[taken])
             take_in()
         visible = weighty if self._on_nonfinite == "show" else taken
         latest = np.maximum.accumulate(np.where(visible, np.arange(len(x)), -1))

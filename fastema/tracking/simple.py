@@ -99,7 +99,7 @@ class SimpleMovingAverage(MovingAverage):
             self._weights = WindowSum(self._window_size, weights)
         return self._weights
 
-    def _run(self, x: Floats, weights: Floats | None) -> Run:
+    def _average_series(self, x: Floats, weights: Floats | None) -> Run:
         if self._weights is None and (weights is None or (weights == 1.0).all()):
             return self._run_plain(x)
         given = np.full(len(x), SCALE) if weights is None else weights * SCALE
