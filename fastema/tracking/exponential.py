@@ -134,7 +134,7 @@ class ExponentialMovingAverage(MovingAverage):
         state = product, residual, total, rest
         return average, finite, lambda: setattr(self, "_state", state)
 
-    def _memory(self) -> dict[str, Any]:
+    def _get_state(self) -> dict[str, Any]:
         return {"state": list(self._state)}
 
     def _remember(self, memory: Mapping[str, Any]) -> None:

@@ -79,12 +79,12 @@ class MovingAverage(ABC):
         """Average a series with positive weights, without changing this object yet."""
 
     @abstractmethod
-    def _memory(self) -> dict[str, Any]:
+    def _get_state(self) -> dict[str, Any]:
         """Return the state entries besides the settings and counts."""
 
     @abstractmethod
     def _remember(self, memory: Mapping[str, Any]) -> None:
-        """Restore the entries that :meth:`_memory` returned."""
+        """Restore the entries that :meth:`_get_state` returned."""
 
     # -- values ------------------------------------------------------------------------------------
 
@@ -277,7 +277,7 @@ class MovingAverage(ABC):
             "average": self._reading,
             "num_updates": self._num_updates,
             "num_skipped": self._num_skipped,
-            **self._memory(),
+            **self._get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

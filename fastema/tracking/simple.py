@@ -136,7 +136,7 @@ class SimpleMovingAverage(MovingAverage):
         result, finite = series.rolling_mean(x, before, self._window_size, divide=divide)
         return result, finite, np.concatenate([before, x[-self._window_size :]])
 
-    def _memory(self) -> dict[str, Any]:
+    def _get_state(self) -> dict[str, Any]:
         weights = self._weights
         return {
             "products": self._products.numbers().tolist(),
