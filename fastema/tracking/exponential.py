@@ -137,7 +137,7 @@ class ExponentialMovingAverage(MovingAverage):
     def _get_state(self) -> dict[str, Any]:
         return {"state": list(self._state)}
 
-    def _remember(self, memory: Mapping[str, Any]) -> None:
+    def _set_state(self, memory: Mapping[str, Any]) -> None:
         product, residual, total, weight_residual = map(float, memory["state"])
         self._state = (product, residual, total, weight_residual)
 

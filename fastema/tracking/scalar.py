@@ -83,7 +83,7 @@ class MovingAverage(ABC):
         """Return the state entries besides the settings and counts."""
 
     @abstractmethod
-    def _remember(self, memory: Mapping[str, Any]) -> None:
+    def _set_state(self, memory: Mapping[str, Any]) -> None:
         """Restore the entries that :meth:`_get_state` returned."""
 
     # -- values ------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ class MovingAverage(ABC):
             other._reading = float(state["average"])
             other._num_updates = int(state["num_updates"])
             other._num_skipped = int(state["num_skipped"])
-            other._remember(state)
+            other._set_state(state)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"not the state of {self!r}: {error!r}") from None
         self._read_all_pending()

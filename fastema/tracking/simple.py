@@ -143,7 +143,7 @@ class SimpleMovingAverage(MovingAverage):
             "weights": None if weights is None else weights.numbers().tolist(),
         }
 
-    def _remember(self, memory: Mapping[str, Any]) -> None:
+    def _set_state(self, memory: Mapping[str, Any]) -> None:
         count = min(self._num_updates, self._window_size)
         products = np.array(memory["products"], np.float64)
         if products.shape != (count,):
