@@ -28,7 +28,7 @@ Run: TypeAlias = tuple[Floats, bool, Callable[[], None]]
 LIGHTEST, HEAVIEST = 1e-100, 1e100
 """The smallest and largest weight whose products and sums neither overflow nor underflow."""
 
-MOST_PENDING: Final = 1024
+MAX_PENDING: Final = 1024
 """Values that may stay on a device before all of them are read."""
 
 SCALE: Final = 2.0**-380
@@ -144,7 +144,7 @@ class MovingAverage(ABC):
     def _defer(self, value: Number, weight: Number) -> float:
         average = LazyFloat(lambda: self._read_pending(average))
         self._pending.append((value, weight, average))
-        if len(self._pending) >= MOST_PENDING:
+        if len(self._pending) >= MAX_PENDING:
             self._read_pending()
         return cast(float, average)
 

@@ -12,7 +12,7 @@ from fastema.errors import ArgumentError, CheckpointError, NonFiniteError
 from fastema.tracking.exponential import ExponentialMovingAverage
 from fastema.tracking.lazy_float import LazyFloat, number
 from fastema.tracking.scalar import (
-    MOST_PENDING,
+    MAX_PENDING,
     MovingAverage,
     OnNonFinite,
     check_settings,
@@ -129,7 +129,7 @@ class MetricSmoother:
                 steps.append((steps[-1] if steps else 0) + 1 if step is None else step)
         if self.record:
             self._unwritten += found.items()
-            if len(self._unwritten) >= MOST_PENDING:
+            if len(self._unwritten) >= MAX_PENDING:
                 self._write_down()
         self._latest |= found
         return found

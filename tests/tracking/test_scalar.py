@@ -21,7 +21,7 @@ from fastema.tracking import (
     SimpleMovingAverage,
 )
 from fastema.tracking.lazy_float import LazyFloat
-from fastema.tracking.scalar import MOST_PENDING, MovingAverage
+from fastema.tracking.scalar import MAX_PENDING, MovingAverage
 from fastema.tracking.window import WindowSum
 
 Made = Callable[..., MovingAverage]
@@ -396,8 +396,8 @@ def test_nothing_is_read_before_somebody_looks_or_there_are_too_many(made: Any) 
     assert device.reads == sum(1 for i in range(len(x)) if i % 3)
     assert average.state_dict() == plain.state_dict()
     device.reads = 0
-    for _ in range(MOST_PENDING - 1):
+    for _ in range(MAX_PENDING - 1):
         average.update(device.value(1.0))
     assert device.reads == 0
     average.update(device.value(4.0))
-    assert device.reads == MOST_PENDING
+    assert device.reads == MAX_PENDING
