@@ -85,7 +85,7 @@ class ExponentialMovingAverage(MovingAverage):
     def _settings(self) -> dict[str, Any]:
         return {"decay": self._decay, "debias": self._debias, "on_nonfinite": self._on_nonfinite}
 
-    def _before(self, x: float, weight: float) -> _State:
+    def _prepare_state(self, x: float, weight: float) -> _State:
         """Return the state to which value ``x`` is added.
 
         Without bias correction, the first value is the initial average. An unscaled state is scaled
@@ -105,12 +105,12 @@ class ExponentialMovingAverage(MovingAverage):
 
     def _push(self, x: float, weight: float) -> float:
         if weight == 1.0 and self._is_plain():
-            average, residual, total, rest = self._before(x, 1.0)
+            average, residual, total, rest = self._prepare_state(x, 1.0)
             average, residual = _step(average, residual, x, self._decay)
             self._state = (average, residual, total, rest)
             return average
         weight *= SCALE
-        average, residual, total, rest = self._before(x, weight)
+        average, residual, total, rest = self._prepare_state(x, weight)
         average, residual = _step(average, residual, weight * x, self._decay)
         total, rest = _step(total, rest, weight, self._decay)
         self._state = (average, residual, total, rest)
@@ -123,7 +123,7 @@ class ExponentialMovingAverage(MovingAverage):
         plain = self._is_plain() and bool((given == 1.0).all())
         if not plain:
             given = given * SCALE
-        product, residual, total, rest = self._before(float(x[0]), float(given[0]))
+        product, residual, total, rest = self._prepare_state(float(x[0]), float(given[0]))
         average, (product, residual) = series.ewm_mean(
             x if plain else given * x, self._decay, (product, residual)
         )
