@@ -94,7 +94,7 @@ class SimpleMovingAverage(MovingAverage):
 
     def _window_of_weights(self) -> WindowSum:
         if self._weights is None:
-            products, weights = self._scaled()
+            products, weights = self._get_scaled_window()
             self._products.refill(products)
             self._weights = WindowSum(self._window_size, weights)
         return self._weights
@@ -103,7 +103,7 @@ class SimpleMovingAverage(MovingAverage):
         if self._weights is None and (weights is None or (weights == 1.0).all()):
             return self._run_plain(x)
         given = np.full(len(x), SCALE) if weights is None else weights * SCALE
-        products, of_weights = self._scaled()
+        products, of_weights = self._get_scaled_window()
         total, finite, kept = self._roll(products, given * x)
         total_weight, _, kept_weights = self._roll(of_weights, given)
 
@@ -122,7 +122,7 @@ class SimpleMovingAverage(MovingAverage):
             averages = np.where(np.isfinite(averages), averages, scaled / _SMALL)
         return averages, finite, lambda: self._products.refill(kept)
 
-    def _scaled(self) -> tuple[Floats, Floats]:
+    def _get_scaled_window(self) -> tuple[Floats, Floats]:
         """Return the products and weights in the window, scaled, also if all weights are 1."""
         products = self._products.numbers()
         if self._weights is None:
