@@ -128,20 +128,20 @@ class MetricSmoother:
                 steps = self._steps.setdefault(name, array("q"))
                 steps.append((steps[-1] if steps else 0) + 1 if step is None else step)
         if self.record:
-            self._unwritten += found.items()
-            if len(self._unwritten) >= MAX_PENDING:
+            self._pending_history += found.items()
+            if len(self._pending_history) >= MAX_PENDING:
                 self._write_down()
         self._latest |= found
         return found
 
     def _write_down(self) -> None:
-        while self._unwritten:
-            name, value = self._unwritten[0]
+        while self._pending_history:
+            name, value = self._pending_history[0]
             try:
                 found = float(value)
             except Exception:  # reading the LazyFloat itself raises it again
                 found = math.nan
-            del self._unwritten[0]
+            del self._pending_history[0]
             self._history.setdefault(name, array("d")).append(found)
 
     @property
@@ -176,7 +176,7 @@ class MetricSmoother:
         """Remove all metrics and recorded curves."""
         self._metrics: dict[str, Averages] = {}
         self._latest: dict[str, float] = {}
-        self._unwritten: list[tuple[str, float]] = []
+        self._pending_history: list[tuple[str, float]] = []
         self._history: dict[str, array[float]] = {}
         self._steps: dict[str, array[int]] = {}
 
