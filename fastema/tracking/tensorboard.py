@@ -81,7 +81,7 @@ class TensorBoardWriter:
             window_size, decay, raw=raw, debias=debias, on_nonfinite=on_nonfinite
         )
         kinds = {"raw": raw, "sma": window_size is not None, "ema": decay is not None}
-        self._points = _Points(self.folder, [kind for kind, wanted in kinds.items() if wanted])
+        self._points = _EventFiles(self.folder, [kind for kind, wanted in kinds.items() if wanted])
         self._counts: dict[str, int] = {}
         self._written_at = time.monotonic()
         # Runs at exit as well, and when the writer is garbage-collected.
@@ -179,7 +179,7 @@ class TensorBoardWriter:
         self._counts = counts
 
 
-class _Points:
+class _EventFiles:
     """Event files and buffered points. They outlive the writer, so that exit can flush them."""
 
     def __init__(self, folder: str, kinds: list[str]) -> None:
