@@ -129,11 +129,11 @@ class TensorBoardWriter:
         now = time.time()
         for name, average in averages.items():
             tag, _, kind = name.rpartition("_")
-            self._points.waiting.append((kind, tag, average, steps[tag], now))
+            self._points.buffer.append((kind, tag, average, steps[tag], now))
         for tag in values:
             self._counts[tag] = self._counts.get(tag, 0) + 1
         overdue = time.monotonic() - self._written_at >= self.flush_secs
-        if overdue or len(self._points.waiting) >= self.max_queue:
+        if overdue or len(self._points.buffer) >= self.max_queue:
             self.flush()
         return averages
 
@@ -191,7 +191,7 @@ class _EventFiles:
             ) from None
         self.folder = folder
         self._process = os.getpid()
-        self.waiting: deque[tuple[str, str, float, int, float]] = deque()
+        self.buffer: deque[tuple[str, str, float, int, float]] = deque()
         self._files = {kind: new_writer(os.path.join(folder, kind)) for kind in kinds}
 
     def check_open(self) -> None:
@@ -207,8 +207,8 @@ class _EventFiles:
         """Write all buffered points, then raise the error of the first unreadable value."""
         errors = []
         with np.errstate(over="ignore"):  # numbers beyond float32
-            while self.waiting:
-                kind, tag, value, step, wall_time = self.waiting.popleft()
+            while self.buffer:
+                kind, tag, value, step, wall_time = self.buffer.popleft()
                 try:
                     number = float(value)
                 except Exception as error:
