@@ -47,7 +47,7 @@ class WindowSum:
         """Add a number and return the sum."""
         at, high, low, back, back_low, count = self._state
         if at == self.size:
-            at, high, low, (back, back_low) = 0, 0.0, 0.0, _sums_from_behind(self._ring)
+            at, high, low, (back, back_low) = 0, 0.0, 0.0, _compute_suffix_sums(self._ring)
         self._ring[at] = x
         at += 1
         front = high + x
@@ -78,7 +78,7 @@ def _floats(numbers: NDArray[np.float64]) -> Floats:
     return array("d", numbers.tobytes())
 
 
-def _sums_from_behind(numbers: Floats) -> tuple[Floats, Floats]:
+def _compute_suffix_sums(numbers: Floats) -> tuple[Floats, Floats]:
     """Return the sum of ``numbers[i:]`` for every i, and the residuals."""
     if len(numbers) >= _VECTORISED:
         return _scan(np.frombuffer(numbers))
