@@ -81,7 +81,7 @@ def _floats(numbers: NDArray[np.float64]) -> Floats:
 def _compute_suffix_sums(numbers: Floats) -> tuple[Floats, Floats]:
     """Return the sum of ``numbers[i:]`` for every i, and the residuals."""
     if len(numbers) >= _VECTORISED:
-        return _scan(np.frombuffer(numbers))
+        return _compute_suffix_sums_numpy(np.frombuffer(numbers))
     sums, rests = [0.0], [0.0]
     total, rest = 0.0, 0.0
     for x in reversed(numbers):
@@ -94,7 +94,7 @@ def _compute_suffix_sums(numbers: Floats) -> tuple[Floats, Floats]:
     return array("d", sums[::-1]), array("d", rests[::-1])
 
 
-def _scan(numbers: NDArray[Any]) -> tuple[Floats, Floats]:
+def _compute_suffix_sums_numpy(numbers: NDArray[Any]) -> tuple[Floats, Floats]:
     """Return the sums of ``numbers[i:]`` and residuals, computed by NumPy's sequential cumsum."""
     added = np.concatenate([[0.0], numbers[::-1]])
     with np.errstate(invalid="ignore", over="ignore"):
