@@ -56,7 +56,7 @@ class AveragedLine(NamedTuple):
         return f"{self.kind.upper()} {self.setting}"
 
 
-class History(NamedTuple):
+class MetricCurves(NamedTuple):
     """The curves of a history in one format, whatever its source."""
 
     curves: dict[str, Curve]
@@ -121,7 +121,7 @@ def _names(curves: Mapping[str, Curve], chosen: Sequence[str] | None) -> list[st
     return list(dict.fromkeys(chosen))
 
 
-def _panel(name: str, found: History, averages: Sequence[AveragedLine], *, raw: bool) -> Panel:
+def _panel(name: str, found: MetricCurves, averages: Sequence[AveragedLine], *, raw: bool) -> Panel:
     curves = found.curves
     own = curves.get(f"{name}_raw")
     lines = []
@@ -169,7 +169,7 @@ def of_series(
     return Panel(name, axis, lines, remark)
 
 
-def _find_recorded_averages(name: str, found: History) -> list[Line]:
+def _find_recorded_averages(name: str, found: MetricCurves) -> list[Line]:
     """Return the lines of a metric's averages that the history contains."""
     lines = []
     for other, curve in found.curves.items():
@@ -183,12 +183,12 @@ def _find_recorded_averages(name: str, found: History) -> list[Line]:
 # -- histories ------------------------------------------------------------------------------------
 
 
-def _read(history: Any) -> History:
+def _read(history: Any) -> MetricCurves:
     if isinstance(history, (str, os.PathLike)) or hasattr(history, "readline"):
         history = logs.read_table(history)
     if isinstance(history, Table):
         step = history.step_column()
-        return History(history.curves(step), step or "row")
+        return MetricCurves(history.curves(step), step or "row")
     if isinstance(history, Mapping):
         return _of_mapping(history)
     if hasattr(history, "columns") and hasattr(history, "iloc"):  # a data frame
@@ -209,7 +209,7 @@ def _read(history: Any) -> History:
     return _of_mapping({"value": values})
 
 
-def _of_recorder(recorder: Any) -> History:
+def _of_recorder(recorder: Any) -> MetricCurves:
     """Return the curves of an object with a ``history``: a callback, or a Keras model."""
     inner = recorder.history
     if inner is None:
@@ -228,12 +228,12 @@ def _of_recorder(recorder: Any) -> History:
             name: Curve(np.asarray(steps[table.role(name, inner).metric], np.int64), values)
             for name, values in columns.items()
         }
-        return History(curves, settings=settings)
+        return MetricCurves(curves, settings=settings)
     epochs = getattr(recorder, "epoch", None)
     if not isinstance(epochs, Sequence):
         return _of_mapping(inner)._replace(settings=settings)
     curves = {n: Curve(_at_epochs(epochs, values), values) for n, values in columns.items()}
-    return History(curves, "epoch", settings)
+    return MetricCurves(curves, "epoch", settings)
 
 
 def _at_epochs(epochs: Sequence[int], values: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -244,10 +244,10 @@ def _at_epochs(epochs: Sequence[int], values: NDArray[np.float64]) -> NDArray[np
     return np.asarray(epochs, np.int64)[every - 1 :: every] + 1
 
 
-def _of_mapping(history: Mapping[Any, Any], *, blank_nan: bool = False) -> History:
+def _of_mapping(history: Mapping[Any, Any], *, blank_nan: bool = False) -> MetricCurves:
     """Return the curves of a mapping of names to numbers, one of which may count the steps."""
     if history and all(isinstance(curve, Curve) for curve in history.values()):
-        return History({str(name): curve for name, curve in history.items()})
+        return MetricCurves({str(name): curve for name, curve in history.items()})
     columns = {}
     for name, given in history.items():
         values = _values(given)
@@ -258,10 +258,12 @@ def _of_mapping(history: Mapping[Any, Any], *, blank_nan: bool = False) -> Histo
     numbers = Table("history", columns)
     step = numbers.step_column()
     if step is None:
-        return History({name: Curve(rows + 1, values) for name, (rows, values) in columns.items()})
+        return MetricCurves(
+            {name: Curve(rows + 1, values) for name, (rows, values) in columns.items()}
+        )
     curves = numbers.curves(step)
     del curves[step]
-    return History(curves, step)
+    return MetricCurves(curves, step)
 
 
 def _values(column: Any) -> NDArray[np.float64] | None:
