@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fastema.checkpoint.files import atomic_write_path
 from fastema.errors import ArgumentError, NonFiniteError
 from fastema.tracking.logs.table import Table
-from fastema.tracking.plots.panels import AveragedLine, of_series
+from fastema.tracking.plots.panels import AveragedLine, make_series_panel
 
 
 class Smoothed(NamedTuple):
@@ -140,6 +140,6 @@ def draw(
         if step is not None:  # a row without a step is not drawn
             drawn = np.isin(log.column(name).rows, log.column(step).rows)
         series = [(one.average, one.series[drawn]) for one in group]
-        panels.append(of_series(name, step or "row", curves[name], series, raw, asked_for))
+        panels.append(make_series_panel(name, step or "row", curves[name], series, raw, asked_for))
     with _replaceable(out) as partial:
         picture.draw(panels, log=scale, title=Path(log.source).name, out=partial)

@@ -137,11 +137,11 @@ def _panel(name: str, found: MetricCurves, averages: Sequence[AveragedLine], *, 
         return Panel(name, found.axis, shown + held)
     curve = lines[0].curve
     series = [(average, average.make().update_many(curve.values)) for average in averages]
-    panel = of_series(name, found.axis, curve, series, raw=raw)
+    panel = make_series_panel(name, found.axis, curve, series, raw=raw)
     return panel._replace(lines=panel.lines + lines[1:])
 
 
-def of_series(
+def make_series_panel(
     name: str,
     axis: str,
     curve: Curve,
