@@ -73,11 +73,11 @@ def averages(
 ) -> list[AveragedLine]:
     """Return an average per window and per decay; raise an ArgumentError for an invalid one."""
     found = []
-    for size in _many(window_size):
+    for size in _as_list(window_size):
         make_sma = partial(SimpleMovingAverage, size, on_nonfinite=on_nonfinite)
         make_sma()  # validates the window
         found.append(AveragedLine("sma", str(size), float(size), make_sma))
-    for weight in _many(decay):
+    for weight in _as_list(decay):
         make_ema = partial(ExponentialMovingAverage, weight, debias, on_nonfinite=on_nonfinite)
         make_ema()
         horizon = float(round(1.0 / (1.0 - weight)))
@@ -85,7 +85,7 @@ def averages(
     return found
 
 
-def _many(given: Any) -> list[Any]:
+def _as_list(given: Any) -> list[Any]:
     if given is None:
         return []
     return list(given) if isinstance(given, Iterable) else [given]
