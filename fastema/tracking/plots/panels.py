@@ -102,7 +102,7 @@ def panels(
     found = _read(history)
     found = found._replace(curves={n: c for n, c in found.curves.items() if len(c.values)})
     names = _names(found.curves, [metrics] if isinstance(metrics, str) else metrics)
-    return [_panel(name, found, averages, raw=raw) for name in names]
+    return [_make_panel(name, found, averages, raw=raw) for name in names]
 
 
 def _names(curves: Mapping[str, Curve], chosen: Sequence[str] | None) -> list[str]:
@@ -121,7 +121,9 @@ def _names(curves: Mapping[str, Curve], chosen: Sequence[str] | None) -> list[st
     return list(dict.fromkeys(chosen))
 
 
-def _panel(name: str, found: MetricCurves, averages: Sequence[AveragedLine], *, raw: bool) -> Panel:
+def _make_panel(
+    name: str, found: MetricCurves, averages: Sequence[AveragedLine], *, raw: bool
+) -> Panel:
     curves = found.curves
     own = curves.get(f"{name}_raw")
     lines = []
