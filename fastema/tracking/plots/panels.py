@@ -101,11 +101,11 @@ def panels(
     """Return one panel per metric. `averages` are computed if the history has none for it."""
     found = _read(history)
     found = found._replace(curves={n: c for n, c in found.curves.items() if len(c.values)})
-    names = _names(found.curves, [metrics] if isinstance(metrics, str) else metrics)
+    names = _select_metrics(found.curves, [metrics] if isinstance(metrics, str) else metrics)
     return [_make_panel(name, found, averages, raw=raw) for name in names]
 
 
-def _names(curves: Mapping[str, Curve], chosen: Sequence[str] | None) -> list[str]:
+def _select_metrics(curves: Mapping[str, Curve], chosen: Sequence[str] | None) -> list[str]:
     """Return the names of the metrics to draw, without suffixes such as ``_raw`` or ``_ema``."""
     bases = {name: table.role(name, curves).metric for name in curves}
     if chosen is None:
