@@ -99,7 +99,7 @@ def panels(
     raw: bool = True,
 ) -> list[Panel]:
     """Return one panel per metric. `averages` are computed if the history has none for it."""
-    found = _read(history)
+    found = _read_history(history)
     found = found._replace(curves={n: c for n, c in found.curves.items() if len(c.values)})
     names = _select_metrics(found.curves, [metrics] if isinstance(metrics, str) else metrics)
     return [_make_panel(name, found, averages, raw=raw) for name in names]
@@ -185,7 +185,7 @@ def _find_recorded_averages(name: str, found: MetricCurves) -> list[Line]:
 # -- histories ------------------------------------------------------------------------------------
 
 
-def _read(history: Any) -> MetricCurves:
+def _read_history(history: Any) -> MetricCurves:
     if isinstance(history, (str, os.PathLike)) or hasattr(history, "readline"):
         history = logs.read_table(history)
     if isinstance(history, Table):
@@ -198,7 +198,7 @@ def _read(history: Any) -> MetricCurves:
     state = getattr(history, "state", history)  # Hugging Face's Trainer
     history = getattr(state, "log_history", history)
     if isinstance(history, Sequence) and history and isinstance(history[0], Mapping):
-        return _read(logs.from_rows(history, "history"))
+        return _read_history(logs.from_rows(history, "history"))
     if hasattr(history, "history"):
         return _of_recorder(history)
     values = _values(history)
@@ -217,7 +217,7 @@ def _of_recorder(recorder: Any) -> MetricCurves:
     if inner is None:
         raise ArgumentError(f"{type(recorder).__name__}.history is empty: nothing recorded yet")
     if not isinstance(inner, Mapping):
-        return _read(inner)
+        return _read_history(inner)
     columns = {n: values for n, given in inner.items() if (values := _values(given)) is not None}
     settings = {
         kind: str(value)
