@@ -200,7 +200,7 @@ def _read_history(history: Any) -> MetricCurves:
     if isinstance(history, Sequence) and history and isinstance(history[0], Mapping):
         return _read_history(logs.from_rows(history, "history"))
     if hasattr(history, "history"):
-        return _of_recorder(history)
+        return _read_recorder(history)
     values = _values(history)
     if values is None:
         raise ArgumentError(
@@ -211,7 +211,7 @@ def _read_history(history: Any) -> MetricCurves:
     return _of_mapping({"value": values})
 
 
-def _of_recorder(recorder: Any) -> MetricCurves:
+def _read_recorder(recorder: Any) -> MetricCurves:
     """Return the curves of an object with a ``history``: a callback, or a Keras model."""
     inner = recorder.history
     if inner is None:
