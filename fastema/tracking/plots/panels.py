@@ -192,9 +192,9 @@ def _read_history(history: Any) -> MetricCurves:
         step = history.step_column()
         return MetricCurves(history.curves(step), step or "row")
     if isinstance(history, Mapping):
-        return _of_mapping(history)
+        return _read_mapping(history)
     if hasattr(history, "columns") and hasattr(history, "iloc"):  # a data frame
-        return _of_mapping({str(name): history[name] for name in history.columns}, blank_nan=True)
+        return _read_mapping({str(name): history[name] for name in history.columns}, blank_nan=True)
     state = getattr(history, "state", history)  # Hugging Face's Trainer
     history = getattr(state, "log_history", history)
     if isinstance(history, Sequence) and history and isinstance(history[0], Mapping):
@@ -208,7 +208,7 @@ def _read_history(history: Any) -> MetricCurves:
             "fit() of Keras returns, a callback that records, log_history of Hugging Face, a data "
             "frame, numbers, or the path of a log"
         )
-    return _of_mapping({"value": values})
+    return _read_mapping({"value": values})
 
 
 def _read_recorder(recorder: Any) -> MetricCurves:
@@ -233,7 +233,7 @@ def _read_recorder(recorder: Any) -> MetricCurves:
         return MetricCurves(curves, settings=settings)
     epochs = getattr(recorder, "epoch", None)
     if not isinstance(epochs, Sequence):
-        return _of_mapping(inner)._replace(settings=settings)
+        return _read_mapping(inner)._replace(settings=settings)
     curves = {n: Curve(_at_epochs(epochs, values), values) for n, values in columns.items()}
     return MetricCurves(curves, "epoch", settings)
 
@@ -246,7 +246,7 @@ def _at_epochs(epochs: Sequence[int], values: NDArray[np.float64]) -> NDArray[np
     return np.asarray(epochs, np.int64)[every - 1 :: every] + 1
 
 
-def _of_mapping(history: Mapping[Any, Any], *, blank_nan: bool = False) -> MetricCurves:
+def _read_mapping(history: Mapping[Any, Any], *, blank_nan: bool = False) -> MetricCurves:
     """Return the curves of a mapping of names to numbers, one of which may count the steps."""
     if history and all(isinstance(curve, Curve) for curve in history.values()):
         return MetricCurves({str(name): curve for name, curve in history.items()})
