@@ -1,4 +1,4 @@
-"""The figure: loss and accuracy of raw and averaged weights, and the digits they disagree on."""
+"""Draw the loss and accuracy of raw and averaged weights, and the digits they disagree on."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastema.cli.demo import summary
 from fastema.cli.demo.speed import Machine
 from fastema.cli.demo.summary import Level, Tail
 from fastema.cli.demo.train import MOMENTUM, History, Score, Setup
-from fastema.tracking.plots.picture import heights_of, label_end, spread, write_title
+from fastema.tracking.plots.picture import heights_of, label_end, spread_labels, write_title
 from fastema.tracking.plots.style import EMA, GREY, PALE, RAW, STYLE
 
 TILES = 14
-MARGIN = 0.045  # of the figure's width, left of all text
-LABEL_HEIGHT = 0.19  # of an axes' height: three lines of text and some air
+MARGIN = 0.045  # left of all text, as a share of the figure's width
+LABEL_HEIGHT = 0.19  # three lines of text and some space, as a share of an axes' height
 ACCURACIES = (0, 30, 50, 70, 80, 90, 95, 98, 99, 99.5, 99.8)  # percent
 
 
@@ -55,7 +55,7 @@ def _headline(figure: Figure, seen: Tail) -> None:
         MARGIN,
         0.893,
         "A small network learns to read handwritten digits with a learning rate that stays high. "
-        "Thick line: the same network, its weights averaged.",
+        "Thick line: the same network with averaged weights.",
         fontsize=11,
         color=GREY,
         va="center",
@@ -73,9 +73,9 @@ def _loss(axes: Axes, history: History, seen: Tail) -> None:
 
 
 def _accuracy(axes: Axes, history: History, seen: Tail) -> None:
-    """Accuracy, drawn as errors on a falling log scale: 98 and 99 % are as far apart as 80, 90."""
+    """Draw accuracy as errors on an inverted log scale: 98 and 99 % lie as far apart as 80 and 90."""
     write_title(axes, "Test images read right", "log scale of the errors", fontsize=10, pad=12)
-    least = 50.0 / len(history.raw_answers)  # half an image, since no errors have no logarithm
+    least = 50.0 / len(history.raw_answers)  # half an image: zero has no logarithm
 
     def errors(accuracy: float) -> float:
         return max(100.0 - accuracy, least)
@@ -118,31 +118,31 @@ def _curves(
 def _levels(
     axes: Axes, heights: Sequence[float], levels: Sequence[Level], digits: str, unit: str = ""
 ) -> None:
-    """Name both curves beside their ends, with mean and spread over the shaded part."""
+    """Label both curves at their ends, with mean and deviation over the shaded part."""
     if not all(map(math.isfinite, heights)):
         return
     names, colors = ("raw weights", "EMA weights"), (RAW, EMA)
     ends = sorted(zip(heights_of(axes, heights), names, levels, colors, strict=True))
-    apart = spread([height for height, *_ in ends], LABEL_HEIGHT)
+    apart = spread_labels([height for height, *_ in ends], LABEL_HEIGHT)
     for height, (_, name, level, color) in zip(apart, ends, strict=True):
         text = f"{name}\n{level.mean:{digits}}{unit}\n± {level.std:{digits}}"
         label_end(axes, text, height, color)
 
 
 def _disagreements(figure: Figure, place: SubplotSpec, setup: Setup, history: History) -> None:
-    """Show the test images that only one of the two sets of weights reads right."""
+    """Show the test images that only one of the two sets of weights reads correctly."""
     labels = setup.digits.test_labels
     raw_right = history.raw_answers == labels
     ema_right = history.ema_answers == labels
     differ = (raw_right != ema_right).nonzero().flatten().tolist()
     if differ:
         remark = (
-            f"the average reads {int((ema_right & ~raw_right).sum())} test images right that the "
+            f"the average corrects {int((ema_right & ~raw_right).sum())} test images that the "
             f"raw weights misread, and misreads {int((raw_right & ~ema_right).sum())} that they "
-            "read right"
+            "read correctly"
         )
     else:
-        remark = "the average and the raw weights read the same test images right"
+        remark = "the average and the raw weights read the same test images correctly"
     strip = figure.add_subplot(place)
     strip.set_axis_off()
     write_title(strip, "After the last step", remark, fontsize=10, pad=12)

@@ -23,7 +23,7 @@ from fastema.tracking.logs.table import Curve
 from fastema.tracking.plots.panels import Kind, Line, Panel, last_finite
 from fastema.tracking.plots.style import EMA, GREY, INK, RAW, REPORTED, SMA, STYLE
 
-__all__ = ["Log", "draw", "heights_of", "label_end", "spread", "write_title"]
+__all__ = ["Log", "draw", "heights_of", "label_end", "spread_labels", "write_title"]
 
 Log = bool | Literal["auto"]
 
@@ -267,7 +267,7 @@ def _label_ends(axes: Axes, drawn: Iterable[tuple[Line, _Style]], *, named: bool
             (height,) = heights_of(axes, [value])
             ends.append((height, f"{name}{value:.4g}", look.label_color))
     ends.sort()
-    heights = spread([height for height, _, _ in ends], _LABEL_POINTS / tall)
+    heights = spread_labels([height for height, _, _ in ends], _LABEL_POINTS / tall)
     for height, (_, text, color) in zip(heights, ends, strict=True):
         label_end(axes, text, height, color, fontsize=9, linespacing=1.1)
 
@@ -295,7 +295,7 @@ def heights_of(axes: Axes, values: Iterable[float]) -> list[float]:
     return [float(to_fraction.transform((1.0, value))[1]) for value in values]
 
 
-def spread(heights: Sequence[float], apart: float) -> list[float]:
+def spread_labels(heights: Sequence[float], apart: float) -> list[float]:
     """Return sorted heights, moved minimally to be `apart` and, if possible, within [0, 1]."""
     # Center each group on the mean of its members' heights, and merge groups that touch.
     groups: list[list[float]] = []
