@@ -150,7 +150,7 @@ def _draw_panel(axes: Axes, panel: Panel, log: Log) -> None:
         remarks.append(f"{missing:,} not finite")
     axes.margins(x=0.0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: _short(step)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: _format_step(step)))
     axes.set_xlabel(panel.axis)
     bold, grey = write_title(axes, panel.name, " · ".join(remarks))
     wide = sum(text.get_window_extent().width for text in (bold, grey)) / axes.figure.dpi
@@ -313,7 +313,7 @@ def spread_labels(heights: Sequence[float], apart: float) -> list[float]:
     return [bottom(group) + place * apart for group in groups for place in range(len(group))]
 
 
-def _short(step: float) -> str:
+def _format_step(step: float) -> str:
     """Return a step in a short form: 500, 20k, 1.5M."""
     for limit, unit, name in ((1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(step) >= limit:
