@@ -84,7 +84,7 @@ class Table:
         ArgumentError unless that column exists and has a finite number wherever a metric has one.
         """
         if name is None:
-            by_name = {_short(column): column for column in reversed(list(self.numbers))}
+            by_name = {_base_name(column): column for column in reversed(list(self.numbers))}
             counting = (by_name[short] for short in STEP_COLUMNS if short in by_name)
             return self.counted_by or next((one for one in counting if self._counts(one)), None)
         self.column(name)
@@ -185,11 +185,11 @@ def role(name: str, names: Collection[str]) -> ColumnRole:
 
 
 def _is_no_metric(name: str) -> bool:
-    short = _short(name)
+    short = _base_name(name)
     return short in (*STEP_COLUMNS, *_TIMES) or any(one.fullmatch(short) for one in (_RATE, _SPEED))
 
 
-def _short(name: str) -> str:
+def _base_name(name: str) -> str:
     return name.strip().lower().split("/")[-1]
 
 
