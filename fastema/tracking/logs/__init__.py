@@ -14,7 +14,7 @@ from typing import Any, Final, TextIO
 
 from fastema.errors import ArgumentError
 from fastema.tracking.logs import event_files
-from fastema.tracking.logs.table import Curve, Table, of_cells, parse_column
+from fastema.tracking.logs.table import Curve, Table, parse_column, table_from_cells
 
 __all__ = ["Curve", "Table", "read", "read_table"]
 
@@ -96,7 +96,7 @@ def _csv(text: str, source: str) -> Table:
             column.append(cell)  # type: ignore[union-attr]
     if not columns[0]:
         raise ArgumentError(f"{source}: the columns have names, but there is no row yet")
-    return of_cells(dict(zip(names, columns, strict=True)), source, delimiter)
+    return table_from_cells(dict(zip(names, columns, strict=True)), source, delimiter)
 
 
 def _rows(lines: Iterable[str], delimiter: str, source: str) -> Iterator[tuple[int, list[str]]]:
@@ -144,7 +144,7 @@ def _json(text: str, source: str) -> Table:
         }
         for column in cells.values():
             column += [""] * (length - len(column))
-        return of_cells(cells, source)
+        return table_from_cells(cells, source)
     return from_rows([found] if isinstance(found, dict) else found, source)
 
 
@@ -186,7 +186,7 @@ def from_rows(rows: object, source: str) -> Table:
         raise ArgumentError(f"{source}: its nesting is too deep for a log") from None
     names = dict.fromkeys(itertools.chain.from_iterable(flat))
     cells = {name: [row.get(name, "") for row in flat] for name in names}
-    return of_cells(cells, source)
+    return table_from_cells(cells, source)
 
 
 def _flat(row: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -218,7 +218,7 @@ def parse_column(cells: Sequence[str], delimiter: str = ",") -> Column | None:
     return Column(np.array(rows, np.int64), np.array(values, np.float64)) if rows else None
 
 
-def of_cells(cells: dict[str, list[str]], source: str, delimiter: str = ",") -> Table:
+def table_from_cells(cells: dict[str, list[str]], source: str, delimiter: str = ",") -> Table:
     """Return the table of text cells; raise an ArgumentError if no column contains numbers."""
     found = {name: parse_column(column, delimiter) for name, column in cells.items()}
     numbers = {name: column for name, column in found.items() if column is not None}
