@@ -112,7 +112,7 @@ class Table:
         at, steps = self.numbers[step]
         return {
             # A row without a step has no point.
-            name: Curve(_whole(steps[np.searchsorted(at, rows[known])]), values[known])
+            name: Curve(_to_integers(steps[np.searchsorted(at, rows[known])]), values[known])
             for name, (rows, values) in self.numbers.items()
             for known in [np.isin(rows, at)]
         }
@@ -193,7 +193,7 @@ def _base_name(name: str) -> str:
     return name.strip().lower().split("/")[-1]
 
 
-def _whole(steps: NDArray[np.float64]) -> NDArray[np.int64] | NDArray[np.float64]:
+def _to_integers(steps: NDArray[np.float64]) -> NDArray[np.int64] | NDArray[np.float64]:
     if (np.abs(steps) < 2**53).all() and (steps == np.floor(steps)).all():
         return steps.astype(np.int64)
     return steps
