@@ -163,11 +163,11 @@ def metrics(columns: Mapping[str, Column] | Mapping[str, Curve]) -> list[str]:
         for name, column in columns.items()
         if len(column.values) > 1
         and not _is_no_metric(name)
-        and role(name, columns).kind not in ("sma", "ema")
+        and find_role(name, columns).kind not in ("sma", "ema")
     ]
 
 
-def role(name: str, names: Collection[str]) -> ColumnRole:
+def find_role(name: str, names: Collection[str]) -> ColumnRole:
     """Split a column name such as ``loss_ema_0.9`` into metric, kind and setting.
 
     A name is split only if `names` contains the metric as ``loss`` or ``loss_raw``; ``loss_raw`` is

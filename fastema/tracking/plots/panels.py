@@ -107,7 +107,7 @@ def panels(
 
 def _select_metrics(curves: Mapping[str, Curve], chosen: Sequence[str] | None) -> list[str]:
     """Return the names of the metrics to draw, without suffixes such as ``_raw`` or ``_ema``."""
-    bases = {name: table.role(name, curves).metric for name in curves}
+    bases = {name: table.find_role(name, curves).metric for name in curves}
     if chosen is None:
         # A history of one epoch has too few numbers for metrics(): draw all its curves.
         names = list(dict.fromkeys(bases[name] for name in table.metrics(curves) or curves))
@@ -127,7 +127,7 @@ def _make_panel(
     curves = found.curves
     own = curves.get(f"{name}_raw")
     lines = []
-    if own is not None and table.role(f"{name}_raw", curves).metric == name:
+    if own is not None and table.find_role(f"{name}_raw", curves).metric == name:
         lines.append(Line("raw", "raw", own))
         if name in curves:
             lines.append(Line("reported", "as reported", curves[name]))
@@ -175,7 +175,7 @@ def _find_recorded_averages(name: str, found: MetricCurves) -> list[Line]:
     """Return the lines of a metric's averages that the history contains."""
     lines = []
     for other, curve in found.curves.items():
-        metric, kind, setting = table.role(other, found.curves)
+        metric, kind, setting = table.find_role(other, found.curves)
         if metric == name and (kind == "sma" or kind == "ema"):
             setting = setting or found.settings.get(kind, "")
             lines.append(Line(kind, f"{kind.upper()} {setting}".strip(), curve))
@@ -227,7 +227,7 @@ def _read_recorder(recorder: Any) -> MetricCurves:
     steps = getattr(recorder, "steps", None)
     if isinstance(steps, Mapping):
         curves = {
-            name: Curve(np.asarray(steps[table.role(name, inner).metric], np.int64), values)
+            name: Curve(np.asarray(steps[table.find_role(name, inner).metric], np.int64), values)
             for name, values in columns.items()
         }
         return MetricCurves(curves, settings=settings)
