@@ -69,7 +69,7 @@ def _csv(text: str, source: str) -> Table:
     if "\0" in text:
         raise ArgumentError(f"{source} is not a text file; the first line must name the columns")
     delimiter = _delimiter(text, source)
-    rows = _rows(io.StringIO(text), delimiter, source)
+    rows = _read_rows(io.StringIO(text), delimiter, source)
     _, header = next(rows, (0, []))
     if not header:
         raise ArgumentError(f"{source} has no column names: its lines are empty")
@@ -99,7 +99,9 @@ def _csv(text: str, source: str) -> Table:
     return table_from_cells(dict(zip(names, columns, strict=True)), source, delimiter)
 
 
-def _rows(lines: Iterable[str], delimiter: str, source: str) -> Iterator[tuple[int, list[str]]]:
+def _read_rows(
+    lines: Iterable[str], delimiter: str, source: str
+) -> Iterator[tuple[int, list[str]]]:
     """Yield each row that is not empty, with the number of its last line, from 1."""
     reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=delimiter == " ")
     try:
@@ -118,7 +120,7 @@ def _delimiter(text: str, source: str) -> str:
     whole = text[: text.rfind("\n") + 1] or text
 
     def cells(delimiter: str) -> tuple[bool, int]:
-        sample = itertools.islice(_rows(io.StringIO(whole), delimiter, source), _SAMPLE_LINES)
+        sample = itertools.islice(_read_rows(io.StringIO(whole), delimiter, source), _SAMPLE_LINES)
         try:
             counts = [len(row) for _, row in sample]
         except ArgumentError:  # the line has no such separator and is too long for one cell
