@@ -68,7 +68,7 @@ def read_table(source: str | os.PathLike[str] | TextIO) -> Table:
 def _csv(text: str, source: str) -> Table:
     if "\0" in text:
         raise ArgumentError(f"{source} is not a text file; the first line must name the columns")
-    delimiter = _delimiter(text, source)
+    delimiter = _detect_delimiter(text, source)
     rows = _read_rows(io.StringIO(text), delimiter, source)
     _, header = next(rows, (0, []))
     if not header:
@@ -114,7 +114,7 @@ def _read_rows(
         raise ArgumentError(f"{source}, line {reader.line_num}: {error}") from None
 
 
-def _delimiter(text: str, source: str) -> str:
+def _detect_delimiter(text: str, source: str) -> str:
     """Return the separator that splits the first lines into the most cells, equally many each."""
     # The last line may be incomplete.
     whole = text[: text.rfind("\n") + 1] or text
