@@ -62,7 +62,7 @@ def read_table(source: str | os.PathLike[str] | TextIO) -> Table:
         ) from None
     if not text.strip():
         raise ArgumentError(f"{name} is empty")
-    return _json(text, name) if text.lstrip()[0] in "{[" else _csv(text, name)
+    return _read_json(text, name) if text.lstrip()[0] in "{[" else _csv(text, name)
 
 
 def _csv(text: str, source: str) -> Table:
@@ -131,7 +131,7 @@ def _detect_delimiter(text: str, source: str) -> str:
     return max(_DELIMITERS, key=cells)
 
 
-def _json(text: str, source: str) -> Table:
+def _read_json(text: str, source: str) -> Table:
     try:
         found = _parsed_json(text, source)
     except ValueError:
