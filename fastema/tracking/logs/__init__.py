@@ -133,7 +133,7 @@ def _detect_delimiter(text: str, source: str) -> str:
 
 def _read_json(text: str, source: str) -> Table:
     try:
-        found = _parsed_json(text, source)
+        found = _parse_json(text, source)
     except ValueError:
         found = _json_lines(text, source)
     if isinstance(found, dict) and isinstance(found.get("log_history"), list):
@@ -150,7 +150,7 @@ def _read_json(text: str, source: str) -> Table:
     return from_rows([found] if isinstance(found, dict) else found, source)
 
 
-def _parsed_json(text: str, source: str) -> Any:
+def _parse_json(text: str, source: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
@@ -163,7 +163,7 @@ def _json_lines(text: str, source: str) -> list[Any]:
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                rows.append(_parsed_json(line, source))
+                rows.append(_parse_json(line, source))
         except ArgumentError:
             raise
         except ValueError as error:
