@@ -135,7 +135,7 @@ def _read_json(text: str, source: str) -> Table:
     try:
         found = _parse_json(text, source)
     except ValueError:
-        found = _json_lines(text, source)
+        found = _parse_json_lines(text, source)
     if isinstance(found, dict) and isinstance(found.get("log_history"), list):
         found = found["log_history"]
     if isinstance(found, dict) and found and all(isinstance(row, list) for row in found.values()):
@@ -157,7 +157,7 @@ def _parse_json(text: str, source: str) -> Any:
         raise ArgumentError(f"{source}: its nesting is too deep for a log") from None
 
 
-def _json_lines(text: str, source: str) -> list[Any]:
+def _parse_json_lines(text: str, source: str) -> list[Any]:
     lines = text.splitlines()
     rows: list[Any] = []
     for number, line in enumerate(lines, 1):
