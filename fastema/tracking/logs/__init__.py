@@ -183,7 +183,7 @@ def from_rows(rows: object, source: str) -> Table:
             '{"step": 10, "loss": 0.5}, or names with lists of values'
         )
     try:
-        flat = [dict(_flat(row)) for row in rows]
+        flat = [dict(_flatten(row)) for row in rows]
     except RecursionError:
         raise ArgumentError(f"{source}: its nesting is too deep for a log") from None
     names = dict.fromkeys(itertools.chain.from_iterable(flat))
@@ -191,11 +191,11 @@ def from_rows(rows: object, source: str) -> Table:
     return table_from_cells(cells, source)
 
 
-def _flat(row: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flatten(row: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield the names and cells of a row; a nested mapping yields names ``outer/inner``."""
     for name, value in row.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}/")
+            yield from _flatten(value, f"{prefix}{name}/")
         else:
             yield _printable(f"{prefix}{name}"), _cell(value)
 
