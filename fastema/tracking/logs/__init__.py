@@ -141,7 +141,7 @@ def _read_json(text: str, source: str) -> Table:
     if isinstance(found, dict) and found and all(isinstance(row, list) for row in found.values()):
         length = max(map(len, found.values()))
         cells = {
-            _printable(str(name)): [_cell(value) for value in column]
+            _printable(str(name)): [_format_cell(value) for value in column]
             for name, column in found.items()
         }
         for column in cells.values():
@@ -197,7 +197,7 @@ def _flatten(row: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, st
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{name}/")
         else:
-            yield _printable(f"{prefix}{name}"), _cell(value)
+            yield _printable(f"{prefix}{name}"), _format_cell(value)
 
 
 def _printable(text: str) -> str:
@@ -205,7 +205,7 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _cell(value: object) -> str:
+def _format_cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
