@@ -49,7 +49,7 @@ def read(path: Path) -> Table:
         found.update((f"{prefix}{tag}{suffix}", points) for tag, points in scalars.items())
     if not found:
         raise ArgumentError(f"{path}: no scalars in the TensorBoard event files")
-    return _aligned(found, str(path))
+    return _align_steps(found, str(path))
 
 
 def _age(file: Path) -> list[tuple[int, str]]:
@@ -143,7 +143,7 @@ def _damaged(file: Path, place: int) -> ArgumentError:
     return ArgumentError(f"{file} is not a TensorBoard event file, or damaged, at byte {place}")
 
 
-def _aligned(found: Mapping[str, Points], source: str) -> Table:
+def _align_steps(found: Mapping[str, Points], source: str) -> Table:
     """Return a table with one row per step, and two rows for a step that a tag has twice."""
     keys: dict[str, list[tuple[int, int]]] = {}
     for tag, points in found.items():
