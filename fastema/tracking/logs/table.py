@@ -86,16 +86,18 @@ class Table:
         if name is None:
             by_name = {_base_name(column): column for column in reversed(list(self.numbers))}
             counting = (by_name[short] for short in STEP_COLUMNS if short in by_name)
-            return self.counted_by or next((one for one in counting if self._counts(one)), None)
+            return self.counted_by or next(
+                (one for one in counting if self._counts_steps(one)), None
+            )
         self.column(name)
-        if not self._counts(name, rising=False):
+        if not self._counts_steps(name, rising=False):
             raise ArgumentError(
                 f"{self.source}: column {name!r} cannot count the steps: some of its cells are "
                 "blank or not finite"
             )
         return name
 
-    def _counts(self, name: str, rising: bool = True) -> bool:
+    def _counts_steps(self, name: str, rising: bool = True) -> bool:
         """Return whether a column has a number wherever a metric has one, and rises there."""
         at, steps = self.numbers[name]
         metrics = [rows for other, (rows, _) in self.numbers.items() if not _is_no_metric(other)]
