@@ -100,7 +100,7 @@ class Table:
     def _counts_steps(self, name: str, rising: bool = True) -> bool:
         """Return whether a column has a number wherever a metric has one, and rises there."""
         at, steps = self.numbers[name]
-        metrics = [rows for other, (rows, _) in self.numbers.items() if not _is_no_metric(other)]
+        metrics = [rows for other, (rows, _) in self.numbers.items() if not _is_auxiliary(other)]
         if not (np.isfinite(steps).all() and all(np.isin(rows, at).all() for rows in metrics)):
             return False
         return not rising or all(
@@ -164,7 +164,7 @@ def metrics(columns: Mapping[str, Column] | Mapping[str, Curve]) -> list[str]:
         name
         for name, column in columns.items()
         if len(column.values) > 1
-        and not _is_no_metric(name)
+        and not _is_auxiliary(name)
         and find_role(name, columns).kind not in ("sma", "ema")
     ]
 
@@ -186,7 +186,7 @@ def find_role(name: str, names: Collection[str]) -> ColumnRole:
     return ColumnRole(metric, cast(Any, kind), setting) if known else ColumnRole(name)
 
 
-def _is_no_metric(name: str) -> bool:
+def _is_auxiliary(name: str) -> bool:
     short = _base_name(name)
     return short in (*STEP_COLUMNS, *_TIMES) or any(one.fullmatch(short) for one in (_RATE, _SPEED))
 
