@@ -337,7 +337,7 @@ class ModelAverager:
 
     # -- the average in the model -----------------------------------------------------------------
 
-    def give(self, model: Any) -> None:
+    def write_to(self, model: Any) -> None:
         """Write the averages and the copied tensors into a model, rounded to nearest."""
         self._refuse_swapped("give()")
         model = list_iterators(model)

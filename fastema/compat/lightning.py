@@ -279,7 +279,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     def _copy_into(self, pl_module: Any) -> None:
         assert self._averager is not None
         if self._has_updated:
-            self._averager.give(pl_module)
+            self._averager.write_to(pl_module)
 
     # -- checkpoints -------------------------------------------------------------------------------
 

@@ -115,7 +115,7 @@ def test_swapped_is_exact_and_shows_the_averages(dtype: Any, weights: Any) -> No
         for call in (
             lambda: averager.update(net, 0.5, 1),
             lambda: averager.copy(net),
-            lambda: averager.give(net),
+            lambda: averager.write_to(net),
             lambda: averager.swapped(net).__enter__(),
             lambda: copy.copy(averager),
         ):
