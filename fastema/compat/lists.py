@@ -320,7 +320,7 @@ class StoredWeights:
         setattr(owner, self._name, clone_list(given, device))
         self._of, self._overwritten = [weakref.ref(one) for one in _storages(given)], False
 
-    def overwritten(self, parameters: Iterable[Tensor]) -> None:
+    def mark_overwritten(self, parameters: Iterable[Tensor]) -> None:
         """Record that these parameters hold the average now."""
         self._overwritten |= bool(
             self._live_storages() & {id(one) for one in _storages(parameters)}
@@ -381,7 +381,7 @@ class ListAverage:
         """Write the average into parameters, rounded to their dtypes; raise like an update."""
         weights = as_list(parameters, "copy_to")
         write(self._shadow, weights, "copy_to")
-        self._stored.overwritten(weights)
+        self._stored.mark_overwritten(weights)
 
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Keep copies of parameters for :meth:`restore`.

@@ -208,7 +208,7 @@ class LitEma(nn.Module):
     def copy_to(self, model: nn.Module) -> None:
         """Write the averages into a model's parameters; raise the errors of :meth:`forward`."""
         self._call(model, lambda averager: averager.write_to(model))
-        self._stored.overwritten(list(model.parameters()))
+        self._stored.mark_overwritten(list(model.parameters()))
 
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Keep copies of parameters for :meth:`restore`.
