@@ -297,7 +297,7 @@ class StoredWeights:
         self._of: list[weakref.ref[torch.UntypedStorage]] = []
         self._overwritten = False
 
-    def stored_weights(self, owner: Any) -> list[Tensor]:
+    def get_weights(self, owner: Any) -> list[Tensor]:
         """Return the stored weights; raise a StateError if there are none."""
         found: list[Tensor] | None = getattr(owner, self._name)
         if found in (None, self._nothing):
@@ -327,8 +327,8 @@ class StoredWeights:
         )
 
     def restore(self, owner: Any, parameters: Iterable[Tensor]) -> None:
-        """Write the weights back and keep them; raise as :meth:`stored_weights`, :func:`write`."""
-        weights, given = self.stored_weights(owner), as_list(parameters, "restore")
+        """Write the weights back and keep them; raise as :meth:`get_weights`, :func:`write`."""
+        weights, given = self.get_weights(owner), as_list(parameters, "restore")
         if len(weights) != len(given):
             raise LayoutError(
                 f"restore() was given {len(given)} parameters, store() {len(weights)}: pass the "

@@ -147,7 +147,7 @@ class ExponentialMovingAverage(ListAverage):
 
         Raise the errors of :meth:`update`, and a StateError without :meth:`store`.
         """
-        self._stored.stored_weights(self)
+        self._stored.get_weights(self)
         super().restore(self._get_parameters(parameters, "restore"))
 
     def average_parameters(
