@@ -63,7 +63,7 @@ class ModuleAverager:
 
     def __init__(self, left_out: str = "") -> None:
         self._left_out = left_out
-        self._made: tuple[nn.Module, dict[str, Any], _BufferPolicy, ModelAverager] | None = None
+        self._current: tuple[nn.Module, dict[str, Any], _BufferPolicy, ModelAverager] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy it without its averager: a copy locates its tensors for itself."""
@@ -83,10 +83,14 @@ class ModuleAverager:
         copies all buffers. With ``model``, a saved buffer that only the model has is an error.
         """
         settings = {"buffers": buffers, **rounding}
-        if self._made is None or self._made[0] is not averaged or self._made[1] != settings:
+        if (
+            self._current is None
+            or self._current[0] is not averaged
+            or self._current[1] != settings
+        ):
             policy = _BufferPolicy(averaged, buffers, self._left_out)
-            self._made = averaged, settings, policy, ModelAverager(averaged, policy, **rounding)
-        *_, policy, averager = self._made
+            self._current = averaged, settings, policy, ModelAverager(averaged, policy, **rounding)
+        *_, policy, averager = self._current
         policy.model = None if model is None else weakref.ref(model)
         return averager
 
