@@ -224,7 +224,7 @@ class ModelAverager:
         self._averaged = averaged
         self._policy = policy or _average
         self._rounding, self._seed = rounding, seed
-        self._held: _InPlace | _CopiedOut | None = None
+        self._active_swap: _InPlace | _CopiedOut | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -241,7 +241,7 @@ class ModelAverager:
         return {name: getattr(self, name) for name in plain}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _held=None)
+        vars(self).update(state, _active_swap=None)
         self.forget()
 
     # -- every step -------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ class ModelAverager:
         self._call_with_plan(list_iterators(model), lambda plan, weights: plan.check(weights))
 
     def _refuse_swapped(self, call: str) -> None:
-        if self._held is not None:
+        if self._active_swap is not None:
             raise StateError(f"{call} while the model holds the average: exit that block first")
 
     def _call_with_plan(self, model: Any, call: Callable[[_Plan, Any], Result]) -> Result:
@@ -367,11 +367,11 @@ class ModelAverager:
         held, swap = self._call_with_plan(model, partial(self._swap_of, model))
 
         def apply() -> None:
-            self._held = held
+            self._active_swap = held
             swap.apply()
 
         def restore() -> None:
-            self._held = None
+            self._active_swap = None
             swap.restore()
 
         return BlockSteps(apply, restore)
@@ -395,6 +395,6 @@ class ModelAverager:
 
     def averages(self) -> dict[str, Tensor]:
         """Return the averages by name: the tensors themselves, or copies while swapped in place."""
-        if self._held is None:
+        if self._active_swap is None:
             return _tensors(leaves_of(self._averaged))
-        return self._held.averages()
+        return self._active_swap.averages()
