@@ -49,7 +49,7 @@ class _Plan(Plan):
 # -- averages on other devices --------------------------------------------------------------------
 
 
-class _Stage:
+class _StagedWeights:
     """Copies of weights on the averages' devices, for weights that are on other devices."""
 
     def __init__(self, averages: Mapping[str, Tensor], weights: Leaves) -> None:
@@ -231,7 +231,7 @@ class ModelAverager:
         """Drop the plan: the next call locates all tensors and asks the policy again."""
         self._plan: _Plan | None = None
         self._model: weakref.ref[Any] | None = None
-        self._stage: _Stage | None = None
+        self._stage: _StagedWeights | None = None
         self._roles: dict[str, Role] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -323,7 +323,7 @@ class ModelAverager:
             for one in weights.opaque:
                 if policy(one.name, one.role) != "skip":
                     raise one.error
-            stage = _Stage(ours, weights)
+            stage = _StagedWeights(ours, weights)
             self._plan = _Plan(self._averaged, stage.tensors, policy=policy, **bits)
             self._stage, self._roles = stage, weights.roles
         assert self._plan is not None
