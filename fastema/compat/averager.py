@@ -280,7 +280,7 @@ class ModelAverager:
                 try:
                     return call(self._plan, model)
                 except LayoutError:
-                    if not self._is_apart(leaves_of(model)):
+                    if not self._devices_differ(leaves_of(model)):
                         raise
             return call(*self._plan_for(model))
         finally:
@@ -303,7 +303,7 @@ class ModelAverager:
 
     # -- plans and devices ------------------------------------------------------------------------
 
-    def _is_apart(self, weights: Leaves) -> bool:
+    def _devices_differ(self, weights: Leaves) -> bool:
         """Return whether an average is on another device than its weights."""
         averages, theirs = _tensors(leaves_of(self._averaged)), _tensors(weights)
         return any(averages[n].device != theirs[n].device for n in averages.keys() & theirs)
@@ -312,7 +312,7 @@ class ModelAverager:
         """Return a plan and its source: the model, or copies of the weights beside the averages."""
         weights = leaves_of(model)
         bits: dict[str, Any] = {"rounding": self._rounding, "seed": self._seed}
-        if not self._is_apart(weights):
+        if not self._devices_differ(weights):
             self.forget()
             self._plan = _Plan(self._averaged, model, policy=self._policy, **bits)
             return self._plan, model
@@ -343,7 +343,7 @@ class ModelAverager:
         model = list_iterators(model)
         weights = leaves_of(model)
         averages: Any = self._averaged
-        if self._is_apart(weights):
+        if self._devices_differ(weights):
             theirs = _tensors(weights)
             averages = {
                 name: one.detach().to(theirs[name].device) if name in theirs else one

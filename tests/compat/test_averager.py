@@ -42,7 +42,7 @@ def assert_back(model: Any, before: dict[str, Any]) -> None:
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Averages with their weights, or as if they were on another device."""
     if request.param == "staged":
-        monkeypatch.setattr(ModelAverager, "_is_apart", lambda averager, weights: True)
+        monkeypatch.setattr(ModelAverager, "_devices_differ", lambda averager, weights: True)
     return str(request.param)
 
 
