@@ -319,7 +319,7 @@ class ModelAverager:
         ours = _tensors(leaves_of(self._averaged))
         fits = self._stage is not None and self._stage.fits(ours, weights)
         if self._stage is None or not fits or weights.roles != self._roles:
-            policy = self._named(weights)
+            policy = self._policy_by_role(weights)
             for one in weights.opaque:
                 if policy(one.name, one.role) != "skip":
                     raise one.error
@@ -330,7 +330,7 @@ class ModelAverager:
         self._stage.copy_from(weights)
         return self._plan, self._stage.tensors
 
-    def _named(self, weights: Leaves) -> PolicyOf:
+    def _policy_by_role(self, weights: Leaves) -> PolicyOf:
         """Return the policy, called with the roles that names have in the model."""
         roles = weights.roles
         return lambda name, role: self._policy(name, roles.get(name, role))
@@ -349,7 +349,7 @@ class ModelAverager:
                 name: one.detach().to(theirs[name].device) if name in theirs else one
                 for name, one in _tensors(leaves_of(averages)).items()
             }
-        Plan(model, averages, policy=self._named(weights)).copy_()
+        Plan(model, averages, policy=self._policy_by_role(weights)).copy_()
 
     def swapped(self, model: Any) -> RestoringBlock[None]:
         """Return a block in which the model holds the average; restore the raw weights on exit.
