@@ -19,13 +19,13 @@ from fastema.layout.group import Pair
 from fastema.layout.spec import Leaves, Role, TensorSpec
 from fastema.plan import Plan, PolicyOf
 
-__all__ = ["ModelAverager", "duplicate"]
+__all__ = ["ModelAverager", "copy_model"]
 
 Result = TypeVar("Result")
 
 
 @torch.no_grad()
-def duplicate(model: torch.nn.Module, memo: dict[int, Any] | None = None) -> torch.nn.Module:
+def copy_model(model: torch.nn.Module, memo: dict[int, Any] | None = None) -> torch.nn.Module:
     """Return a deep copy of a model, made without autograd.
 
     Autograd would record the copy of a scripted module: its graph would stay alive, and the copy

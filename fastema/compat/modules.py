@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor, nn
 
 from fastema.bridges.registry import leaves_of
-from fastema.compat.averager import ModelAverager, duplicate
+from fastema.compat.averager import ModelAverager, copy_model
 from fastema.layout.spec import Role
 
 __all__ = ["ModuleAverager", "NamedAverager", "frozen_copy"]
@@ -20,7 +20,7 @@ Buffers: TypeAlias = Literal["saved", "copy"]
 
 def frozen_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Return a deep copy of a model whose parameters require no gradient."""
-    found = duplicate(model, memo)
+    found = copy_model(model, memo)
     for parameter in found.parameters():  # a scripted module cannot do it for all
         parameter.requires_grad_(False)
     return found

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastema.compat.averager import duplicate
+from fastema.compat.averager import copy_model
 from fastema.compat.modules import ModuleAverager, frozen_copy
 from fastema.compat.shares import refuse_no_share
 from fastema.engine.interrupts import defer_signals
@@ -138,7 +138,7 @@ class _Module(nn.Module):
         self, model: nn.Module, decay: float, device: Any, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.module = duplicate(model).eval()
+        self.module = copy_model(model).eval()
         self.decay = decay
         self.device = device
         if device is not None:
