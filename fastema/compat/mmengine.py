@@ -27,7 +27,7 @@ from fastema.checkpoint.transfer import (
 from fastema.compat.averager import ModelAverager
 from fastema.compat.lists import first_places
 from fastema.compat.mirrored import Mirrored
-from fastema.compat.modules import ModuleAverager, frozen_copy
+from fastema.compat.modules import ModuleAverager, copy_frozen
 from fastema.compat.shares import refuse_no_share
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, CheckpointError, LayoutError, format_problems
@@ -93,7 +93,7 @@ class BaseAveragedModel(nn.Module):
         update_buffers: bool = False,
     ) -> None:
         super().__init__()
-        self.module = frozen_copy(model)
+        self.module = copy_frozen(model)
         self.interval = validate_int(interval, "interval", 1)
         if device is not None:
             self.module = self.module.to(device)

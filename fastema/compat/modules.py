@@ -13,12 +13,12 @@ from fastema.bridges.registry import leaves_of
 from fastema.compat.averager import ModelAverager, copy_model
 from fastema.layout.spec import Role
 
-__all__ = ["ModuleAverager", "NamedAverager", "frozen_copy"]
+__all__ = ["ModuleAverager", "NamedAverager", "copy_frozen"]
 
 Buffers: TypeAlias = Literal["saved", "copy"]
 
 
-def frozen_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+def copy_frozen(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Return a deep copy of a model whose parameters require no gradient."""
     found = copy_model(model, memo)
     for parameter in found.parameters():  # a scripted module cannot do it for all

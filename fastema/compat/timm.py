@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fastema.compat.averager import copy_model
-from fastema.compat.modules import ModuleAverager, frozen_copy
+from fastema.compat.modules import ModuleAverager, copy_frozen
 from fastema.compat.shares import refuse_no_share
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import CheckpointError, LayoutError
@@ -86,7 +86,7 @@ class ModelEma:
         device: Any = "",
         resume: str | PathLike[str] = "",
     ) -> None:
-        self.ema = frozen_copy(model).eval()
+        self.ema = copy_frozen(model).eval()
         self.decay = decay
         self.device = device
         if device:

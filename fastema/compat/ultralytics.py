@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fastema.checkpoint.transfer import check_integer, check_mapping, load_modules
-from fastema.compat.modules import ModuleAverager, frozen_copy
+from fastema.compat.modules import ModuleAverager, copy_frozen
 from fastema.compat.shares import refuse_no_share
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import CheckpointError
@@ -117,7 +117,7 @@ class ModelEMA:
         inner = _unwrapped(model)
         teacher = getattr(inner, _TEACHER, None)
         memo = {} if teacher is None else {id(teacher): None}
-        self.ema = frozen_copy(inner, memo).eval()
+        self.ema = copy_frozen(inner, memo).eval()
         if hasattr(inner, _TEACHER):
             setattr(self.ema, _TEACHER, None)
         self.updates = updates
