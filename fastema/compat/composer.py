@@ -19,7 +19,7 @@ from fastema.checkpoint.transfer import (
     strip_wrapper_prefixes,
 )
 from fastema.compat.modules import NamedAverager
-from fastema.compat.shares import refuse_no_share
+from fastema.compat.shares import check_fraction
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, BridgeError, CheckpointError
 from fastema.rules import Aligned
@@ -119,7 +119,7 @@ def compute_ema(model: nn.Module, ema_model: Any, smoothing: float = 0.99) -> No
     >>> ema_model = copy.deepcopy(model)
     >>> compute_ema(model, ema_model, smoothing=0.9)
     """
-    refuse_no_share(smoothing, "smoothing")
+    check_fraction(smoothing, "smoothing")
     averages = _averages(ema_model)
     _call_states.setdefault(ema_model, _CallState()).update(averages, model, 1.0 - smoothing)
 

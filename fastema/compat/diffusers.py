@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastema.compat.lists import ListAverage, as_list, load_list, move_list, write
-from fastema.compat.shares import refuse_no_share
+from fastema.compat.shares import check_fraction
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, CheckpointError, LayoutError
 
@@ -128,8 +128,8 @@ class EMAModel(ListAverage):
             if name in given:
                 _deprecated(name, "EMAModel", instead)
         decay, min_decay = given.get("max_value", decay), given.get("min_value", min_decay)
-        refuse_no_share(decay, "decay")
-        refuse_no_share(min_decay, "min_decay")
+        check_fraction(decay, "decay")
+        check_fraction(min_decay, "min_decay")
         super().__init__(as_list(parameters, "EMAModel(parameters)"))
         if "device" in given:
             self.to(device=given["device"])
@@ -230,7 +230,7 @@ class EMAModel(ListAverage):
                     f"{name!r} of the state is {value!r}: expected {_KINDS[name].__name__}"
                 )
         for name in ("decay", "min_decay"):
-            refuse_no_share(found[name], name, CheckpointError)
+            check_fraction(found[name], name, CheckpointError)
         saved = state_dict.get("shadow_params")
         if saved is not None:
             self.shadow_params = load_list(saved, self.shadow_params, "shadow_params")

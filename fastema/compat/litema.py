@@ -20,7 +20,7 @@ from fastema.compat.averager import ModelAverager
 from fastema.compat.lists import StoredWeights
 from fastema.compat.mirrored import Mirrored
 from fastema.compat.modules import NamedAverager
-from fastema.compat.shares import refuse_no_share
+from fastema.compat.shares import check_fraction
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import CheckpointError, LayoutError, format_problems
 
@@ -114,7 +114,7 @@ class LitEma(nn.Module):
         self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True
     ) -> None:
         super().__init__()
-        refuse_no_share(decay, "decay")
+        check_fraction(decay, "decay")
         trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
         self.m_name2s_name = _dotless(trained)
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))

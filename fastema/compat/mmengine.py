@@ -28,7 +28,7 @@ from fastema.compat.averager import ModelAverager
 from fastema.compat.lists import first_places
 from fastema.compat.mirrored import Mirrored
 from fastema.compat.modules import ModuleAverager, copy_frozen
-from fastema.compat.shares import refuse_no_share
+from fastema.compat.shares import check_fraction
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, CheckpointError, LayoutError, format_problems
 from fastema.layout.spec import Role
@@ -249,7 +249,7 @@ class ExponentialMovingAverage(_Lerped):
         *,
         peer_exact: bool = False,
     ) -> None:
-        refuse_no_share(momentum, "momentum")
+        check_fraction(momentum, "momentum")
         if not 0.0 < momentum < 1.0:
             raise ArgumentError(f"momentum={momentum!r}: expected a number in (0, 1), 1 - decay")
         if momentum > 0.5:

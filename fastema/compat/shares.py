@@ -6,10 +6,10 @@ from typing import Any
 
 from fastema.errors import ArgumentError, CheckpointError
 
-__all__ = ["refuse_no_share"]
+__all__ = ["check_fraction"]
 
 
-def refuse_no_share(
+def check_fraction(
     value: Any, name: str, error: type[ArgumentError | CheckpointError] = ArgumentError
 ) -> None:
     """Raise ``error`` unless ``value`` is a number in [0, 1]; refer rules to fastema.EMA."""

@@ -36,7 +36,7 @@ from fastema.bridges.names import plain_names
 from fastema.compat import mirrored
 from fastema.compat.averager import ModelAverager
 from fastema.compat.mirrored import Mirrored
-from fastema.compat.shares import refuse_no_share
+from fastema.compat.shares import check_fraction
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import LayoutError, format_problems
 from fastema.plan import Plan
@@ -91,7 +91,7 @@ class _UpdateRule:
 
 
 def _exponential(decay: float, rounding: Rounding, seed: int) -> _UpdateRule:
-    refuse_no_share(decay, "decay")
+    check_fraction(decay, "decay")
     return _UpdateRule(decay, rounding, seed)
 
 

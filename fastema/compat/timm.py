@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fastema.compat.averager import copy_model
 from fastema.compat.modules import ModuleAverager, copy_frozen
-from fastema.compat.shares import refuse_no_share
+from fastema.compat.shares import check_fraction
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import CheckpointError, LayoutError
 
@@ -48,7 +48,7 @@ class _TimmAverager(ModuleAverager):
 
     def update(self, averaged: nn.Module, model: nn.Module, decay: float, **settings: Any) -> None:
         """Compute ``avg = decay * avg + (1 - decay) * x``."""
-        refuse_no_share(decay, "decay")
+        check_fraction(decay, "decay")
         averager = self.of(averaged, model, **settings)
         with defer_signals():  # an interrupt never separates an update from its count
             averager.update(model, 1.0 - decay, self.step)
@@ -277,7 +277,7 @@ class ModelEmaV3(_Module):
         -warmup_power`` with it, at most ``decay`` and at least ``min_decay``. Raise an
         ArgumentError if ``decay`` is outside [0, 1].
         """
-        refuse_no_share(self.decay, "decay")
+        check_fraction(self.decay, "decay")
         if step is None:
             return self.decay
         passed = step - self.update_after_step - 1

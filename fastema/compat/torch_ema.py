@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastema.compat.lists import ListAverage, as_list, clone_list, load_list, move_list, write
-from fastema.compat.shares import refuse_no_share
+from fastema.compat.shares import check_fraction
 from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, CheckpointError
@@ -84,7 +84,7 @@ class ExponentialMovingAverage(ListAverage):
     def __init__(
         self, parameters: Iterable[Tensor], decay: float, use_num_updates: bool = True
     ) -> None:
-        refuse_no_share(decay, "decay")
+        check_fraction(decay, "decay")
         weights = as_list(parameters, "ExponentialMovingAverage(parameters)")
         super().__init__(weights)
         self.decay = decay
@@ -208,7 +208,7 @@ class ExponentialMovingAverage(ListAverage):
         if missing:
             raise CheckpointError(f"the state has no {', '.join(map(repr, missing))}")
         decay, num_updates = state_dict["decay"], state_dict["num_updates"]
-        refuse_no_share(decay, "decay", CheckpointError)
+        check_fraction(decay, "decay", CheckpointError)
         if not (num_updates is None or isinstance(num_updates, int)):
             raise CheckpointError(f"'num_updates' of the state is {num_updates!r}: expected an int")
         weights = [reference() for reference in self._references]

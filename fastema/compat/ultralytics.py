@@ -12,7 +12,7 @@ from torch import nn
 
 from fastema.checkpoint.transfer import check_integer, check_mapping, load_modules
 from fastema.compat.modules import ModuleAverager, copy_frozen
-from fastema.compat.shares import refuse_no_share
+from fastema.compat.shares import check_fraction
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import CheckpointError
 from fastema.rules import Rule
@@ -49,7 +49,7 @@ class Ramp(Rule):
     tau: float = 2000.0
 
     def __post_init__(self) -> None:
-        refuse_no_share(self.limit, "decay")
+        check_fraction(self.limit, "decay")
         object.__setattr__(self, "tau", validate_positive(self.tau, "tau"))
 
     def decay(self, n: int) -> float:
