@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Final, Literal, NamedTuple, get_args
 
-from fastema.compat.signatures import differences
+from fastema.compat.signatures import compare_interfaces
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.locks import rlock
 from fastema.errors import ArgumentError, PeerError, format_problems
@@ -231,7 +231,7 @@ def _compared(
     if missing:
         return missing, []
     pairs = [(getattr(theirs, one), getattr(ours, one)) for one in names]
-    return [problem for pair in pairs for problem in differences(*pair)], pairs
+    return [problem for pair in pairs for problem in compare_interfaces(*pair)], pairs
 
 
 def _places(theirs: Any, ours: Any) -> Iterator[_Replaced]:

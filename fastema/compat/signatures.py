@@ -6,13 +6,13 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-__all__ = ["differences"]
+__all__ = ["compare_interfaces"]
 
 _OPEN: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _NAMED: Final = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def differences(theirs: Any, ours: Any) -> list[str]:
+def compare_interfaces(theirs: Any, ours: Any) -> list[str]:
     """List the differences between the interfaces of a peer's class or function and ours.
 
     Parameters and defaults must be the same, except for keyword-only parameters that only ours has.

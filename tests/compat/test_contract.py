@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastema.compat.signatures import differences
+from fastema.compat.signatures import compare_interfaces
 from fastema.errors import FastemaError, LayoutError
 
 from ..support.peers import PEERS, Peer, tensors
@@ -60,7 +60,7 @@ CLASSES = {
 def test_all_names_have_the_arguments_of_the_peers(peer: str) -> None:
     ours, theirs = (PEERS[peer].module(which) for which in ("ours", "theirs"))
     for name in CLASSES[peer]:
-        assert differences(getattr(theirs, name), getattr(ours, name)) == []
+        assert compare_interfaces(getattr(theirs, name), getattr(ours, name)) == []
     assert peer != "swa_utils default" or sorted(CLASSES[peer]) == sorted(theirs.__all__)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fastema.compat.signatures import differences
+from fastema.compat.signatures import compare_interfaces
 
 
 class Theirs:
@@ -62,5 +62,5 @@ def update_more(self: Any, model: Any = None, step: int = 0, when: int = 0): ...
     ],
 )
 def test_differences_are_named(changes: dict[str, Callable[..., Any]], said: str) -> None:
-    found = differences(with_changes(**changes), Ours)
+    found = compare_interfaces(with_changes(**changes), Ours)
     assert any(said in one for one in found), found
