@@ -24,15 +24,15 @@ def compare_interfaces(theirs: Any, ours: Any) -> list[str]:
         expected = "class" if is_class else "function"
         return [f"{ours.__name__} is a {type(theirs).__name__}, not a {expected}"]
     if not is_class:
-        return list(_parameters(ours.__name__, theirs, ours))
-    found = list(_parameters(theirs.__name__, theirs.__init__, ours.__init__))
+        return list(_compare_parameters(ours.__name__, theirs, ours))
+    found = list(_compare_parameters(theirs.__name__, theirs.__init__, ours.__init__))
     for name in _public(theirs):
         method, mine = (inspect.getattr_static(one, name, None) for one in (theirs, ours))
         label = f"{theirs.__name__}.{name}"
         if mine is None:
             found.append(f"{label} is not known")
         elif inspect.isfunction(method) and inspect.isfunction(mine):
-            found += _parameters(label, method, mine)
+            found += _compare_parameters(label, method, mine)
     return found
 
 
@@ -51,7 +51,9 @@ def _public(theirs: type) -> list[str]:
     return list(names)
 
 
-def _parameters(label: str, theirs: Callable[..., Any], ours: Callable[..., Any]) -> Iterator[str]:
+def _compare_parameters(
+    label: str, theirs: Callable[..., Any], ours: Callable[..., Any]
+) -> Iterator[str]:
     try:
         known, found = (dict(inspect.signature(one).parameters) for one in (ours, theirs))
     except ValueError:  # a C function without a signature
