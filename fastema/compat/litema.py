@@ -47,7 +47,7 @@ def _dotless(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def _parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return parameters by their names without wrappers' prefixes; tied ones by all their names."""
     return strip_wrapper_prefixes(dict(model.named_parameters(remove_duplicate=False)))
 
@@ -128,7 +128,9 @@ class LitEma(nn.Module):
         self._limit, self._count = Mirrored(), Mirrored()
         shorts = {id(one): self.m_name2s_name[name] for name, one in trained.items()}
         self._buffer_of = {
-            name: shorts[id(one)] for name, one in _parameters(model).items() if id(one) in shorts
+            name: shorts[id(one)]
+            for name, one in _parameters_by_name(model).items()
+            if id(one) in shorts
         }
         self._averager = NamedAverager(self._buffer_of)
 
@@ -167,7 +169,7 @@ class LitEma(nn.Module):
             ) from None
 
     def _problems(self, model: nn.Module) -> list[str]:
-        parameters, averages = _parameters(model), self._averages()
+        parameters, averages = _parameters_by_name(model), self._averages()
         problems = [
             f"{name!r} is trained in the model, but has no average"
             for name, one in parameters.items()
