@@ -287,7 +287,7 @@ def get_swa_avg_fn(*, rounding: Rounding = "stochastic", seed: int = 0) -> AvgFn
 _DEFAULT: Final = _UpdateRule(None, "stochastic", 0)
 
 
-def _parameters(name: str, role: str) -> Literal["average", "copy"]:
+def _average_parameters(name: str, role: str) -> Literal["average", "copy"]:
     return "copy" if role == "buffer" else "average"
 
 
@@ -389,7 +389,7 @@ class AveragedModel(peer.AveragedModel):
     def _averager(self, rule: _UpdateRule) -> ModelAverager:
         found = self._used
         if found is None or found[0] is not rule or found[1] != self.use_buffers:
-            policy = None if self.use_buffers else _parameters
+            policy = None if self.use_buffers else _average_parameters
             averager = ModelAverager(self.module, policy, rounding=rule.rounding, seed=rule.seed)
             self._used = found = rule, self.use_buffers, averager
         return found[2]
