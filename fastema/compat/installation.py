@@ -141,7 +141,7 @@ def install(*peers: str, horizon: Horizon = "peer") -> Installation:
                     f"before it is installed with horizon={horizon!r}"
                 )
         new = tuple(dict.fromkeys(peer for peer in peers if peer not in _installed))
-        pairs = {peer: _checked(peer, horizon) for peer in new}
+        pairs = {peer: _check_peer(peer, horizon) for peer in new}
         places = {peer: [p for pair in pairs[peer] for p in _places(*pair)] for peer in new}
         with defer_signals():
             for found in places.values():
@@ -180,7 +180,7 @@ def installed() -> tuple[str, ...]:
         return tuple(_installed)
 
 
-def _checked(name: str, horizon: Horizon) -> list[tuple[Any, Any]]:
+def _check_peer(name: str, horizon: Horizon) -> list[tuple[Any, Any]]:
     """Return (theirs, ours) for each name of a peer; raise a PeerError if its interface differs."""
     known = _KNOWN[name]
     present = [home for home in known if _is_installed(home.partition(".")[0])]
