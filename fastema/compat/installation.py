@@ -189,7 +189,7 @@ def _check_peer(name: str, horizon: Horizon) -> list[tuple[Any, Any]]:
     inside = "peer_horizon." if horizon == "peer" and name in _DIFFER else ""
     pairs = []
     for home in present:
-        problems, found = _compared(home, known[home], f"fastema.compat.{inside}{name}")
+        problems, found = _compare_module(home, known[home], f"fastema.compat.{inside}{name}")
         if problems:
             distribution = _distribution(home)
             raise PeerError(
@@ -219,7 +219,7 @@ def _is_installed(package: str) -> bool:
         return package in sys.modules
 
 
-def _compared(
+def _compare_module(
     home: str, names: tuple[str, ...], module: str
 ) -> tuple[list[str], list[tuple[Any, Any]]]:
     try:
