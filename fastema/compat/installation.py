@@ -46,7 +46,7 @@ _KNOWN: Final[dict[str, dict[str, tuple[str, ...]]]] = {
 """Per peer, the modules that define or export the replaced names, and these names."""
 
 
-class _Replaced(NamedTuple):
+class _Binding(NamedTuple):
     """A name in a module, with the peer's object and ours."""
 
     module: ModuleType
@@ -61,7 +61,7 @@ Horizon = Literal["peer", "corrected"]
 _DIFFER: Final = ("ema_pytorch", "lightning")
 
 _lock = rlock()
-_installed: dict[str, list[_Replaced]] = {}
+_installed: dict[str, list[_Binding]] = {}
 _horizons: dict[str, Horizon] = {}
 
 
@@ -71,7 +71,7 @@ class Installation:
     ``peers`` names the peers that this call replaced; peers that were replaced before stay so.
     """
 
-    def __init__(self, places: dict[str, list[_Replaced]]) -> None:
+    def __init__(self, places: dict[str, list[_Binding]]) -> None:
         self.peers = tuple(places)
         self._places = places
 
@@ -234,7 +234,7 @@ def _compare_module(
     return [problem for pair in pairs for problem in compare_interfaces(*pair)], pairs
 
 
-def _places(theirs: Any, ours: Any) -> Iterator[_Replaced]:
+def _places(theirs: Any, ours: Any) -> Iterator[_Binding]:
     """Yield every name that a module outside fastema binds to ``theirs``."""
     for module in list(sys.modules.values()):
         # Read __dict__ without attribute access, which would import lazy modules.
@@ -244,7 +244,7 @@ def _places(theirs: Any, ours: Any) -> Iterator[_Replaced]:
             continue  # fastema builds on some of the peers' classes
         for name, value in list(members.items()):
             if value is theirs:
-                yield _Replaced(module, name, theirs, ours)
+                yield _Binding(module, name, theirs, ours)
 
 
 def _members(module: Any) -> dict[str, Any]:
