@@ -58,7 +58,7 @@ class _Binding(NamedTuple):
 Horizon = Literal["peer", "corrected"]
 
 # Peers whose ``update_every`` lengthens the horizon: see fastema.compat.peer_horizon.
-_DIFFER: Final = ("ema_pytorch", "lightning")
+_PEERS_WITH_HORIZON: Final = ("ema_pytorch", "lightning")
 
 _lock = rlock()
 _installed: dict[str, list[_Binding]] = {}
@@ -135,7 +135,7 @@ def install(*peers: str, horizon: Horizon = "peer") -> Installation:
         )
     with _lock:
         for peer in peers:
-            if peer in _DIFFER and _horizons.get(peer, horizon) != horizon:
+            if peer in _PEERS_WITH_HORIZON and _horizons.get(peer, horizon) != horizon:
                 raise ArgumentError(
                     f"install: {peer} is installed with horizon={_horizons[peer]!r}: uninstall it "
                     f"before it is installed with horizon={horizon!r}"
@@ -186,7 +186,7 @@ def _check_peer(name: str, horizon: Horizon) -> list[tuple[Any, Any]]:
     present = [home for home in known if _is_installed(home.partition(".")[0])]
     if not present:
         raise PeerError(f"{_distribution(next(iter(known)))} is not installed: nothing to replace")
-    inside = "peer_horizon." if horizon == "peer" and name in _DIFFER else ""
+    inside = "peer_horizon." if horizon == "peer" and name in _PEERS_WITH_HORIZON else ""
     pairs = []
     for home in present:
         problems, found = _compare_module(home, known[home], f"fastema.compat.{inside}{name}")
