@@ -45,7 +45,7 @@ class _CallState:
     def update(self, averages: dict[str, Tensor], model: nn.Module, weight: float) -> None:
         """Update averages by name, including those whose parameters are tied in the model."""
         if self.names != averages.keys():
-            names, tied = frozenset(averages), _tied(model, averages)
+            names, tied = frozenset(averages), _find_tied_names(model, averages)
             averager = NamedAverager([*averages, *tied])
             self.tied, self.averager, self.names = tied, averager, names
         more = {name: averages[first] for name, first in self.tied.items()}
@@ -59,7 +59,7 @@ _call_states: weakref.WeakKeyDictionary[Any, _CallState] = weakref.WeakKeyDictio
 """Keyed weakly by the object that holds the averages."""
 
 
-def _tied(model: nn.Module, averages: Mapping[str, Tensor]) -> dict[str, str]:
+def _find_tied_names(model: nn.Module, averages: Mapping[str, Tensor]) -> dict[str, str]:
     """Return further names of averaged parameters, each with the name that has the average."""
     named = strip_wrapper_prefixes(dict(model.named_parameters(remove_duplicate=False)))
     held = {id(one): name for name, one in named.items() if name in averages}
