@@ -70,7 +70,7 @@ def _find_tied_names(model: nn.Module, averages: Mapping[str, Tensor]) -> dict[s
     }
 
 
-def _averages(ema_model: Any) -> dict[str, Tensor]:
+def _averages_of(ema_model: Any) -> dict[str, Tensor]:
     """Return the averages by plain name."""
     if isinstance(ema_model, nn.Module):
         found = ema_model.state_dict(keep_vars=True)
@@ -120,7 +120,7 @@ def compute_ema(model: nn.Module, ema_model: Any, smoothing: float = 0.99) -> No
     >>> compute_ema(model, ema_model, smoothing=0.9)
     """
     check_fraction(smoothing, "smoothing")
-    averages = _averages(ema_model)
+    averages = _averages_of(ema_model)
     _call_states.setdefault(ema_model, _CallState()).update(averages, model, 1.0 - smoothing)
 
 
