@@ -164,8 +164,11 @@ def rule(
             f"half_life={half_life!r}, smoothing={smoothing!r}: expected exactly one of the two"
         )
     if half_life is not None:
-        steps, unit = _time(half_life, "half_life")
-        if update_interval is not None and _time(update_interval, "update_interval")[1] != unit:
+        steps, unit = _parse_time(half_life, "half_life")
+        if (
+            update_interval is not None
+            and _parse_time(update_interval, "update_interval")[1] != unit
+        ):
             raise ArgumentError(
                 f"update_interval={update_interval!r}: expected the unit of half_life={half_life!r}"
             )
@@ -173,11 +176,11 @@ def rule(
     assert smoothing is not None
     if not 0.0 < smoothing < 1.0:
         raise ArgumentError(f"smoothing={smoothing!r}: expected a number in (0, 1)")
-    interval = 1 if update_interval is None else _time(update_interval, "update_interval")[0]
+    interval = 1 if update_interval is None else _parse_time(update_interval, "update_interval")[0]
     return Aligned(smoothing ** (1.0 / interval))
 
 
-def _time(value: str, name: str) -> tuple[int, str]:
+def _parse_time(value: str, name: str) -> tuple[int, str]:
     found = _TIME.fullmatch(value) if isinstance(value, str) else None
     if found is None or int(found[1]) == 0:
         raise ArgumentError(
