@@ -225,7 +225,7 @@ def _state_of(checkpoint: Any) -> tuple[Mapping[str, Any], Any, int | None]:
     return algorithm, state.get("model"), batches
 
 
-def _read(checkpoint: Any) -> tuple[dict[str, Any], int | None]:
+def _read_averages(checkpoint: Any) -> tuple[dict[str, Any], int | None]:
     """Return the averages by name, and the batch count, or None if it is absent."""
     state, model, batches = _state_of(checkpoint)
     if state["ema_model"] is None:
@@ -271,7 +271,7 @@ def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None
     ArgumentError, StateError
         If ``ema`` has several averages, or one split into two halves; if ``ema`` is applied.
     """
-    averages, batches = _read(checkpoint)
+    averages, batches = _read_averages(checkpoint)
     load_averages(ema, averages, batches if num_updates is None else num_updates)
 
 
