@@ -51,7 +51,7 @@ def _optimizers(model: Any) -> list[Any]:
     return [one for one in found if one.use_ema]
 
 
-def _averaged(model: Any) -> list[tuple[Any, Any]]:
+def _pair_averages(model: Any) -> list[tuple[Any, Any]]:
     """Return pairs of a weight and its average in the optimizer, as far as averages exist yet."""
     pairs: list[tuple[Any, Any]] = []
     for one in _optimizers(model):
@@ -68,7 +68,7 @@ def _separate(model: Any) -> None:
     On the JAX backend the next fit would otherwise donate the same array twice, and fail.
     """
     if keras.backend.backend() == "jax":
-        for variable, average in _averaged(model):
+        for variable, average in _pair_averages(model):
             if average.value is variable.value:
                 average.assign(keras.ops.copy(average.value))
 
@@ -230,7 +230,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 "average to evaluate: compile it with one, or use fastema.keras.EMAWeights, which "
                 "keeps its own average"
             )
-        pairs = _averaged(model)
+        pairs = _pair_averages(model)
         if not pairs:
             return
         swap = Swap(_way(model, pairs))
@@ -292,7 +292,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             return
         if epoch == (self._run or self.params)["epochs"] - 1:
             # Keras is about to copy the optimizer's averages, now the weights, into the model.
-            for variable, average in _averaged(self.model):
+            for variable, average in _pair_averages(self.model):
                 average.assign(keras.ops.copy(variable))
             self._swap = self._hook = None
             self.restore()
