@@ -62,7 +62,7 @@ def _pair_averages(model: Any) -> list[tuple[Any, Any]]:
     return [(variable, average) for variable, average in pairs if average is not None]
 
 
-def _separate(model: Any) -> None:
+def _unshare_averages(model: Any) -> None:
     """Give averages arrays of their own, since Keras lets them share the model's after a fit.
 
     On the JAX backend the next fit would otherwise donate the same array twice, and fail.
@@ -267,7 +267,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_begin(self, logs: Any = None) -> None:
         """Undo what an earlier call left in the model, and guard the validation."""
         self._restore_earlier()
-        _separate(self.model)
+        _unshare_averages(self.model)
         # fit() calls self.evaluate: an attribute of the instance takes precedence over the method.
         restore = partial(self._restore_after, "test")
         self._fit_guards.append(ErrorGuard(self.model, "evaluate", restore))
@@ -277,7 +277,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_end(self, logs: Any = None) -> None:
         """Remove the guards."""
         self._end_fit()
-        _separate(self.model)
+        _unshare_averages(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Restore the model's weights."""
