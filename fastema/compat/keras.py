@@ -57,7 +57,7 @@ def _pair_averages(model: Any) -> list[tuple[Any, Any]]:
     for one in _optimizers(model):
         averages = getattr(one, "_model_variables_moving_average", None)
         # Before the first step the averages are zeros.
-        if averages is not None and _steps(one):
+        if averages is not None and _read_step(one):
             pairs += zip(one._trainable_variables, averages, strict=True)
     return [(variable, average) for variable, average in pairs if average is not None]
 
@@ -73,7 +73,7 @@ def _unshare_averages(model: Any) -> None:
                 average.assign(keras.ops.copy(average.value))
 
 
-def _steps(optimizer: Any) -> int:
+def _read_step(optimizer: Any) -> int:
     return whole_number(next(one for one in optimizer.variables if one.name == "iteration"))
 
 
