@@ -84,7 +84,7 @@ def _one_by_one(pairs: list[tuple[Any, Any]]) -> None:
         average.assign(value)
 
 
-class _Exchanged(Aside):
+class _ArraySwap(Aside):
     """A swap for the JAX backend, whose arrays are immutable: variables exchange arrays.
 
     An evaluation may donate the arrays that it gets, and leaves variables without a value if it
@@ -120,7 +120,7 @@ class _Exchanged(Aside):
 def _way(model: Any, pairs: list[tuple[Any, Any]]) -> Way:
     """Return the way to swap these weights and averages on this backend."""
     if keras.backend.backend() == "jax":
-        return _Exchanged(model, pairs)
+        return _ArraySwap(model, pairs)
     variables, averages = (list(side) for side in zip(*pairs, strict=True))
     try:
         exchange = Plan(variables, averages).swap_
