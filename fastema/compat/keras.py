@@ -117,7 +117,7 @@ class _ArraySwap(Aside):
             average.assign(own if is_gone(now) else now)
 
 
-def _way(model: Any, pairs: list[tuple[Any, Any]]) -> Way:
+def _choose_way(model: Any, pairs: list[tuple[Any, Any]]) -> Way:
     """Return the way to swap these weights and averages on this backend."""
     if keras.backend.backend() == "jax":
         return _ArraySwap(model, pairs)
@@ -233,7 +233,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         pairs = _pair_averages(model)
         if not pairs:
             return
-        swap = Swap(_way(model, pairs))
+        swap = Swap(_choose_way(model, pairs))
         with defer_signals():
             swap.apply()
             self._swap, self._hook = swap, hook
