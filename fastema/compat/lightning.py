@@ -114,7 +114,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._latest_update_step = 0
         self._latest_update_epoch = -1
         self._averager: ModelAverager | None = None
-        self._exchange: RestoringBlock[None] | None = None
+        self._swap_block: RestoringBlock[None] | None = None
         # "ended": the model holds the average, and checkpoints still save the weights in training.
         self._phase: Literal["outside", "training", "ended", "failed"] = "outside"
         self._steps_seen = self._batches_since = 0
@@ -212,12 +212,12 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the average into the model."""
-        if self._phase == "training" and self._exchange is None:
+        if self._phase == "training" and self._swap_block is None:
             self._swap_models(pl_module)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Restore the model's own weights."""
-        if self._phase == "training" and self._exchange is not None:
+        if self._phase == "training" and self._swap_block is not None:
             self._swap_models(pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -230,7 +230,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         """Leave the average in the model and release the trainer."""
         if stage != "fit" and self._phase == "training":
             return
-        has_average, not_trained = self._exchange is not None, self._phase == "training"
+        has_average, not_trained = self._swap_block is not None, self._phase == "training"
         self._clean_up()
         if not_trained:  # a finished run was resumed
             self._copy_average_to_current(pl_module)
@@ -248,7 +248,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     def _swap_models(self, pl_module: Any) -> None:
         """Swap average and weights, if there is an average; a second call swaps them back."""
-        if self._exchange is None:
+        if self._swap_block is None:
             self._apply(pl_module)
         else:
             self._restore()
@@ -262,19 +262,19 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     def _apply(self, pl_module: Any) -> None:
         assert self._averager is not None
-        self._exchange = (
+        self._swap_block = (
             self._averager.swapped(pl_module) if self._has_updated else RestoringBlock(_no_op)
         )
         try:
-            self._exchange.__enter__()
+            self._swap_block.__enter__()
         except BaseException:
             self._restore()
             raise
 
     def _restore(self) -> None:
-        if self._exchange is not None:
-            self._exchange.close()
-            self._exchange = None
+        if self._swap_block is not None:
+            self._swap_block.close()
+            self._swap_block = None
 
     def _copy_into(self, pl_module: Any) -> None:
         assert self._averager is not None
@@ -310,7 +310,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
                 "the model's own weights (after a fit, these are the average)."
             )
             return
-        if self._exchange is not None:
+        if self._swap_block is not None:
             self._save_in_exchange(trainer, pl_module, checkpoint)
             return
         checkpoint["current_model_state"] = checkpoint["state_dict"]
@@ -377,7 +377,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     def _averaged(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Return a weights-only checkpoint with the average in it; return others unchanged."""
-        if "averaging_state" in checkpoint or self._exchange is not None or not self._has_updated:
+        if "averaging_state" in checkpoint or self._swap_block is not None or not self._has_updated:
             return checkpoint
         assert self._average_model is not None
         average = self._average_model.module.state_dict()
