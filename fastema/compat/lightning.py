@@ -358,7 +358,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         own = "save_checkpoint" in vars(strategy)
 
         def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            return inner(self._averaged(checkpoint), *args, **kwargs)
+            return inner(self._insert_average(checkpoint), *args, **kwargs)
 
         def unwrap() -> None:
             if vars(strategy).get("save_checkpoint") is save_checkpoint:
@@ -375,7 +375,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             self._unwrap()
             self._unwrap = None
 
-    def _averaged(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    def _insert_average(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Return a weights-only checkpoint with the average in it; return others unchanged."""
         if "averaging_state" in checkpoint or self._swap_block is not None or not self._has_updated:
             return checkpoint
