@@ -25,7 +25,7 @@ from fastema.checkpoint.transfer import (
     strip_wrapper_prefixes,
 )
 from fastema.compat.averager import ModelAverager
-from fastema.compat.lists import first_places
+from fastema.compat.lists import find_distinct
 from fastema.compat.mirrored import Mirrored
 from fastema.compat.modules import ModuleAverager, copy_frozen
 from fastema.compat.shares import check_fraction
@@ -155,7 +155,7 @@ class BaseAveragedModel(nn.Module):
         if not self.update_buffers:
             self._copier.copy(model)
         names = list(averages)
-        for at in first_places(averages.values()):
+        for at in find_distinct(averages.values()):
             average = averages[names[at]]
             source = sources[names[at]].data.to(average.device)
             if average.is_floating_point() or average.is_complex():
