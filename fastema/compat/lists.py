@@ -100,7 +100,7 @@ def _kind(one: Tensor) -> tuple[bool, bool]:
     return one.is_floating_point(), one.is_complex()
 
 
-def _refuse_unlike(values: Sequence[Tensor], others: Sequence[Tensor], what: str) -> None:
+def _check_shapes(values: Sequence[Tensor], others: Sequence[Tensor], what: str) -> None:
     if len(values) != len(others):
         raise LayoutError(f"{what}: {len(others)} tensors, expected {len(values)}")
     problems = [
@@ -135,7 +135,7 @@ def write(values: Sequence[Tensor], parameters: Sequence[Tensor], call: str) -> 
     Like the peers, it does not notify autograd: a graph that needs the parameters is correct again
     once they have their values back. Errors name tensors by place; nothing is written then.
     """
-    _refuse_unlike(values, parameters, call)
+    _check_shapes(values, parameters, call)
     _refuse_unwritable(values, parameters, call)
     # No plan: it would be used only once, and takes 20 times as long for 1,000 small tensors.
     if places := find_distinct(parameters):
@@ -153,7 +153,7 @@ def load_list(
     """
     if not isinstance(saved, list | tuple) or not all(isinstance(one, Tensor) for one in saved):
         raise CheckpointError(f"{name!r} of the state: expected a list of tensors")
-    _refuse_unlike(current, saved, f"{name!r} of the state")
+    _check_shapes(current, saved, f"{name!r} of the state")
     problems = [
         f"number {at} is {one.dtype}, expected {old.dtype}"
         for at, (one, old) in enumerate(zip(saved, current, strict=True))
@@ -209,7 +209,7 @@ class _ListAverager:
         was_there = copied in self._plans
         try:
             plan = self._plan_for(parameters, copied)
-            _refuse_unlike(
+            _check_shapes(
                 [shadow[at] for at in plan.apart],
                 [parameters[at] for at in plan.apart],
                 "those not averaged",
