@@ -240,7 +240,7 @@ class _ListAverager:
                 for side in (self._shadow, self._memory)
             )
             # Not a bound method: the reference cycle would keep GPU memory alive.
-            averager = ModelAverager(averages, partial(_policy, copied))
+            averager = ModelAverager(averages, partial(_copy_or_average, copied))
             found = self._plans[copied] = _Planned(averager, weights, apart)
         return found
 
@@ -272,7 +272,7 @@ def _has_kernel(average: Tensor, weight: Tensor) -> bool:
     return kinds[0] == kinds[1] or None not in (kinds[0].real, kinds[1].real)
 
 
-def _policy(copied: frozenset[int], name: str, role: Role) -> Literal["average", "copy"]:
+def _copy_or_average(copied: frozenset[int], name: str, role: Role) -> Literal["average", "copy"]:
     return "copy" if int(name) in copied else "average"
 
 
