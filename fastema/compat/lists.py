@@ -187,7 +187,7 @@ class _ListAverager:
         """Drop all averages and plans."""
         self._shadow: list[Tensor] = []
         self._memory: list[Tensor] = []
-        self._plans: dict[frozenset[int], _Planned] = {}
+        self._plans: dict[frozenset[int], _ListPlan] = {}
 
     def update(
         self,
@@ -227,7 +227,7 @@ class _ListAverager:
         for at in plan.apart:
             shadow[at].copy_(parameters[at].detach())
 
-    def _plan_for(self, parameters: list[Tensor], copied: frozenset[int]) -> _Planned:
+    def _plan_for(self, parameters: list[Tensor], copied: frozenset[int]) -> _ListPlan:
         found = self._plans.get(copied)
         if found is None:
             if len(self._plans) >= _PLANS:
@@ -241,11 +241,11 @@ class _ListAverager:
             )
             # Not a bound method: the reference cycle would keep GPU memory alive.
             averager = ModelAverager(averages, partial(_copy_or_average, copied))
-            found = self._plans[copied] = _Planned(averager, weights, apart)
+            found = self._plans[copied] = _ListPlan(averager, weights, apart)
         return found
 
 
-class _Planned(NamedTuple):
+class _ListPlan(NamedTuple):
     """The averager for one set of frozen parameters."""
 
     averager: ModelAverager
