@@ -210,8 +210,8 @@ class _ListAverager:
         try:
             plan = self._plan_for(parameters, copied)
             _check_shapes(
-                [shadow[at] for at in plan.apart],
-                [parameters[at] for at in plan.apart],
+                [shadow[at] for at in plan.without_kernel],
+                [parameters[at] for at in plan.without_kernel],
                 "those not averaged",
             )
             plan.averager.update(plan.weights, weight, step)
@@ -224,7 +224,7 @@ class _ListAverager:
             return
         if not _share_memory(self._memory, repeat(_NOTHING, len(parameters))):
             self.forget()
-        for at in plan.apart:
+        for at in plan.without_kernel:
             shadow[at].copy_(parameters[at].detach())
 
     def _plan_for(self, parameters: list[Tensor], copied: frozenset[int]) -> _ListPlan:
@@ -232,16 +232,16 @@ class _ListAverager:
         if found is None:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
-            apart = frozenset(
+            without_kernel = frozenset(
                 at for at in copied if not _has_kernel(self._shadow[at], parameters[at])
             )
             averages, weights = (
-                {str(at): one for at, one in enumerate(side) if at not in apart}
+                {str(at): one for at, one in enumerate(side) if at not in without_kernel}
                 for side in (self._shadow, self._memory)
             )
             # Not a bound method: the reference cycle would keep GPU memory alive.
             averager = ModelAverager(averages, partial(_copy_or_average, copied))
-            found = self._plans[copied] = _ListPlan(averager, weights, apart)
+            found = self._plans[copied] = _ListPlan(averager, weights, without_kernel)
         return found
 
 
@@ -250,7 +250,7 @@ class _ListPlan(NamedTuple):
 
     averager: ModelAverager
     weights: dict[str, Tensor]
-    apart: frozenset[int]  # places of tensors no kernel copies: float8 to float32, sparse
+    without_kernel: frozenset[int]  # places of tensors no kernel copies: float8 to float32, sparse
 
 
 def _share_memory(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
