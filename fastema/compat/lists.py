@@ -294,7 +294,7 @@ class StoredWeights:
 
     def forget(self) -> None:
         """Drop the references to parameters whose weights were restored or given up."""
-        self._of: list[weakref.ref[torch.UntypedStorage]] = []
+        self._storage_references: list[weakref.ref[torch.UntypedStorage]] = []
         self._overwritten = False
 
     def get_weights(self, owner: Any) -> list[Tensor]:
@@ -306,7 +306,7 @@ class StoredWeights:
         return found
 
     def _live_storages(self) -> set[int]:
-        return {id(reference()) for reference in self._of} - {id(None)}
+        return {id(reference()) for reference in self._storage_references} - {id(None)}
 
     def store(self, owner: Any, parameters: Iterable[Tensor], device: Any = None) -> None:
         """Keep copies of parameters; raise a StateError if overwritten weights would be lost."""
@@ -318,7 +318,10 @@ class StoredWeights:
                 f"restore() them first, or set {self._name} to {self._nothing} to discard them"
             )
         setattr(owner, self._name, clone_list(given, device))
-        self._of, self._overwritten = [weakref.ref(one) for one in _storages(given)], False
+        self._storage_references, self._overwritten = (
+            [weakref.ref(one) for one in _storages(given)],
+            False,
+        )
 
     def mark_overwritten(self, parameters: Iterable[Tensor]) -> None:
         """Record that these parameters hold the average now."""
