@@ -29,7 +29,7 @@ __all__ = ["LitEma", "ema_weights", "with_ema_weights"]
 _COUNTERS: Final = ("decay", "num_updates")
 
 
-def _dotless(names: Iterable[str]) -> dict[str, str]:
+def _remove_dots(names: Iterable[str]) -> dict[str, str]:
     """Map names to names without dots, as in checkpoints; raise a LayoutError if two collide."""
     found: dict[str, str] = {}
     taken = {name: f"the buffer {name!r}" for name in _COUNTERS}
@@ -116,7 +116,7 @@ class LitEma(nn.Module):
         super().__init__()
         check_fraction(decay, "decay")
         trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        self.m_name2s_name = _dotless(trained)
+        self.m_name2s_name = _remove_dots(trained)
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
         start = 0 if use_num_upates else -1
         self.register_buffer("num_updates", torch.tensor(start, dtype=torch.int))
@@ -262,7 +262,7 @@ def ema_weights(
     """
     state = _state_of(checkpoint)
     parameters = dict(model.named_parameters())
-    names = _dotless(name for name in parameters if prefix + name.replace(".", "") in state)
+    names = _remove_dots(name for name in parameters if prefix + name.replace(".", "") in state)
     found = {name: state[prefix + short] for name, short in names.items()}
     problems = describe_unfit(
         (prefix + names[name], one, parameters[name]) for name, one in found.items()
@@ -313,6 +313,6 @@ def with_ema_weights(
     kept = {name: one for name, one in state.items() if not name.startswith(prefix)}
     kept[f"{prefix}decay"] = torch.tensor(decay, dtype=torch.float32)
     kept[f"{prefix}num_updates"] = torch.tensor(num_updates, dtype=torch.int)
-    for name, short in _dotless(averages).items():
+    for name, short in _remove_dots(averages).items():
         kept[prefix + short] = averages[name]
     return kept if state is checkpoint else {**checkpoint, "state_dict": kept}
