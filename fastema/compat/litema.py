@@ -159,7 +159,7 @@ class LitEma(nn.Module):
         try:
             call(self._averager.of(self._averages()))
         except LayoutError:
-            problems = self._problems(model) if isinstance(model, nn.Module) else []
+            problems = self._find_mismatches(model) if isinstance(model, nn.Module) else []
             if not problems:
                 raise
             raise LayoutError(
@@ -168,7 +168,7 @@ class LitEma(nn.Module):
                 + format_problems(problems)
             ) from None
 
-    def _problems(self, model: nn.Module) -> list[str]:
+    def _find_mismatches(self, model: nn.Module) -> list[str]:
         parameters, averages = _parameters_by_name(model), self._averages()
         problems = [
             f"{name!r} is trained in the model, but has no average"
