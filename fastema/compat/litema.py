@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastema.checkpoint.transfer import check_mapping, describe_unfit, strip_wrapper_prefixes
 from fastema.compat.averager import ModelAverager
 from fastema.compat.lists import StoredWeights
-from fastema.compat.mirrored import Mirrored
+from fastema.compat.mirrored import MirroredNumber
 from fastema.compat.modules import NamedAverager
 from fastema.compat.shares import check_fraction
 from fastema.engine.interrupts import defer_signals
@@ -125,7 +125,7 @@ class LitEma(nn.Module):
         self.collected_params: list[Tensor] = []
         self._stored = StoredWeights("collected_params", nothing=[])
         self._calls = 0
-        self._limit, self._count = Mirrored(), Mirrored()
+        self._limit, self._count = MirroredNumber(), MirroredNumber()
         shorts = {id(one): self.m_name2s_name[name] for name, one in trained.items()}
         self._buffer_of = {
             name: shorts[id(one)]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Mirrored", "is_read_at_once", "read_number"]
+__all__ = ["MirroredNumber", "is_read_at_once", "read_number"]
 
 
 def is_read_at_once(buffer: Tensor) -> bool:
@@ -20,7 +20,7 @@ def read_number(buffer: Tensor) -> float:
     return buffer.item()
 
 
-class Mirrored:
+class MirroredNumber:
     """The number in a one-element buffer, read from its device only after a write.
 
     The buffer's identity and version show that it was replaced (``.to()``, assignment) or written
@@ -32,7 +32,7 @@ class Mirrored:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy it as an empty mirror: a copy belongs to another buffer."""
-        return Mirrored, ()
+        return MirroredNumber, ()
 
     def read(self, buffer: Tensor) -> float:
         """Return the number in the buffer."""

@@ -26,7 +26,7 @@ from fastema.checkpoint.transfer import (
 )
 from fastema.compat.averager import ModelAverager
 from fastema.compat.lists import find_distinct
-from fastema.compat.mirrored import Mirrored
+from fastema.compat.mirrored import MirroredNumber
 from fastema.compat.modules import ModuleAverager, copy_frozen
 from fastema.compat.shares import check_fraction
 from fastema.engine.interrupts import defer_signals
@@ -101,7 +101,7 @@ class BaseAveragedModel(nn.Module):
         self.update_buffers = update_buffers
         self._averager = ModuleAverager()
         self._copier = ModelAverager(self.module, _buffers_only)
-        self._count = Mirrored()
+        self._count = MirroredNumber()
 
     @property
     def avg_parameters(self) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from torch.optim.swa_utils import SWALR
 from fastema.bridges.names import plain_names
 from fastema.compat import mirrored
 from fastema.compat.averager import ModelAverager
-from fastema.compat.mirrored import Mirrored
+from fastema.compat.mirrored import MirroredNumber
 from fastema.compat.shares import check_fraction
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import LayoutError, format_problems
@@ -146,7 +146,7 @@ class _MultiAverage:
     def __init__(self, rule: _UpdateRule) -> None:
         self.rule = rule
         self._groups: dict[tuple[object, ...], _DeviceGroup] = {}
-        self._count = Mirrored()
+        self._count = MirroredNumber()
         self._calls = 0
 
     def __repr__(self) -> str:
@@ -348,7 +348,7 @@ class AveragedModel(peer.AveragedModel):
         self._begin()
 
     def _begin(self) -> None:
-        self._count = Mirrored()
+        self._count = MirroredNumber()
         self._used: tuple[_UpdateRule, bool, ModelAverager] | None = None
 
     def __getstate__(self) -> dict[str, Any]:

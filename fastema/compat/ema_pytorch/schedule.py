@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastema.compat.averager import ModelAverager
-from fastema.compat.mirrored import Mirrored
+from fastema.compat.mirrored import MirroredNumber
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError
 
@@ -57,7 +57,7 @@ class Counted(nn.Module):
     def __init__(self, *, peer_exact: bool) -> None:
         super().__init__()
         self.peer_exact = peer_exact
-        self._steps, self._started = Mirrored(), Mirrored()
+        self._steps, self._started = MirroredNumber(), MirroredNumber()
 
     def _register_counters(self) -> None:
         self.register_buffer("initted", torch.tensor(False))
