@@ -28,7 +28,7 @@ class MirroredNumber:
     """
 
     def __init__(self) -> None:
-        self._known: tuple[Tensor, int, float] | None = None
+        self._last_read: tuple[Tensor, int, float] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy it as an empty mirror: a copy belongs to another buffer."""
@@ -38,16 +38,20 @@ class MirroredNumber:
         """Return the number in the buffer."""
         if is_read_at_once(buffer):
             return read_number(buffer)
-        if self._known is None or self._known[0] is not buffer or self._known[1] != buffer._version:
-            self._known = buffer, buffer._version, read_number(buffer)
-        return self._known[2]
+        if (
+            self._last_read is None
+            or self._last_read[0] is not buffer
+            or self._last_read[1] != buffer._version
+        ):
+            self._last_read = buffer, buffer._version, read_number(buffer)
+        return self._last_read[2]
 
     def write(self, buffer: Tensor, value: float) -> None:
         """Write a number into the buffer, without waiting for its device."""
         with torch.no_grad():
             buffer.fill_(value)
         if not is_read_at_once(buffer):
-            self._known = buffer, buffer._version, value
+            self._last_read = buffer, buffer._version, value
 
     def count(self, buffer: Tensor) -> None:
         """Add 1 to the number in the buffer."""
