@@ -204,7 +204,7 @@ class LitEma(nn.Module):
         with defer_signals():  # an interrupt never separates an update from its count
             self._call(model, lambda averager: averager.update(model, 1.0 - decay, step))
             if done >= 0:
-                self._count.count(self.num_updates)
+                self._count.increment(self.num_updates)
             self._calls += 1
 
     def copy_to(self, model: nn.Module) -> None:

@@ -53,6 +53,6 @@ class MirroredNumber:
         if not is_read_at_once(buffer):
             self._last_read = buffer, buffer._version, value
 
-    def count(self, buffer: Tensor) -> None:
+    def increment(self, buffer: Tensor) -> None:
         """Add 1 to the number in the buffer."""
         self.write(buffer, self.read(buffer) + 1)

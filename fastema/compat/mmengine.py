@@ -143,7 +143,7 @@ class BaseAveragedModel(nn.Module):
                     averager.update(model, weight, done)
             elif not self.update_buffers and any(True for _ in self.module.buffers()):
                 self._copier.copy(model)
-            self._count.count(self.steps)
+            self._count.increment(self.steps)
 
     def _call_avg_func(self, model: nn.Module) -> None:
         averages, sources = self._averaged_of(self.module), self._averaged_of(model)

@@ -80,7 +80,7 @@ class _UpdateRule:
         return "swa" if self.decay is None else f"ema, decay={self.decay}"
 
     def weight(self, count: int) -> float:
-        """Return the weight of the new value after ``count`` updates."""
+        """Return the weight of the new value after ``increment`` updates."""
         return 1.0 / (count + 1) if self.decay is None else 1.0 - self.decay
 
     def average(self, averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
@@ -377,7 +377,7 @@ class AveragedModel(peer.AveragedModel):
                 averager.copy(model)
             else:
                 averager.update(model, rule.weight(count), count)
-            self._count.count(self.n_averaged)
+            self._count.increment(self.n_averaged)
 
     def _rule(self) -> _UpdateRule | None:
         """Return the rule of this module's averaging functions; None for other functions."""
