@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MirroredNumber", "is_read_at_once", "read_number"]
+__all__ = ["MirroredNumber", "is_always_read", "read_number"]
 
 
-def is_read_at_once(buffer: Tensor) -> bool:
+def is_always_read(buffer: Tensor) -> bool:
     """Return whether to read the buffer each time: reads are free, or torch counts no writes."""
     return buffer.device.type == "cpu" or buffer.is_inference()
 
@@ -36,7 +36,7 @@ class MirroredNumber:
 
     def read(self, buffer: Tensor) -> float:
         """Return the number in the buffer."""
-        if is_read_at_once(buffer):
+        if is_always_read(buffer):
             return read_number(buffer)
         if (
             self._last_read is None
@@ -50,7 +50,7 @@ class MirroredNumber:
         """Write a number into the buffer, without waiting for its device."""
         with torch.no_grad():
             buffer.fill_(value)
-        if not is_read_at_once(buffer):
+        if not is_always_read(buffer):
             self._last_read = buffer, buffer._version, value
 
     def increment(self, buffer: Tensor) -> None:

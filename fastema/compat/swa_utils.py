@@ -180,7 +180,7 @@ class _MultiAverage:
     def _step(self, group: _DeviceGroup, num_averaged: Tensor | int) -> int:
         if not isinstance(num_averaged, Tensor):
             return int(num_averaged)
-        waits = not mirrored.is_read_at_once(num_averaged)
+        waits = not mirrored.is_always_read(num_averaged)
         if waits and group.step is not None and self.rule.decay is not None:
             return group.step + 1  # only random bits depend on it: do not wait
         return int(self._count.read(num_averaged))

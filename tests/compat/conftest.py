@@ -15,6 +15,6 @@ def on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         reads.append(read(buffer))
         return reads[-1]
 
-    monkeypatch.setattr(mirrored, "is_read_at_once", lambda buffer: False)
+    monkeypatch.setattr(mirrored, "is_always_read", lambda buffer: False)
     monkeypatch.setattr(mirrored, "read_number", noted)
     return reads
