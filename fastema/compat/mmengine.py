@@ -175,7 +175,7 @@ class BaseAveragedModel(nn.Module):
         )
 
 
-class _Lerped(BaseAveragedModel):
+class _LerpAverage(BaseAveragedModel):
     """Base of averages that compute ``averaged += share * (x - averaged)`` in one kernel call."""
 
     def _share(self, steps: int) -> float:
@@ -183,7 +183,7 @@ class _Lerped(BaseAveragedModel):
         raise NotImplementedError
 
     def _weight(self, steps: int) -> float | None:
-        is_own = type(self).avg_func is _Lerped.avg_func and "avg_func" not in vars(self)
+        is_own = type(self).avg_func is _LerpAverage.avg_func and "avg_func" not in vars(self)
         return self._share(steps) if is_own else None
 
     def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: Any) -> None:
@@ -191,7 +191,7 @@ class _Lerped(BaseAveragedModel):
         averaged_param.lerp_(source_param, self._share(int(steps)))
 
 
-class StochasticWeightAverage(_Lerped):
+class StochasticWeightAverage(_LerpAverage):
     """The mean of a model's weights at every ``interval``-th update: MMEngine's SWA.
 
     ``average += (x - average) / (steps // interval + 1)`` (Izmailov et al., 2018,
@@ -211,7 +211,7 @@ class StochasticWeightAverage(_Lerped):
         return 1.0 / (steps // self.interval + 1)
 
 
-class ExponentialMovingAverage(_Lerped):
+class ExponentialMovingAverage(_LerpAverage):
     """MMEngine's exponential moving average of a model, with ``momentum = 1 - decay``.
 
     ``average += momentum * (x - average)``. For use in an MMEngine configuration, register it in
