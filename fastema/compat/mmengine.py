@@ -178,17 +178,17 @@ class BaseAveragedModel(nn.Module):
 class _LerpAverage(BaseAveragedModel):
     """Base of averages that compute ``averaged += share * (x - averaged)`` in one kernel call."""
 
-    def _share(self, steps: int) -> float:
+    def _new_weight(self, steps: int) -> float:
         """Return the weight of the new value after ``steps`` updates."""
         raise NotImplementedError
 
     def _weight(self, steps: int) -> float | None:
         is_own = type(self).avg_func is _LerpAverage.avg_func and "avg_func" not in vars(self)
-        return self._share(steps) if is_own else None
+        return self._new_weight(steps) if is_own else None
 
     def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: Any) -> None:
         """Update a tensor's average in place, after ``steps`` (int or Tensor) updates."""
-        averaged_param.lerp_(source_param, self._share(int(steps)))
+        averaged_param.lerp_(source_param, self._new_weight(int(steps)))
 
 
 class StochasticWeightAverage(_LerpAverage):
@@ -207,7 +207,7 @@ class StochasticWeightAverage(_LerpAverage):
     ['module.bias', 'module.weight', 'steps']
     """
 
-    def _share(self, steps: int) -> float:
+    def _new_weight(self, steps: int) -> float:
         return 1.0 / (steps // self.interval + 1)
 
 
@@ -265,7 +265,7 @@ class ExponentialMovingAverage(_LerpAverage):
     def _momentum(self, steps: int) -> float:
         return self.momentum
 
-    def _share(self, steps: int) -> float:
+    def _new_weight(self, steps: int) -> float:
         momentum = self._momentum(steps)
         if self.peer_exact or self.interval == 1:
             return momentum
