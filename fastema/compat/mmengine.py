@@ -306,7 +306,7 @@ class MomentumAnnealingEMA(ExponentialMovingAverage):
         return max(self.momentum, self.gamma / (self.gamma + steps))
 
 
-def _exchanged(
+def _exchange_tensors(
     state: Mapping[str, Any], ema_state: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return both state dicts with the tensors of the average and of the weights exchanged."""
@@ -331,7 +331,7 @@ def export(average: BaseAveragedModel, model: nn.Module) -> dict[str, dict[str, 
     ``"ema_state_dict"`` holds ``steps``, and the weights in training under ``module.*``. Tensors
     are not copied. Raise a CheckpointError if the model lacks tensors of the average.
     """
-    state, ema_state = _exchanged(model.state_dict(), average.state_dict())
+    state, ema_state = _exchange_tensors(model.state_dict(), average.state_dict())
     return {"state_dict": state, "ema_state_dict": ema_state}
 
 
@@ -363,5 +363,5 @@ def load(
             "MMEngine writes with an EMAHook"
         )
     state, ema_state = (check_mapping(part, f"{name!r}") for name, part in named.items())
-    weights, averages = _exchanged(state, ema_state)
+    weights, averages = _exchange_tensors(state, ema_state)
     load_modules((average, averages), *([] if model is None else [(model, weights)]))
