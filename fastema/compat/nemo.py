@@ -50,7 +50,9 @@ def rule(decay: float = 0.9999, every_n_steps: int = 1) -> Aligned:
     return Aligned(validate_decay(decay) ** (1.0 / every), phase=1)
 
 
-def _ordered(model: nn.Module, optimizer: Optimizer | None) -> list[tuple[str | None, Tensor]]:
+def _order_parameters(
+    model: nn.Module, optimizer: Optimizer | None
+) -> list[tuple[str | None, Tensor]]:
     """Return parameters in the optimizer's order, with their names in the model."""
     named = strip_wrapper_prefixes(dict(model.named_parameters()))
     names = {id(one): name for name, one in named.items()}
@@ -115,7 +117,7 @@ def load(
         If ``ema`` has several averages, or one split into two halves; if ``ema`` is applied.
     """
     state = _state_of(checkpoint)
-    ordered, saved = _ordered(model, optimizer), state["ema"]
+    ordered, saved = _order_parameters(model, optimizer), state["ema"]
     if not isinstance(saved, list | tuple):
         raise CheckpointError(f"'ema' is of type {type(saved).__name__}, expected a tuple")
     if len(ordered) != len(saved):
@@ -161,7 +163,7 @@ def export(ema: EMA, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         "opt": optimizer.state_dict(),
         "ema": tuple(
             averages[name] if name is not None and name in averages else one.detach().clone()
-            for name, one in _ordered(model, optimizer)
+            for name, one in _order_parameters(model, optimizer)
         ),
         "current_step": step if step >= 0 else step + every,
         "decay": ema.schedule.decays(max(done, 1))[0] ** every,
