@@ -83,7 +83,7 @@ def _state_of(checkpoint: Any) -> Mapping[str, Any]:
     return found[0]
 
 
-def _ahead_of(ema: EMA, every: int) -> int:
+def _lead_over_nemo(ema: EMA, every: int) -> int:
     """Return how far ``ema``'s count is ahead of NeMo's, which updates at 1, 1 + every, ..."""
     return (ema.schedule.phase - 1) % every
 
@@ -138,7 +138,7 @@ def load(
     done = check_integer(state["current_step"], "current_step")
     names = (name for name, _ in ordered)
     averages = {name: one for name, one in zip(names, saved, strict=True) if name is not None}
-    load_averages(ema, averages, done + _ahead_of(ema, every))
+    load_averages(ema, averages, done + _lead_over_nemo(ema, every))
 
 
 def export(ema: EMA, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def export(ema: EMA, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         The optimizer that NeMo's ``EMAOptimizer`` wraps.
     """
     averages, every, done = copy_averages(ema), ema.schedule.update_every, ema.num_updates
-    step = done - _ahead_of(ema, every)
+    step = done - _lead_over_nemo(ema, every)
     return {
         "opt": optimizer.state_dict(),
         "ema": tuple(
