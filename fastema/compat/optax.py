@@ -33,7 +33,7 @@ def _is_none(leaf: Any) -> bool:
     return leaf is None
 
 
-def _traced(*trees: Any) -> bool:
+def _is_traced(*trees: Any) -> bool:
     """Return whether a function is being traced, or one of the trees holds tracers."""
     leaves = jax.tree.leaves(trees)
     return is_traced() or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
@@ -186,7 +186,7 @@ def incremental_update(
     >>> incremental_update(new, old, 0.25)["w"].tolist()
     [0.25, 0.25]
     """
-    if not _traced(new_tensors, old_tensors, step_size) and np.ndim(step_size) == 0:
+    if not _is_traced(new_tensors, old_tensors, step_size) and np.ndim(step_size) == 0:
         return _lerp(new_tensors, old_tensors, step_size, step)
     if step is not None:
         raise ArgumentError(
@@ -210,7 +210,7 @@ def periodic_update(new_tensors: Any, old_tensors: Any, steps: Any, update_perio
     """
     trees = new_tensors, old_tensors
     is_theirs = (
-        _traced(*trees, steps, update_period)
+        _is_traced(*trees, steps, update_period)
         or not (_is_whole(steps) and _is_whole(update_period))
         or _forms(new_tensors) != _forms(old_tensors)
     )
@@ -281,7 +281,7 @@ def ema(
     old_weight = float(decay)
 
     def update(updates: Any, state: EmaState, params: Any = None) -> tuple[Any, EmaState]:
-        if _traced(updates, state):
+        if _is_traced(updates, state):
             found: tuple[Any, EmaState] = theirs.update(updates, state, params)
             return found
         count = optax.safe_increment(state.count)
