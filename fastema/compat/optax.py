@@ -94,7 +94,7 @@ def _devices(*arrays: Any) -> set[Any]:
     return {device for one in found for device in one.devices()}
 
 
-def _copied(array: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _copy_array(array: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
     memory = aligned_empty(array.shape, dtype)
     np.copyto(memory, np.asarray(array), casting="same_kind")
     return memory
@@ -127,7 +127,9 @@ def _lerp(
             continue
         if kept is not None and parse_dtype(NAMES[dtype.name]).parts == 1:
             dtype = kept
-        averages[place] = _copied(avg, dtype) if old is not None else aligned_empty(x.shape, dtype)
+        averages[place] = (
+            _copy_array(avg, dtype) if old is not None else aligned_empty(x.shape, dtype)
+        )
         if old is None:
             averages[place].fill(0)
     if averages:
@@ -237,7 +239,7 @@ def _as_jax(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
         return leaf
     array = np.asarray(leaf)
-    return _to_jax(_copied(array, jnp.result_type(leaf)))
+    return _to_jax(_copy_array(array, jnp.result_type(leaf)))
 
 
 def ema(
