@@ -73,7 +73,7 @@ def _is_weak(value: Any) -> bool:
     return bool(getattr(value, "weak_type", False))
 
 
-def _averaged_dtype(new: Any, old: Any, step_size: Any) -> np.dtype[Any] | None:
+def _result_dtype(new: Any, old: Any, step_size: Any) -> np.dtype[Any] | None:
     """Return the dtype of the average of two leaves; None if Optax has to compute it."""
     if not (_on_host(new) and _on_host(old) and new.shape == old.shape and old.size):
         return None
@@ -122,7 +122,7 @@ def _lerp(
     pairs = {str(place): pair for place, pair in enumerate(zip(others, leaves, strict=True))}
     averages: dict[str, NDArray[Any]] = {}
     for place, (x, avg) in pairs.items():
-        dtype = _averaged_dtype(x, avg, weight)
+        dtype = _result_dtype(x, avg, weight)
         if dtype is None:
             continue
         if kept is not None and parse_dtype(NAMES[dtype.name]).parts == 1:
