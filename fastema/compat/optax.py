@@ -53,7 +53,7 @@ _promoted: Final[dict[tuple[Any, ...], np.dtype[Any] | None]] = {}
 """Dtypes of Optax's results, or None if it raises, cached by everything they depend on."""
 
 
-def _promoted_dtype(new: Any, old: Any, step_size: Any) -> np.dtype[Any] | None:
+def _optax_dtype(new: Any, old: Any, step_size: Any) -> np.dtype[Any] | None:
     """Return the dtype of Optax's result, computed for empty arrays; None if Optax raises."""
     sides = [(isinstance(one, np.ndarray), one.dtype) for one in (new, old)]
     weight = type(step_size), getattr(step_size, "dtype", None), _is_weak(step_size)
@@ -79,7 +79,7 @@ def _result_dtype(new: Any, old: Any, step_size: Any) -> np.dtype[Any] | None:
         return None
     if _is_weak(new) or _is_weak(old):
         return None
-    found = _promoted_dtype(new, old, step_size)
+    found = _optax_dtype(new, old, step_size)
     if found is None or len(_devices(new, old, step_size)) > 1:
         return None
     codes = [NAMES.get(one.name) for one in (found, new.dtype, old.dtype)]
