@@ -214,7 +214,7 @@ def periodic_update(new_tensors: Any, old_tensors: Any, steps: Any, update_perio
     is_theirs = (
         _is_traced(*trees, steps, update_period)
         or not (_is_whole(steps) and _is_whole(update_period))
-        or _forms(new_tensors) != _forms(old_tensors)
+        or _signature_of(new_tensors) != _signature_of(old_tensors)
     )
     if is_theirs:
         return optax.periodic_update(*trees, steps, update_period)
@@ -229,7 +229,7 @@ def _is_whole(number: Any) -> bool:
     return np.ndim(number) == 0 and jnp.issubdtype(jnp.result_type(number), jnp.integer)
 
 
-def _forms(tree: Any) -> Any:
+def _signature_of(tree: Any) -> Any:
     """Return a tree's structure, shapes and dtypes, which two trees must share."""
     leaves, treedef = jax.tree.flatten(tree)
     return treedef, [(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
