@@ -105,7 +105,7 @@ class _KnownMemory:
         self.tensors = [tensor.detach() for tensor in tensors]
         self._dtypes = [tensor.dtype for tensor in tensors]
 
-    def is_of(self, others: Sequence[Tensor]) -> bool:
+    def matches(self, others: Sequence[Tensor]) -> bool:
         """Return whether other tensors have the same storages, strides and dtypes."""
         if [other.dtype for other in others] != self._dtypes:
             return False
@@ -129,7 +129,7 @@ class _DeviceGroup:
         self.last_call = 0
 
     def update(self, current: Sequence[Tensor], weight: float, step: int) -> None:
-        same = self._current is not None and self._current.is_of(current)
+        same = self._current is not None and self._current.matches(current)
         found = self._current if same else _KnownMemory(current)
         assert found is not None
         self._averager.update(found.tensors, weight, step)
@@ -169,7 +169,7 @@ class _MultiAverage:
         first, last = averaged[0], averaged[-1]
         key = len(averaged), first.data_ptr(), last.data_ptr(), first.dtype, first.device
         group = self._groups.get(key)
-        if group is None or not group.averaged.is_of(averaged):
+        if group is None or not group.averaged.matches(averaged):
             group = _DeviceGroup(averaged, self.rule)
         step = self._step(group, num_averaged)
         group.update(current, self.rule.weight(step), step)
