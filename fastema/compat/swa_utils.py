@@ -171,13 +171,13 @@ class _MultiAverage:
         group = self._groups.get(key)
         if group is None or not group.averaged.matches(averaged):
             group = _DeviceGroup(averaged, self.rule)
-        step = self._step(group, num_averaged)
+        step = self._read_step(group, num_averaged)
         group.update(current, self.rule.weight(step), step)
         self._groups[key] = group
         self._calls = group.last_call = self._calls + 1
         self._drop_unused()
 
-    def _step(self, group: _DeviceGroup, num_averaged: Tensor | int) -> int:
+    def _read_step(self, group: _DeviceGroup, num_averaged: Tensor | int) -> int:
         if not isinstance(num_averaged, Tensor):
             return int(num_averaged)
         waits = not mirrored.is_always_read(num_averaged)
