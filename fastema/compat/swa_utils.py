@@ -345,9 +345,9 @@ class AveragedModel(peer.AveragedModel):
     ) -> None:
         with torch.no_grad():  # a copy of a scripted module: see fastema.compat.averager.duplicate
             super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]
-        self._begin()
+        self._reset_caches()
 
-    def _begin(self) -> None:
+    def _reset_caches(self) -> None:
         self._count = MirroredNumber()
         self._used: tuple[_UpdateRule, bool, ModelAverager] | None = None
 
@@ -357,7 +357,7 @@ class AveragedModel(peer.AveragedModel):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._begin()
+        self._reset_caches()
 
     def update_parameters(self, model: nn.Module) -> None:
         """Update the average from a model, which may be wrapped and on another device.
