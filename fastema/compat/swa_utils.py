@@ -349,11 +349,11 @@ class AveragedModel(peer.AveragedModel):
 
     def _reset_caches(self) -> None:
         self._count = MirroredNumber()
-        self._used: tuple[_UpdateRule, bool, ModelAverager] | None = None
+        self._cached_averager: tuple[_UpdateRule, bool, ModelAverager] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the attributes that are bound to memory."""
-        return {k: v for k, v in vars(self).items() if k not in ("_count", "_used")}
+        return {k: v for k, v in vars(self).items() if k not in ("_count", "_cached_averager")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -387,11 +387,11 @@ class AveragedModel(peer.AveragedModel):
         return found.rule if isinstance(found, _MultiAverage | _SingleAverage) else None
 
     def _averager(self, rule: _UpdateRule) -> ModelAverager:
-        found = self._used
+        found = self._cached_averager
         if found is None or found[0] is not rule or found[1] != self.use_buffers:
             policy = None if self.use_buffers else _average_parameters
             averager = ModelAverager(self.module, policy, rounding=rule.rounding, seed=rule.seed)
-            self._used = found = rule, self.use_buffers, averager
+            self._cached_averager = found = rule, self.use_buffers, averager
         return found[2]
 
 
