@@ -367,7 +367,7 @@ class AveragedModel(peer.AveragedModel):
         """
         rule = self._rule()
         if rule is None:
-            _refuse_other(self.module, model)
+            _refuse_mismatch(self.module, model)
             super().update_parameters(model)
             return
         count = int(self._count.read(self.n_averaged))
@@ -402,7 +402,7 @@ def _shapes(module: nn.Module) -> dict[str, list[int]]:
     return dict(zip(plain_names(list(found)), shapes, strict=True))
 
 
-def _refuse_other(averaged: nn.Module, model: nn.Module) -> None:
+def _refuse_mismatch(averaged: nn.Module, model: nn.Module) -> None:
     """Raise a LayoutError if the names or shapes of a model's tensors differ from the average's."""
     ours, theirs = _shapes(averaged), _shapes(model)
     problems = [
