@@ -61,12 +61,12 @@ class Ramp(Rule):
         return self.decay(n)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside wrappers of ``torch.compile`` and data parallelism."""
     for name in ("_orig_mod", "module"):
         inner = getattr(model, name, None)
         if isinstance(inner, nn.Module):
-            return _unwrapped(inner)
+            return _unwrap(inner)
     return model
 
 
@@ -114,7 +114,7 @@ class ModelEMA:
         self, model: nn.Module, decay: float = 0.9999, tau: float = 2000, updates: int = 0
     ) -> None:
         self.decay: Callable[[int], float] = Ramp(decay, tau)
-        inner = _unwrapped(model)
+        inner = _unwrap(model)
         teacher = getattr(inner, _TEACHER, None)
         memo = {} if teacher is None else {id(teacher): None}
         self.ema = copy_frozen(inner, memo).eval()
@@ -136,7 +136,7 @@ class ModelEMA:
         averager = self._averager.of(self.ema)
         weight = 1.0 - self.decay(step)
         with defer_signals():  # an interrupt never separates an update from its count
-            averager.update(_unwrapped(model), weight, step)
+            averager.update(_unwrap(model), weight, step)
             self.updates = step
 
     def update_attr(
@@ -153,7 +153,7 @@ class ModelEMA:
         if not self.enabled:
             return
         wanted, unwanted = set(include), set(exclude)
-        for name, value in vars(_unwrapped(model)).items():
+        for name, value in vars(_unwrap(model)).items():
             if name.startswith("_") or name in unwanted or (wanted and name not in wanted):
                 continue
             setattr(self.ema, name, value)
