@@ -288,7 +288,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Add the latest averages to the logs."""
         assert self._sums is not None
-        self._sums.stop_recording()
+        self._sums.end_recording()
         if logs is not None:
             logs.update(self.averages)
 

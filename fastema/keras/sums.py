@@ -183,10 +183,10 @@ class BatchSums:
         self.begin()
 
     def start_recording(self) -> None:
-        """Record the next execution; with asynchronous callbacks, all until ``stop_recording``."""
+        """Record the next execution; with asynchronous callbacks, all until ``end_recording``."""
         self._expected = True
 
-    def stop_recording(self) -> None:
+    def end_recording(self) -> None:
         """Stop recording executions."""
         self._expected = False
 
