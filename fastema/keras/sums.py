@@ -324,7 +324,7 @@ class BatchSums:
             for i in where:
                 given[i] = keras.ops.zeros_like(given[i])
         found: list[Any] = []
-        logs = self._logged((*others, given), data, stop_recording=found)
+        logs = self._logged((*others, given), data, extra_outputs=found)
         *others, left = found[0]
         left = list(left)
         added = [left[i] for i in where]
@@ -354,7 +354,7 @@ class BatchSums:
             self._notes = [_Recorder(one) for one in sums]
             self._silent = dict(enumerate(sums))
 
-    def _logged(self, *args: Any, stop_recording: list[Any] | None = None) -> dict[str, Any]:
+    def _logged(self, *args: Any, extra_outputs: list[Any] | None = None) -> dict[str, Any]:
         """Return the logs of the model's own step, and match them with metrics by results."""
         assert self._step is not None
         if self._backend == "torch" and (self._sources or self.model.jit_compile):
@@ -374,9 +374,9 @@ class BatchSums:
             self._within -= 1
             if not self._within:
                 self._unpatch.close()
-        if stop_recording is not None:
+        if extra_outputs is not None:
             found, *others = found
-            stop_recording.extend(others)
+            extra_outputs.extend(others)
         logs = dict(_flat(found))
         self._match_results(logs, {key: metric for key, (_, metric) in self._results.items()})
         if self._backend == "torch" and not self._sources:  # Keras before 3.13 logs plain floats
