@@ -237,7 +237,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self._trainer = weakref.ref(trainer)
         # Wrap methods, since no event reports that an evaluation begins or fails, and on_save comes
         # after older checkpoints are deleted. Instance attributes shadow the class's methods.
-        for name, around in ("evaluation_loop", "_evaluated"), ("_save_checkpoint", "_saved"):
+        for name, around in (
+            ("evaluation_loop", "_evaluate_with_average"),
+            ("_save_checkpoint", "_saved"),
+        ):
             there = vars(trainer).get(name)
             if not (isinstance(there, _WrappedMethod) and there.callback is self):
                 setattr(trainer, name, _WrappedMethod(self, trainer, name, around))
@@ -263,7 +266,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     def _belongs_to(self, trainer: Any) -> bool:
         return trainer is self._trainer() and self._is_among(trainer.callback_handler)
 
-    def _evaluated(self, trainer: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _evaluate_with_average(
+        self, trainer: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """Call ``trainer.evaluation_loop`` with the average in the model."""
         averaged = self._belongs_to(trainer) and trainer.model is self._model
         if not (averaged and self.evaluate_with_average):
