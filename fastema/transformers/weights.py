@@ -239,7 +239,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         # after older checkpoints are deleted. Instance attributes shadow the class's methods.
         for name, around in (
             ("evaluation_loop", "_evaluate_with_average"),
-            ("_save_checkpoint", "_saved"),
+            ("_save_checkpoint", "_save_with_average"),
         ):
             there = vars(trainer).get(name)
             if not (isinstance(there, _WrappedMethod) and there.callback is self):
@@ -281,7 +281,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         with self.swapped():
             return inner(*args, **kwargs)
 
-    def _saved(self, trainer: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _save_with_average(
+        self, trainer: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """Call ``trainer._save_checkpoint``, and save the average beside the weights."""
         if self._ema is None or not (self._belongs_to(trainer) and trainer.is_in_train):
             return inner(*args, **kwargs)
