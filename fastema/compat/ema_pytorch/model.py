@@ -154,12 +154,12 @@ class ModelAverage(Counted):
         if kept is not None and kept[0] is written and kept[1] == settings:
             return kept[2]
         both = frozenset(_plain(written)) & frozenset(_plain(read))
-        done = partial(self._done, back, everything, both)
+        done = partial(self._choose_action, back, everything, both)
         averager = ModelAverager(written, done, rounding=self._rounding)
         self._averagers[back, everything] = written, settings, averager
         return averager
 
-    def _done(
+    def _choose_action(
         self, back: bool, everything: bool, both: frozenset[str], plain: str, role: Role
     ) -> Done:
         """Return whether to average, copy or skip a tensor.
