@@ -160,7 +160,7 @@ class EMA(Scheduled, ModelAverage):
 
     def init_ema(self, ema_model: nn.Module | Callable[[], nn.Module] | None = None) -> None:
         """Set the averaged model; called by the constructor or, if lazy, by the first update."""
-        self._take(ema_model)
+        self._set_ema_model(ema_model)
         for name in self.forward_method_names:
             setattr(self, name, getattr(self.ema_model, name))
 

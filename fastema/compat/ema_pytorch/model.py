@@ -67,7 +67,7 @@ class ModelAverage(Counted):
         kept = self.online_model  # a list keeps it from being registered as a submodule
         return kept[0] if isinstance(kept, list) else kept
 
-    def _take(self, ema_model: nn.Module | Callable[[], nn.Module] | None) -> None:
+    def _set_ema_model(self, ema_model: nn.Module | Callable[[], nn.Module] | None) -> None:
         """Set the averaged model; by default a deep copy of the model in training."""
         if ema_model is None:
             try:

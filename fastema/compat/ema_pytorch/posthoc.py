@@ -90,7 +90,7 @@ class KarrasEMA(ModelAverage):
         self.frozen = frozen
         self.update_every = whole_number(update_every, "update_every")
         self.online_model = [model]
-        self._take(ema_model)
+        self._set_ema_model(ema_model)
         self._register_counters()
 
     @property
