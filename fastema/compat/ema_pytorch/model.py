@@ -135,7 +135,7 @@ class ModelAverage(Counted):
     def _copy(self) -> None:
         self.copy_params_from_model_to_ema()
 
-    def _follow(self) -> None:
+    def _update_average(self) -> None:
         self.update_moving_average(self.ema_model, self.model)
 
     def _blend(self, ma_model: nn.Module, current_model: nn.Module, weight: float) -> None:

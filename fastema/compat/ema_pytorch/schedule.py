@@ -49,7 +49,7 @@ class Counted(nn.Module):
     update_every: int
 
     _copy: Callable[[], None]
-    _follow: Callable[[], None]
+    _update_average: Callable[[], None]
 
     _as_peer: ClassVar[bool] = False
     """Whether an update counts as one step, regardless of ``update_every``."""
@@ -112,7 +112,7 @@ class Counted(nn.Module):
 
     def _go_on(self, step: int) -> None:
         if self._is_due(step):
-            self._follow()
+            self._update_average()
 
     @property
     def _steps_per_update(self) -> int:

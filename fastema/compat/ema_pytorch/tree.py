@@ -104,7 +104,7 @@ class EMAPytree(Scheduled):
     def _copy(self) -> None:
         self.copy_params_from_pytree_to_ema()
 
-    def _follow(self) -> None:
+    def _update_average(self) -> None:
         self.update_moving_average(self.ema_pytree, self.pytree)
 
     def update_moving_average(
