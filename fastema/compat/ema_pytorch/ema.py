@@ -186,10 +186,10 @@ class EMA(Scheduled, ModelAverage):
 
     # -- training ---------------------------------------------------------------------------------
 
-    def _copy(self) -> None:
+    def _copy_weights(self) -> None:
         if self.ema_model is None:
             self.init_ema()
-        super()._copy()
+        super()._copy_weights()
 
     def _go_on(self, step: int) -> None:
         every = self.update_model_with_ema_every

@@ -132,7 +132,7 @@ class ModelAverage(Counted):
         """
         self._averager(self.model, self._average, everything=True).copy(self._average)
 
-    def _copy(self) -> None:
+    def _copy_weights(self) -> None:
         self.copy_params_from_model_to_ema()
 
     def _update_average(self) -> None:

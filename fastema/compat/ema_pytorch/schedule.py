@@ -48,7 +48,7 @@ class Counted(nn.Module):
     step: Tensor
     update_every: int
 
-    _copy: Callable[[], None]
+    _copy_weights: Callable[[], None]
     _update_average: Callable[[], None]
 
     _as_peer: ClassVar[bool] = False
@@ -98,7 +98,7 @@ class Counted(nn.Module):
         """
         with self._next_step() as step:
             if self._is_copied(step):
-                self._copy()
+                self._copy_weights()
                 self._begin()
             else:
                 self._go_on(step)

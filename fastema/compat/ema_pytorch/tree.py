@@ -101,7 +101,7 @@ class EMAPytree(Scheduled):
         averager, current = self._paired(self.ema_pytree, self.pytree)
         averager.copy(current)
 
-    def _copy(self) -> None:
+    def _copy_weights(self) -> None:
         self.copy_params_from_pytree_to_ema()
 
     def _update_average(self) -> None:
