@@ -191,12 +191,12 @@ class EMA(Scheduled, ModelAverage):
             self.init_ema()
         super()._copy_weights()
 
-    def _go_on(self, step: int) -> None:
+    def _update_if_due(self, step: int) -> None:
         every = self.update_model_with_ema_every
         gives = every is not None and step % whole_number(every, "update_model_with_ema_every") == 0
         if gives and self._is_due(step):
             self._refuse_to_give()
-        super()._go_on(step)
+        super()._update_if_due(step)
         if gives:
             self.update_model_with_ema()
 

@@ -101,7 +101,7 @@ class Counted(nn.Module):
                 self._copy_weights()
                 self._begin()
             else:
-                self._go_on(step)
+                self._update_if_due(step)
 
     def _is_copied(self, step: int) -> bool:
         """Return whether a step copies the weights into the average."""
@@ -110,7 +110,7 @@ class Counted(nn.Module):
     def _is_due(self, step: int) -> bool:
         return step % whole_number(self.update_every, "update_every") == 0
 
-    def _go_on(self, step: int) -> None:
+    def _update_if_due(self, step: int) -> None:
         if self._is_due(step):
             self._update_average()
 
