@@ -195,12 +195,12 @@ class EMA(Scheduled, ModelAverage):
         every = self.update_model_with_ema_every
         gives = every is not None and step % whole_number(every, "update_model_with_ema_every") == 0
         if gives and self._is_due(step):
-            self._refuse_to_give()
+            self._check_model_update()
         super()._update_if_due(step)
         if gives:
             self.update_model_with_ema()
 
-    def _refuse_to_give(self) -> None:
+    def _check_model_update(self) -> None:
         """Raise the errors of writing the average into the model, before the average changes."""
         kept = self.update_model_with_ema_beta
         finite(kept, "update_model_with_ema_beta")
