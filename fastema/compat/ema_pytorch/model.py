@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastema.bridges.names import plain_names
 from fastema.compat.averager import ModelAverager
-from fastema.compat.ema_pytorch.schedule import Counted
+from fastema.compat.ema_pytorch.schedule import StepCountingModule
 from fastema.errors import ArgumentError, BridgeError, StateError
 from fastema.layout.spec import Role
 
@@ -23,7 +23,7 @@ NO_NAMES: set[str] = set()
 """Default for parameters that are sets of names; each average replaces it with a new set."""
 
 
-class ModelAverage(Counted):
+class ModelAverage(StepCountingModule):
     """An averaged copy of a model in training; see :class:`EMA` for the parameters."""
 
     online_model: Any

@@ -15,7 +15,7 @@ from fastema.compat.mirrored import MirroredNumber
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError
 
-__all__ = ["Counted", "Scheduled", "finite", "whole_number"]
+__all__ = ["Scheduled", "StepCountingModule", "finite", "whole_number"]
 
 
 def whole_number(number: Any, name: str, least: int = 1) -> int:
@@ -41,7 +41,7 @@ def finite(number: Any, name: str) -> None:
     raise ArgumentError(f"{name}={number!r}: expected a finite number")
 
 
-class Counted(nn.Module):
+class StepCountingModule(nn.Module):
     """Base module that counts steps in the buffers ``initted`` and ``step``, without GPU syncs."""
 
     initted: Tensor
@@ -134,7 +134,7 @@ class Counted(nn.Module):
         )
 
 
-class Scheduled(Counted):
+class Scheduled(StepCountingModule):
     """Base module with a decay that grows with the steps since ``update_after_step``."""
 
     def _set_schedule(
