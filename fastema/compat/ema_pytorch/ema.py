@@ -10,14 +10,14 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fastema.compat.ema_pytorch.model import NO_NAMES, ModelAverage
-from fastema.compat.ema_pytorch.schedule import Scheduled, finite, whole_number
+from fastema.compat.ema_pytorch.schedule import ScheduledDecayModule, finite, whole_number
 from fastema.compat.ema_pytorch.tree import EMAPytree
 from fastema.errors import ArgumentError
 
 __all__ = ["EMA"]
 
 
-class EMA(Scheduled, ModelAverage):
+class EMA(ScheduledDecayModule, ModelAverage):
     """An exponential moving average of a model, kept in a copy of the model.
 
     From step ``update_after_step`` on, every ``update_every``-th call of :meth:`update` computes

@@ -15,7 +15,7 @@ from fastema.compat.mirrored import MirroredNumber
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError
 
-__all__ = ["Scheduled", "StepCountingModule", "finite", "whole_number"]
+__all__ = ["ScheduledDecayModule", "StepCountingModule", "finite", "whole_number"]
 
 
 def whole_number(number: Any, name: str, least: int = 1) -> int:
@@ -134,7 +134,7 @@ class StepCountingModule(nn.Module):
         )
 
 
-class Scheduled(StepCountingModule):
+class ScheduledDecayModule(StepCountingModule):
     """Base module with a decay that grows with the steps since ``update_after_step``."""
 
     def _set_schedule(

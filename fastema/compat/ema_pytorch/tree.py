@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytrees
 
 from fastema.compat.averager import ModelAverager
-from fastema.compat.ema_pytorch.schedule import Scheduled
+from fastema.compat.ema_pytorch.schedule import ScheduledDecayModule
 from fastema.errors import LayoutError
 
 __all__ = ["EMAPytree", "EMATensor"]
 
 
-class EMAPytree(Scheduled):
+class EMAPytree(ScheduledDecayModule):
     """An exponential moving average of the tensors in nested lists, tuples and dicts.
 
     Every ``update_every``-th call of :meth:`update` computes ``avg += (1 - decay**update_every) *
