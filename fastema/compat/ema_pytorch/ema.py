@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fastema.compat.ema_pytorch.model import NO_NAMES, ModelAverage
-from fastema.compat.ema_pytorch.schedule import ScheduledDecayModule, finite, whole_number
+from fastema.compat.ema_pytorch.schedule import ScheduledDecayModule, check_finite, whole_number
 from fastema.compat.ema_pytorch.tree import EMAPytree
 from fastema.errors import ArgumentError
 
@@ -141,7 +141,7 @@ class EMA(ScheduledDecayModule, ModelAverage):
             peer_exact=peer_exact,
         )
         self._set_schedule(beta, update_after_step, update_every, inv_gamma, power, min_value)
-        finite(update_model_with_ema_beta, "update_model_with_ema_beta")
+        check_finite(update_model_with_ema_beta, "update_model_with_ema_beta")
         if update_model_with_ema_every is not None:
             update_model_with_ema_every = whole_number(
                 update_model_with_ema_every, "update_model_with_ema_every"
@@ -203,7 +203,7 @@ class EMA(ScheduledDecayModule, ModelAverage):
     def _check_model_update(self) -> None:
         """Raise the errors of writing the average into the model, before the average changes."""
         kept = self.update_model_with_ema_beta
-        finite(kept, "update_model_with_ema_beta")
+        check_finite(kept, "update_model_with_ema_beta")
         if kept == 0.0 or not self.is_frozen:
             averager = self._averager(self.model, self._average, everything=kept == 0.0)
             averager.check(self._average)

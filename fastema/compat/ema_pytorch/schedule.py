@@ -15,7 +15,7 @@ from fastema.compat.mirrored import MirroredNumber
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError
 
-__all__ = ["ScheduledDecayModule", "StepCountingModule", "finite", "whole_number"]
+__all__ = ["ScheduledDecayModule", "StepCountingModule", "check_finite", "whole_number"]
 
 
 def whole_number(number: Any, name: str, least: int = 1) -> int:
@@ -33,7 +33,7 @@ def whole_number(number: Any, name: str, least: int = 1) -> int:
     raise ArgumentError(f"{name}={number!r}: expected a whole number of at least {least}")
 
 
-def finite(number: Any, name: str) -> None:
+def check_finite(number: Any, name: str) -> None:
     """Raise an ArgumentError that names the parameter if ``number`` is not a finite number."""
     with suppress(TypeError, ValueError):
         if math.isfinite(number):
@@ -158,7 +158,7 @@ class ScheduledDecayModule(StepCountingModule):
     def _check_schedule(self) -> None:
         for name in ("beta", "inv_gamma", "power", "min_value"):
             if name != "beta" or self.beta is not None:
-                finite(getattr(self, name), name)
+                check_finite(getattr(self, name), name)
         if not self.inv_gamma > 0:
             raise ArgumentError(f"inv_gamma={self.inv_gamma!r}: expected a number above 0")
 
