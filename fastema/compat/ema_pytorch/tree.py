@@ -98,7 +98,7 @@ class EMAPytree(ScheduledDecayModule):
 
     def copy_params_from_pytree_to_ema(self) -> None:
         """Copy the source tensors into the average; raises the same errors as :meth:`update`."""
-        averager, current = self._paired(self.ema_pytree, self.pytree)
+        averager, current = self._match_trees(self.ema_pytree, self.pytree)
         averager.copy(current)
 
     def _copy_weights(self) -> None:
@@ -116,10 +116,10 @@ class EMAPytree(ScheduledDecayModule):
         """
         if not self.is_frozen:
             weight = self._weight(current_decay)
-            averager, current = self._paired(ma_pytree, current_pytree)
+            averager, current = self._match_trees(ma_pytree, current_pytree)
             averager.update(current, weight, self._num_steps)
 
-    def _paired(self, averaged: Any, current: Any) -> tuple[ModelAverager, list[Tensor]]:
+    def _match_trees(self, averaged: Any, current: Any) -> tuple[ModelAverager, list[Tensor]]:
         """Return the averager of ``averaged``, and the tensors of ``current`` that match it."""
         ours, theirs = pytrees.tree_flatten(averaged), pytrees.tree_flatten(current)
         if ours[1] != theirs[1]:
