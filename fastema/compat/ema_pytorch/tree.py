@@ -79,7 +79,7 @@ class EMAPytree(ScheduledDecayModule):
         self.ema_pytree = _copied(pytree) if ema_pytree is None else ema_pytree
         for tensor in _tensors(self.ema_pytree):
             tensor.detach_()
-        self._held: tuple[list[Tensor], ModelAverager] | None = None
+        self._cached_averager: tuple[list[Tensor], ModelAverager] | None = None
         self._register_counters()
 
     @property
@@ -133,9 +133,9 @@ class EMAPytree(ScheduledDecayModule):
             if isinstance(avg, Tensor) and isinstance(x, Tensor)
         ]
         tensors = [avg for avg, _ in pairs]
-        held = self._held
+        held = self._cached_averager
         if held is None or len(held[0]) != len(tensors) or not all(map(is_, held[0], tensors)):
-            held = self._held = tensors, ModelAverager(tensors, rounding=self._rounding)
+            held = self._cached_averager = tensors, ModelAverager(tensors, rounding=self._rounding)
         return held[1], [x for _, x in pairs]
 
 
