@@ -76,7 +76,7 @@ class EMAPytree(ScheduledDecayModule):
         self.online_pytree = [pytree]  # a list keeps a module from becoming a submodule
         if callable(ema_pytree) and not isinstance(ema_pytree, nn.Module):
             ema_pytree = ema_pytree()
-        self.ema_pytree = _copied(pytree) if ema_pytree is None else ema_pytree
+        self.ema_pytree = _deepcopy_tree(pytree) if ema_pytree is None else ema_pytree
         for tensor in _tensors(self.ema_pytree):
             tensor.detach_()
         self._cached_averager: tuple[list[Tensor], ModelAverager] | None = None
@@ -146,7 +146,7 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytrees.tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
-def _copied(tree: Any) -> Any:
+def _deepcopy_tree(tree: Any) -> Any:
     """Return a deep copy, also of results of operations, which ``deepcopy`` alone refuses."""
     results = {id(leaf): leaf for leaf in _tensors(tree) if not leaf.is_leaf}
     return deepcopy(tree, {key: leaf.detach().clone() for key, leaf in results.items()})
