@@ -300,7 +300,7 @@ class PostHocEMA(nn.Module):
             If there are no snapshots, or they do not match the model.
         """
         gamma = _gamma(gamma, sigma_rel)
-        every = snapshots.find(self.checkpoint_folder, self.num_ema_models)
+        every = snapshots.find_snapshots(self.checkpoint_folder, self.num_ema_models)
         asked = every[-1].step if step is None else whole_number(step, "step", 0)
         if not every[0].step <= asked <= every[-1].step:
             raise ArgumentError(

@@ -19,7 +19,7 @@ from fastema.checkpoint.files import File, StoredTensor, atomic_write_path
 from fastema.checkpoint.sums import weighted_sum
 from fastema.errors import CheckpointError, format_problems
 
-__all__ = ["SnapshotFile", "find", "read", "weighted", "write"]
+__all__ = ["SnapshotFile", "find_snapshots", "read", "weighted", "write"]
 
 _NAME: Final = re.compile(r"(\d+)\.(\d+)\.pt")
 
@@ -49,7 +49,7 @@ def _stored(value: Any, dtype: torch.dtype) -> Any:
     return value.to(device="cpu", dtype=dtype if value.is_floating_point() else None, copy=True)
 
 
-def find(folder: Path, count: int) -> list[SnapshotFile]:
+def find_snapshots(folder: Path, count: int) -> list[SnapshotFile]:
     """Return a folder's snapshots sorted by step, except those from before the first update.
 
     Raise a CheckpointError if there are none, or if one belongs to an average beyond ``count``.
