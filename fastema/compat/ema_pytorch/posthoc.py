@@ -316,7 +316,7 @@ class PostHocEMA(nn.Module):
             for one in every
             if one.step <= last
         }
-        newest = snapshots.read(next(reversed(unique.values())))
+        newest = snapshots.read_snapshot(next(reversed(unique.values())))
         target = synthesized._profile(gamma, last)
         found = solve(list(unique), target, noise=_noise(newest))
         used = [(path, c) for path, c in zip(unique.values(), found.coefficients, strict=True) if c]

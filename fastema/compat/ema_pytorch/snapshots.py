@@ -19,7 +19,7 @@ from fastema.checkpoint.files import File, StoredTensor, atomic_write_path
 from fastema.checkpoint.sums import weighted_sum
 from fastema.errors import CheckpointError, format_problems
 
-__all__ = ["SnapshotFile", "find_snapshots", "read", "weighted", "write"]
+__all__ = ["SnapshotFile", "find_snapshots", "read_snapshot", "weighted", "write"]
 
 _NAME: Final = re.compile(r"(\d+)\.(\d+)\.pt")
 
@@ -68,7 +68,7 @@ def find_snapshots(folder: Path, count: int) -> list[SnapshotFile]:
     return kept
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_snapshot(path: Path) -> dict[str, Any]:
     """Return the averaged model's state from a snapshot, memory-mapped.
 
     Raise a CheckpointError if the file is not a snapshot.
@@ -100,7 +100,7 @@ class _Mapped(File):
 
 
 def _mapped(path: Path, names: Sequence[str]) -> _Mapped:
-    state, rows = read(path), {}
+    state, rows = read_snapshot(path), {}
     for name in names:
         value = state.get(name)
         if isinstance(value, Tensor):
