@@ -269,7 +269,7 @@ class PostHocEMA(nn.Module):
         Raises a CheckpointError if the folder is gone, an OSError if a file cannot be written.
         """
         for which, ema_model in enumerate(self.ema_models):
-            snapshots.write(
+            snapshots.write_snapshot(
                 self.checkpoint_folder, which, ema_model.state_dict(), self.checkpoint_dtype
             )
 

@@ -19,7 +19,7 @@ from fastema.checkpoint.files import File, StoredTensor, atomic_write_path
 from fastema.checkpoint.sums import weighted_sum
 from fastema.errors import CheckpointError, format_problems
 
-__all__ = ["SnapshotFile", "find_snapshots", "read_snapshot", "weighted", "write"]
+__all__ = ["SnapshotFile", "find_snapshots", "read_snapshot", "weighted", "write_snapshot"]
 
 _NAME: Final = re.compile(r"(\d+)\.(\d+)\.pt")
 
@@ -34,7 +34,7 @@ class SnapshotFile(NamedTuple):
     step: int
 
 
-def write(folder: Path, which: int, state: Mapping[str, Any], dtype: torch.dtype) -> None:
+def write_snapshot(folder: Path, which: int, state: Mapping[str, Any], dtype: torch.dtype) -> None:
     """Write ``{which}.{step}.pt`` atomically: floats in ``dtype``, everything else unchanged."""
     path = folder / f"{which}.{int(state['step'].item())}.pt"
     if not folder.is_dir():
