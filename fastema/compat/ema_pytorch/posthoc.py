@@ -348,7 +348,7 @@ class PostHocEMA(nn.Module):
         plain = dict(zip(state, plain_names(list(state)), strict=True))
         files = {name: theirs.get(plain[name], name) for name in state}
         like = {files[name]: one for name, one in target._averaged().items() if name in state}
-        summed = snapshots.weighted([path for path, _ in used], [c for _, c in used], like)
+        summed = snapshots.sum_snapshots([path for path, _ in used], [c for _, c in used], like)
         for name in state:
             # Only the first of tied tensors is summed; the others share its sum.
             first = files.get(target._names.get(plain[name], name), "")

@@ -19,7 +19,7 @@ from fastema.checkpoint.files import File, StoredTensor, atomic_write_path
 from fastema.checkpoint.sums import weighted_sum
 from fastema.errors import CheckpointError, format_problems
 
-__all__ = ["SnapshotFile", "find_snapshots", "read_snapshot", "weighted", "write_snapshot"]
+__all__ = ["SnapshotFile", "find_snapshots", "read_snapshot", "sum_snapshots", "write_snapshot"]
 
 _NAME: Final = re.compile(r"(\d+)\.(\d+)\.pt")
 
@@ -116,7 +116,7 @@ def _mapped(path: Path, names: Sequence[str]) -> _Mapped:
     return file
 
 
-def weighted(
+def sum_snapshots(
     paths: Sequence[Path], coefficients: Sequence[float], like: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return weighted sums of snapshots, computed in float64, a few MB of each file at a time.
