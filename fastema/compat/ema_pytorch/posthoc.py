@@ -268,9 +268,9 @@ class PostHocEMA(nn.Module):
 
         Raises a CheckpointError if the folder is gone, an OSError if a file cannot be written.
         """
-        for which, ema_model in enumerate(self.ema_models):
+        for index, ema_model in enumerate(self.ema_models):
             snapshots.write_snapshot(
-                self.checkpoint_folder, which, ema_model.state_dict(), self.checkpoint_dtype
+                self.checkpoint_folder, index, ema_model.state_dict(), self.checkpoint_dtype
             )
 
     def synthesize_ema_model(
@@ -312,7 +312,7 @@ class PostHocEMA(nn.Module):
         exponents = [self._exponent(one) for one in self.gammas]
         # Snapshots between the same two updates are equal. Leave out those after `last`.
         unique = {
-            synthesized._profile(exponents[one.which], one.step): one.path
+            synthesized._profile(exponents[one.index], one.step): one.path
             for one in every
             if one.step <= last
         }

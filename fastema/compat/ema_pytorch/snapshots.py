@@ -30,13 +30,13 @@ class SnapshotFile(NamedTuple):
     """The file of one average at one step."""
 
     path: Path
-    which: int
+    index: int
     step: int
 
 
-def write_snapshot(folder: Path, which: int, state: Mapping[str, Any], dtype: torch.dtype) -> None:
+def write_snapshot(folder: Path, index: int, state: Mapping[str, Any], dtype: torch.dtype) -> None:
     """Write ``{which}.{step}.pt`` atomically: floats in ``dtype``, everything else unchanged."""
-    path = folder / f"{which}.{int(state['step'].item())}.pt"
+    path = folder / f"{index}.{int(state['step'].item())}.pt"
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is gone: create the folder again for {path.name}")
     with atomic_write_path(path) as partial:
@@ -56,13 +56,13 @@ def find_snapshots(folder: Path, count: int) -> list[SnapshotFile]:
     """
     matches = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("*.pt")]
     every = [SnapshotFile(path, int(hit[1]), int(hit[2])) for path, hit in matches if hit]
-    beyond = [f"{one.path.name} has average {one.which}" for one in every if one.which >= count]
+    beyond = [f"{one.path.name} has average {one.index}" for one in every if one.index >= count]
     if beyond:
         raise CheckpointError(
             f"{folder} holds snapshots of another run, with more than {count} averages:\n"
             + format_problems(sorted(beyond))
         )
-    kept = sorted((one for one in every if one.step > 0), key=lambda one: (one.step, one.which))
+    kept = sorted((one for one in every if one.step > 0), key=lambda one: (one.step, one.index))
     if not kept:
         raise CheckpointError(f"no snapshots in {folder}; checkpoint() writes them")
     return kept
