@@ -26,7 +26,7 @@ from fastema.errors import (
 from fastema.plan import Plan
 from fastema.tensorflow.names import name_of, stem_of
 from fastema.tensorflow.sources import DecaySource, checked_number, variable_of
-from fastema.tensorflow.state import Entry, Registry, State
+from fastema.tensorflow.state import Registry, State, VariableGroup
 from fastema.tensorflow.traced import TracedUpdate
 
 __all__ = ["ExponentialMovingAverage"]
@@ -323,7 +323,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             raise StateError("no variables are averaged yet: call apply() with a list of them")
         return [reference.deref() for reference in self._books.names]
 
-    def _parted(self, var_list: Any) -> tuple[Entry | None, dict[str, Any]]:
+    def _parted(self, var_list: Any) -> tuple[VariableGroup | None, dict[str, Any]]:
         """Split the argument of apply() into an entry for its variables, and its tensors."""
         if var_list is None:
             return self._entry(self._variables()), {}
@@ -360,7 +360,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
                 f"{average.dtype.name} of shape {average.shape}"
             )
 
-    def _entry(self, given: list[Any], names: list[str] | None = None) -> Entry:
+    def _entry(self, given: list[Any], names: list[str] | None = None) -> VariableGroup:
         """Return the entry of a list of variables, cached by their identities and names."""
         key = (tuple(map(id, given)), names and tuple(names))
         entry = self._books.entries.get(key)
@@ -374,7 +374,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             self._check_variables([ref.deref() for ref in new])
             self._average(self._named([variables[ref] for ref in new], wanted))
             keys = {self._books.names[ref]: ref.deref() for ref in variables}
-            entry = Entry(
+            entry = VariableGroup(
                 given,
                 {name: self.shadow[name] for name in keys},
                 keys,
@@ -454,7 +454,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
 
     # -- the update --------------------------------------------------------------------------------
 
-    def _plan(self, entry: Entry) -> Plan:
+    def _plan(self, entry: VariableGroup) -> Plan:
         if entry.plan is None:
             entry.plan = Plan(
                 entry.averages, entry.variables, rounding=self._rounding, seed=self._seed
@@ -470,7 +470,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             plan.lerp_(weight)
             steps.update(dict.fromkeys(names, step + 1))
 
-    def _update(self, plan: Plan, entry: Entry, decay: float) -> None:
+    def _update(self, plan: Plan, entry: VariableGroup, decay: float) -> None:
         if entry.narrow:
             self._lerp(plan, entry.averages, 1.0 - decay)
         else:
@@ -487,7 +487,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             self._lerp(plan, [name], weight)
             self._state.remaining[name] = remaining
 
-    def _traced(self, entry: Entry | None, tensors: dict[str, Any]) -> Any:
+    def _traced(self, entry: VariableGroup | None, tensors: dict[str, Any]) -> Any:
         """Return the update as an operation of the function being traced."""
         numbers, named = self._sources.symbolic(), [self.shadow[name] for name in tensors]
         averages = [] if entry is None else list(entry.averages.values())

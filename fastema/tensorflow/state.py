@@ -12,7 +12,7 @@ import tensorflow as tf
 from fastema.errors import CheckpointError, StateError
 from fastema.plan import Plan
 
-__all__ = ["Entry", "Registry", "State"]
+__all__ = ["Registry", "State", "VariableGroup"]
 
 
 class State(tf.train.experimental.PythonState):  # type: ignore[misc]
@@ -49,7 +49,7 @@ class State(tf.train.experimental.PythonState):  # type: ignore[misc]
 
 
 @dataclass(eq=False)
-class Entry:
+class VariableGroup:
     """A list of variables passed to ``apply()``, their averages, and the plan that updates them."""
 
     given: list[Any]  # kept alive, since the cache identifies objects by their addresses
@@ -64,7 +64,9 @@ class Registry:
     """State hidden from TensorFlow's attribute tracking, which would wrap and save it."""
 
     names: dict[Any, str] = field(default_factory=dict)  # by tf.Variable.ref(), oldest first
-    entries: dict[Any, Entry] = field(default_factory=dict)  # by the objects' addresses and names
+    entries: dict[Any, VariableGroup] = field(
+        default_factory=dict
+    )  # by the objects' addresses and names
     titles: set[str] = field(default_factory=set)  # averages' names as TensorFlow prints them
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Registry:

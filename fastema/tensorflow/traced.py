@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from fastema.plan import Plan
-from fastema.tensorflow.state import Entry
+from fastema.tensorflow.state import VariableGroup
 
 __all__ = ["TracedUpdate"]
 
@@ -18,7 +18,7 @@ __all__ = ["TracedUpdate"]
 class TracedUpdate:
     """The update of a list of variables with the values that one traced function reads."""
 
-    def __init__(self, entry: Entry, rounding: str, seed: int) -> None:
+    def __init__(self, entry: VariableGroup, rounding: str, seed: int) -> None:
         self._entry, self._lock = entry, threading.Lock()
         # The plan reads these dicts whenever it runs. Build it from variables, and now. Built from
         # tensors, it would keep the first ones alive, so that their variables would move. Built
