@@ -372,7 +372,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             self._check_names(wanted)
             new = [ref for ref in variables if ref not in self._books.names]
             self._check_variables([ref.deref() for ref in new])
-            self._average(self._named([variables[ref] for ref in new], wanted))
+            self._create_averages(self._named([variables[ref] for ref in new], wanted))
             keys = {self._books.names[ref]: ref.deref() for ref in variables}
             entry = VariableGroup(
                 given,
@@ -431,7 +431,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             names[reference] = name
         return {reference: names[reference] for reference in stems}
 
-    def _average(self, names: dict[Any, str]) -> None:
+    def _create_averages(self, names: dict[Any, str]) -> None:
         for reference, name in names.items():
             variable = reference.deref()
             with tf.init_scope(), tf.device(variable.device):
