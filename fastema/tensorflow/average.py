@@ -132,7 +132,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             raise ArgumentError(f"name={name!r}: expected a name for averages")
         Plan({}, {}, rounding=rounding, seed=seed)  # raises now for invalid options
         self._title, self._rounding, self._seed = name, rounding, seed
-        self._sources = DecaySource(
+        self._decay_source = DecaySource(
             checked_number(decay, "decay"),
             None if num_updates is None else checked_number(num_updates, "num_updates"),
         )
@@ -188,7 +188,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         entry, tensors = self._parted(var_list)
         if not eager:
             return self._traced(entry, tensors)
-        decay = self._sources.now()
+        decay = self._decay_source.now()
         if entry is not None:
             self._update(self._plan(entry), entry, decay)
         for name, tensor in tensors.items():
@@ -489,14 +489,14 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
 
     def _traced(self, entry: VariableGroup | None, tensors: dict[str, Any]) -> Any:
         """Return the update as an operation of the function being traced."""
-        numbers, named = self._sources.symbolic(), [self.shadow[name] for name in tensors]
+        numbers, named = self._decay_source.symbolic(), [self.shadow[name] for name in tensors]
         averages = [] if entry is None else list(entry.averages.values())
         variables = [] if entry is None else list(entry.variables.values())
         call = None if entry is None else TracedUpdate(entry, self._rounding, self._seed)
 
         def update(*values: Any) -> None:
             rest = iter(values)
-            decay = self._sources.of([float(next(rest)) for _ in numbers])
+            decay = self._decay_source.of([float(next(rest)) for _ in numbers])
             given = [(name, next(rest), Unshared(next(rest))) for name in tensors]
             written = [Unshared(next(rest)) for _ in averages]
             read = [next(rest) for _ in variables]
