@@ -496,7 +496,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
 
         def update(*values: Any) -> None:
             rest = iter(values)
-            decay = self._decay_source.of([float(next(rest)) for _ in numbers])
+            decay = self._decay_source.compute_decay([float(next(rest)) for _ in numbers])
             given = [(name, next(rest), Unshared(next(rest))) for name in tensors]
             written = [Unshared(next(rest)) for _ in averages]
             read = [next(rest) for _ in variables]

@@ -69,9 +69,9 @@ class DecaySource:
 
     def now(self) -> float:
         """Return the decay, reading tensors and variables now."""
-        return self.of([float(one.numpy()) for one in self._changing().values()])
+        return self.compute_decay([float(one.numpy()) for one in self._changing().values()])
 
-    def of(self, values: list[float]) -> float:
+    def compute_decay(self, values: list[float]) -> float:
         """Return the decay, given the values of :meth:`symbolic`."""
         found = dict(zip(self._changing(), values, strict=True))
         for name, value in found.items():
