@@ -502,7 +502,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             read = [next(rest) for _ in variables]
             self._refuse_swapped()
             if call is not None and entry is not None:
-                with call.on(written, read) as plan:
+                with call.bind(written, read) as plan:
                     self._update(plan, entry, decay)
             for name, tensor, average in given:
                 self._update_tensor(name, average, tensor, decay)

@@ -28,7 +28,7 @@ class TracedUpdate:
             self._plan = Plan(self._averages, self._variables, rounding=rounding, seed=seed)
 
     @contextmanager
-    def on(self, averages: list[Any], variables: list[Any]) -> Iterator[Plan]:
+    def bind(self, averages: list[Any], variables: list[Any]) -> Iterator[Plan]:
         """Yield the plan, which runs on these tensors within the block."""
         with self._lock:
             self._averages.update(zip(self._averages, averages, strict=True))
