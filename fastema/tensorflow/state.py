@@ -52,7 +52,7 @@ class State(tf.train.experimental.PythonState):  # type: ignore[misc]
 class VariableGroup:
     """A list of variables passed to ``apply()``, their averages, and the plan that updates them."""
 
-    given: list[Any]  # kept alive, since the cache identifies objects by their addresses
+    objects: list[Any]  # kept alive, since the cache identifies objects by their addresses
     averages: dict[str, Any]  # by name in the checkpoint, without duplicates
     variables: dict[str, Any]
     narrow: bool  # whether any variable is 16-bit and rounded stochastically
