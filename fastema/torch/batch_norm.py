@@ -110,7 +110,11 @@ def update_bn(
         )
     run = forward or _caller(model)
     empty = True
-    with torch.no_grad(), _with_progress(loader, progress) as batches, _recomputed(model, layers):
+    with (
+        torch.no_grad(),
+        _with_progress(loader, progress) as batches,
+        _recompute_statistics(model, layers),
+    ):
         for batch in batches:
             empty = False
             if forward is None and isinstance(batch, list | tuple):
@@ -124,7 +128,7 @@ def update_bn(
 
 
 @contextmanager
-def _recomputed(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
+def _recompute_statistics(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
     """Make the layers average over all batches of the block; undo everything if it raises."""
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(layer, layer.momentum) for layer in layers]
