@@ -135,7 +135,7 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add the batch's loss and metrics to the averages, and log the averages."""
-        logged = self._logged(trainer)
+        logged = self._find_new_metrics(trainer)
         values = dict(logged)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self.loss is not None and self.loss not in logged and loss is not None:
@@ -174,7 +174,7 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
 
     # -- helpers of the hooks ----------------------------------------------------------------------
 
-    def _logged(self, trainer: Any) -> dict[str, torch.Tensor]:
+    def _find_new_metrics(self, trainer: Any) -> dict[str, torch.Tensor]:
         """Return the metrics that were logged with ``on_step=True`` since this batch began.
 
         ``callback_metrics`` keeps every metric ever logged, at each batch in new tensor objects
