@@ -113,7 +113,9 @@ class EMACallback(Callback):  # type: ignore[misc]
         self.evaluate_with_average = evaluate_with_average
         self._decay, self._options = decay, options
         self._ema: EMA | None = None
-        self._saved: dict[str, Any] | None = None  # state of a checkpoint until training begins
+        self._pending_state: dict[str, Any] | None = (
+            None  # state of a checkpoint until training begins
+        )
         self._last_step = 0
 
     @property
@@ -133,7 +135,7 @@ class EMACallback(Callback):  # type: ignore[misc]
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Drop the average of an earlier ``fit``; Lightning loads a checkpoint after this."""
         if stage == "fit":
-            self._ema = self._saved = None
+            self._ema = self._pending_state = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Create the average, or continue the average of a checkpoint."""
@@ -144,9 +146,9 @@ class EMACallback(Callback):  # type: ignore[misc]
                 "(docs/sharded.md)"
             )
         ema = EMA(pl_module, self._decay, **self._options)
-        if self._saved is not None:
-            ema.load_state_dict(self._saved)
-        self._ema, self._saved, self._last_step = ema, None, trainer.global_step
+        if self._pending_state is not None:
+            ema.load_state_dict(self._pending_state)
+        self._ema, self._pending_state, self._last_step = ema, None, trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -189,7 +191,7 @@ class EMACallback(Callback):  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a state of the average, which is loaded when training begins."""
-        self._saved = state_dict.get("ema")
+        self._pending_state = state_dict.get("ema")
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Save the training weights, also during validation, when the model holds the average."""
