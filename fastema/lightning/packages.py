@@ -11,7 +11,7 @@ __all__ = ["LIGHTNINGS", "PACKAGES", "Callback"]
 PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
 
 
-def _installed() -> list[Any]:
+def _import_installed() -> list[Any]:
     """Import every installed Lightning package.
 
     A trainer may come from either package, and accepts only callbacks of its own package.
@@ -23,7 +23,7 @@ def _installed() -> list[Any]:
     return found or [import_module(PACKAGES[0])]
 
 
-LIGHTNINGS: Final = _installed()
+LIGHTNINGS: Final = _import_installed()
 
 Callback: Any = type("Callback", tuple(one.Callback for one in LIGHTNINGS), {})
 """Base class that is a callback in every installed Lightning package."""
