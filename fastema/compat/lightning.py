@@ -44,30 +44,32 @@ from fastema.compat.averager import ModelAverager
 from fastema.compat.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.errors import ArgumentError, StateError
-from fastema.lightning.packages import LIGHTNINGS, PACKAGES
+from fastema.lightning.packages import LIGHTNING_MODULES, PACKAGES
 
 __all__ = ["EMAWeightAveraging", "WeightAveraging"]
 
 
 def _peers(name: str) -> tuple[type, ...]:
     """Return Lightning's classes of this name, to inherit from them for ``isinstance`` only."""
-    return tuple(getattr(one.callbacks, name, one.Callback) for one in LIGHTNINGS)
+    return tuple(getattr(one.callbacks, name, one.Callback) for one in LIGHTNING_MODULES)
 
 
 def _is_averaging(callback: Any) -> bool:
     """Return whether a callback is an averaging callback, ours or Lightning's."""
-    theirs = (getattr(one.callbacks, "WeightAveraging", WeightAveraging) for one in LIGHTNINGS)
+    theirs = (
+        getattr(one.callbacks, "WeightAveraging", WeightAveraging) for one in LIGHTNING_MODULES
+    )
     return isinstance(callback, (WeightAveraging, *theirs))
 
 
 def _is_sharding(strategy: Any) -> bool:
     """Return whether a strategy shards the weights across processes."""
     names = ("FSDPStrategy", "ModelParallelStrategy")
-    theirs = (getattr(one.strategies, name, ()) for one in LIGHTNINGS for name in names)
+    theirs = (getattr(one.strategies, name, ()) for one in LIGHTNING_MODULES for name in names)
     return isinstance(strategy, tuple(theirs))
 
 
-_utilities: Final = LIGHTNINGS[0].utilities
+_utilities: Final = LIGHTNING_MODULES[0].utilities
 
 _WeightAveraging: Any = type("WeightAveraging", _peers("WeightAveraging"), {})
 

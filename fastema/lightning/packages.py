@@ -6,7 +6,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any, Final
 
-__all__ = ["LIGHTNINGS", "PACKAGES", "Callback"]
+__all__ = ["LIGHTNING_MODULES", "PACKAGES", "Callback"]
 
 PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
 
@@ -23,7 +23,7 @@ def _import_installed() -> list[Any]:
     return found or [import_module(PACKAGES[0])]
 
 
-LIGHTNINGS: Final = _import_installed()
+LIGHTNING_MODULES: Final = _import_installed()
 
-Callback: Any = type("Callback", tuple(one.Callback for one in LIGHTNINGS), {})
+Callback: Any = type("Callback", tuple(one.Callback for one in LIGHTNING_MODULES), {})
 """Base class that is a callback in every installed Lightning package."""
