@@ -82,7 +82,15 @@ def _clear_folder(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-_OF_A_RUN: Final = ("_ema", "_model", "_is_given", "_seen", "_is_ahead", "_written", "_trainer")
+_OF_A_RUN: Final = (
+    "_ema",
+    "_model",
+    "_holds_final_weights",
+    "_seen",
+    "_is_ahead",
+    "_written",
+    "_trainer",
+)
 """Attributes that belong to one run of one trainer."""
 
 
@@ -195,7 +203,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     _ema: EMA | None = None
     _model: Any = None
-    _is_given = False
+    _holds_final_weights = False
     _seen = 0  # the latest step whose weights are in the average
     _is_ahead = False  # whether they were added before this callback's on_step_end
     _written: int | None = None  # the step whose checkpoint already has the average
@@ -343,7 +351,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         The weights are restored on exit, also after an exception. Does nothing if the model already
         holds the average. Raises a StateError before training.
         """
-        if self._is_given or self.ema.applied:
+        if self._holds_final_weights or self.ema.applied:
             return nullcontext()
         return self.ema.swapped(which=self._which)
 
@@ -377,7 +385,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 "checkpoint: it looks for resume_from_checkpoint, an argument of train()"
             )
         self._ema = self._model = self._written = None  # free the old average's memory first
-        self._is_given = self._is_ahead = False
+        self._holds_final_weights = self._is_ahead = False
         if any(map(is_divided, model.parameters())):
             raise ArgumentError(_DIVIDED)
         ema = EMA(model, self._decay, **self._options)
@@ -457,11 +465,11 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                     "weights of that checkpoint",
                     stacklevel=2,
                 )
-                self._is_given = True
+                self._holds_final_weights = True
                 return
         if self.at_end == "average":
             self.ema.copy_to(self._model, which=self._which)
-            self._is_given = True
+            self._holds_final_weights = True
 
 
 def _callers() -> Iterator[tuple[Any, Mapping[str, Any]]]:
