@@ -86,7 +86,7 @@ _OF_A_RUN: Final = (
     "_ema",
     "_model",
     "_holds_final_weights",
-    "_seen",
+    "_last_step",
     "_is_ahead",
     "_written",
     "_trainer",
@@ -204,7 +204,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     _ema: EMA | None = None
     _model: Any = None
     _holds_final_weights = False
-    _seen = 0  # the latest step whose weights are in the average
+    _last_step = 0  # the latest step whose weights are in the average
     _is_ahead = False  # whether they were added before this callback's on_step_end
     _written: int | None = None  # the step whose checkpoint already has the average
     _trainer: Callable[[], Any] = staticmethod(lambda: None)
@@ -297,7 +297,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             return inner(*args, **kwargs)
         self._refuse_applied("is about to save a checkpoint")
         step = trainer.state.global_step
-        if step > self._seen:  # a callback before this one triggered the save
+        if step > self._last_step:  # a callback before this one triggered the save
             self._update_at(step, trainer.optimizer)
             self._is_ahead = True
         self._written = None
@@ -391,7 +391,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         ema = EMA(model, self._decay, **self._options)
         if resumed is not None:
             self._resume(ema, resumed, state.global_step)
-        self._ema, self._model, self._seen = ema, model, state.global_step
+        self._ema, self._model, self._last_step = ema, model, state.global_step
 
     def _resume(self, ema: EMA, folder: Path, step: int) -> None:
         path = folder / _FILE
@@ -433,7 +433,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     def _update_at(self, step: int, optimizer: Any) -> None:
         if not getattr(optimizer, "step_was_skipped", False):
             self.ema.update()
-        self._seen = step
+        self._last_step = step
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the average into the checkpoint's folder, unless it is already there."""
