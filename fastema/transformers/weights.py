@@ -88,7 +88,7 @@ _OF_A_RUN: Final = (
     "_holds_final_weights",
     "_last_step",
     "_is_ahead",
-    "_written",
+    "_saved_step",
     "_trainer",
 )
 """Attributes that belong to one run of one trainer."""
@@ -206,7 +206,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     _holds_final_weights = False
     _last_step = 0  # the latest step whose weights are in the average
     _is_ahead = False  # whether they were added before this callback's on_step_end
-    _written: int | None = None  # the step whose checkpoint already has the average
+    _saved_step: int | None = None  # the step whose checkpoint already has the average
     _trainer: Callable[[], Any] = staticmethod(lambda: None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -300,7 +300,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if step > self._last_step:  # a callback before this one triggered the save
             self._update_at(step, trainer.optimizer)
             self._is_ahead = True
-        self._written = None
+        self._saved_step = None
         own, save_model = vars(trainer).get("save_model"), trainer.save_model
 
         def save_both(output_dir: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -320,7 +320,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 del trainer.save_model
             else:
                 trainer.save_model = own
-        if trainer.args.should_save and self._written is None:
+        if trainer.args.should_save and self._saved_step is None:
             trial = kwargs.get("trial", args[1] if len(args) > 1 else None)
             self._write_below(Path(trainer._get_output_dir(trial)), step)
         return found
@@ -341,7 +341,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         with self.ema.lock:  # block updates on other threads to write a consistent state
             state = self.ema.state_dict(copy=False)
             write_state(folder / _FILE, state, step=str(step), weights=known)
-        self._written = step
+        self._saved_step = step
 
     # -- the average in the model ------------------------------------------------------------------
 
@@ -384,7 +384,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 f"training resumes at step {state.global_step}, but EMACallback cannot find the "
                 "checkpoint: it looks for resume_from_checkpoint, an argument of train()"
             )
-        self._ema = self._model = self._written = None  # free the old average's memory first
+        self._ema = self._model = self._saved_step = None  # free the old average's memory first
         self._holds_final_weights = self._is_ahead = False
         if any(map(is_divided, model.parameters())):
             raise ArgumentError(_DIVIDED)
@@ -438,7 +438,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the average into the checkpoint's folder, unless it is already there."""
         self._refuse_applied("has saved a checkpoint")
-        if args.should_save and self._written != state.global_step:
+        if args.should_save and self._saved_step != state.global_step:
             trainer = self._trainer()
             folder = args.output_dir if trainer is None else trainer._get_output_dir(None)
             self._write_below(Path(folder), state.global_step)
