@@ -376,7 +376,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 "EMACallback cannot find the trainer, whose evaluation should use the average: "
                 "call attach(trainer), or pass evaluate_with_average=False"
             )
-        resumed = _resumed_from(trainer)
+        resumed = _find_resumed_checkpoint(trainer)
         if is_deepspeed_zero3_enabled() or getattr(trainer, "is_fsdp_enabled", False):
             raise ArgumentError(_DIVIDED)
         if state.global_step and resumed is None:
@@ -484,7 +484,7 @@ def _callers() -> Iterator[tuple[Any, Mapping[str, Any]]]:
         frame = frame.f_back
 
 
-def _resumed_from(trainer: Any) -> Path | None:
+def _find_resumed_checkpoint(trainer: Any) -> Path | None:
     """Return the checkpoint that the calling ``trainer.train()`` resumes from."""
     for caller, variables in _callers():
         if caller is trainer and "resume_from_checkpoint" in variables:
