@@ -145,7 +145,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         super().__init__()
         if isinstance(metrics, str):
             raise ArgumentError(f"metrics={metrics!r}: expected a sequence: metrics=({metrics!r},)")
-        self._wanted = None if metrics is None else tuple(metrics)
+        self._metric_names = None if metrics is None else tuple(metrics)
         self._smoother = MetricSmoother(
             window_size, decay, raw=raw, debias=debias, on_nonfinite=on_nonfinite, record=record
         )
@@ -301,16 +301,16 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
     def _selected(self, values: dict[str, float]) -> dict[str, float]:
         sums = self._sums
         assert sums is not None
-        if self._wanted is None:
+        if self._metric_names is None:
             return values
-        for name in self._wanted:
+        for name in self._metric_names:
             if name not in sums.means:
                 means = ", ".join(map(repr, sums.means)) or "none"
                 problem = "the model logs nothing under this name"
                 if name in sums.names:
                     problem = "it is not a mean over batches, and has no value for a single batch"
                 raise ArgumentError(f"metrics: {name!r}: {problem}; mean metrics: {means}")
-        return {name: values[name] for name in self._wanted if name in values}
+        return {name: values[name] for name in self._metric_names if name in values}
 
     # -- order -------------------------------------------------------------------------------------
 
