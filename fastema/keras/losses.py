@@ -152,7 +152,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         self._sums: BatchSums | None = None
         self._lock = threading.Lock()
         self._thread = 0
-        self._ready: dict[int, dict[str, float]] = {}
+        self._batch_averages: dict[int, dict[str, float]] = {}
         self._chunk = 1
 
     @property
@@ -169,7 +169,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
     def __getstate__(self) -> dict[str, Any]:
         """Return the averages without the state of a run, for copies and pickles."""
         self._process_pending()
-        return {**vars(self), "_sums": None, "_lock": None, "_ready": {}, "_model": None}
+        return {**vars(self), "_sums": None, "_lock": None, "_batch_averages": {}, "_model": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -242,7 +242,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
     def _begin(self) -> None:
         assert self._sums is not None
         self._sums.begin()
-        self._ready.clear()
+        self._batch_averages.clear()
         self._thread = threading.get_ident()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -264,9 +264,9 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
             last = batch // sums.model.steps_per_execution
         with self._lock:
             self._process_until(last)
-            averages = self._ready.pop(last, None)
+            averages = self._batch_averages.pop(last, None)
             if self._chunk > 1:
-                self._ready.clear()
+                self._batch_averages.clear()
         if logs is not None and averages is not None:
             logs.update(averages)
 
@@ -280,7 +280,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         assert self._sums is not None
         try:
             for number, found in self._sums.take(last):
-                self._ready[number] = self._smoother.update(self._selected(found))
+                self._batch_averages[number] = self._smoother.update(self._selected(found))
         except FastemaError:
             self._sums.remove()  # Keras will not call on_train_end
             raise
