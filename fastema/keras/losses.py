@@ -280,7 +280,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         assert self._sums is not None
         try:
             for number, found in self._sums.take(last):
-                self._batch_averages[number] = self._smoother.update(self._selected(found))
+                self._batch_averages[number] = self._smoother.update(self._select_metrics(found))
         except FastemaError:
             self._sums.remove()  # Keras will not call on_train_end
             raise
@@ -298,7 +298,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         self._process_pending()
         self._sums.remove()
 
-    def _selected(self, values: dict[str, float]) -> dict[str, float]:
+    def _select_metrics(self, values: dict[str, float]) -> dict[str, float]:
         sums = self._sums
         assert sums is not None
         if self._metric_names is None:
