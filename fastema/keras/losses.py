@@ -203,7 +203,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
     def on_train_begin(self, logs: Any = None) -> None:
         """Check the order of the callbacks, and replace the model's train function."""
         self._process_pending()
-        callbacks = self._list()
+        callbacks = self._find_callbacks()
         place = next((i for i, one in enumerate(callbacks) if one is self), None)
         self._chunk = 1
         if place is not None:
@@ -330,7 +330,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
                     "which adds to them: put LossAverages first in the list"
                 )
 
-    def _list(self) -> list[Any]:
+    def _find_callbacks(self) -> list[Any]:
         """Return all callbacks in the order of their calls; an empty list if it is unknown."""
         # Callbacks do not know each other, but the list that calls them is on the call stack.
         frame: FrameType | None = sys._getframe()
