@@ -26,7 +26,7 @@ from fastema.binding.swap import CallableWay, Swap, Way
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, BridgeError, DTypeError, StateError
 from fastema.keras.guards import ErrorGuard, UseGuard, WeightGuard, guard_use, is_running
-from fastema.keras.steps import inner, whole_number
+from fastema.keras.steps import unwrap_optimizers, whole_number
 from fastema.keras.ways import Aside, is_gone
 from fastema.plan import Plan
 
@@ -47,7 +47,7 @@ Each call of Keras starts by undoing what these callbacks did, however the earli
 def _optimizers(model: Any) -> list[Any]:
     """Return the model's optimizers with ``use_ema=True``."""
     optimizer = getattr(model, "optimizer", None)  # a model that was not compiled has none
-    found = [] if optimizer is None else inner(optimizer)
+    found = [] if optimizer is None else unwrap_optimizers(optimizer)
     return [one for one in found if one.use_ema]
 
 

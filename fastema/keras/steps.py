@@ -6,15 +6,15 @@ from typing import Any
 
 import keras
 
-__all__ = ["OptimizerSteps", "in_flight", "inner", "whole_number"]
+__all__ = ["OptimizerSteps", "in_flight", "unwrap_optimizers", "whole_number"]
 
 
-def inner(optimizer: Any) -> list[Any]:
+def unwrap_optimizers(optimizer: Any) -> list[Any]:
     """Return the optimizers that change weights, unwrapped from loss-scaling or composite ones."""
     if hasattr(optimizer, "inner_optimizer"):
-        return inner(optimizer.inner_optimizer)
+        return unwrap_optimizers(optimizer.inner_optimizer)
     if hasattr(optimizer, "optimizers"):
-        return [leaf for one in optimizer.optimizers for leaf in inner(one)]
+        return [leaf for one in optimizer.optimizers for leaf in unwrap_optimizers(one)]
     return [optimizer]
 
 
@@ -31,12 +31,12 @@ class OptimizerSteps:
         optimizer = model.optimizer
         # Search for variables by identity, since == compares their values.
         places = {id(variable): i for i, variable in enumerate(optimizer.variables)}
-        for one in inner(optimizer):
+        for one in unwrap_optimizers(optimizer):
             counter = next(v for v in one.variables if v.name == "iteration")
             k = one.gradient_accumulation_steps or 1
             self._counters.append((counter, places.get(id(counter)), k))
         self.one_per_batch = (
-            inner(optimizer) == [optimizer]
+            unwrap_optimizers(optimizer) == [optimizer]
             and not optimizer.gradient_accumulation_steps
             and model.steps_per_execution == 1
             and type(model).train_step is keras.Model.train_step

@@ -19,7 +19,7 @@ from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, CheckpointError, StateError
 from fastema.keras.guards import ErrorGuard, WeightGuard, guard_use, refuse_writes
-from fastema.keras.steps import OptimizerSteps, inner
+from fastema.keras.steps import OptimizerSteps, unwrap_optimizers
 from fastema.keras.ways import Aside, UnlessWritten
 from fastema.rules import Rule
 from fastema.shadow import EMA
@@ -214,7 +214,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 f"the model {model.name!r} has no optimizer, but the average counts its steps: "
                 "compile() the model (in your own training loop use fastema.EMA(model))"
             )
-        if any(one.use_ema for one in inner(optimizer)):
+        if any(one.use_ema for one in unwrap_optimizers(optimizer)):
             raise StateError(
                 "the optimizer has use_ema=True: it would write its own average into the "
                 "model, which would be averaged again; leave out use_ema, or EMAWeights"
