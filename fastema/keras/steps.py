@@ -45,7 +45,7 @@ class OptimizerSteps:
         )
         """Whether each batch is one step, so that no counter has to be read from a device."""
 
-    def done(self) -> int:
+    def count_steps(self) -> int:
         """Return the number of optimizer steps so far."""
         # Within an epoch on JAX, variables are empty, and the model's state has their values.
         state = getattr(self._model, "_jax_state", None) or {}

@@ -237,10 +237,10 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         model = self._checked_model()
         if self._steps is None:
             self._steps = self._counted(model)
-            self._done = self._steps.done()
+            self._done = self._steps.count_steps()
         if not self._begin(model):
             raise StateError(f"the model {model.name!r} has no weights yet: build it first")
-        self._update_to(self._steps.done())
+        self._update_to(self._steps.count_steps())
 
     def _update_to(self, done: int) -> None:
         passed, self._done = done - self._done, done
@@ -460,7 +460,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._opening = False
         model = self._checked_model()
         self._steps = self._counted(model)
-        done = self._steps.done()
+        done = self._steps.count_steps()
         new = self._ema is None and self._pending is None
         self._begin(model)
         if self._backup is not None and (new or done != self._done):
@@ -477,20 +477,22 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         if self._steps is None or not self._begin(self._checked_model()):
             self.update()
         else:
-            self._update_to(self._done + 1 if self._steps.one_per_batch else self._steps.done())
+            self._update_to(
+                self._done + 1 if self._steps.one_per_batch else self._steps.count_steps()
+            )
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Write the backup, and put the average into the model if ``swap_on_epoch`` is set."""
         if self._in_batch and self._steps is not None:
             # The data ran out. TensorFlow has still counted a step, for a batch that it did not
             # get: nothing in its graph makes the counter wait for the data.
-            self._in_batch, self._done = False, self._steps.done()
+            self._in_batch, self._done = False, self._steps.count_steps()
         if self._backup is not None and self._steps is not None:
             with suppress(FileNotFoundError):
                 os.replace(self._backup, _previous(self._backup))
             with self.ema.lock:
                 saved = self.ema.state_dict(copy=False)
-                state.write_state(self._backup, saved, steps=str(self._steps.done()))
+                state.write_state(self._backup, saved, steps=str(self._steps.count_steps()))
         if self._swap_on_epoch:
             self._apply("epoch")
 
