@@ -27,7 +27,7 @@ from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, BridgeError, DTypeError, StateError
 from fastema.keras.guards import ErrorGuard, UseGuard, WeightGuard, guard_use, is_running
 from fastema.keras.steps import unwrap_optimizers, whole_number
-from fastema.keras.ways import Aside, is_gone
+from fastema.keras.ways import CopyingSwap, is_gone
 from fastema.plan import Plan
 
 __all__ = ["SwapEMAWeights"]
@@ -84,7 +84,7 @@ def _one_by_one(pairs: list[tuple[Any, Any]]) -> None:
         average.assign(value)
 
 
-class _ArraySwap(Aside):
+class _ArraySwap(CopyingSwap):
     """A swap for the JAX backend, whose arrays are immutable: variables exchange arrays.
 
     An evaluation may donate the arrays that it gets, and leaves variables without a value if it

@@ -11,10 +11,10 @@ import keras
 
 from fastema.bridges.memory import bytes_of, row_major_on_host
 
-__all__ = ["Aside", "UnlessWritten", "is_gone"]
+__all__ = ["CopyingSwap", "UnlessWritten", "is_gone"]
 
 
-class Aside:
+class CopyingSwap:
     """Copies averages into the model, and keeps the model's own values to restore them.
 
     On JAX, arrays are immutable, so that weights are kept by reference. An evaluation that fails on
@@ -59,8 +59,8 @@ class Aside:
                 variable.assign(value)
 
 
-class UnlessWritten(Aside):
-    """An :class:`Aside` that does not restore weights which other callbacks wrote meanwhile."""
+class UnlessWritten(CopyingSwap):
+    """An :class:`CopyingSwap` that does not restore weights which other callbacks wrote meanwhile."""
 
     def apply(self) -> None:
         """Keep the model's values, copy the averages into it, and record their checksums."""
