@@ -11,7 +11,7 @@ import keras
 
 from fastema.bridges.memory import bytes_of, row_major_on_host
 
-__all__ = ["CopyingSwap", "UnlessWritten", "is_gone"]
+__all__ = ["CopyingSwap", "WriteAwareSwap", "is_gone"]
 
 
 class CopyingSwap:
@@ -59,7 +59,7 @@ class CopyingSwap:
                 variable.assign(value)
 
 
-class UnlessWritten(CopyingSwap):
+class WriteAwareSwap(CopyingSwap):
     """An :class:`CopyingSwap` that does not restore weights which other callbacks wrote meanwhile."""
 
     def apply(self) -> None:

@@ -20,7 +20,7 @@ from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, CheckpointError, StateError
 from fastema.keras.guards import ErrorGuard, WeightGuard, guard_use, refuse_writes
 from fastema.keras.steps import OptimizerSteps, unwrap_optimizers
-from fastema.keras.ways import CopyingSwap, UnlessWritten
+from fastema.keras.ways import CopyingSwap, WriteAwareSwap
 from fastema.rules import Rule
 from fastema.shadow import EMA
 from fastema.shadow.options import (
@@ -326,7 +326,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         names = ema.shadows[0].keys()
         leaves = zip(model.weights, leaves_of(model).items, strict=True)
         averaged = [variable for variable, leaf in leaves if leaf.name in names]
-        way = UnlessWritten if hook == "epoch" else CopyingSwap
+        way = WriteAwareSwap if hook == "epoch" else CopyingSwap
         return Swap(way(model, averaged, partial(ema.copy_to, model, which=which)))
 
     def _restore_after(self, *hooks: Hook) -> None:
