@@ -47,7 +47,7 @@ class CopyingSwap:
     def _kept_beside(self, others: list[Any]) -> list[tuple[Any, Any]]:
         weights = {id(one) for one in self._model.weights}
         # Copy variables other than weights, such as random number states, which are small.
-        return [(one, one.value if id(one) in weights else copied(one)) for one in others]
+        return [(one, one.value if id(one) in weights else copy_to_host(one)) for one in others]
 
     def restore(self) -> None:
         """Restore the model's own values."""
@@ -69,7 +69,7 @@ class WriteAwareSwap(CopyingSwap):
 
     @staticmethod
     def _kept(variable: Any) -> Any:
-        return variable.value if keras.backend.backend() == "jax" else copied(variable)
+        return variable.value if keras.backend.backend() == "jax" else copy_to_host(variable)
 
     def restore(self) -> None:
         """Restore the model's own values, except weights that others wrote."""
@@ -87,7 +87,7 @@ def _on_host(variable: Any) -> Any:
     )
 
 
-def copied(variable: Any) -> Any:
+def copy_to_host(variable: Any) -> Any:
     """Return a copy of a variable's value on the host."""
     return deepcopy(_on_host(variable))
 
