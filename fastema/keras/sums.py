@@ -78,7 +78,7 @@ def _flat(logs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def _results(metrics: Sequence[Any], result: Callable[[Any], Any]) -> Iterator[None]:
+def _replace_result(metrics: Sequence[Any], result: Callable[[Any], Any]) -> Iterator[None]:
     """Replace ``result`` of the metrics by another function within the block."""
     for one in metrics:
         vars(one)["result"] = lambda one=one: result(one)
@@ -147,7 +147,7 @@ class BatchSums:
         self.names: list[str] = []  # all names that a step logs
         self.means: list[str] = []  # names of mean metrics
         self._places: list[tuple[str, int, int, bool]] = []
-        self._results: dict[int, tuple[Any, Any]] = {}
+        self._replace_result: dict[int, tuple[Any, Any]] = {}
         self._within = 0
         self._unpatch = ExitStack()
         self._notes: list[_Recorder] = []
@@ -364,9 +364,9 @@ class BatchSums:
             return logs
         # TensorFlow interleaves the traces of several replicas' steps.
         if not self._within:
-            self._results = {}
+            self._replace_result = {}
             self._unpatch = ExitStack()
-            self._unpatch.enter_context(_results(self._metrics, self._result))
+            self._unpatch.enter_context(_replace_result(self._metrics, self._result))
         self._within += 1
         try:
             found = self._step(*args)
@@ -378,19 +378,21 @@ class BatchSums:
             found, *others = found
             extra_outputs.extend(others)
         logs = dict(_flat(found))
-        self._match_results(logs, {key: metric for key, (_, metric) in self._results.items()})
+        self._match_results(
+            logs, {key: metric for key, (_, metric) in self._replace_result.items()}
+        )
         if self._backend == "torch" and not self._sources:  # Keras before 3.13 logs plain floats
             self._find_by_name(logs)
         return logs
 
     def _find_by_name(self, logs: Mapping[str, Any]) -> None:
-        with _results(self._metrics, lambda metric: metric):
+        with _replace_result(self._metrics, lambda metric: metric):
             named = self.model.get_metrics_result()
         self._match_results(logs, {id(logs[name]): named[name] for name in named if name in logs})
 
     def _result(self, metric: Any) -> Any:
         value = type(metric).result(metric)
-        self._results[id(value)] = value, metric
+        self._replace_result[id(value)] = value, metric
         return value
 
     def _match_results(self, logs: Mapping[str, Any], metrics: Mapping[int, Any]) -> None:
