@@ -47,7 +47,7 @@ def _is_mean(metric: Any) -> bool:
     )
 
 
-def _means(model: Any) -> list[Any]:
+def _find_means(model: Any) -> list[Any]:
     """Return the metrics of a model that are a sum divided by a count, without duplicates."""
     found: dict[int, Any] = {}
     for one in model.metrics:
@@ -348,7 +348,7 @@ class BatchSums:
         if self._backend == "tensorflow" and any(one and not one.built for one in parts):
             # Otherwise the first step would build them, too late to begin at zero.
             model._symbolic_build(data_batch=data)
-        self._metrics = _means(model)
+        self._metrics = _find_means(model)
         if self._backend != "jax":
             sums = _sums(self._metrics)
             self._notes = [_Recorder(one) for one in sums]
