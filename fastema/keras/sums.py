@@ -57,7 +57,7 @@ def _find_means(model: Any) -> list[Any]:
     return list(found.values())
 
 
-def _sums(metrics: Sequence[Any]) -> list[Any]:
+def _list_sum_variables(metrics: Sequence[Any]) -> list[Any]:
     """Return the variables of mean metrics: all totals, then all counts."""
     return [one.total for one in metrics] + [one.count for one in metrics]
 
@@ -275,7 +275,7 @@ class BatchSums:
     def _in_place(self, data: Any) -> Any:
         """Run a step without recorders: compiled by PyTorch, or several replicas on TensorFlow."""
         self._find(data)
-        sums = _sums(self._metrics)
+        sums = _list_sum_variables(self._metrics)
         before = [_read(one) for one in sums]
         if self._exact:
             for one in sums:
@@ -318,7 +318,7 @@ class BatchSums:
         self._find(data)
         *others, given = state
         places = {id(one): i for i, one in enumerate(self.model.metrics_variables)}
-        where = [places[id(one)] for one in _sums(self._metrics)]
+        where = [places[id(one)] for one in _list_sum_variables(self._metrics)]
         before, given = [given[i] for i in where], list(given)
         if self._exact:
             for i in where:
@@ -350,7 +350,7 @@ class BatchSums:
             model._symbolic_build(data_batch=data)
         self._metrics = _find_means(model)
         if self._backend != "jax":
-            sums = _sums(self._metrics)
+            sums = _list_sum_variables(self._metrics)
             self._notes = [_Recorder(one) for one in sums]
             self._silent = dict(enumerate(sums))
 
