@@ -280,7 +280,7 @@ class BatchSums:
         if self._exact:
             for one in sums:
                 _clear(one)
-        logs = self._logged(data)
+        logs = self._run_step(data)
         added = [_read(one) for one in sums]
         if self._exact:
             for one, old, new in zip(sums, before, added, strict=True):
@@ -298,7 +298,7 @@ class BatchSums:
         for note in self._notes:
             note.begin()
         try:
-            logs = self._logged(data)
+            logs = self._run_step(data)
         finally:
             for note in self._notes:
                 note.end()
@@ -324,7 +324,7 @@ class BatchSums:
             for i in where:
                 given[i] = keras.ops.zeros_like(given[i])
         found: list[Any] = []
-        logs = self._logged((*others, given), data, extra_outputs=found)
+        logs = self._run_step((*others, given), data, extra_outputs=found)
         *others, left = found[0]
         left = list(left)
         added = [left[i] for i in where]
@@ -354,7 +354,7 @@ class BatchSums:
             self._notes = [_Recorder(one) for one in sums]
             self._silent = dict(enumerate(sums))
 
-    def _logged(self, *args: Any, extra_outputs: list[Any] | None = None) -> dict[str, Any]:
+    def _run_step(self, *args: Any, extra_outputs: list[Any] | None = None) -> dict[str, Any]:
         """Return the logs of the model's own step, and match them with metrics by results."""
         assert self._step is not None
         if self._backend == "torch" and (self._sources or self.model.jit_compile):
