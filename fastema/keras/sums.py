@@ -200,10 +200,12 @@ class BatchSums:
         model = self.model
         if self._backend == "torch":
             self._step = theirs
-            return self._in_place if model.jit_compile else self._record_step
+            return self._run_unrecorded_step if model.jit_compile else self._record_step
         self._step = model.train_step
         alone = self._backend == "jax" or model.distribute_strategy.num_replicas_in_sync == 1
-        ours: dict[str, Any] = {"train_step": self._record_step if alone else self._in_place}
+        ours: dict[str, Any] = {
+            "train_step": self._record_step if alone else self._run_unrecorded_step
+        }
         if self._backend == "jax":
             ours = {"train_step": self._stateless, "_make_function": self._record_each(model)}
         before = {name: vars(model)[name] for name in ours if name in vars(model)}
@@ -272,7 +274,7 @@ class BatchSums:
 
     # -- within a step -----------------------------------------------------------------------------
 
-    def _in_place(self, data: Any) -> Any:
+    def _run_unrecorded_step(self, data: Any) -> Any:
         """Run a step without recorders: compiled by PyTorch, or several replicas on TensorFlow."""
         self._find(data)
         sums = _list_sum_variables(self._metrics)
