@@ -141,7 +141,7 @@ class BatchSums:
         self._exact = _is_library_step(model)
         self._step: Callable[..., Any] | None = None
         self._function: Callable[..., Any] | None = None
-        self._theirs: Callable[..., Any] | None = None
+        self._original_function: Callable[..., Any] | None = None
         self._metrics: list[Any] = []
         self._sources: list[tuple[str, Any]] = []  # names in the logs, and their metrics
         self.names: list[str] = []  # all names that a step logs
@@ -175,10 +175,10 @@ class BatchSums:
         if isinstance(self.model.train_function, BatchSums):
             self.model.train_function.remove()  # left by a run that failed
         theirs = self.model.train_function
-        if self._function is None or theirs is not self._theirs:
+        if self._function is None or theirs is not self._original_function:
             self._metrics, self._sources, self._recent = [], [], None
             self._function = self._wrap_train_function(theirs)
-            self._theirs = theirs
+            self._original_function = theirs
         self.model.train_function = self
         self.begin()
 
@@ -193,7 +193,7 @@ class BatchSums:
     def remove(self) -> None:
         """Restore the model's own function, unless something else has replaced this one since."""
         if self.installed:
-            self.model.train_function = self._theirs
+            self.model.train_function = self._original_function
 
     def _wrap_train_function(self, theirs: Callable[..., Any]) -> Callable[..., Any]:
         """Return a train function whose logs include what the batch added."""
@@ -248,8 +248,8 @@ class BatchSums:
         if not self._expected:
             # Another loop is training: after an error left this object behind, or in a callback.
             self.remove()
-            assert self._theirs is not None
-            return self._theirs(*args)
+            assert self._original_function is not None
+            return self._original_function(*args)
         self._expected = self.dispatched
         self._parts = []
         try:
