@@ -156,7 +156,7 @@ class BatchSums:
         self._parts: list[Any] = []
         self.executed = 0  # executions of this epoch
         self._pending: deque[tuple[int, list[Any]]] = deque()
-        self._expected = False
+        self._is_recording = False
         # Whether callbacks run asynchronously, and so cannot announce each execution.
         self.dispatched = False
 
@@ -184,11 +184,11 @@ class BatchSums:
 
     def start_recording(self) -> None:
         """Record the next execution; with asynchronous callbacks, all until ``end_recording``."""
-        self._expected = True
+        self._is_recording = True
 
     def end_recording(self) -> None:
         """Stop recording executions."""
-        self._expected = False
+        self._is_recording = False
 
     def remove(self) -> None:
         """Restore the model's own function, unless something else has replaced this one since."""
@@ -245,12 +245,12 @@ class BatchSums:
     def __call__(self, *args: Any) -> Any:
         """Run one execution of the train function, and record it if it was announced."""
         assert self._function is not None
-        if not self._expected:
+        if not self._is_recording:
             # Another loop is training: after an error left this object behind, or in a callback.
             self.remove()
             assert self._original_function is not None
             return self._original_function(*args)
-        self._expected = self.dispatched
+        self._is_recording = self.dispatched
         self._parts = []
         try:
             if self._recent is not None:
