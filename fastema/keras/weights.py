@@ -156,7 +156,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._backup = _path(backup, "backup", _BACKUP)
         self._save_path = _path(save_path, "save_path", _WEIGHTS)
         self._ema: EMA | None = None
-        self._written: StateError | None = None  # raised after the weights are restored
+        self._deferred_error: StateError | None = None  # raised after the weights are restored
         self._averaged: Any = None
         self._pending: Mapping[str, Any] | None = None
         self._steps: OptimizerSteps | None = None
@@ -301,7 +301,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 "its swapped() block, first"
             )
         swap = self._swap_for(hook, model)
-        self._written = None
+        self._deferred_error = None
         with defer_signals():
             self._swap, self._hook = swap, hook
             _held_by[model] = weakref.ref(self)
@@ -360,10 +360,10 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         except StateError as error:
             if self.ema.applied:
                 raise
-            self._written = error
+            self._deferred_error = error
 
     def _verify(self) -> None:
-        error, self._written = self._written, None
+        error, self._deferred_error = self._deferred_error, None
         if error is not None:
             raise error
 
