@@ -160,7 +160,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._averaged: Any = None
         self._pending: Mapping[str, Any] | None = None
         self._steps: OptimizerSteps | None = None
-        self._done = 0
+        self._last_step = 0
         self._opening = self._in_batch = False
         self._swap: Swap | None = None
         self._hook: Hook | None = None
@@ -237,13 +237,13 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         model = self._checked_model()
         if self._steps is None:
             self._steps = self._counted(model)
-            self._done = self._steps.count_steps()
+            self._last_step = self._steps.count_steps()
         if not self._begin(model):
             raise StateError(f"the model {model.name!r} has no weights yet: build it first")
         self._update_to(self._steps.count_steps())
 
     def _update_to(self, done: int) -> None:
-        passed, self._done = done - self._done, done
+        passed, self._last_step = done - self._last_step, done
         if passed == 1:
             self.ema.update()
         elif passed > 1:
@@ -463,9 +463,9 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         done = self._steps.count_steps()
         new = self._ema is None and self._pending is None
         self._begin(model)
-        if self._backup is not None and (new or done != self._done):
+        if self._backup is not None and (new or done != self._last_step):
             self._resume(model, self._backup, done, must_fit=new)
-        self._done = done
+        self._last_step = done
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Record that a batch begins, which may turn out to be missing."""
@@ -478,7 +478,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self.update()
         else:
             self._update_to(
-                self._done + 1 if self._steps.one_per_batch else self._steps.count_steps()
+                self._last_step + 1 if self._steps.one_per_batch else self._steps.count_steps()
             )
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -486,7 +486,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         if self._in_batch and self._steps is not None:
             # The data ran out. TensorFlow has still counted a step, for a batch that it did not
             # get: nothing in its graph makes the counter wait for the data.
-            self._in_batch, self._done = False, self._steps.count_steps()
+            self._in_batch, self._last_step = False, self._steps.count_steps()
         if self._backup is not None and self._steps is not None:
             with suppress(FileNotFoundError):
                 os.replace(self._backup, _previous(self._backup))
