@@ -195,7 +195,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             )
         return model
 
-    def _begin(self, model: Any) -> bool:
+    def _create_average(self, model: Any) -> bool:
         """Create the average if the model has weights; return whether there is an average."""
         if self._ema is None:
             if not (model.built and model.variables):
@@ -238,7 +238,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         if self._steps is None:
             self._steps = self._counted(model)
             self._last_step = self._steps.count_steps()
-        if not self._begin(model):
+        if not self._create_average(model):
             raise StateError(f"the model {model.name!r} has no weights yet: build it first")
         self._update_to(self._steps.count_steps())
 
@@ -276,7 +276,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._pending = state
         model = getattr(self, "_model", None)
         if model is not None:
-            self._begin(self._checked_model())
+            self._create_average(self._checked_model())
 
     # -- the average in the model -----------------------------------------------------------------
 
@@ -293,7 +293,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         if self._hook is not None:
             return
         if self._ema is None and self._pending is not None:
-            self._begin(model)
+            self._create_average(model)
         other = _held_by.get(model, lambda: None)()
         if other is not None and other is not self and other.applied:
             raise StateError(
@@ -462,7 +462,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._steps = self._counted(model)
         done = self._steps.count_steps()
         new = self._ema is None and self._pending is None
-        self._begin(model)
+        self._create_average(model)
         if self._backup is not None and (new or done != self._last_step):
             self._resume(model, self._backup, done, must_fit=new)
         self._last_step = done
@@ -474,7 +474,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Update the average if the optimizer has made a step."""
         self._in_batch = False
-        if self._steps is None or not self._begin(self._checked_model()):
+        if self._steps is None or not self._create_average(self._checked_model()):
             self.update()
         else:
             self._update_to(
