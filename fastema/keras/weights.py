@@ -206,7 +206,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self._ema, self._averaged, self._pending = ema, model, None
         return True
 
-    def _counted(self, model: Any) -> OptimizerSteps:
+    def _make_step_counter(self, model: Any) -> OptimizerSteps:
         """Return a counter of the optimizer's steps; raise if the model cannot be averaged."""
         optimizer = getattr(model, "optimizer", None)
         if optimizer is None:
@@ -236,7 +236,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._refuse_applied("update")
         model = self._checked_model()
         if self._steps is None:
-            self._steps = self._counted(model)
+            self._steps = self._make_step_counter(model)
             self._last_step = self._steps.count_steps()
         if not self._create_average(model):
             raise StateError(f"the model {model.name!r} has no weights yet: build it first")
@@ -422,7 +422,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._restore_after("test", "predict", "epoch")
         self._refuse_applied("fit")
         model = self._checked_model()
-        self._counted(model)
+        self._make_step_counter(model)
         other = _in_fit.get(model, lambda: None)()
         if other is not None and other is not self:
             # All callbacks of one fit() call have the same dict.
@@ -459,7 +459,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             return
         self._opening = False
         model = self._checked_model()
-        self._steps = self._counted(model)
+        self._steps = self._make_step_counter(model)
         done = self._steps.count_steps()
         new = self._ema is None and self._pending is None
         self._create_average(model)
