@@ -341,10 +341,10 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         StateError
             After the weights are restored, if averaged weights were written meanwhile (on PyTorch).
         """
-        self._put_back()
+        self._restore_weights()
         self._verify()
 
-    def _put_back(self) -> None:
+    def _restore_weights(self) -> None:
         with defer_signals():
             if self._swap is not None:
                 self._swap.restore()
@@ -387,7 +387,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         is_outermost = self._hook is None
         if not is_outermost:
             return BlockSteps(partial(self._apply, "block"), lambda: None)
-        return BlockSteps(partial(self._apply, "block"), self._put_back, self._verify)
+        return BlockSteps(partial(self._apply, "block"), self._restore_weights, self._verify)
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Write the average to a file in Keras's format for a model's weights.
