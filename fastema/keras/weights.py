@@ -43,7 +43,9 @@ _BACKUP: Final = ".safetensors"
 _in_fit: weakref.WeakKeyDictionary[Any, weakref.ref[EMAWeights]] = weakref.WeakKeyDictionary()
 """Maps a model to the callback whose ``on_train_begin`` was called last."""
 
-_held_by: weakref.WeakKeyDictionary[Any, weakref.ref[EMAWeights]] = weakref.WeakKeyDictionary()
+_applied_callbacks: weakref.WeakKeyDictionary[Any, weakref.ref[EMAWeights]] = (
+    weakref.WeakKeyDictionary()
+)
 """Maps a model to the callback whose average it holds."""
 
 
@@ -294,7 +296,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             return
         if self._ema is None and self._pending is not None:
             self._create_average(model)
-        other = _held_by.get(model, lambda: None)()
+        other = _applied_callbacks.get(model, lambda: None)()
         if other is not None and other is not self and other.applied:
             raise StateError(
                 "the model holds the average of another EMAWeights: call its restore(), or leave "
@@ -304,7 +306,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._deferred_error = None
         with defer_signals():
             self._swap, self._hook = swap, hook
-            _held_by[model] = weakref.ref(self)
+            _applied_callbacks[model] = weakref.ref(self)
             try:
                 swap.apply()
                 if hook == "block":
