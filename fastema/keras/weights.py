@@ -40,7 +40,9 @@ Hook: TypeAlias = Literal["test", "predict", "epoch", "block"]
 _WEIGHTS: Final = ".weights.h5"
 _BACKUP: Final = ".safetensors"
 
-_in_fit: weakref.WeakKeyDictionary[Any, weakref.ref[EMAWeights]] = weakref.WeakKeyDictionary()
+_fitting_callbacks: weakref.WeakKeyDictionary[Any, weakref.ref[EMAWeights]] = (
+    weakref.WeakKeyDictionary()
+)
 """Maps a model to the callback whose ``on_train_begin`` was called last."""
 
 _applied_callbacks: weakref.WeakKeyDictionary[Any, weakref.ref[EMAWeights]] = (
@@ -425,7 +427,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._refuse_applied("fit")
         model = self._checked_model()
         self._make_step_counter(model)
-        other = _in_fit.get(model, lambda: None)()
+        other = _fitting_callbacks.get(model, lambda: None)()
         if other is not None and other is not self:
             # All callbacks of one fit() call have the same dict.
             if other.params is self.params:
@@ -436,7 +438,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             other._restore_after("test", "predict", "epoch")
             other._refuse_applied("fit with another EMAWeights")
             other._end_fit()
-        _in_fit[model] = weakref.ref(self)
+        _fitting_callbacks[model] = weakref.ref(self)
         for path in (self._backup, self._save_path):
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
