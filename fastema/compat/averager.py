@@ -339,7 +339,7 @@ class ModelAverager:
 
     def write_to(self, model: Any) -> None:
         """Write the averages and the copied tensors into a model, rounded to nearest."""
-        self._refuse_swapped("give()")
+        self._refuse_swapped("copying it into a model")
         model = list_iterators(model)
         weights = leaves_of(model)
         averages: Any = self._averaged

@@ -142,7 +142,7 @@ def install(*peers: str, horizon: Horizon = "peer") -> Installation:
                 )
         new = tuple(dict.fromkeys(peer for peer in peers if peer not in _installed))
         pairs = {peer: _check_peer(peer, horizon) for peer in new}
-        places = {peer: [p for pair in pairs[peer] for p in _places(*pair)] for peer in new}
+        places = {peer: [p for pair in pairs[peer] for p in _find_bindings(*pair)] for peer in new}
         with defer_signals():
             for found in places.values():
                 for place in found:
@@ -234,7 +234,7 @@ def _compare_module(
     return [problem for pair in pairs for problem in compare_interfaces(*pair)], pairs
 
 
-def _places(theirs: Any, ours: Any) -> Iterator[_Binding]:
+def _find_bindings(theirs: Any, ours: Any) -> Iterator[_Binding]:
     """Yield every name that a module outside fastema binds to ``theirs``."""
     for module in list(sys.modules.values()):
         # Read __dict__ without attribute access, which would import lazy modules.

@@ -343,7 +343,7 @@ class AveragedModel(peer.AveragedModel):
         multi_avg_fn: MultiAvgFn | None = None,
         use_buffers: bool = False,
     ) -> None:
-        with torch.no_grad():  # a copy of a scripted module: see fastema.compat.averager.duplicate
+        with torch.no_grad():  # a copy of a scripted module: see fastema.compat.averager.copy_model
             super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]
         self._reset_caches()
 

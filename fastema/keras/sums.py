@@ -147,7 +147,7 @@ class BatchSums:
         self.names: list[str] = []  # all names that a step logs
         self.means: list[str] = []  # names of mean metrics
         self._places: list[tuple[str, int, int, bool]] = []
-        self._replace_result: dict[int, tuple[Any, Any]] = {}
+        self._matched_results: dict[int, tuple[Any, Any]] = {}
         self._within = 0
         self._unpatch = ExitStack()
         self._notes: list[_Recorder] = []
@@ -366,7 +366,7 @@ class BatchSums:
             return logs
         # TensorFlow interleaves the traces of several replicas' steps.
         if not self._within:
-            self._replace_result = {}
+            self._matched_results = {}
             self._unpatch = ExitStack()
             self._unpatch.enter_context(_replace_result(self._metrics, self._result))
         self._within += 1
@@ -381,7 +381,7 @@ class BatchSums:
             extra_outputs.extend(others)
         logs = dict(_flat(found))
         self._match_results(
-            logs, {key: metric for key, (_, metric) in self._replace_result.items()}
+            logs, {key: metric for key, (_, metric) in self._matched_results.items()}
         )
         if self._backend == "torch" and not self._sources:  # Keras before 3.13 logs plain floats
             self._find_by_name(logs)
@@ -394,7 +394,7 @@ class BatchSums:
 
     def _result(self, metric: Any) -> Any:
         value = type(metric).result(metric)
-        self._replace_result[id(value)] = value, metric
+        self._matched_results[id(value)] = value, metric
         return value
 
     def _match_results(self, logs: Mapping[str, Any], metrics: Mapping[int, Any]) -> None:

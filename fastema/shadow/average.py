@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from fastema.engine.program import Program
 from fastema.errors import StateError
 from fastema.shadow.reports import describe_rule, report
-from fastema.shadow.saving import Saveable
+from fastema.shadow.saving import SaveableAverage
 from fastema.shadow.updating import Weights
 from fastema.shadow.views import Drift
 
 __all__ = ["Average", "Weights"]
 
 
-class Average(Saveable[Weights]):
+class Average(SaveableAverage[Weights]):
     """Base class of all averages of weights, kept in flat buffers and updated in one call.
 
     At the n-th update ``avg += w(n) * (x - avg)``, computed in float32 (in float64 if the average

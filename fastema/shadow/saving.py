@@ -20,12 +20,12 @@ from fastema.shadow.state import SavedOrMine, pack, unpack
 from fastema.shadow.store import Store, Tensors
 from fastema.shadow.updating import Weights
 
-__all__ = ["Saveable"]
+__all__ = ["SaveableAverage"]
 
-Self = TypeVar("Self", bound="Saveable[Any]")
+Self = TypeVar("Self", bound="SaveableAverage[Any]")
 
 
-class Saveable(SwappableAverage[Weights]):
+class SaveableAverage(SwappableAverage[Weights]):
     """Averages that can be saved, loaded and moved; see :class:`Average`."""
 
     def to(

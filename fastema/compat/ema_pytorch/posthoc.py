@@ -312,7 +312,7 @@ class PostHocEMA(nn.Module):
         exponents = [self._exponent(one) for one in self.gammas]
         # Snapshots between the same two updates are equal. Leave out those after `last`.
         unique = {
-            synthesized._profile(exponents[one.index], one.step): one.path
+            synthesized._profile(exponents[one.average_index], one.step): one.path
             for one in every
             if one.step <= last
         }

@@ -30,12 +30,12 @@ class SnapshotFile(NamedTuple):
     """The file of one average at one step."""
 
     path: Path
-    index: int
+    average_index: int
     step: int
 
 
 def write_snapshot(folder: Path, index: int, state: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Write ``{which}.{step}.pt`` atomically: floats in ``dtype``, everything else unchanged."""
+    """Write ``{index}.{step}.pt`` atomically: floats in ``dtype``, everything else unchanged."""
     path = folder / f"{index}.{int(state['step'].item())}.pt"
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is gone: create the folder again for {path.name}")
@@ -56,13 +56,19 @@ def find_snapshots(folder: Path, count: int) -> list[SnapshotFile]:
     """
     matches = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("*.pt")]
     every = [SnapshotFile(path, int(hit[1]), int(hit[2])) for path, hit in matches if hit]
-    beyond = [f"{one.path.name} has average {one.index}" for one in every if one.index >= count]
+    beyond = [
+        f"{one.path.name} has average {one.average_index}"
+        for one in every
+        if one.average_index >= count
+    ]
     if beyond:
         raise CheckpointError(
             f"{folder} holds snapshots of another run, with more than {count} averages:\n"
             + format_problems(sorted(beyond))
         )
-    kept = sorted((one for one in every if one.step > 0), key=lambda one: (one.step, one.index))
+    kept = sorted(
+        (one for one in every if one.step > 0), key=lambda one: (one.step, one.average_index)
+    )
     if not kept:
         raise CheckpointError(f"no snapshots in {folder}; checkpoint() writes them")
     return kept
