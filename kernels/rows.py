@@ -99,9 +99,9 @@ def make_element_step(step: Step):
 def window_body(walks, real):
     """Return the body that updates one row of a windowed mean.
 
-    ``walks`` are those of :class:`fastema.kernels.steps.WindowSteps`, ``walk(cells, at, n, slot, run)``,
-    where ``run`` holds further arguments of the device's walks. Every update recomputes one in
-    ``WINDOW`` rows from the whole ring, so that rounding errors do not accumulate.
+    ``walks`` are :class:`fastema.kernels.steps.WindowSteps`, ``walk(cells, at, n, slot, run)``, where
+    ``run`` holds further arguments of the device's walks. Every update recomputes one in ``WINDOW``
+    rows from the whole ring, so that rounding errors do not accumulate.
 
     Bytes moved per element, f32 throughout: 4 for weights, 8 for the slot, 8 for the mean, 8 for
     its residual, and 4 for recomputed rows: 32, for any window.

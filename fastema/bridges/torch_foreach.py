@@ -1,10 +1,10 @@
 """The kernels' operations in torch's own functions, slower, for devices without kernels.
 
 ``substitute`` cuts pairs into pieces, and puts pieces with equal dtypes and formats into a
-:class:`PieceBatch`. An operation is a function of a batch and the arguments of a run. It uses torch's
-functions on lists of tensors if there is one for it, otherwise flat copies of the pieces. It works
-on at most :data:`AT_ONCE` elements at a time, with at most :data:`BYTES` bytes of temporaries per
-element, so the memory needed does not grow with the model.
+:class:`PieceBatch`. An operation is a function of a batch and the arguments of a run. It uses
+torch's functions on lists of tensors if there is one for it, otherwise flat copies of the pieces.
+It works on at most :data:`AT_ONCE` elements at a time, with at most :data:`BYTES` bytes of
+temporaries per element, so the memory needed does not grow with the model.
 
 Differences from the kernels: multiplications and additions are not always fused, so ``lerp``,
 ``lerp_measured`` and ``add`` may be off by one unit in the last place of the compute dtype, at the
@@ -234,7 +234,7 @@ def _round_high(bits: Tensor) -> Tensor:
 
 
 def _unpark_bits(model: Tensor, parked: Tensor) -> Tensor:
-    """Return the float32 whose :func:`_round_high` is ``model`` and whose low half ``parked`` has."""
+    """Return the float32 whose :func:`_round_high` is ``model``; ``parked`` has its low half."""
     nan = (model & 0x7FFF) > 0x7F80
     up = ((parked >> 15) & 1).masked_fill_(nan, 0)
     return torch.sub(model, up, out=up).mul_(1 << 16).bitwise_or_(parked & 0xFFFF)
@@ -482,7 +482,7 @@ def _split_tensors(streams: list[Tensor], most: int) -> Iterator[list[Tensor]]:
 
 
 def batch_pairs(operation: str, pairs: Sequence[Pair], most: int) -> list[PieceBatch]:
-    """Sort the pieces of pairs by dtypes into :class:`PieceBatch` objects of at most ``most`` elements.
+    """Sort the pieces of pairs by dtypes into batches of at most ``most`` elements.
 
     Batches are in the order of their averages, and the pieces of an average keep their order: pairs
     that write the same tensor do so in the order of their ``average_index``. Raises a DTypeError

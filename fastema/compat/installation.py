@@ -194,8 +194,8 @@ def _check_peer(name: str, horizon: Horizon) -> list[tuple[Any, Any]]:
             distribution = _distribution(home)
             raise PeerError(
                 f"{distribution} {_version(distribution)} has an interface that fastema does not "
-                f"know:\n{format_problems(problems)}\nImport from fastema.compat.{name} instead, or use a "
-                "version that it knows."
+                f"know:\n{format_problems(problems)}\nImport from fastema.compat.{name} instead, "
+                "or use a version that it knows."
             )
         pairs += found
     return pairs

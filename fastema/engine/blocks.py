@@ -40,8 +40,8 @@ class RestoringBlock(ContextDecorator, Generic[Value]):
     Parameters
     ----------
     prepare : callable
-        Called on entry; returns the :class:`BlockSteps`. It does all checks and writes nothing, so that
-        an exception or an interrupt in it leaves everything unchanged.
+        Called on entry; returns the :class:`BlockSteps`. It does all checks and writes nothing, so
+        that an exception or an interrupt in it leaves everything unchanged.
 
     Raises
     ------

@@ -21,8 +21,8 @@ def keep_for_graphs(*objects: Any) -> None:
 class StreamTracker:
     """Records the memory of launches once with every stream, and keeps captured memory forever.
 
-    ``needs_wait`` is True if some of the memory cannot be recorded: then the device must be waited for
-    before the memory is freed.
+    ``needs_wait`` is True if some of the memory cannot be recorded: then wait for the device before
+    freeing the memory.
     """
 
     def __init__(self, context: DeviceContext) -> None:

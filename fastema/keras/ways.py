@@ -60,7 +60,7 @@ class CopyingSwap:
 
 
 class WriteAwareSwap(CopyingSwap):
-    """An :class:`CopyingSwap` that does not restore weights which other callbacks wrote meanwhile."""
+    """A :class:`CopyingSwap` that keeps weights which other callbacks wrote meanwhile."""
 
     def apply(self) -> None:
         """Keep the model's values, copy the averages into it, and record their checksums."""

@@ -292,8 +292,8 @@ def build_indexed_tables(
     ----------
     pairs : iterable of Pair
         Pairs with the same dtypes; averages of one tensor must be adjacent.
-    together : int
-        Averages per tensor. IndexedTable that read the same chunk of a tensor are adjacent, so that it is
+    num_averages : int
+        Averages per tensor. Rows that read the same chunk of a tensor are adjacent, so that it is
         read from memory once.
     chunk : int, optional
         Maximum elements per row; by default what suits a CPU.

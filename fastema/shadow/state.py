@@ -213,8 +213,8 @@ def unpack(
             log_decays = _log_decays(found, schedule, which)
             if log_decays is None:
                 problems.append(
-                    f"{LOG_DECAYS} is {found!r}, expected one number from {LOG_NEGLIGIBLE} to 0 per rule if "
-                    "any rule is bias-corrected, otherwise none"
+                    f"{LOG_DECAYS} is {found!r}, expected one number from {LOG_NEGLIGIBLE} to 0 "
+                    "per rule if any rule is bias-corrected, otherwise none"
                 )
             if len(schedule.rules) != len(own.rules):
                 problems.append(f"it has {len(schedule.rules)} averages, not {len(own.rules)}")

@@ -131,7 +131,8 @@ class Table:
                     break
             raise ArgumentError(f"{self.source}: column {name!r} holds no numbers: {why}")
         raise ArgumentError(
-            f"{self.source}: no column {name!r}; those with numbers are\n{format_problems(self.numbers)}"
+            f"{self.source}: no column {name!r}; those with numbers are\n"
+            f"{format_problems(self.numbers)}"
         )
 
     def metrics(self, patterns: Sequence[str] | None = None) -> list[str]:
