@@ -1,4 +1,4 @@
-"""The GPU check runs dry: the same lines on the CPU, with tiny tensors and the host's clock."""
+"""A dry run of the GPU check: the same code on the CPU, with tiny tensors and a host clock."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ DRY = Settings(quick=True, device="cpu", minutes=15, select="bf16-f32 or nothing
 
 
 @pytest.mark.slow
-def test_stages_and_rows_of_the_dry_run(tmp_path: Path) -> None:
+def test_dry_run_has_all_stages_and_rows(tmp_path: Path) -> None:
     settings = replace(DRY, out=tmp_path)
     assert command.answer("gpu", check.QUESTION, settings, "python -m bench gpu")
     names = ["gpu-dry-run.json", "gpu-dry-run.md"]
@@ -28,7 +28,7 @@ def test_stages_and_rows_of_the_dry_run(tmp_path: Path) -> None:
     assert "no number here says anything" in header["device"]
     assert not any(row.failed for row in dry)
     assert [row.entry for row in dry if row.table == "Time taken"] == list(Settings.stages)
-    # All of them: ``FASTEMA_GPU_TESTS_ON=cpu python -m pytest tests/gpu``.
+    # To run all of them: ``FASTEMA_GPU_TESTS_ON=cpu python -m pytest tests/gpu``.
     tests, *skips = (row for row in dry if row.table == "Tests")
     assert (tests["failed"], tests["passed"] > 0) == (0, True)
     assert "only a GPU has it" in {row.missing for row in skips}
@@ -47,7 +47,7 @@ def test_stages_and_rows_of_the_dry_run(tmp_path: Path) -> None:
                 assert row["host_us"] > 0
 
 
-def test_wrong_results_are_failures() -> None:
+def test_wrong_results_fail_the_race() -> None:
     def idle(model: torch.nn.Module, decay: float, dtype: torch.dtype) -> Running:
         averages = [p.detach().to(dtype, copy=True) for p in model.parameters()]
         return Running(lambda: None, lambda: averages)
@@ -66,14 +66,14 @@ def row(table: str, entry: str, ms: float, host: float = 1.0, share: float = 0.5
     return Row(table, entry, {**figures, "allocations": allocations})
 
 
-def test_targets() -> None:
+def test_targets_are_judged_from_the_measured_rows() -> None:
     same, mixed, small = targets.SAME, targets.MIXED, targets.SMALL
     measured = [
         row(same, OURS, 3.0, share=0.93),
         row(same, "torch._foreach_lerp_", 3.03),
         row(mixed, OURS, 2.5, share=0.91),
         row(mixed, "torch._foreach_lerp_, casts", 5.0),
-        row(mixed, "timm ModelEmaV3", 1.0),  # no path of torch's own
+        row(mixed, "timm ModelEmaV3", 1.0),  # not one of torch's own
         row(mixed, targets.COMPILED, 3.0),
         row(targets.NARROW, OURS, 1.5),
         row(targets.NARROW, "timm ModelEmaV3, stochastic", 15.0),

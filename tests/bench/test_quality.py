@@ -1,4 +1,4 @@
-"""The questions of quality and accuracy: fair pairs, exact references."""
+"""The benchmark of quality: scores, paired comparisons and stored results."""
 
 import itertools
 from pathlib import Path
@@ -19,18 +19,18 @@ REGRESSION, _, CLASSIFIER = quality.TASKS
 SHORT = quality.Amount(epochs=1, seeds=2, tuning_seeds=1, rates=2)
 
 
-def noted(function: Any, kept: list[Any]) -> Any:
+def record_results(function: Any, kept: list[Any]) -> Any:
     return lambda *given: kept.append(function(*given)) or kept[-1]
 
 
 @pytest.mark.parametrize("task", [REGRESSION, CLASSIFIER], ids=lambda task: task.name)
-def test_a_run_scores_each_set_of_weights(
+def test_run_scores_each_set_of_weights_like_numpy(
     task: quality.Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = quality.split(task, 0, validation=False)
     made: dict[str, list[Any]] = {"network": [], "averages": []}
     for name, kept in made.items():
-        monkeypatch.setattr(quality, name, noted(getattr(quality, name), kept))
+        monkeypatch.setattr(quality, name, record_results(getattr(quality, name), kept))
     with quality.reproducible():
         first, again = (quality.train(task, data, 0.01, "constant", 1, 7) for _ in range(2))
     assert first == again
@@ -42,10 +42,10 @@ def test_a_run_scores_each_set_of_weights(
         state = dict(average.shadow) if average else model.state_dict()
         with torch.no_grad():
             outputs = torch.func.functional_call(model, state, data.x_held).double().numpy()
-        assert scores == pytest.approx(by_numpy(task, outputs, data), rel=1e-5), weights
+        assert scores == pytest.approx(rescore(task, outputs, data), rel=1e-5), weights
 
 
-def by_numpy(task: quality.Task, outputs: np.ndarray, data: quality.Split) -> dict[str, float]:
+def rescore(task: quality.Task, outputs: np.ndarray, data: quality.Split) -> dict[str, float]:
     y = data.y_held.numpy()
     if not task.classes:
         return {"RMSE": np.sqrt(np.mean((data.scale * (outputs - y)) ** 2))}
@@ -54,8 +54,8 @@ def by_numpy(task: quality.Task, outputs: np.ndarray, data: quality.Split) -> di
     return {"log loss": -np.log(right).mean(), "error %": 100.0 * (shares.argmax(1) != y).mean()}
 
 
-def test_the_interval_is_paired_and_covers() -> None:
-    """Pairs in proportion leave no doubt; else about 95 of 100 intervals hold the truth."""
+def test_interval_is_paired_and_covers_the_truth() -> None:
+    """Proportional pairs give width zero; otherwise about 95% of intervals cover the truth."""
     generator = np.random.default_rng(1)
     theirs = generator.uniform(1.0, 100.0, 20)
     assert quality.relative_change(0.98 * theirs, theirs) == pytest.approx((-2.0, -2.0, -2.0))
@@ -68,7 +68,7 @@ def test_the_interval_is_paired_and_covers() -> None:
     assert 80 <= held <= 99
 
 
-def test_stored_comparisons_are_those_of_the_stored_scores() -> None:
+def test_stored_comparisons_follow_from_the_stored_scores() -> None:
     stored = load(RESULTS / "quality.json")[1]
     compared = [row for row in stored if "p" in row.figures]
     assert len(compared) == quality.TESTS
@@ -82,7 +82,7 @@ def test_stored_comparisons_are_those_of_the_stored_scores() -> None:
 
 
 @pytest.mark.slow
-def test_a_short_run_gives_everything(tmp_path: Path) -> None:
+def test_short_run_covers_all_tasks_and_draws_the_picture(tmp_path: Path) -> None:
     threads, random = torch.get_num_threads(), torch.get_rng_state()
     tuned, runs = quality.measure(SHORT)
     assert torch.get_num_threads() == threads

@@ -1,4 +1,4 @@
-"""The benchmarks compare like with like: right results, right byte counts, tables that render."""
+"""The benchmarks: correct results and byte counts, baselines, and rendered pages."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,12 +21,12 @@ DECAY = 0.9
 
 
 def tiny() -> shapes.Inventory:
-    # The last is above the 32,768 elements at which torch starts threads.
+    # The last exceeds the 32,768 elements at which torch starts threads.
     odd = [("one", (1,)), ("odd", (3, 5, 7)), ("big", (70_001,))]
     return [*shapes.gpt2(layers=1, width=16, vocab=50, context=8), *odd]
 
 
-def entries(table: tuple[peers.Peer, ...]) -> list[object]:
+def pair_with_mixes(table: tuple[peers.Peer, ...]) -> list[object]:
     return [
         pytest.param(peer, mix, id=f"{peer.name}-{mix}") for peer in table for mix in cases.MIXES
     ]
@@ -38,8 +38,8 @@ def skip_unless_running(peer: peers.Peer, mix: str) -> None:
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize(("peer", "mix"), entries(peers.PEERS))
-def test_peer_averages_at_constant_decay(peer: peers.Peer, mix: str) -> None:
+@pytest.mark.parametrize(("peer", "mix"), pair_with_mixes(peers.PEERS))
+def test_peer_averages_correctly_or_raises_as_recorded(peer: peers.Peer, mix: str) -> None:
     skip_unless_running(peer, mix)
     weights, average = mix.split("/")
     model = build(tiny(), weights)
@@ -61,14 +61,14 @@ def test_peer_averages_at_constant_decay(peer: peers.Peer, mix: str) -> None:
         three_updates()
 
 
-@pytest.mark.parametrize(("peer", "mix"), entries(peers.SWAPS))
-def test_swap_peer_goes_there_and_back(peer: peers.Peer, mix: str) -> None:
+@pytest.mark.parametrize(("peer", "mix"), pair_with_mixes(peers.SWAPS))
+def test_swap_peer_restores_the_weights(peer: peers.Peer, mix: str) -> None:
     skip_unless_running(peer, mix)
     jobs.prepare(cases.Case("tiny", mix, tiny, 1, question="swap"), only=peer.name)
 
 
 @pytest.mark.parametrize("wrong", [0, 149_999, 75_000])
-def test_a_peer_that_leaves_out_a_chunk_or_stalls_is_caught(wrong: int) -> None:
+def test_one_wrong_element_or_a_stalled_average_is_caught(wrong: int) -> None:
     before, weight = torch.randn(150_000), torch.randn(150_000)
     got = torch.lerp(before, weight, 1 - DECAY)
     checks.assert_averaged([got], [before.double()], [weight], DECAY)
@@ -80,7 +80,7 @@ def test_a_peer_that_leaves_out_a_chunk_or_stalls_is_caught(wrong: int) -> None:
         checks.assert_averaged([one], [one.double()], [2 * one], DECAY, stochastic=True)
 
 
-def test_shares_of_the_limit_count_the_bytes_of_each_entry(monkeypatch: Any) -> None:
+def test_share_of_limit_uses_the_bytes_of_each_entry(monkeypatch: Any) -> None:
     seconds = {"A": 2.0, "B": 8.0, contest.LIMITS[0]: 1.0, contest.LIMITS[1]: 4.0}
     timed = {name: [one] * 3 for name, one in seconds.items()}
     monkeypatch.setattr(contest, "interleave", lambda jobs, *_, **__: {n: timed[n] for n in jobs})
@@ -93,7 +93,7 @@ def test_shares_of_the_limit_count_the_bytes_of_each_entry(monkeypatch: Any) -> 
     assert found["B"]["ms"] == 8_000
 
 
-def test_a_race_gives_every_figure() -> None:
+def test_race_measures_every_figure() -> None:
     case = cases.Case("tiny", "bf16/f32", tiny, 3, budget_s=0.0)
     ours, *_, one, other = cpu.race(case, {peers.OURS: 1_500_000})
     assert (ours.entry, one.entry, other.entry) == (peers.OURS, *contest.LIMITS)
@@ -109,7 +109,7 @@ def test_a_race_gives_every_figure() -> None:
         if (report.RESULTS / f"{name}.json").exists()
     ],
 )
-def test_stored_pages_are_those_of_the_stored_rows(name: str) -> None:
+def test_stored_pages_match_the_stored_rows(name: str) -> None:
     try:
         question = command.load(name)
     except ModuleNotFoundError as error:
@@ -119,7 +119,7 @@ def test_stored_pages_are_those_of_the_stored_rows(name: str) -> None:
     assert text == (report.RESULTS / f"{name}.md").read_text(encoding="utf-8")
 
 
-def test_what_fails_is_not_stored_and_what_lacks_a_row_of_the_baseline_is(
+def test_failed_run_is_not_stored_but_one_below_the_baseline_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = Settings(quick=True, out=tmp_path)
@@ -137,7 +137,7 @@ def test_what_fails_is_not_stored_and_what_lacks_a_row_of_the_baseline_is(
     assert answered("counts", [], baseline="check", cases=("one",))
 
 
-def test_pages_that_are_made_of_stored_results_are_up_to_date() -> None:
+def test_pages_built_from_stored_results_are_up_to_date() -> None:
     stored = (report.RESULTS / machines.PAGE).read_text(encoding="utf-8")
     assert stored == machines.page()
     assert command.main(["--readme", "check"]) == 0
@@ -156,7 +156,7 @@ INVENTORIES = {
 }
 
 
-def test_inventories() -> None:
+def test_inventories_have_their_models_tensors_and_elements() -> None:
     for inventory, tensors, elements in INVENTORIES.values():
         assert len(inventory) == len({name for name, _ in inventory}) == tensors
         assert shapes.total_elements(inventory) == elements
@@ -170,22 +170,22 @@ ROWS = [OURS, Row(UPDATE, "a peer", {"ratio": 4.0}), Row(UPDATE, "another", miss
 SLOWER = Row(UPDATE, "a peer", {"ratio": 2.0})
 
 
-def ours(**figures: object) -> list[Row]:
+def replace_ours(**figures: object) -> list[Row]:
     return [Row(UPDATE, "fastema.EMA", {**FIGURES, **figures}), *ROWS[1:]]
 
 
 @pytest.mark.parametrize(
     ("rows", "good", "said"),
     [
-        (ours(python_kb=8, ms=30.0), True, ""),
-        (ours(operations=1), False, "An update | fastema.EMA: operations is 1, was 0"),
+        (replace_ours(python_kb=8, ms=30.0), True, ""),
+        (replace_ours(operations=1), False, "An update | fastema.EMA: operations is 1, was 0"),
         (ROWS[1:], False, "An update | fastema.EMA: is not measured any more"),
         ([*ROWS, Row("New", "x", {"ratio": 1.0})], False, "New | x: is new"),
         ([OURS, GONE], True, ""),
         ([OURS, SLOWER, ROWS[2]], True, "a peer: 2.00 times fastema's time, was 4.00"),
     ],
 )
-def test_counts_and_rows_fail_and_ratios_warn(
+def test_baseline_fails_on_counts_and_rows_and_warns_on_ratios(
     rows: list[Row], good: bool, said: str, tmp_path: Path, capsys: Any
 ) -> None:
     baseline.write("cpu", ROWS, tmp_path)
@@ -198,7 +198,7 @@ def test_counts_and_rows_fail_and_ratios_warn(
     assert baseline.read(tmp_path)["cpu"]["An update | a peer"] == {"ratio": 4.0}
 
 
-def test_an_update_asks_pytorch_for_nothing() -> None:
+def test_update_runs_no_torch_operations() -> None:
     found = {(row.table, row.entry): row for row in (*counts._modules(), *counts._calls())}
     for (table, entry), row in found.items():
         if "update" in table:

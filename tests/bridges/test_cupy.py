@@ -1,4 +1,4 @@
-"""The CuPy bridge, with arrays in the memory of the host and the kernels' own code run there."""
+"""The CuPy bridge on a stub of CuPy: host arrays, and the GPU kernels' code run on the host."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ __all__ = ["cupy"]
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("cupy")]
 
 
-def on_gpu(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+def to_gpu(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     return {name: array(one) for name, one in arrays.items()}
 
 
@@ -27,11 +27,11 @@ def bits(weights: Any) -> dict[str, bytes]:
     return {name: one.there.tobytes() for name, one in weights.items()}
 
 
-def fours() -> list[Any]:
+def array_of_fours() -> list[Any]:
     return [array(np.full(100, 4.0, np.float32))]
 
 
-def test_views_are_read_where_they_lie_and_what_cannot_be_averaged_is_named() -> None:
+def test_views_are_read_in_place_and_unusable_arrays_are_named() -> None:
     whole = array(np.arange(40.0))
     rows = ndarray((4, 3), np.float64, whole.data + 16, (80, 8))
     spec = registry.describe(rows)
@@ -47,14 +47,14 @@ def test_views_are_read_where_they_lie_and_what_cannot_be_averaged_is_named() ->
 @pytest.mark.each_value
 @pytest.mark.parametrize("stored", ["f32", "bf16"])
 @pytest.mark.parametrize("weights", ["f32", "bf16"])
-def test_equals_a_float64_loop_and_a_swap_is_exact(weights: str, stored: str) -> None:
-    held = on_gpu(numbers(0, weights))
+def test_average_equals_a_float64_loop_and_swaps_are_exact(weights: str, stored: str) -> None:
+    held = to_gpu(numbers(0, weights))
     ema = fastema.EMA(held, 0.9, shadow_dtype=CODES[stored])
     loops = {n: Loop(x.there, stored, "f32", stored == "bf16") for n, x in held.items()}
     for n in range(1, 6):
         new = numbers(n, weights)
         if n == 3:
-            held.update(on_gpu(new))  # arrays that were replaced are found
+            held.update(to_gpu(new))  # replaced arrays are found
         for name, one in held.items():
             one.there[...] = new[name]
         before = bits(held)
@@ -79,7 +79,7 @@ def test_equals_a_float64_loop_and_a_swap_is_exact(weights: str, stored: str) ->
         assert bits(ema.shadow) == average
 
 
-def test_the_current_device_and_stream_are_used(cupy: StubDriver) -> None:
+def test_updates_run_on_the_arrays_device_and_its_stream(cupy: StubDriver) -> None:
     with Device(1):
         weights = [array(np.arange(1.0, 9.0, dtype=np.float32))]
     ema = fastema.EMA(weights, 0.5)
@@ -91,8 +91,8 @@ def test_the_current_device_and_stream_are_used(cupy: StubDriver) -> None:
     np.testing.assert_array_equal(ema.shadow["0"].there, np.arange(1.0, 9.0) / 2)
 
 
-def test_an_update_waits_for_nothing_and_a_reader_for_it(cupy: StubDriver) -> None:
-    weights = fours()
+def test_update_does_not_wait_but_get_does(cupy: StubDriver) -> None:
+    weights = array_of_fours()
     ema = fastema.EMA(weights, 0.5)
     ema.update()
     before, cupy.pending = Stream.waits, []

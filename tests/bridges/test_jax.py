@@ -1,4 +1,4 @@
-"""The JAX bridge: where arrays lie, what cannot be read, and arrays that move."""
+"""The JAX bridge: addresses of arrays, unreadable arrays, and arrays that move."""
 
 import re
 from collections import namedtuple
@@ -38,7 +38,7 @@ def locator(container: Any) -> Locator:
 
 
 def read(spec: TensorSpec, dtype: Any) -> np.ndarray:
-    """What lies where a description says, by its address and strides alone."""
+    """Read the memory that a spec describes, by its address and strides alone."""
     size = np.dtype(dtype).itemsize
     strides = tuple(step * size for step in spec.strides)
     held = {"typestr": f"|V{size}", "shape": spec.shape, "strides": strides, "version": 3}
@@ -58,8 +58,8 @@ def assert_read(array: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_dtype_is_read_where_it_lies_and_shown_as_a_copy(name: str) -> None:
-    narrowed = name in ("float64", "int64", "uint64", "complex128")  # by JAX, as it is set up
+def test_every_dtype_is_read_in_place_and_returned_as_a_copy(name: str) -> None:
+    narrowed = name in ("float64", "int64", "uint64", "complex128")  # by JAX without x64
     for i, shape in enumerate([(), (1,), (3, 5), (2, 3, 4), (0,), (4, 0), (129,), (4096,)]):
         values = random_bits(shape, name, i)
         before = values.tobytes()
@@ -74,7 +74,7 @@ def test_every_dtype_is_read_where_it_lies_and_shown_as_a_copy(name: str) -> Non
             assert (one.dtype.name, np.asarray(one).tobytes()) == (name, before)
 
 
-def test_deleted_and_donated_arrays() -> None:
+def test_deleted_and_donated_arrays_are_refused() -> None:
     deleted, donated = jnp.ones(5), jnp.ones(5)
     find = locator([jnp.ones(5)])
     deleted.delete()
@@ -107,10 +107,10 @@ def test_traced_arrays_have_no_memory(transformation: str) -> None:
 
     TRACED[transformation](function, weights)
     assert seen == {(None, None)}
-    assert_read(jnp.ones(3))  # and outside all is well again
+    assert_read(jnp.ones(3))  # concrete arrays still work afterwards
 
 
-def test_several_devices_are_refused_by_name(python: Callable[..., str]) -> None:
+def test_arrays_on_several_devices_are_refused_by_name(python: Callable[..., str]) -> None:
     out = python(
         """
         import jax, jax.numpy as jnp, numpy as np, fastema
@@ -147,7 +147,7 @@ class Dense:
     kind: str = "dense"
 
 
-def test_leaves_are_named_by_the_way_to_them() -> None:
+def test_leaves_are_named_by_their_path_in_the_tree() -> None:
     one = jnp.ones(2)
     tree = {
         "params": {"Dense_0": {"kernel": one, "bias": one}},
@@ -161,7 +161,7 @@ def test_leaves_are_named_by_the_way_to_them() -> None:
         registry.leaves_of({"a.b": one, "a": {"b": one}})
 
 
-def test_results_that_are_still_being_computed_are_waited_for() -> None:
+def test_locating_waits_for_pending_computations() -> None:
     @jax.jit
     def slow(x: Any) -> Any:
         return jax.lax.fori_loop(0, 60, lambda _, y: jnp.tanh(y @ y), x) + 3.0

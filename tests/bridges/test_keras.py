@@ -1,4 +1,4 @@
-"""The Keras bridge on each backend; `test_on_another_backend` runs this file again with others."""
+"""The Keras bridge; `test_file_passes_on_another_backend` reruns this file on other backends."""
 
 import os
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ from ..shadow.truth import Loop
 from ..support.process import run_python
 from ..support.requirements import require_packages
 
-# Keras' own ways to make arrays of NumPy, old ones.
+# Keras' own, outdated conversions to NumPy.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
 
 BACKEND = keras.backend.backend()
 IMMUTABLE = BACKEND == "jax"
-WIDE = not IMMUTABLE  # JAX would make float32 of float64
+WIDE = not IMMUTABLE  # JAX would narrow float64 to float32
 AVERAGED = [
     *("one/kernel", "one/bias", "batch_normalization/gamma", "batch_normalization/beta"),
     *("two/kernel", "two/bias"),
@@ -37,9 +37,9 @@ CODES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64
 @pytest.mark.parametrize(
     "backend", ["jax", pytest.param("tensorflow", marks=pytest.mark.tensorflow)]
 )
-def test_on_another_backend(backend: str, tmp_path: Path) -> None:
+def test_file_passes_on_another_backend(backend: str, tmp_path: Path) -> None:
     if backend == BACKEND:
-        return  # the cases run here
+        return  # this run tests it
     require_packages(backend)
     environment = {
         "KERAS_BACKEND": backend,
@@ -48,58 +48,58 @@ def test_on_another_backend(backend: str, tmp_path: Path) -> None:
         "CUDA_VISIBLE_DEVICES": "",
         "JAX_PLATFORMS": "cpu",
     }
-    options = ("-q", "-p", "no:cacheprovider", "-k", "not on_another_backend")
+    options = ("-q", "-p", "no:cacheprovider", "-k", "not another_backend")
     done = run_python("-m", "pytest", __file__, *options, environment=environment, timeout=240)
     assert done.returncode == 0, done.stdout[-6000:]
     assert " passed" in done.stdout
 
 
-def plain(array: Any) -> np.ndarray:
+def to_numpy(array: Any) -> np.ndarray:
     return np.asarray(keras.ops.convert_to_numpy(array))
 
 
-def model(seed: int = 0, names: tuple[str, str] = ("one", "two"), dtype: str = "float32") -> Any:
+def build(seed: int = 0, names: tuple[str, str] = ("one", "two"), dtype: str = "float32") -> Any:
     layers = keras.layers
     one, two = (layers.Dense(4, name=name, dtype=dtype) for name in names)
     made = keras.Sequential([layers.Input((4,)), one, layers.BatchNormalization(dtype=dtype), two])
-    refresh(made, seed)
+    assign_weights(made, seed)
     return made
 
 
-def refresh(made: Any, seed: int) -> None:
-    """New weights, no zero among them."""
+def assign_weights(made: Any, seed: int) -> None:
+    """Assign new, nonzero weights."""
     generator = np.random.default_rng(seed)
     for one in made.weights:
         one.assign(generator.normal(size=one.shape) ** 2 + 0.5)
 
 
 def bits(made: Any) -> list[bytes]:
-    return [plain(one).tobytes() for one in made.weights]
+    return [to_numpy(one).tobytes() for one in made.weights]
 
 
 def shadow(ema: Any) -> dict[str, np.ndarray]:
-    return {name: plain(one).astype(np.float64) for name, one in ema.shadow.items()}
+    return {name: to_numpy(one).astype(np.float64) for name, one in ema.shadow.items()}
 
 
 def by_name(made: Any) -> dict[str, np.ndarray]:
     pairs = zip(registry.leaves_of(made).names, made.weights, strict=True)
-    return {name: plain(one).astype(np.float64) for name, one in pairs}
+    return {name: to_numpy(one).astype(np.float64) for name, one in pairs}
 
 
-def averaged(dtype: str = "float32", **options: Any) -> tuple[Any, Any]:
-    """A model, and an average of three steps."""
-    made = model(dtype=dtype)
+def build_average(dtype: str = "float32", **options: Any) -> tuple[Any, Any]:
+    """Return a model and its average after three updates."""
+    made = build(dtype=dtype)
     ema = fastema.EMA(made, 0.5, **options)
     for n in range(1, 4):
-        refresh(made, n)
+        assign_weights(made, n)
         ema.update()
     return made, ema
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", *["float64"] * WIDE])
 @pytest.mark.parametrize("stored", [None, "float32"])
-def test_equals_a_float64_loop(dtype: str, stored: str | None) -> None:
-    made = model(dtype=dtype)
+def test_average_equals_a_float64_loop(dtype: str, stored: str | None) -> None:
+    made = build(dtype=dtype)
     ema = fastema.EMA(made, 0.9, shadow_dtype=stored)
     assert list(ema.shadow) == AVERAGED + COPIED
     assert ema.averaged_names == set(AVERAGED)
@@ -107,7 +107,7 @@ def test_equals_a_float64_loop(dtype: str, stored: str | None) -> None:
     code, wide = CODES[stored or dtype], "f64" if dtype == "float64" else "f32"
     loops = {n: Loop(now[n], code, wide, code in ("f16", "bf16")) for n in AVERAGED}
     for n in range(1, 8):
-        refresh(made, n)
+        assign_weights(made, n)
         before = bits(made)
         ema.update()
         assert bits(made) == before
@@ -121,8 +121,8 @@ def test_equals_a_float64_loop(dtype: str, stored: str | None) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stored", [None, "float32", "bf16+16"])
-def test_swaps_come_back_to_the_bit(dtype: str, stored: str | None) -> None:
-    made, ema = averaged(dtype, shadow_dtype=stored)
+def test_swaps_restore_the_weights_bitwise(dtype: str, stored: str | None) -> None:
+    made, ema = build_average(dtype, shadow_dtype=stored)
     raw, average = bits(made), shadow(ema)
     for _ in range(3):
         ema.apply_shadow()
@@ -138,8 +138,8 @@ def test_swaps_come_back_to_the_bit(dtype: str, stored: str | None) -> None:
     assert bits(made) == raw
 
 
-def test_frozen_layers_and_buffers() -> None:
-    made = model()
+def test_policies_of_frozen_layers_and_buffers() -> None:
+    made = build()
     made.layers[-1].trainable = False
     frozen = {"two/kernel", "two/bias"}
     ema = fastema.EMA(made, 0.5)
@@ -158,10 +158,10 @@ def test_frozen_layers_and_buffers() -> None:
         fastema.EMA(made, 0.5)
 
 
-def test_what_is_no_such_model() -> None:
-    made, ema = averaged()
+def test_models_that_do_not_match_are_refused() -> None:
+    made, ema = build_average()
     before = shadow(ema)
-    changed, renamed = model(), model(2, names=("x", "two"))
+    changed, renamed = build(), build(2, names=("x", "two"))
     changed.pop()
     for odd in ({}, made.weights, 3, renamed, changed):
         for call in (ema.update, ema.apply_shadow):
@@ -173,10 +173,10 @@ def test_what_is_no_such_model() -> None:
         fastema.EMA(keras.Sequential([keras.layers.Dense(3)]), 0.5)
 
 
-def test_one_failure_halfway_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_assignment_leaves_the_models_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     if not IMMUTABLE:
-        return  # nothing is assigned
-    (made, ema), target = averaged(), model(7)
+        return  # other backends write in place
+    (made, ema), target = build_average(), build(7)
     raw, theirs, average = bits(made), bits(target), shadow(ema)
     original = keras.Variable.assign
     for failing in range(1, 9):

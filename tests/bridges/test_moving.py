@@ -1,4 +1,4 @@
-"""Finding the tensors of a container again, of whatever frameworks they are."""
+"""Locating the tensors of a container again, for all frameworks."""
 
 from collections import namedtuple
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def locator(container: Any) -> Locator:
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
-def test_what_does_not_move_is_missed_where_it_did(kind: str) -> None:
+def test_replaced_mutable_array_is_not_located(kind: str) -> None:
     container = {"a": array(0, kind), "b": array(1)}
     find = locator(container)
     assert find.locate({**container, "b": array(2)}) is not None
@@ -59,7 +59,7 @@ STRUCTURES: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("kinds", [("jax",) * 3, ("jax", "numpy", "torch")])
-def test_structures_are_followed_and_told_apart(structure: str, kinds: tuple[str, ...]) -> None:
+def test_container_is_located_only_by_structure(structure: str, kinds: tuple[str, ...]) -> None:
     arrays = [array(i, kind) for i, kind in enumerate(kinds)]
     container = STRUCTURES[structure](*arrays)
     leaves = leaves_of(container)
@@ -75,7 +75,7 @@ def test_structures_are_followed_and_told_apart(structure: str, kinds: tuple[str
     assert find.locate(rebuilt) is not None
 
 
-def test_arrays_that_never_change_are_refused_a_second_time() -> None:
+def test_immutable_arrays_are_refused_a_second_time() -> None:
     weights = [array(1), array(2)]
     where = locator(weights)
     located = where.locate(weights)

@@ -1,4 +1,4 @@
-"""Containers and arrays of any framework: names, descriptions, numbers, refusals, new memory."""
+"""Containers and arrays of any framework: names, specs, scalars and refusals."""
 
 from collections import OrderedDict, UserDict
 from decimal import Decimal
@@ -20,7 +20,7 @@ ONE, TWO, THREE = np.ones(2), np.ones(3, np.float32), np.array(2.5)
 
 
 class Current:
-    """An array of an unknown framework, which speaks version 1 of the protocol."""
+    """An array of an unknown framework that implements version 1 of DLPack."""
 
     def __init__(self, array: np.ndarray, device: tuple[int, int] = (1, 0)) -> None:
         self.array, self.device = array, device
@@ -42,7 +42,7 @@ class Copying(Old):
         return self.array.copy().__dlpack__()
 
 
-def test_containers_are_walked_in_order() -> None:
+def test_names_of_containers_follow_their_order() -> None:
     for container, names in (
         (ONE, "array"),
         ((ONE, [TWO, THREE]), "0 1.0 1.1"),
@@ -56,24 +56,24 @@ def test_containers_are_walked_in_order() -> None:
         assert leaves_of(container).names == names.split()
 
 
-def test_wrappers_do_not_show_in_names() -> None:
+def test_wrappers_are_removed_from_names() -> None:
     for names, plain in (
         ("_orig_mod.fc.weight _orig_mod.b", "fc.weight b"),
         ("module.module.a module.module.b", "a b"),
         ("module._orig_mod.a module._orig_mod.b", "a b"),
         ("layers._checkpoint_wrapped_module.0._orig_mod.w", "layers.0.w"),
         ("layers._fsdp_wrapped_module.w", "layers.w"),
-        # A real submodule of that name, beside others; the parameter itself is called so.
+        # A real submodule named like a wrapper, and a parameter named like one.
         ("module.a head", "module.a head"),
         ("module module", "module module"),
         ("module.module module.a", "module a"),
-        # Two wrapped ones that would become equal.
+        # Names that would collide without the wrapper.
         ("a._orig_mod.w a.w", "a._orig_mod.w a.w"),
     ):
         assert plain_names(names.split()) == plain.split()
 
 
-def test_what_cannot_be_used_is_named() -> None:
+def test_unusable_leaves_are_refused_by_name() -> None:
     record = np.ones(5, [("a", "f4"), ("b", "u1")])["a"]
     text = np.array(["a"])
     cases = ((3, BridgeError), (None, BridgeError), (record, BridgeError), (text, DTypeError))
@@ -83,7 +83,7 @@ def test_what_cannot_be_used_is_named() -> None:
 
 
 @pytest.mark.parametrize("framework", ["numpy", "jax"])
-def test_a_container_that_holds_itself_is_refused_naming_where(framework: str) -> None:
+def test_container_that_contains_itself_is_refused_by_name(framework: str) -> None:
     pytest.importorskip(framework)
     a: dict[str, Any] = {"w": ONE}
     holding = {"b": a, "b.1": [TWO, a], "b.0": (a,), "b.c.b": {"c": MappingProxyType(a)}}
@@ -92,7 +92,7 @@ def test_a_container_that_holds_itself_is_refused_naming_where(framework: str) -
         with pytest.raises(BridgeError, match=rf"'{place}' is a \w+ that contains itself"):
             leaves_of(a)
     a["b"] = [ONE, TWO]
-    assert leaves_of(a).names == ["w", "b.0", "b.1"]  # all is well after
+    assert leaves_of(a).names == ["w", "b.0", "b.1"]  # it still works without the cycle
 
 
 BASE = np.arange(1.0, 121.0, dtype=np.float32).reshape(4, 5, 6)
@@ -103,7 +103,7 @@ ARRAYS = [
 
 
 @pytest.mark.parametrize("array", ARRAYS)
-def test_description_of_where_an_array_lies(array: np.ndarray) -> None:
+def test_spec_has_address_strides_and_dtype_of_the_array(array: np.ndarray) -> None:
     spec = describe(array)
     strides = tuple(step // array.itemsize for step in array.strides)
     assert (spec.address, spec.shape, spec.strides) == (array.ctypes.data, array.shape, strides)
@@ -122,7 +122,7 @@ def test_description_of_where_an_array_lies(array: np.ndarray) -> None:
 
 def test_memory_that_cannot_be_read_in_place_is_refused() -> None:
     odd_steps = np.ndarray((3,), np.complex128, np.zeros(9), strides=(24,))
-    assert odd_steps.flags.aligned  # each half is
+    assert odd_steps.flags.aligned  # by its 8-byte halves
     read_only = np.ones(3, np.float32)
     read_only.flags.writeable = False
     for array, message in (
@@ -140,7 +140,7 @@ def test_memory_that_cannot_be_read_in_place_is_refused() -> None:
         describe(Current(torch.zeros(3, dtype=torch.float8_e4m3fn)))
 
 
-def test_an_average_of_arrays_of_unknown_frameworks() -> None:
+def test_arrays_of_unknown_frameworks_are_averaged() -> None:
     generator = np.random.default_rng(0)
     first, second = (generator.normal(size=size).astype(np.float32) for size in ((6, 5), 3))
     before = [first.astype(float), second.astype(float)]
@@ -161,7 +161,7 @@ def test_an_average_of_arrays_of_unknown_frameworks() -> None:
         fastema.lerp_([Old(first)], [average_of_old], 0.5)
 
 
-def test_numbers_of_the_host() -> None:
+def test_scalar_accepts_host_numbers_only() -> None:
     exact = (0.625, Fraction(5, 8), Decimal("0.625"), np.float32(0.625), np.array([[0.625]]))
     whole = (3, True, np.int8(-3), np.bool_(True))
     for value, want in (*((one, 0.625) for one in exact), *((one, float(one)) for one in whole)):
@@ -173,7 +173,7 @@ def test_numbers_of_the_host() -> None:
             scalar(value)
 
 
-def test_numbers_of_torch() -> None:
+def test_scalar_of_torch_tensors_reads_devices_lazily() -> None:
     torch = pytest.importorskip("torch")
     for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.int64):
         assert scalar(torch.tensor([5], dtype=dtype)) == 5.0
@@ -185,7 +185,7 @@ def test_numbers_of_torch() -> None:
         with pytest.raises(BridgeError, match=message):
             scalar(value)
 
-    class OfAccelerator(torch.Tensor):  # copied and not read
+    class OfAccelerator(torch.Tensor):  # pretends to be on a GPU and records reads
         device = torch.device("cuda")
         read = False
 
@@ -196,7 +196,7 @@ def test_numbers_of_torch() -> None:
     value = torch.tensor(4.0).as_subclass(OfAccelerator)
     later = scalar(value)
     with torch.no_grad():
-        value.fill_(9.0)  # as a captured graph does at its next replay
+        value.fill_(9.0)  # as the next replay of a captured graph does
     assert not OfAccelerator.read
     assert callable(later)
     assert later() == 4.0

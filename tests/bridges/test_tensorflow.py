@@ -1,4 +1,4 @@
-"""The TensorFlow bridge: tensors and variables where they lie, and writes that nobody else sees."""
+"""The TensorFlow bridge: tensors read in place, and writes that no other variable sees."""
 
 import numpy as np
 import pytest
@@ -17,14 +17,14 @@ pytestmark = pytest.mark.tensorflow
 SHAPES = [(), (1,), (3, 5), (2, 3, 4), (4, 0), (129,)]
 
 
-def at(address: int, like: np.ndarray) -> bytes:
-    """What lies at an address."""
+def read_bytes(address: int, like: np.ndarray) -> bytes:
+    """Return the bytes at an address, as many as ``like`` has."""
     interface = {"version": 3, "typestr": "|u1", "shape": (like.nbytes,), "data": (address, True)}
     return np.asarray(type("Holder", (), {"__array_interface__": interface})()).tobytes()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_dtype_is_read_where_it_lies_and_shown_as_a_copy(name: str) -> None:
+def test_every_dtype_is_read_in_place_and_returned_as_a_copy(name: str) -> None:
     for i, shape in enumerate(SHAPES):
         values = random_bits(shape, name, i)
         before = values.tobytes()
@@ -34,7 +34,7 @@ def test_every_dtype_is_read_where_it_lies_and_shown_as_a_copy(name: str) -> Non
             assert spec.writable is writable
             assert spec.owner is array
             if values.size:
-                assert at(spec.address, values) == before
+                assert read_bytes(spec.address, values) == before
             assert array.numpy().tobytes() == before
         shown = bridge.to_framework(values)
         assert (type(shown), shown.dtype.name) == (type(tf.constant(1)), name)
@@ -43,7 +43,7 @@ def test_every_dtype_is_read_where_it_lies_and_shown_as_a_copy(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_writes_are_seen_by_the_variable_alone(name: str) -> None:
+def test_writes_change_only_the_variable_itself(name: str) -> None:
     for i, shape in enumerate(SHAPES):
         old, new, newer = (random_bits(shape, name, 10 * i + j) for j in range(3))
         given = tf.constant(old)
@@ -60,7 +60,7 @@ def test_writes_are_seen_by_the_variable_alone(name: str) -> None:
         assert all(tensor.numpy().tobytes() == old.tobytes() for tensor in held)
 
 
-def test_tensors_which_never_change_are_averaged_once_unless_given_again() -> None:
+def test_immutable_tensors_are_averaged_once_per_call_that_passes_them() -> None:
     ema = fastema.EMA([tf.constant([1.0, 2.0])], 0.5)
     plan = fastema.Plan([np.zeros(2, np.float32)], [tf.constant([1.0, 2.0])])
     plan.lerp_(0.5)
@@ -79,7 +79,7 @@ def test_tensors_which_never_change_are_averaged_once_unless_given_again() -> No
     with_variable.update()
 
 
-def test_what_cannot_be_read_is_named() -> None:
+def test_unsupported_tensors_are_refused_by_name() -> None:
     for odd, name in (
         (tf.Variable(["a"]), "string"),
         (tf.cast([1.0], tf.as_dtype("float8_e4m3fn")), "float8"),
@@ -102,7 +102,7 @@ class Layers(tf.Module):
         self.tensor = tf.ones(2)
 
 
-def test_variables_of_a_module_by_their_paths() -> None:
+def test_variables_of_a_module_are_named_by_their_paths() -> None:
     module = Layers()
     found = {leaf.name: leaf for leaf in registry.leaves_of(module).items}
     assert set(found) == {"a", "b", "inner.0.w", "inner.1.x", "step"}

@@ -21,7 +21,7 @@ TENSORS = [
 
 
 @pytest.mark.parametrize("tensor", TENSORS, ids=lambda one: f"{one.dtype}{one.stride()}")
-def test_description_of_where_a_tensor_lies(tensor: Any) -> None:
+def test_spec_has_address_strides_and_dtype_of_the_tensor(tensor: Any) -> None:
     spec = bridge.describe(tensor)
     assert spec.address == tensor.data_ptr()
     assert (spec.shape, spec.strides) == (tuple(tensor.shape), tensor.stride())
@@ -30,7 +30,7 @@ def test_description_of_where_a_tensor_lies(tensor: Any) -> None:
     assert spec.owner is tensor
 
 
-def _left(nbytes: int) -> Any:
+def _with_storage_of(nbytes: int) -> Any:
     tensor = torch.ones(30)
     tensor.untyped_storage().resize_(nbytes)
     return tensor
@@ -43,8 +43,8 @@ UNUSABLE = {
     "conjugate": lambda: torch.ones(3, dtype=torch.complex64).conj(),
     "negative": lambda: torch.ones(3, dtype=torch.complex64).conj().imag,
     "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
-    "freed": lambda: _left(0),
-    "beyond the storage": lambda: _left(64),
+    "freed": lambda: _with_storage_of(0),
+    "beyond the storage": lambda: _with_storage_of(64),
     "unaligned": lambda: torch.frombuffer(bytearray(41), dtype=torch.float32, offset=1),
     "fake": lambda: FakeTensorMode().from_tensor(torch.ones(3)),
 }
@@ -58,7 +58,7 @@ def test_tensors_without_plain_memory_are_refused(case: str) -> None:
         bridge.describe(tensor)
 
 
-def test_writing_is_told_to_autograd_but_for_tensors_of_inference_mode(
+def test_writes_bump_autograd_versions_except_of_inference_tensors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with torch.inference_mode():
@@ -67,7 +67,7 @@ def test_writing_is_told_to_autograd_but_for_tensors_of_inference_mode(
     bridge.notify_write(tensors)
     assert [one._version for one in tensors[1:3]] == [1, 1]
 
-    def refusing(tensors: Any) -> None:  # as older versions of torch do
+    def refusing(tensors: Any) -> None:  # as in older versions of torch
         if any(tensor.is_inference() for tensor in tensors):
             raise RuntimeError("Inference tensors do not track version counter.")
         told.extend(tensors)
@@ -85,7 +85,7 @@ def network() -> Any:
     return net
 
 
-def test_walk_of_a_module() -> None:
+def test_walk_names_all_tensors_of_a_module_and_their_roles() -> None:
     net = network()
     leaves = bridge.walk(net)
     items = {leaf.name: leaf for leaf in leaves.items}
@@ -99,7 +99,7 @@ def test_walk_of_a_module() -> None:
     assert bridge.walk([net, 1]) is bridge.walk([]) is bridge.walk(named) is None
 
 
-def test_buffers_that_a_state_leaves_out_are_marked() -> None:
+def test_buffers_outside_the_state_dict_are_not_persistent() -> None:
     net = network()
     net[1][0].register_buffer("cache", torch.ones(3), persistent=False)
     net[1].register_buffer("small", torch.ones(3).to(torch.float8_e5m2), persistent=False)
@@ -114,8 +114,8 @@ def test_buffers_that_a_state_leaves_out_are_marked() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
-def test_tensors_of_a_module_that_cannot_be_used() -> None:
-    """A container may hold them where nobody asks for them; who does is told which one it is."""
+def test_unusable_tensors_of_a_module_are_refused_by_name() -> None:
+    """A module may have unusable tensors as long as nothing needs them."""
     odd = network()
     odd.register_buffer("scale", torch.ones(3, dtype=torch.uint8).view(torch.bits8))
     for model, name, error, message in (

@@ -1,4 +1,4 @@
-"""PyTorch's functions, in place of our kernels where a GPU has none, against those of the CPU."""
+"""PyTorch's functions, which replace our kernels on a GPU without them, against CPU kernels."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +32,7 @@ Array = np.ndarray
 
 
 def tensor(array: Array, code: str) -> Any:
-    """A tensor of an array as stored; `stored` goes the other way."""
+    """Convert a stored array to a tensor; `stored` does the reverse."""
     return torch.from_numpy(array.copy()).view(bridge.native(code))
 
 
@@ -44,7 +44,7 @@ def stored(one: Any) -> Array:
 def pair_of(
     dst: Any, src: Any, name: str = "t", residual: Any = None, ring: Any = None, **rest: Any
 ):
-    """A pair as a store makes it; ``ring`` has its slots along the first axis."""
+    """Build a pair as the shadow store does; ``ring`` has its slots along the first axis."""
     if ring is not None:
         spec = bridge.describe(ring)
         one = replace(spec, shape=spec.shape[1:], strides=spec.strides[1:])
@@ -54,8 +54,8 @@ def pair_of(
     return Pair(name, to, of, residual=residual, ring=ring, **rest)
 
 
-def twin(pairs: Sequence[Pair]) -> list[Pair]:
-    """The same pairs in other memory, gaps and sharing included."""
+def copy_pairs(pairs: Sequence[Pair]) -> list[Pair]:
+    """Copy pairs to other memory, with the same gaps and shared storages."""
     made: dict[int, Any] = {}
 
     def copied(one: Any) -> Any:
@@ -75,31 +75,31 @@ def twin(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def owners(pair: Pair) -> list[Any]:
-    """The tensors of a pair."""
+    """Return the tensors of a pair."""
     specs = [pair.dst, pair.src, pair.residual, pair.ring and pair.ring[0]]
     return [spec.owner for spec in specs if spec is not None]
 
 
 def run(operation: str, pairs: Sequence[Pair], numbers: Any = (0.0,), *settings: int) -> Any:
-    """The substitute, once."""
+    """Run the substitute once."""
     return foreach.substitute(operation, pairs)(LaunchArgs(numbers, *settings))
 
 
 def run_kernels(operation: str, pairs: Sequence[Pair], numbers: Any = (0.0,), *settings: int):
-    """The kernels, once."""
+    """Run the kernels once."""
     Program({"all": pairs}).run({"all": operation}, LaunchArgs(numbers, *settings))
 
 
 def run_both(operation: str, pairs: Sequence[Pair], *arguments: Any):
-    """The substitute on the pairs, and the kernels on their twins, which are returned."""
-    others = twin(pairs)
+    """Run the substitute on the pairs and the kernels on copies; return the copies."""
+    others = copy_pairs(pairs)
     run(operation, pairs, *arguments)
     run_kernels(operation, others, *arguments)
     return others
 
 
 def assert_same_bits(pairs: Sequence[Pair], others: Sequence[Pair]) -> None:
-    """Every byte of their storages is equal, gaps included."""
+    """Assert that all bytes of the storages are equal, gaps included."""
     for pair, other in zip(pairs, others, strict=True):
         for sides in zip(owners(pair), owners(other), strict=True):
             one, two = (torch.ByteTensor().set_(side.untyped_storage()) for side in sides)
@@ -107,7 +107,7 @@ def assert_same_bits(pairs: Sequence[Pair], others: Sequence[Pair]) -> None:
 
 
 def with_specials(array: Array, other: Array, dst: str, src: str) -> tuple[Array, Array]:
-    """Two arrays, and beside them every two special numbers."""
+    """Append every pair of special numbers to two arrays."""
     special = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan]
     forms = [reference.FLOATS[reference.real_of(code)] for code in (dst, src)]
     ends = [[*special, f.largest, -f.largest, f.smallest, 2.0**f.lowest] for f in forms]
@@ -122,14 +122,14 @@ def with_specials(array: Array, other: Array, dst: str, src: str) -> tuple[Array
 
 
 def values_of(array: Array, code: str) -> Array:
-    """Stored numbers as float64; complex ones as pairs."""
+    """Convert stored numbers to float64, complex ones to pairs."""
     return reference.decode(array.view(reference.real_of_storage(code)), reference.real_of(code))
 
 
 def assert_lerped(
     got: Array, before: Array, x: Array, w: float, dst: str, src: str, kernels: Array
 ) -> None:
-    """As near to the exact average as without one fused operation, and special where they are."""
+    """Assert the error bound of an unfused update, and the kernels' NaN and infinities."""
     value, theirs = values_of(got, dst), values_of(kernels, dst)
     np.testing.assert_array_equal(np.isnan(value), np.isnan(theirs))
     infinite = np.isinf(value) | np.isinf(theirs)
@@ -138,7 +138,7 @@ def assert_lerped(
     assert finite.sum() > 500
     computed = "f64" if "f64" in map(reference.real_of, (dst, src)) else "f32"
     if reference.decode(reference.encode(np.array([w]), computed), computed) == 1:
-        want = reference.cast(x, src, dst)  # whatever the average held
+        want = reference.cast(x, src, dst)  # regardless of the old average
         np.testing.assert_array_equal(value, values_of(want, dst))
         return
     with np.errstate(all="ignore"):
@@ -149,15 +149,15 @@ def assert_lerped(
         assert np.all(np.abs(value - exact)[finite] <= bound[finite])
 
 
-def kept_as(form: str) -> str:
-    """The dtype code of the numbers that an average of a form stands for."""
+def value_code(form: str) -> str:
+    """Return the dtype code of the values that a form of average represents."""
     return "f32" if form == SPLIT else form.strip("~")
 
 
 def average_pair(form: str, values: Array, src: Any, name: str = "t", **rest: Any) -> Pair:
-    """A pair whose average has a form: a dtype code, one rounded by random bits, or two halves."""
+    """Build a pair for a form of average: a dtype code, ``~`` if randomly rounded, or split."""
     if form != SPLIT:
-        written = tensor(values, kept_as(form))
+        written = tensor(values, value_code(form))
         return pair_of(written, src, name, form=form if "~" in form else "", **rest)
     high, low = reference.split(np.where(np.isnan(values), np.float32(np.nan), values))
     residual = tensor(low.view(np.int16), "i16")
@@ -165,7 +165,7 @@ def average_pair(form: str, values: Array, src: Any, name: str = "t", **rest: An
 
 
 def average_of(pair: Pair) -> Array:
-    """The average of a pair as stored; what two halves stand for by arithmetic on them."""
+    """Return the stored average of a pair; compute a split one from its halves."""
     if pair.form != SPLIT:
         return stored(pair.dst.owner)
     high = stored(pair.dst.owner).astype(np.uint32)
@@ -178,8 +178,8 @@ WEIGHTS = [0.0, 2.0**-10, 0.3, 0.77, 1 - 2.0**-30, 1.0]
 
 
 @pytest.mark.parametrize(("dst", "src"), [*PAIRS, *((SPLIT, src) for src in REAL)])
-def test_average_of_every_pair_of_floats(dst: str, src: str) -> None:
-    code = kept_as(dst)
+def test_lerp_of_every_pair_of_floats_is_within_the_bound(dst: str, src: str) -> None:
+    code = value_code(dst)
     avg, x = with_specials(numbers(1500, code, 1), numbers(1500, src, 2), code, src)
     for w in WEIGHTS:
         pair = average_pair(dst, avg, tensor(x, src))
@@ -187,7 +187,7 @@ def test_average_of_every_pair_of_floats(dst: str, src: str) -> None:
         assert_lerped(average_of(pair), avg, x, w, code, src, average_of(other))
 
 
-# A part of a whole tensor, whose indices may pass a multiple of 2**32: whole and offset.
+# Whole shape and offset of a shard, whose indices may pass a multiple of 2**32.
 WHOLES = {
     "whole": (None, None),
     "part": ((40, 9, 60), (3, 2, 5)),
@@ -199,13 +199,13 @@ WHOLES = {
 @pytest.mark.parametrize("place", WHOLES)
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 @pytest.mark.parametrize(("code", "src"), [("bf16", "f32"), ("f16", "f64")])
-def test_random_bits_are_the_kernels(
+def test_random_bits_equal_those_of_the_kernels(
     code: str, src: str, order: tuple[int, ...], place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(foreach, "AT_ONCE", 999)
     shape = (11, 6, 35)
     avg, x = (numbers(11 * 6 * 35, one, i) for i, one in enumerate((code, src)))
-    x[::3] *= 2.0**-20 if code == "f16" else 2.0**-130  # subnormal ones
+    x[::3] *= 2.0**-20 if code == "f16" else 2.0**-130  # subnormal numbers
     x[:4] = [np.inf, -np.inf, 3e38, -3e38]
     sides = [
         tensor(one.reshape([shape[axis] for axis in order]), its).permute(*np.argsort(order))
@@ -216,7 +216,7 @@ def test_random_bits_are_the_kernels(
     pair = pair_of(*sides, form=f"{code}~")
     pair = pair._replace(src=replace(pair.src, whole=whole, offset=offset))
     other = pair._replace(dst=replace(pair.dst, address=again.data_ptr(), owner=again))
-    # At weight 1 nothing is rounded before.
+    # At weight 1 the random rounding is the only one.
     for operation in ("lerp", "lerp_measured"):
         run(operation, [pair], (1.0,), 2**40 + 3, 2**33 + 7)
         run_kernels(operation, [other], (1.0,), 2**40 + 3, 2**33 + 7)
@@ -224,7 +224,7 @@ def test_random_bits_are_the_kernels(
 
 
 def halfway(code: str, size: int = 1000) -> Array:
-    """Float64 numbers around the middle between two 16-bit ones, where two roundings go wrong."""
+    """Return float64 numbers near 16-bit midpoints, where rounding twice is wrong."""
     bits = np.random.default_rng(1).integers(0x0400, 0x7400, size).astype(np.uint16)
     form = reference.FLOATS[code].storage
     ends = [reference.decode((bits + i).astype(np.uint16).view(form), code) for i in (0, 1)]
@@ -234,8 +234,8 @@ def halfway(code: str, size: int = 1000) -> Array:
 
 @pytest.mark.parametrize("operation", ["copy", "cast_back", "swap"])
 @pytest.mark.parametrize(("dst", "src"), [*PAIRS, *((SPLIT, src) for src in REAL)])
-def test_copies_of_every_pair_of_floats(dst: str, src: str, operation: str) -> None:
-    code = kept_as(dst)
+def test_copies_of_every_pair_of_floats_are_exact(dst: str, src: str, operation: str) -> None:
+    code = value_code(dst)
     avg, x = (numbers(3000, one, i, "bits") for i, one in enumerate((code, src)))
     avg, x = with_specials(avg, x, code, src)
     if dst == SPLIT:
@@ -250,11 +250,11 @@ def test_copies_of_every_pair_of_floats(dst: str, src: str, operation: str) -> N
     there, back = reference.cast(x, src, code), reference.cast(avg, code, src)
     assert_same(average_of(pair), avg if operation == "cast_back" else there, code)
     assert_same(stored(pair.src.owner), x if operation == "copy" else back, src)
-    if (dst, src) == (SPLIT, "f32"):  # what is converted has other bits where it is not a number
+    if (dst, src) == (SPLIT, "f32"):  # a conversion may change the bits of NaN
         assert_same_bits([pair], [other])
 
 
-# Average, weights, ring, and what rounding left.
+# Dtypes of the average, weights, ring and residual.
 WINDOWS = [
     *(("f32", "f32", "f32", "f32"), ("f64", "f64", "f64", "f64"), ("f32", "bf16", "bf16", "f32")),
     *(("bf16", "bf16", "bf16", "f32"), ("bf16~", "bf16", "bf16", "f32")),
@@ -264,7 +264,7 @@ WINDOWS = [
 
 
 def window_pair(formats: tuple[str, ...], size: int, window: int) -> Pair:
-    """Memory that holds something else before the first value."""
+    """Build the pair of a windowed mean in memory that is filled with sevens."""
     dst, src, ring, rest = (bridge.native(code.strip("~")) for code in formats)
     made = [torch.full((size,), 7, dtype=one) for one in (dst, src, rest)]
     slots = torch.full((window, size), 7, dtype=ring)
@@ -273,7 +273,7 @@ def window_pair(formats: tuple[str, ...], size: int, window: int) -> Pair:
 
 
 def assert_window(pair: Pair, formats: tuple[str, ...], seen: list[Array], window: int) -> None:
-    """The mean is that of the ring, as near as the kernels promise; the ring holds the values."""
+    """Assert that the mean is within the kernels' bound and the ring holds the values."""
     code, src, ring, rest = (code.strip("~") for code in formats)
     want = reference.windowed_mean(np.array(seen[-window:]), window)
     mean = values_of(stored(pair.dst.owner), code)
@@ -295,7 +295,7 @@ def assert_window(pair: Pair, formats: tuple[str, ...], seen: list[Array], windo
 @pytest.mark.parametrize("in_turn", [False, True])
 @pytest.mark.parametrize("window", [1, 2, 7])
 @pytest.mark.parametrize("formats", WINDOWS, ids="-".join)
-def test_mean_of_what_is_in_the_ring(formats: tuple[str, ...], window: int, in_turn: bool) -> None:
+def test_window_mean_matches_ring(formats: tuple[str, ...], window: int, in_turn: bool) -> None:
     _, src, ring, _ = formats
     pair = window_pair(formats, 500, window)
     seen: list[Array] = []
@@ -304,12 +304,12 @@ def test_mean_of_what_is_in_the_ring(formats: tuple[str, ...], window: int, in_t
         seen.append(values_of(reference.cast(x, src, ring), ring))
         pair.src.owner.copy_(tensor(x, src))
         moment = ((float(min(turn, window)),), 1, turn, window, (turn - 1) % window, turn)
-        by_kernels = in_turn and turn // 3 % 2  # which go on with what the functions left
+        by_kernels = in_turn and turn // 3 % 2  # from the substitute's state
         (run_kernels if by_kernels else run)("window", [pair], *moment)
         assert_window(pair, formats, seen, window)
 
 
-# Shape, then strides of both sides in elements.
+# Shape, then the strides of both sides in elements.
 LAYOUTS = {
     "row-major": ((6, 5, 8), (40, 8, 1), (40, 8, 1)),
     "transposed": ((6, 80), (1, 6), (1, 6)),
@@ -326,8 +326,8 @@ LAYOUTS = {
 }
 
 
-def laid_out(values: Array, code: str, strides: tuple[int, ...], start: int = 3) -> Any:
-    """A tensor of these values and strides within memory that holds something else."""
+def lay_out(values: Array, code: str, strides: tuple[int, ...], start: int = 3) -> Any:
+    """Build a tensor with these values and strides inside filled memory."""
     source = tensor(values.copy(), code)
     length = 1 + sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True) if n)
     filler = torch.full((start + length + 9,), 85, dtype=torch.uint8).to(source.dtype)
@@ -347,18 +347,18 @@ MOVES = [
 CASES = [
     pytest.param(*move, layout, id="-".join([*move, layout]))
     for move, layout in product(MOVES, LAYOUTS)
-    if not ("source" in layout and move[0] in ("swap", "park", "unpark"))  # which would write it
+    if not ("source" in layout and move[0] in ("swap", "park", "unpark"))  # they write to it
 ]
 
 
 @pytest.mark.parametrize(("operation", "dst", "src", "layout"), CASES)
-def test_every_way_to_lie_in_memory(operation: str, dst: str, src: str, layout: str) -> None:
+def test_all_layouts_match_kernels(operation: str, dst: str, src: str, layout: str) -> None:
     shape, to_strides, of_strides = LAYOUTS[layout]
     size = int(np.prod(shape))
 
     def made(code: str, seed: int, strides: tuple[int, ...], *slots: int) -> Any:
         values = numbers(size * int(np.prod(slots)), code, seed)
-        return laid_out(values.reshape((*slots, *shape)), code, strides, 2 + seed)
+        return lay_out(values.reshape((*slots, *shape)), code, strides, 2 + seed)
 
     to = made({SPLIT: "bf16"}.get(dst, dst.strip("~")), 1, to_strides)
     of = made(src, 2, of_strides)
@@ -366,7 +366,7 @@ def test_every_way_to_lie_in_memory(operation: str, dst: str, src: str, layout: 
         far = (2 + sum(n * s for n, s in zip(shape, to_strides, strict=True)), *to_strides)
         ring = made("bf16", 4, far, 3)
         pair = pair_of(to, of, residual=made("f32", 3, to_strides), ring=ring)
-        before, (other,) = ring.clone(), twin([pair])
+        before, (other,) = ring.clone(), copy_pairs([pair])
         run(operation, [pair], (2.0,), 0, 1, 3, 1, 2)
         torch.testing.assert_close(to, (before[0].float() + of.float()) / 2)
         assert torch.equal(ring, torch.stack([before[0], of, before[2]]))
@@ -376,17 +376,17 @@ def test_every_way_to_lie_in_memory(operation: str, dst: str, src: str, layout: 
         (other,) = run_both(operation, [pair], (0.25,))
         if operation != "lerp":
             assert_same_bits([pair], [other])
-        elif "~" in dst:  # all but those that were rounded apart before
+        elif "~" in dst:  # except where an earlier rounding differed
             assert (to != other.dst.owner).sum() <= size // 100
         else:
             np.testing.assert_allclose(average_of(pair), average_of(other), rtol=1e-6, atol=1e-6)
-    # And the memory around their elements is as it was.
+    # The memory around the elements is unchanged.
     for one in (one for both in (pair, other) for one in owners(both)):
         one.detach().zero_()
     assert_same_bits([pair], [other])
 
 
-def test_what_torch_has_no_functions_for_is_refused() -> None:
+def test_operations_without_torch_functions_are_refused() -> None:
     ones = torch.ones(3)
     with pytest.raises(DTypeError, match=r"^lerp_: torch has no functions.*lerp_measured"):
         foreach.substitute("lerp_", [pair_of(ones, ones.clone())])

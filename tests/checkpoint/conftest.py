@@ -8,14 +8,14 @@ import pytest
 
 @pytest.fixture
 def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, in which the test runs."""
+    """An empty folder, which is the test's working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @contextmanager
 def files_up_to(nbytes: int) -> Iterator[None]:
-    """Files of this process grow to so many bytes only: a disk that is full."""
+    """Limit the size of files that this process writes, to simulate a full disk."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Averages of finished checkpoints: any layout in, the sum of float64 out, whole or not at all."""
+"""Averages of checkpoint files: any layout in, a float64 sum out, complete or not written."""
 
 import json
 import os
@@ -28,7 +28,7 @@ State = dict[str, torch.Tensor]
 
 
 def state(seed: int) -> State:
-    """Tensors of many dtypes and sizes, one larger than a piece."""
+    """Draw tensors of many dtypes and sizes, one larger than a piece."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
@@ -116,7 +116,7 @@ SAVED: dict[str, tuple[Callable[[Path, State], Path], str]] = {
 
 
 def assert_average(out: Path, coefficients: list[float], states: list[State] = STATES) -> None:
-    """Assert that a result is the sum in float64, rounded once; the rest is the newest's."""
+    """Assert that floats are the float64 sum, rounded once, and others are the newest's."""
     got: State = {}
     for file in out.glob("*.safetensors") if out.is_dir() else [out]:
         got |= load_file(file)
@@ -134,7 +134,7 @@ def assert_average(out: Path, coefficients: list[float], states: list[State] = S
         assert (error <= want.abs() * 1.01 * half_ulp + 1e-12).all(), name
 
 
-def two(tmp_path: Path, *changes: dict[str, Any]) -> list[Path]:
+def save_two(tmp_path: Path, *changes: dict[str, Any]) -> list[Path]:
     made = []
     for i, change in enumerate(changes):
         one = {name: t for name, t in {**STATES[i], **change}.items() if t is not None}
@@ -143,7 +143,7 @@ def two(tmp_path: Path, *changes: dict[str, Any]) -> list[Path]:
 
 
 @pytest.mark.parametrize("layout", SAVED)
-def test_an_average_is_the_sum_in_float64_of_any_layout(layout: str, tmp_path: Path) -> None:
+def test_average_of_any_layout_is_the_float64_sum(layout: str, tmp_path: Path) -> None:
     save, kind = SAVED[layout]
     paths = [save(tmp_path / f"step-{100 * i}", one) for i, one in enumerate(STATES)]
     found = open_checkpoint(paths[2])
@@ -163,7 +163,7 @@ def test_an_average_is_the_sum_in_float64_of_any_layout(layout: str, tmp_path: P
         assert {file.name for file in out.iterdir()} == expected
 
 
-def test_layouts_and_dtypes_may_be_mixed_and_the_newest_decides(tmp_path: Path) -> None:
+def test_mixed_layouts_and_dtypes_take_those_of_the_newest(tmp_path: Path) -> None:
     wide = {name: t.double() if t.dtype == torch.float32 else t for name, t in STATES[1].items()}
     first = save_dcp(tmp_path / "a", STATES[0])
     paths = [first, save_torch(tmp_path / "b", wide), save_safetensors(tmp_path / "c", STATES[2])]
@@ -171,7 +171,7 @@ def test_layouts_and_dtypes_may_be_mixed_and_the_newest_decides(tmp_path: Path) 
     assert_average(out, [0.5, 0.25, 0.25], [STATES[0], wide, STATES[2]])
 
 
-def test_several_averages_are_made_in_one_pass(tmp_path: Path) -> None:
+def test_one_pass_makes_several_averages(tmp_path: Path) -> None:
     paths = [save_folder(tmp_path / f"{i}", one) for i, one in enumerate(STATES)]
     read: list[int] = []
     made = merge.prepare([open_checkpoint(path) for path in paths])
@@ -181,7 +181,7 @@ def test_several_averages_are_made_in_one_pass(tmp_path: Path) -> None:
     assert sum(read) == made.nbytes
 
 
-def test_tied_names_are_averaged_once_and_named_in_the_metadata(tmp_path: Path) -> None:
+def test_tied_names_are_averaged_once_and_recorded_in_metadata(tmp_path: Path) -> None:
     paths = [tmp_path / "0.pt", tmp_path / "1.pt"]
     for i, path in enumerate(paths):
         one = torch.full((3,), float(i))
@@ -194,7 +194,7 @@ def test_tied_names_are_averaged_once_and_named_in_the_metadata(tmp_path: Path) 
         assert opened.metadata()["fastema.average"] == "0.5 * 0.pt; 0.5 * 1.pt"
 
 
-def test_checkpoints_of_a_folder_are_chosen_by_step(tmp_path: Path) -> None:
+def test_checkpoints_of_a_folder_are_selected_by_step(tmp_path: Path) -> None:
     steps = (900, 100, 500, 450, 1000)
     for step in steps:
         save_file({"w": torch.ones(1)}, tmp_path / f"model-v2-step_{step:06d}.safetensors")
@@ -212,13 +212,13 @@ def test_checkpoints_of_a_folder_are_chosen_by_step(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="last=9: 5 checkpoints"):
         chosen(last=9)
     average([one.path for one in select(tmp_path)], [0.2] * 5, tmp_path / "mean.safetensors")
-    assert chosen() == sorted(steps)  # an average is no checkpoint of the run
+    assert chosen() == sorted(steps)  # the average is not selected
     save_file({"w": torch.ones(1)}, tmp_path / "final.safetensors")
     with pytest.raises(CheckpointError, match=r"step is not known.*\n.*final\.safetensors"):
         chosen()
 
 
-def test_weights_of_five_unevenly_spaced_checkpoints() -> None:
+def test_weights_follow_steps_of_uneven_checkpoints() -> None:
     steps = [100, 200, 450, 500, 900]
     for found, want in (
         (weights.swa(5), [0.2] * 5),
@@ -226,13 +226,13 @@ def test_weights_of_five_unevenly_spaced_checkpoints() -> None:
         (weights.wma(5), [1 / 15, 2 / 15, 3 / 15, 4 / 15, 5 / 15]),
         (weights.wsm(5, "linear"), [0.2] * 5),
         (weights.wsm(5, "1-sqrt"), np.diff(np.sqrt([0.0, 0.2, 0.4, 0.6, 0.8, 1.0]))),
-        # Each stands for the steps since the one before, as for an EMA that sees all of them.
+        # Each counts for the steps since the previous one, as in an EMA over all steps.
         (weights.ema(steps, 0.99), np.diff([0.0, *0.99 ** (900 - np.array(steps))])),
     ):
         np.testing.assert_allclose(found, want, rtol=1e-12)
 
 
-def test_weights_that_cannot_be() -> None:
+def test_invalid_weights_are_refused() -> None:
     for call, words in (
         (lambda: weights.sma(3, 4), "sma=4: there are 3"),
         (lambda: weights.ema([1, 1], 0.9), "rising steps"),
@@ -244,7 +244,7 @@ def test_weights_that_cannot_be() -> None:
 
 
 @pytest.mark.slow
-def test_memory_stays_below_its_bound(tmp_path: Path, python: Callable[..., str]) -> None:
+def test_memory_of_averaging_is_bounded(tmp_path: Path, python: Callable[..., str]) -> None:
     for i in range(40):
         save_file({"w": torch.randn(4_000_000)}, tmp_path / f"{i}.safetensors")
     grown = python(
@@ -280,16 +280,16 @@ def test_memory_stays_below_its_bound(tmp_path: Path, python: Callable[..., str]
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_tensors_that_do_not_fit_are_named_and_nothing_is_written(
+def test_mismatched_tensors_are_named_and_nothing_is_written(
     change: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    paths = two(tmp_path, {}, change)
+    paths = save_two(tmp_path, {}, change)
     with pytest.raises(CheckpointError, match=words):
         average(paths, [0.5, 0.5], tmp_path / "out.safetensors")
     assert sorted(tmp_path.iterdir()) == paths
 
 
-def test_odd_tensors_ties_and_names_are_refused() -> None:
+def test_lazy_tensors_and_conflicting_ties_and_names_are_refused() -> None:
     w, v = torch.ones(2), torch.zeros(2)
     x = torch.tensor([1 + 2j])
     for name, content in {
@@ -310,8 +310,8 @@ def test_odd_tensors_ties_and_names_are_refused() -> None:
             average(paths, [1 / len(paths)] * len(paths), "out.safetensors")
 
 
-def test_outputs_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    paths = two(tmp_path, {}, {})
+def test_invalid_outputs_are_refused(tmp_path: Path) -> None:
+    paths = save_two(tmp_path, {}, {})
     folders = [save_folder(tmp_path / f"f{i}", STATES[i]) for i in range(2)]
     (tmp_path / "link.safetensors").symlink_to(paths[0])
     (tmp_path / "folder").mkdir()
@@ -337,7 +337,7 @@ class Evil:
         return os.system, ("touch pwned",)
 
 
-def test_a_pickle_with_code_is_refused_by_name(inside: Path) -> None:
+def test_pickle_that_runs_code_is_refused_by_name(inside: Path) -> None:
     torch.save({"w": torch.ones(2), "args": Evil()}, "1.pt")
     with pytest.raises(CheckpointError, match=r"asks for posix\.system|asks for nt\.system"):
         open_checkpoint("1.pt")
@@ -359,7 +359,7 @@ def test_a_pickle_with_code_is_refused_by_name(inside: Path) -> None:
         ("half of it", None, r"1\.pt"),
     ],
 )
-def test_torch_files_that_cannot_be_read(entry: str, content: bytes | None, words: str) -> None:
+def test_unreadable_torch_files_are_refused(entry: str, content: bytes | None, words: str) -> None:
     w = torch.randn(5, 10)
     torch.save({"w": w.t() if entry == "transposed" else w}, "1.pt")
     with zipfile.ZipFile("1.pt") as archive:
@@ -377,7 +377,7 @@ def test_torch_files_that_cannot_be_read(entry: str, content: bytes | None, word
         open_checkpoint("1.pt")
 
 
-def test_a_damaged_index_is_one_sentence(inside: Path) -> None:
+def test_damaged_index_gives_a_one_line_error(inside: Path) -> None:
     index = inside / "model.safetensors.index.json"
     contents = ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 5000, "\xff"]
     for content in contents:
@@ -387,7 +387,7 @@ def test_a_damaged_index_is_one_sentence(inside: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_checkpoint(inside: Path) -> None:
+def test_paths_without_a_checkpoint_are_refused(inside: Path) -> None:
     (inside / "empty").mkdir()
     os.mkfifo("pipe.safetensors")
     save_file({"a": torch.ones(1)}, "a.safetensors")

@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole, read exactly, damage told."""
+"""Checkpoint files: atomic writes, exact reads, and errors for damage."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ from .conftest import files_up_to
 NEEDS = ("safetensors",)
 
 
-def some_arrays(seed: int) -> dict[str, np.ndarray]:
+def draw_arrays(seed: int) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
     return {
         "layer.weight": generator.standard_normal((3, 5)).astype(np.float32),
@@ -34,8 +34,8 @@ def some_arrays(seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def test_what_is_written_is_read_by_the_package(tmp_path: Path) -> None:
-    arrays = some_arrays(1)
+def test_safetensors_reads_the_written_file(tmp_path: Path) -> None:
+    arrays = draw_arrays(1)
     path = tmp_path / "a.safetensors"
     files.write(path, {name: describe(array) for name, array in arrays.items()}, note="x", n="3")
     loaded = safetensors_numpy.load_file(path)
@@ -55,7 +55,7 @@ def test_what_is_written_is_read_by_the_package(tmp_path: Path) -> None:
         ("\ud800", np.ones(3)),
     ],
 )
-def test_what_the_format_cannot_hold_is_refused_before_a_file_is_made(
+def test_unsupported_tensors_are_refused_before_a_file_exists(
     name: str, array: np.ndarray, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=r"x: |name"):
@@ -74,9 +74,9 @@ CUTS = {"empty": 0, "few": 5, "head": 40, "data": -3}
 
 
 @pytest.mark.parametrize("kind", [*DAMAGES, *CUTS, "entry", "twice"])
-def test_damage_is_found_at_once(kind: str, tmp_path: Path) -> None:
+def test_damaged_header_is_detected_on_reading(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    files.write(path, {name: describe(array) for name, array in some_arrays(3).items()})
+    files.write(path, {name: describe(array) for name, array in draw_arrays(3).items()})
     whole = path.read_bytes()
     header = header_of(whole)
     header["layer.weight"] = (
@@ -101,7 +101,7 @@ files.write(sys.argv[1], {"x": describe(np.arange(1000.0))})
 """
 
 
-def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     files.write(path, {"x": describe(np.arange(3.0))})
     before = path.read_bytes()
@@ -109,12 +109,12 @@ def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     assert sorted(tmp_path.glob("*.safetensors")) == [path]
     assert len(list(tmp_path.iterdir())) == 2
-    pytest.importorskip("fcntl")  # where the next write can know that the other one is dead
+    pytest.importorskip("fcntl")  # lets the next write detect that the writer is dead
     files.write(tmp_path / "b.safetensors", {"x": describe(np.arange(4.0))})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
-def test_a_full_disk_is_our_error_and_leaves_the_old_file(tmp_path: Path) -> None:
+def test_full_disk_is_a_storage_error_and_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     files.write(path, {"x": describe(np.arange(3.0))})
     before = path.read_bytes()
@@ -133,7 +133,7 @@ SHAPES = {"a": (3, 5), "b": (40_000,), "none": (0, 3), "c": (), "d": (17, 1_000)
 @pytest.mark.parametrize(
     ("kind", "to"), [("float32", "f32"), ("float16", "f32"), ("float64", "f64"), ("float32", "f64")]
 )
-def test_sum(
+def test_weighted_sum_equals_float64(
     kind: str, to: str, room: int, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sums, "_ROOM", room)
@@ -160,5 +160,5 @@ def test_sum(
         want = sum(c * one[name].astype(np.float64) for c, one in each)
         got = result[name][0]
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * 1e-3 + 1e-15)
-    assert result["steps"][0] == 40  # as in the last file
+    assert result["steps"][0] == 40  # from the last file
     assert sum(seen) == sum(one[name].nbytes for one in arrays for name in SHAPES)

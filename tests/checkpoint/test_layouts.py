@@ -1,4 +1,4 @@
-"""Averages of every library: found, described, loaded, and converted for another library."""
+"""Checkpoints of every library: averages found, inspected, loaded and converted."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,10 +26,10 @@ STATES = {
     name: one
     for name, one in PEERS.items()
     if not name.startswith(("nemo", "composer", "optax", "d2go", "swa_utils ema"))
-    and name != "timm ModelEma"  # whose state is that of any model
+    and name != "timm ModelEma"  # its state looks like any model's
     and one.ours in LIBRARIES
 }
-"""Classes with a state of their own, which is one of these libraries'."""
+"""Classes whose states `fastema.checkpoint` recognizes."""
 
 
 def build_model(seed: int = 3) -> nn.Module:
@@ -47,7 +47,7 @@ def move(model: nn.Module, n: int) -> None:
                 one.add_(1)
 
 
-def trained(ema: Any, model: nn.Module, steps: int = 5) -> Any:
+def train(ema: Any, model: nn.Module, steps: int = 5) -> Any:
     for step in range(steps):
         move(model, step)
         ema.update()
@@ -68,7 +68,7 @@ PARAMETERS = [name for name, _ in build_model().named_parameters()]
 
 @pytest.mark.parametrize("owner", ["ours", "theirs"])
 @pytest.mark.parametrize("name", STATES)
-def test_an_average_is_found_in_its_librarys_state_and_loaded(name: str, owner: str) -> None:
+def test_average_is_loaded_from_its_librarys_state(name: str, owner: str) -> None:
     peer = STATES[name]
     if owner == "theirs" and not peer.installed:
         pytest.skip(f"{peer.ours}'s package is not installed")
@@ -106,11 +106,11 @@ WRITTEN = {
     "mmengine": next(name for name in STATES if name.startswith("mmengine")),
     "timm": "timm ModelEmaV3",
 }
-"""Library that is written to a class that loads it."""
+"""Target library of a conversion, and the peer that loads the result."""
 
 
-def loaded_by(to: str, path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The averages of a file as its owner's class reads it, or ours where it is not installed."""
+def load_with(to: str, path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Load a file's averages with the library's own class, or ours if it is not installed."""
     peer = PEERS[WRITTEN[to]]
     options = {"include_online_model": False} if to == "ema_pytorch" else {}
     schedule = {**next(iter(peer.schedules.values())), **options}
@@ -118,7 +118,7 @@ def loaded_by(to: str, path: Path, model: nn.Module) -> dict[str, Tensor]:
     state = torch.load(path, weights_only=True)
     if to == "timm":
         average.module.load_state_dict(state["state_dict_ema"])
-    elif to == "ema_pytorch":  # its sub-models' buffers are in the state only if they are there
+    elif to == "ema_pytorch":  # the state has no online model
         missing, odd = average.load_state_dict(state, strict=False)
         assert odd == []
         assert all("ema_model" not in one for one in missing)
@@ -128,13 +128,13 @@ def loaded_by(to: str, path: Path, model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("to", WRITTEN)
-def test_an_average_is_loaded_by_the_library_it_is_converted_for_and_comes_back(to: str) -> None:
+def test_target_library_loads_the_conversion_and_it_converts_back(to: str) -> None:
     model = build_model()
     torch.save(model.state_dict(), "model.pt")
-    ema = trained(fastema.EMA(model, decay=0.75), model)
+    ema = train(fastema.EMA(model, decay=0.75), model)
     save(ema, "ema.safetensors")
     done = convert("ema.safetensors", "out.pt", to=to, names="model.pt")
-    found = loaded_by(to, done.path, build_model(seed=8))
+    found = load_with(to, done.path, build_model(seed=8))
     wanted = dict(ema.shadow)
     if to in ("torch_ema", "diffusers", "litema"):
         wanted = {name: wanted[name] for name in PARAMETERS}
@@ -158,7 +158,7 @@ PARTS = {
 }
 IN_TRAINING = {"ema_model": dict(WEIGHTS), "ema_weights_active": True}
 OF_NEMO = {"opt": {}, "ema": tuple(MODEL[name] for name in PARAMETERS), "current_step": 8}
-OURS = trained(fastema.EMA({name: one.clone() for name, one in MODEL.items()}, 0.5), nn.Module(), 1)
+OURS = train(fastema.EMA({name: one.clone() for name, one in MODEL.items()}, 0.5), nn.Module(), 1)
 WHOLE: dict[str, tuple[str, Any, int | None]] = {
     "a program of one's own": ("state dict", {"model": WEIGHTS, "ema": MODEL, "opt": {}}, None),
     "timm": ("timm", {"state_dict": WEIGHTS, "state_dict_ema": MODEL, "epoch": 3}, None),
@@ -197,11 +197,11 @@ WHOLE: dict[str, tuple[str, Any, int | None]] = {
     "d2go": ("d2go", {"model": WEIGHTS, "ema_state": MODEL}, None),
     "ultralytics": ("ultralytics", {"ema": MODEL, "updates": 9}, 9),
 }  # fmt: skip
-"""Checkpoints with more than an average: library, contents, and updates."""
+"""Checkpoints with more than an average: library, contents and number of updates."""
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_an_average_is_found_in_a_whole_checkpoint(name: str) -> None:
+def test_average_is_found_in_a_training_checkpoint(name: str) -> None:
     library, content, updates = WHOLE[name]
     torch.save(content, "last.pt")
     found = load("last.pt")
@@ -225,9 +225,9 @@ STATE: dict[str, Callable[[str, Any], None]] = {
 
 
 @pytest.mark.parametrize("way", STATE)
-def test_several_averages_of_ours_are_told_apart(way: str) -> None:
+def test_index_selects_one_of_several_averages(way: str) -> None:
     model = build_model()
-    ema = trained(fastema.EMA(model, decay=(0.5, 0.9)), model, 1)
+    ema = train(fastema.EMA(model, decay=(0.5, 0.9)), model, 1)
     STATE[way]("ema.any", ema)
     for index in (0, 1):
         found = load("ema.any", index=index)
@@ -243,7 +243,7 @@ def test_several_averages_of_ours_are_told_apart(way: str) -> None:
         assert_same(dict(one), dict(wanted))
 
 
-def test_the_weights_alone_are_streamed_with_tied_names_once() -> None:
+def test_conversion_to_weights_writes_tied_names_once() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     model["b"].weight = model["a"].weight
     average = torch.optim.swa_utils.AveragedModel(model)
@@ -255,7 +255,7 @@ def test_the_weights_alone_are_streamed_with_tied_names_once() -> None:
     assert b'"b.weight": "a.weight"' in done.path.read_bytes()
 
 
-# Source, options and words.
+# Source, options and error message.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "an unknown library": ("list", {"to": "keras"}, r"to='keras': expected one of fastema, safete"),
     "a list without names": ("list", {"to": "swa_utils"}, r"torch_ema\) has no names of the model"),
@@ -270,7 +270,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_conversion_that_cannot_be_is_refused(name: str, inside: Path) -> None:
+def test_impossible_conversion_is_refused_and_writes_nothing(name: str, inside: Path) -> None:
     source, options, said = REFUSED[name]
     if source == "sma":
         sma = fastema.SMA(build_model(), window=2)
@@ -287,7 +287,7 @@ def test_a_conversion_that_cannot_be_is_refused(name: str, inside: Path) -> None
     assert {path: path.read_bytes() for path in inside.iterdir()} == before
 
 
-def test_a_models_weights_and_another_models_average_are_refused() -> None:
+def test_plain_weights_and_averages_of_other_models_are_refused() -> None:
     torch.save(MODEL, "model.pt")
     assert load("model.pt").library == "model"
     done = convert("model.pt", "d2go.pt", to="d2go")
@@ -305,7 +305,7 @@ def test_a_models_weights_and_another_models_average_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors", "average"])
-def test_a_flipped_byte_is_found_when_it_is_looked_for(kind: str, inside: Path) -> None:
+def test_flipped_bit_is_found_only_by_check(kind: str, inside: Path) -> None:
     path = inside / f"ema.{kind}"
     ema = fastema.EMA(nn.Linear(64, 64), decay=0.9)
     save(ema, path) if kind != "pt" else torch.save(ema.state_dict(), path)

@@ -1,4 +1,4 @@
-"""Saving and loading averages."""
+"""Saving and loading of averages."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ def move(tensors: list[Any]) -> None:
 
 
 def plain(x: Any) -> np.ndarray:
-    """A copy in float32, which bfloat16 fits."""
+    """Copy an array to float32, which holds bfloat16 exactly."""
     return x.float().numpy().copy() if isinstance(x, torch.Tensor) else x.astype(np.float32)
 
 
@@ -60,7 +60,7 @@ def zeros(size: int = 3) -> fastema.EMA:
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 @pytest.mark.parametrize("name", AVERAGES)
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_loaded_average_goes_on_to_the_bit(name: str, kind: str, waits: bool) -> None:
+def test_loaded_average_continues_bitwise(name: str, kind: str, waits: bool) -> None:
     if kind == "numpy" and name in ("EMA", "split"):
         pytest.importorskip("ml_dtypes")
     model = weights(kind)
@@ -72,7 +72,7 @@ def test_a_loaded_average_goes_on_to_the_bit(name: str, kind: str, waits: bool) 
     then = shadows(average)
     resumed, model_then = AVERAGES[name](model), copy.deepcopy(model)
     move(model)
-    average.update()  # perhaps before the file is written
+    average.update()  # the file may not be written yet
     load_into(resumed, "ema.safetensors")
     np.testing.assert_equal(shadows(resumed), then)
     for w, old in zip(model, model_then, strict=True):
@@ -83,9 +83,9 @@ def test_a_loaded_average_goes_on_to_the_bit(name: str, kind: str, waits: bool) 
     np.testing.assert_equal(shadows(resumed), shadows(average))
 
 
-def test_every_failed_write_is_told_by_the_next_call() -> None:
+def test_each_failed_write_is_raised_by_a_later_call() -> None:
     small = zeros()
-    save(zeros(3_000_000), "large", wait=False)  # which the others have to wait for
+    save(zeros(3_000_000), "large", wait=False)  # the other saves wait for it
     for name in ("a", "b"):
         save(small, f"gone/{name}", wait=False)
     for name in ("a", "b"):
@@ -97,7 +97,7 @@ def test_every_failed_write_is_told_by_the_next_call() -> None:
         load_into(small, "gone/c")
 
 
-def test_a_later_save_is_not_overtaken_by_an_earlier_one() -> None:
+def test_earlier_save_does_not_overwrite_a_later_one() -> None:
     ema = zeros(3_000_000)
     ema.update()
     for path in ("x", "x", "out"):
@@ -108,7 +108,7 @@ def test_a_later_save_is_not_overtaken_by_an_earlier_one() -> None:
     assert inspect("out").average.num_updates == 2
 
 
-def test_a_file_that_does_not_fit_changes_nothing(inside: Path) -> None:
+def test_mismatched_or_damaged_file_changes_nothing(inside: Path) -> None:
     path = inside / "ema.safetensors"
     ema = fastema.EMA([np.full(3, 7.25, np.float32)], decay=0.999)
     save(ema, path)
@@ -118,7 +118,7 @@ def test_a_file_that_does_not_fit_changes_nothing(inside: Path) -> None:
     assert other.shadow["0"].tolist() == [1.0, 1.0]
     whole = path.read_bytes()
     number = np.float32(7.25).tobytes()
-    # One of the numbers, in what is not a tensor, and in the header alone.
+    # Damage in a tensor, at the end of the file, and in the header.
     for old, new in ((number, bytes(4)), (whole[-9:], b"\1" * 9), (b"0.999", b"0.199")):
         assert old in whole
         path.write_bytes(whole.replace(old, new, 1))
@@ -131,7 +131,7 @@ def test_a_file_that_does_not_fit_changes_nothing(inside: Path) -> None:
     assert ema.shadow["0"].tolist() == [7.25] * 3
 
 
-def test_a_child_process_has_nothing_to_wait_for() -> None:
+def test_child_process_forgets_its_parents_writes() -> None:
     writer = saving._BackgroundWriter()
     writer.submit(Path("/nowhere/ema.safetensors"), {})
     writer._forget()
@@ -145,14 +145,14 @@ def average(seed: int) -> fastema.EMA:
 
 
 @pytest.mark.parametrize("seed", range(150))
-def test_a_damaged_state_is_our_error_whatever_is_wrong(seed: int, inside: Path) -> None:
+def test_damaged_state_raises_checkpoint_error_and_changes_nothing(seed: int, inside: Path) -> None:
     ema = average(1)
     ema.update(steps=3)
     path = inside / "a.safetensors"
     write_state(path, ema.state_dict())
     whole = path.read_bytes()
     header = header_of(whole)
-    if seed % 2:  # damage within the plain values
+    if seed % 2:  # damage the non-tensor values
         inner = damaged_header(json.loads(header["__metadata__"]["state"]), seed)
         header["__metadata__"]["state"] = inner.decode(errors="surrogateescape")
         damaged = json.dumps(header).encode()

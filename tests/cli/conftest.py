@@ -6,24 +6,24 @@ import pytest
 from fastema.cli import main
 
 
-class Said(NamedTuple):
-    """What a command wrote on standard output, and on standard error."""
+class Output(NamedTuple):
+    """What a command wrote to standard output and standard error."""
 
     out: str
     err: str
 
 
 @pytest.fixture
-def fastema(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """``fastema("plan --json", path, code=2)``: what it says, after asserting its exit code."""
+def fastema(capsys: pytest.CaptureFixture[str]) -> Callable[..., Output]:
+    """Return a function that runs a command line, asserts its exit code and returns its output."""
 
-    def called(line: str, *arguments: object, code: int = 0) -> Said:
+    def call(line: str, *arguments: object, code: int = 0) -> Output:
         try:
             found = main([*line.split(), *map(str, arguments)])
         except SystemExit as stopped:
             found = stopped.code
-        said = Said(*capsys.readouterr())
+        said = Output(*capsys.readouterr())
         assert found == code, said
         return said
 
-    return called
+    return call

@@ -1,4 +1,4 @@
-"""The commands as they are typed: version, doctor, plan, bench, average, inspect, convert."""
+"""The commands version, doctor, plan, bench, average, inspect and convert, as typed."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from ..support.process import run_python
 
 NEEDS = ("safetensors", "torch")
 
-# The names are refused as an import hook, or an installation without the extra, would do it.
+# Refuses to import the given names, as in an installation without the extra.
 WITHOUT = """
 import sys
 from fastema.cli import main
@@ -33,7 +33,7 @@ sys.exit(main(["demo"]))
 """
 
 
-def test_version_interrupts_and_what_is_no_command(
+def test_version_interrupts_and_unknown_commands(
     fastema: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = run_python("-m", "fastema", "--version")
@@ -52,14 +52,14 @@ def test_version_interrupts_and_what_is_no_command(
     ("missing", "named"),
     [("sklearn", "scikit-learn is"), ("matplotlib rich", "matplotlib and rich are")],
 )
-def test_missing_packages_are_named_with_the_way_to_get_them(missing: str, named: str) -> None:
+def test_missing_packages_are_named_with_the_pip_command(missing: str, named: str) -> None:
     done = run_python("-c", WITHOUT, *missing.split())
     assert (done.returncode, done.stdout) == (2, "")
     way = 'install what this command needs: pip install "fastema[demo]"'
     assert done.stderr == f"fastema demo: {named} not installed; {way}\n"
 
 
-def test_the_doctor_says_what_is_there_and_notices_wrong_kernels(
+def test_doctor_reports_the_setup_and_detects_wrong_kernels(
     fastema: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli.doctor, "_BYTES", 48_000)
@@ -96,13 +96,13 @@ def test_the_doctor_says_what_is_there_and_notices_wrong_kernels(
 
 @pytest.fixture
 def bench(fastema: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """``bench(options)`` where a file has a few small shapes: output, errors."""
+    """Return ``bench(options)``, run beside a file of three small shapes; it returns the output."""
     monkeypatch.chdir(tmp_path)
     Path("shapes.json").write_text('{"a": [3, 5], "b": [7], "c": []}')
     return lambda line, **how: fastema(f"bench --seconds 0.001 {line}", **how)
 
 
-def test_every_way_has_a_line_a_figure_and_a_place_in_the_picture(bench: Any) -> None:
+def test_bench_reports_every_competitor_as_text_json_and_picture(bench: Any) -> None:
     out, err = bench("--shapes shapes.json --dtype float32")
     assert err == ""
     assert "shapes.json: 23 weights in 3 tensors, float32, average float32, on cpu" in out
@@ -116,10 +116,10 @@ def test_every_way_has_a_line_a_figure_and_a_place_in_the_picture(bench: Any) ->
     ways = {one["name"]: one for one in found["ways"]}
     assert ways["fastema.EMA"]["ratio"] == 1.0
     assert ways["torch mul_/add_ loop"]["ms"] > 0
-    assert "raises RuntimeError" in ways["torch AveragedModel"]["why"]  # mixes no dtypes
+    assert "raises RuntimeError" in ways["torch AveragedModel"]["why"]  # it cannot mix dtypes
 
 
-def test_shapes_of_a_checkpoint_and_of_a_config(bench: Any) -> None:
+def test_bench_takes_shapes_from_a_checkpoint_or_config(bench: Any) -> None:
     tensors = {"w": torch.ones(4, 2), "n": torch.ones(3, dtype=torch.int64)}
     torch.save({"model": tensors}, "model.pt")
     assert "model.pt: 8 weights in 1 tensor" in bench("--checkpoint model.pt").out
@@ -134,7 +134,7 @@ LORA = {"lora_A": torch.ones(2), "lora_B": torch.ones(1)}
 
 @pytest.fixture
 def run(tmp_path: Path, fastema: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``run("--swa ...")`` in a folder of checkpoints: output, and errors."""
+    """Return ``run("--swa ...")``, run in a folder of checkpoints; it returns the output."""
     monkeypatch.chdir(tmp_path)
     for step in STEPS:
         tensors = {"w": torch.full((5,), step / 100), **LORA}
@@ -142,7 +142,7 @@ def run(tmp_path: Path, fastema: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda line, **options: fastema(f"average {line}", **options)
 
 
-def test_a_mean_of_named_checkpoints(run: Any, tmp_path: Path) -> None:
+def test_average_of_named_checkpoints_is_their_mean(run: Any, tmp_path: Path) -> None:
     out, err = run("step-100.safetensors step-200.safetensors -o mean.safetensors")
     assert err == ""
     assert load_file(tmp_path / "mean.safetensors")["w"].tolist() == [1.5] * 5
@@ -153,12 +153,12 @@ def test_a_mean_of_named_checkpoints(run: Any, tmp_path: Path) -> None:
     assert lines[-1].startswith("mean.safetensors: 64 B read in ")
 
 
-def test_several_averages_of_a_folder_have_names_of_their_own(run: Any, tmp_path: Path) -> None:
+def test_several_averages_of_a_folder_get_distinct_names(run: Any, tmp_path: Path) -> None:
     out, _ = run("--dir . --last 3 --swa --ema 0.999 --ema 0.9 --wsm 1-sqrt -o merged.safetensors")
     found = {p.name: load_file(p)["w"][0].item() for p in tmp_path.glob("merged*")}
     weights = 0.999**450, 0.999**400 - 0.999**450, 1 - 0.999**400
     short = found.pop("merged-ema0.9.safetensors")
-    assert short == pytest.approx(9)  # the one before is 400 steps older
+    assert short == pytest.approx(9)  # the previous one is 400 steps older
     assert found == {
         "merged-swa.safetensors": pytest.approx((4.5 + 5 + 9) / 3),
         "merged-ema0.999.safetensors": pytest.approx(
@@ -187,14 +187,14 @@ USAGE = ("--ema 1.5", "--sma 0", "--wsm cubic", "--weights a", "--sigma-rel 3")
 
 
 @pytest.mark.parametrize("line", [*NO_AVERAGE, *USAGE])
-def test_what_cannot_be_is_refused_and_nothing_written(run: Any, tmp_path: Path, line: str) -> None:
+def test_invalid_average_is_refused_and_writes_nothing(run: Any, tmp_path: Path, line: str) -> None:
     err = run(line if line in NO_AVERAGE else f"--dir . {line} -o x.safetensors", code=2).err
     assert err.startswith("fastema average: " if line in NO_AVERAGE else "usage: fastema average ")
     assert NO_AVERAGE.get(line, "") in err
     assert len(list(tmp_path.iterdir())) == len(STEPS)
 
 
-def test_snapshots_give_another_width(run: Any, tmp_path: Path) -> None:
+def test_snapshots_are_combined_to_another_width(run: Any, tmp_path: Path) -> None:
     weights = [torch.zeros(4)]
     ema = PowerEMA(weights, (0.05, 0.1))
     for step in range(1, 201):
@@ -210,7 +210,7 @@ def test_snapshots_give_another_width(run: Any, tmp_path: Path) -> None:
 
 @pytest.fixture
 def beside(tmp_path: Path, fastema: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``beside("inspect ema.safetensors")`` beside an average and its model: output, errors."""
+    """Return ``beside("inspect ema.safetensors")``, run beside an average and its model."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(1)
     model = torch.nn.Linear(3, 2)
@@ -222,7 +222,7 @@ def beside(tmp_path: Path, fastema: Any, monkeypatch: pytest.MonkeyPatch) -> Any
     return fastema
 
 
-def test_an_average_is_described(beside: Any) -> None:
+def test_inspect_describes_an_average(beside: Any) -> None:
     out, err = beside("inspect ema.safetensors --check --tensors")
     assert err == ""
     lines = dict(line.split(maxsplit=1) for line in out.splitlines() if line[0] != " ")
@@ -239,7 +239,7 @@ def test_an_average_is_described(beside: Any) -> None:
     assert found["tensors"] == {n: {"dtype": "f32", "shape": s} for n, s in shapes.items()}
 
 
-def test_an_average_is_converted_and_what_is_lost_is_said(beside: Any, tmp_path: Path) -> None:
+def test_convert_writes_the_average_and_reports_what_is_lost(beside: Any, tmp_path: Path) -> None:
     out, err = beside("convert ema.safetensors swa.pt --to swa_utils")
     assert err == ""
     assert out.splitlines() == [
@@ -264,7 +264,7 @@ NOT_CONVERTED = {
 
 
 @pytest.mark.parametrize("line", NOT_CONVERTED)
-def test_what_cannot_be_is_one_line(line: str, beside: Any, tmp_path: Path) -> None:
+def test_invalid_command_gives_a_one_line_error(line: str, beside: Any, tmp_path: Path) -> None:
     before = {one.name for one in tmp_path.iterdir()}
     out, err = beside(line, code=2)
     assert out == ""

@@ -1,4 +1,4 @@
-"""The demo: what it prints and draws, and that a seed fixes every number but the times."""
+"""The demo: its output and picture, and reproducible numbers except for the times."""
 
 import re
 from collections.abc import Callable
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.torch
 SHORT = "demo --model mlp --epochs 2 --batch-size 64"
 
 
-def _rows(printed: str) -> list[list[str]]:
-    """The cells of the table, without the epoch: scores of raw and average, then times."""
+def parse_rows(printed: str) -> list[list[str]]:
+    """Split the table into rows: scores of raw and average weights, then times."""
     return [row.split() for row in re.findall(r"^ +\d+ (.* \d+%) *$", printed, re.MULTILINE)]
 
 
@@ -30,19 +30,19 @@ def _train(**recipe: Any) -> tuple[train.Setup, History]:
         return setup, train.train(setup, lambda: None, lambda _: None)
 
 
-def test_a_short_run(tmp_path: Path, fastema: Callable[..., Any]) -> None:
+def test_short_demo_prints_and_draws(tmp_path: Path, fastema: Callable[..., Any]) -> None:
     out = tmp_path / "a [bold]picture.png"
     printed = fastema(SHORT, "--out", out).out
     assert out.read_bytes().startswith(b"\x89PNG")
-    assert "\x1b" not in printed  # not a terminal: no colours, no moving cursor
+    assert "\x1b" not in printed  # no terminal: no colors, no cursor movement
     assert printed.splitlines()[-1] == f"Picture: {out}"
-    assert [len(row) for row in _rows(printed)] == [9, 9]
+    assert [len(row) for row in parse_rows(printed)] == [9, 9]
     assert "GB/s" in printed
     assert max(map(len, printed.splitlines()[:-1])) <= 80
 
 
 @pytest.mark.parametrize("model", ["mlp", pytest.param("cnn", marks=pytest.mark.slow)])
-def test_a_seed_fixes_all_numbers(model: str) -> None:
+def test_equal_seeds_give_equal_numbers(model: str) -> None:
     recipe: Any = {"model": model, "epochs": 1, "batch_size": 64}
     (setup, history), (again_setup, again) = (_train(**recipe, seed=3) for _ in range(2))
     assert again.evaluations == history.evaluations

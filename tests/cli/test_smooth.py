@@ -1,4 +1,4 @@
-"""``fastema smooth``: the columns it adds are the moving averages of the others, to the bit."""
+"""``fastema smooth``: the added columns are the exact moving averages of the others."""
 
 import csv
 import importlib.util
@@ -19,8 +19,8 @@ from fastema.tracking import ExponentialMovingAverage, SimpleMovingAverage
 from ..support.requirements import require_packages
 
 
-def log(count: int = 200, seed: int = 0) -> str:
-    """A log with the validation's loss in every twentieth row, a note and a learning rate."""
+def make_log(count: int = 200, seed: int = 0) -> str:
+    """Make a log with a validation loss in every 20th row, a note and a learning rate."""
     generator = np.random.default_rng(seed)
     lines = ["epoch,step,loss,val_loss,lr,note,size"]
     for step, noise in enumerate(generator.normal(size=count).tolist()):
@@ -30,13 +30,13 @@ def log(count: int = 200, seed: int = 0) -> str:
     return "\n".join(lines) + "\n"
 
 
-def columns(text: str, delimiter: str = ",") -> dict[str, list[str]]:
+def read_columns(text: str, delimiter: str = ",") -> dict[str, list[str]]:
     header, *rows = csv.reader(io.StringIO(text), delimiter=delimiter)
     return dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
 
 
-def written(average: Any, cells: list[str], weights: list[str] | None = None) -> list[str]:
-    """The column that a tracker makes of the cells of another, each number to the bit."""
+def average_column(average: Any, cells: list[str], weights: list[str] | None = None) -> list[str]:
+    """Return the cells of the column that an average makes from another column."""
     rows = [row for row, cell in enumerate(cells) if cell]
     given_ = [float(weights[row]) for row in rows] if weights else None
     column = [""] * len(cells)
@@ -49,7 +49,7 @@ def written(average: Any, cells: list[str], weights: list[str] | None = None) ->
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     file = tmp_path / "metrics.csv"
-    file.write_text(log())
+    file.write_text(make_log())
     return file
 
 
@@ -58,10 +58,10 @@ def smooth(fastema: Callable[..., Any]) -> Callable[..., Any]:
     return partial(fastema, "smooth")
 
 
-def test_the_columns(path: Path, tmp_path: Path, smooth: Any) -> None:
+def test_added_columns_are_the_moving_averages(path: Path, tmp_path: Path, smooth: Any) -> None:
     out = tmp_path / "out.csv"
     printed = smooth(path, "--ema", "0.9,0.99", "--ema", "0.5", "--sma", 7, "-o", out)
-    was, got = columns(path.read_text()), columns(out.read_text())
+    was, got = read_columns(path.read_text()), read_columns(out.read_text())
     assert {name: got[name] for name in was} == was
     assert list(got)[len(was) :] == [
         f"{name}_{kind}"
@@ -69,10 +69,10 @@ def test_the_columns(path: Path, tmp_path: Path, smooth: Any) -> None:
         for kind in ("sma", "ema_0.9", "ema_0.99", "ema_0.5")
     ]
     for name in ("loss", "val_loss", "size"):
-        assert got[f"{name}_sma"] == written(SimpleMovingAverage(7), was[name])
+        assert got[f"{name}_sma"] == average_column(SimpleMovingAverage(7), was[name])
         for decay in ("0.9", "0.99", "0.5"):
             average = ExponentialMovingAverage(float(decay))
-            assert got[f"{name}_ema_{decay}"] == written(average, was[name])
+            assert got[f"{name}_ema_{decay}"] == average_column(average, was[name])
     assert printed.out == ""
     said = printed.err.splitlines()
     assert said[0] == f"{path}: 200 rows, step 0 to 199"
@@ -83,15 +83,15 @@ def test_the_columns(path: Path, tmp_path: Path, smooth: Any) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {"metrics.csv", "out.csv"}
     printed = smooth(path, "--weights", "size", "--debias", "--metrics", "loss", "--quiet")
     assert printed.err == ""
-    got = columns(printed.out)
+    got = read_columns(printed.out)
     debiased = ExponentialMovingAverage(0.9, debias=True)
-    assert got["loss_ema"] == written(debiased, was["loss"], was["size"])
-    assert got["loss_sma"] == written(SimpleMovingAverage(20), was["loss"], was["size"])
+    assert got["loss_ema"] == average_column(debiased, was["loss"], was["size"])
+    assert got["loss_sma"] == average_column(SimpleMovingAverage(20), was["loss"], was["size"])
 
 
-def test_what_was_smoothed_is_not_smoothed_again_and_json_is_read(path: Path, smooth: Any) -> None:
+def test_smoothed_columns_are_skipped_and_json_is_read(path: Path, smooth: Any) -> None:
     path.write_text("loss,loss_ema,loss_ema_0.5\n1,2,3\n2,3,4\n")
-    assert list(columns(smooth(path).out))[3:] == ["loss_sma", "loss_ema_0.9"]
+    assert list(read_columns(smooth(path).out))[3:] == ["loss_sma", "loss_ema_0.9"]
     said = smooth(path, "--metrics", "loss", "--ema", 0.5, code=2).err
     assert "has a column 'loss_ema_0.5' already" in said
     rows = [{"loss": 2.0, "step": 10}, {"eval_loss": 3.0, "step": 10}, {"loss": 1.0, "step": 20}]
@@ -101,7 +101,7 @@ def test_what_was_smoothed_is_not_smoothed_again_and_json_is_read(path: Path, sm
     assert printed.err.startswith(f"{path}: 3 rows, step 10 to 20\n")
 
 
-def test_the_picture_shows_the_columns(
+def test_plot_shows_the_selected_columns(
     path: Path, monkeypatch: pytest.MonkeyPatch, smooth: Any
 ) -> None:
     find = importlib.util.find_spec
@@ -120,21 +120,21 @@ def test_the_picture_shows_the_columns(
 
     monkeypatch.setattr(picture, "draw", draw)
 
-    def shown(*arguments: object) -> Any:
+    def capture(*arguments: object) -> Any:
         smooth(path, "--plot", path.with_suffix(".png"), *arguments)
         return seen
 
-    (loss, val_loss, rate), options = shown("--ema", 0.9, "--metrics", "loss,val_loss,lr")
-    was = columns(path.read_text())["loss"]
+    (loss, val_loss, rate), options = capture("--ema", 0.9, "--metrics", "loss,val_loss,lr")
+    was = read_columns(path.read_text())["loss"]
     raw, ema = loss.lines
     assert (loss.name, loss.axis, rate.name) == ("loss", "step", "lr")
     assert raw.curve.values.tolist() == list(map(float, was))
-    want = written(ExponentialMovingAverage(0.9), was)
+    want = average_column(ExponentialMovingAverage(0.9), was)
     assert ema.curve.values.tolist() == list(map(float, want))
     assert ema.curve.steps.tolist() == raw.curve.steps.tolist() == list(range(200))
     assert val_loss.lines[0].curve.steps.tolist() == list(range(19, 200, 20))
     assert options["log"] == "auto"
-    _, options = shown("--metrics", "loss", "--log-scale=on")
+    _, options = capture("--metrics", "loss", "--log-scale=on")
     assert options["log"] is True
 
 
@@ -170,10 +170,10 @@ def test_refusals_say_why_and_write_nothing(
     assert printed.err.startswith("usage: fastema smooth " if usage else "fastema smooth: ")
     assert (USAGE if usage else REFUSALS)[line] in printed.err
     assert os.listdir() == ["metrics.csv"]
-    assert path.read_text() == log()
+    assert path.read_text() == make_log()
 
 
-def test_a_write_that_fails_leaves_the_older_file_and_one_to_a_device_the_device(
+def test_failed_write_keeps_the_old_file_and_a_device_stays_one(
     path: Path, monkeypatch: pytest.MonkeyPatch, smooth: Any
 ) -> None:
     from fastema.cli.smooth import averages

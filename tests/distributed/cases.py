@@ -1,4 +1,4 @@
-"""What the tests run on every rank."""
+"""Functions that the tests run on every rank."""
 
 import copy
 import os
@@ -26,7 +26,7 @@ from fastema.errors import (
     StateError,
 )
 
-from .layouts import divided, full, holds, meshes, net, put, weights
+from .layouts import build, build_net, gather, is_member, meshes, set_weights, weights
 
 MAKE: dict[str, Callable[[Any], Any]] = {
     "f32": lambda model: fastema.EMA(model, decay=0.9),
@@ -37,22 +37,22 @@ MAKE: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def averages(ema: Any) -> list[dict[str, torch.Tensor]]:
-    """All averages, whole; collective."""
-    return [{name: full(one[name]) for name in one} for one in ema.shadows]
+def gather_averages(ema: Any) -> list[dict[str, torch.Tensor]]:
+    """Gather all averages; every rank must call this."""
+    return [{name: gather(one[name]) for name in one} for one in ema.shadows]
 
 
-def trained(kind: str, model: Any, steps: int = 4) -> Any:
-    """An average of some steps."""
+def train_average(kind: str, model: Any, steps: int = 4) -> Any:
+    """Return an average after ``steps`` updates."""
     ema = MAKE[kind](model)
     for step in range(steps):
-        put(model, weights(step))
+        set_weights(model, weights(step))
         ema.update()
     return ema
 
 
 def assert_equal(got: list[dict[str, torch.Tensor]], want: list[dict[str, torch.Tensor]]) -> None:
-    """Equal to the bit, by name."""
+    """Assert that averages are bitwise equal, name by name."""
     assert len(got) == len(want)
     for one, other in zip(got, want, strict=True):
         assert one.keys() == other.keys()
@@ -61,15 +61,15 @@ def assert_equal(got: list[dict[str, torch.Tensor]], want: list[dict[str, torch.
             assert torch.equal(tensor, other[name]), name
 
 
-def bits(layout: str, kind: str) -> None:
-    """The bits of the average are those of one process."""
-    if not holds(layout):
+def check_updates(layout: str, kind: str) -> None:
+    """Check that updates are local and give the bits of a single process."""
+    if not is_member(layout):
         return
-    model = divided(layout)
+    model = build(layout)
     ema = MAKE[kind](model)
     with CommDebugMode() as counted:
         for step in range(4):
-            put(model, weights(step))
+            set_weights(model, weights(step))
             before = counted.get_total_counts()
             ema.update()
             assert counted.get_total_counts() == before
@@ -78,41 +78,41 @@ def bits(layout: str, kind: str) -> None:
         assert isinstance(shown, DTensor) == isinstance(tensor, DTensor)
         if isinstance(tensor, DTensor):
             assert (shown.placements, shown.shape) == (tensor.placements, tensor.shape)
-    assert_equal(averages(ema), averages(trained(kind, net())))
+    assert_equal(gather_averages(ema), gather_averages(train_average(kind, build_net())))
 
 
-def swap(layout: str, kind: str) -> None:
-    """A model computes with the average as one process does, and has every bit back."""
-    if not holds(layout):
+def check_swap(layout: str, kind: str) -> None:
+    """Check that a swapped model computes like a single process and is restored to the bit."""
+    if not is_member(layout):
         return
-    model, one = divided(layout), net()
-    ema, reference = trained(kind, model), trained(kind, one)
+    model, one = build(layout), build_net()
+    ema, reference = train_average(kind, model), train_average(kind, one)
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
     which = {"which": 1} if kind == "two" else {}
     with torch.no_grad():
-        raw = full(model(x))  # may leave gathered weights behind
+        raw = gather(model(x))  # may leave gathered weights behind
         with ema.swapped(**which), reference.swapped(**which):
-            assert_close(full(model(x)), one(x), layout)
+            assert_close(gather(model(x)), one(x), layout)
             state = ema.state_dict()
-        torch.testing.assert_close(full(model(x)), raw, rtol=0, atol=0)
+        torch.testing.assert_close(gather(model(x)), raw, rtol=0, atol=0)
         ema.apply_shadow(**which)
         model(x)
         ema.restore()
-        torch.testing.assert_close(full(model(x)), raw, rtol=0, atol=0)
+        torch.testing.assert_close(gather(model(x)), raw, rtol=0, atol=0)
     reshard(model)
     for name, tensor in one.named_parameters():
-        assert torch.equal(full(dict(model.named_parameters())[name]), tensor), name
-    saved = [{n: full(t) for n, t in part.items()} for part in state["shadow"]]
-    assert_equal(saved, averages(reference))
-    assert_equal(averages(ema), averages(reference))
-    other = divided(layout)
+        assert torch.equal(gather(dict(model.named_parameters())[name]), tensor), name
+    saved = [{n: gather(t) for n, t in part.items()} for part in state["shadow"]]
+    assert_equal(saved, gather_averages(reference))
+    assert_equal(gather_averages(ema), gather_averages(reference))
+    other = build(layout)
     ema.copy_to(other, **which)
     reference.copy_to(one, **which)
     for name, tensor in other.named_parameters():
-        assert torch.equal(full(tensor), dict(one.named_parameters())[name]), name
+        assert torch.equal(gather(tensor), dict(one.named_parameters())[name]), name
     held = ema.model_state_dict(**which)
     for name, tensor in reference.model_state_dict(**which).items():
-        assert torch.equal(full(held[name]), tensor), name
+        assert torch.equal(gather(held[name]), tensor), name
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, layout: str) -> None:
@@ -126,11 +126,11 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def training(layout: str) -> None:
-    """Real steps: forward, backward, optimizer, update."""
-    if not holds(layout):
+def check_training(layout: str) -> None:
+    """Check an average over training steps: forward, backward, optimizer, update."""
+    if not is_member(layout):
         return
-    model, one = divided(layout), net()
+    model, one = build(layout), build_net()
     ema, reference = fastema.EMA(model, decay=0.8), fastema.EMA(one, decay=0.8)
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
     for m, e in ((model, ema), (one, reference)):
@@ -148,34 +148,34 @@ def training(layout: str) -> None:
                     m(x)
     for name in reference.shadow:
         torch.testing.assert_close(
-            full(ema.shadow[name]), reference.shadow[name], rtol=2e-3, atol=2e-3
+            gather(ema.shadow[name]), reference.shadow[name], rtol=2e-3, atol=2e-3
         )
 
 
-def gathered() -> None:
-    """An update between an evaluation and the next step is refused, with what to do."""
-    model = divided("fsdp 4")
-    ema = trained("f32", model)
-    before = averages(ema)
-    put(model, weights(9))
+def check_gathered() -> None:
+    """Check that an update of gathered parameters is refused and the message has a remedy."""
+    model = build("fsdp 4")
+    ema = train_average("f32", model)
+    before = gather_averages(ema)
+    set_weights(model, weights(9))
     with torch.no_grad():
         model(torch.zeros(1, 6))
     assert not isinstance(model.scale, DTensor)
-    message = raised(LayoutError, ema.update)
+    message = expect_error(LayoutError, ema.update)
     assert "'scale' is whole on this rank" in message
     assert "reshard()" in message
     assert ema.num_updates == 4
     reshard(model)
-    assert_equal(averages(ema), before)
+    assert_equal(gather_averages(ema), before)
     ema.update()
     assert ema.num_updates == 5
-    # Built while parameters are gathered, it averages the parts all the same.
+    # An average that is built while parameters are gathered still averages the shards.
     with torch.no_grad():
         model(torch.zeros(1, 6))
     assert isinstance(fastema.EMA(model).shadow["scale"], DTensor)
 
 
-def raised(kind: type[FastemaError], function: Callable[..., Any], *args: Any) -> str:
+def expect_error(kind: type[FastemaError], function: Callable[..., Any], *args: Any) -> str:
     try:
         function(*args)
     except kind as error:
@@ -183,54 +183,54 @@ def raised(kind: type[FastemaError], function: Callable[..., Any], *args: Any) -
     raise AssertionError(f"no {kind.__name__}")
 
 
-def differing() -> list[str]:
-    """Ranks that do not agree: the message, of whatever rank."""
+def catch_differing_ranks() -> list[str]:
+    """Return the error messages for ranks that disagree."""
     rank = dist.get_rank()
-    model = divided("fsdp 4")
+    model = build("fsdp 4")
     messages = [
-        raised(LayoutError, lambda: fastema.EMA(model, decay=0.9 if rank != 2 else 0.99)),
-        raised(LayoutError, lambda: fastema.EMA(
+        expect_error(LayoutError, lambda: fastema.EMA(model, decay=0.9 if rank != 2 else 0.99)),
+        expect_error(LayoutError, lambda: fastema.EMA(
             model, on_nonfinite="skip" if rank == 2 else "propagate")),
-        raised(LayoutError, lambda: fastema.EMA(model, policy={"lone.*": "skip"} if rank == 1
+        expect_error(LayoutError, lambda: fastema.EMA(model, policy={"lone.*": "skip"} if rank == 1
                                                 else None)),
     ]  # fmt: skip
     ema = fastema.EMA(model)
     for _ in range(3 if rank == 3 else 2):
         ema.update()
-    messages.append(raised(LayoutError, ema.state_dict))
+    messages.append(expect_error(LayoutError, ema.state_dict))
     both = meshes()["2x2"]
-    other = fully_shard(net(), mesh=both["dp"])  # over two ranks each: not the world
-    messages.append(raised(LayoutError, lambda: fastema.EMA(other, seed=int(rank == 3)))
+    other = fully_shard(build_net(), mesh=both["dp"])  # each mesh has two of the four ranks
+    messages.append(expect_error(LayoutError, lambda: fastema.EMA(other, seed=int(rank == 3)))
                     if rank in (1, 3) else fastema.EMA(other, seed=0) and "")  # fmt: skip
     return messages
 
 
-def not_finite(layout: str) -> list[str]:
-    """A NaN on one rank leaves out the update on all of them."""
-    if not holds(layout):
+def check_nonfinite(layout: str) -> list[str]:
+    """Check that a NaN on one rank skips the update on all ranks."""
+    if not is_member(layout):
         return []
-    model = divided(layout)
+    model = build(layout)
     skipping = fastema.EMA(model, on_nonfinite="skip")
     raising = fastema.EMA(model, on_nonfinite="raise")
-    before = averages(skipping)
+    before = gather_averages(skipping)
     bad = weights(1)
     bad["down.weight"][6, 3] = torch.nan
-    put(model, bad)
+    set_weights(model, bad)
     with CommDebugMode() as counted:
         skipping.update()
     assert counted.get_total_counts() <= 2
     assert (skipping.num_updates, skipping.num_skipped) == (0, 1)
-    message = raised(NonFiniteError, raising.update)
-    assert_equal(averages(skipping), before)
-    assert_equal(averages(raising), before)
-    put(model, weights(2))
+    message = expect_error(NonFiniteError, raising.update)
+    assert_equal(gather_averages(skipping), before)
+    assert_equal(gather_averages(raising), before)
+    set_weights(model, weights(2))
     skipping.update()
     assert skipping.num_updates == 1
     return [message]
 
 
 class Experts(nn.Module):
-    """A dense layer over all ranks, experts over pairs of them, an expert bias."""
+    """A dense layer over all ranks, experts over pairs of ranks, and an expert bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,8 +239,8 @@ class Experts(nn.Module):
         self.register_buffer("expert_bias", torch.zeros(4))
 
 
-def experts() -> None:
-    """Meshes of several sizes, stages in a list, policies by pattern."""
+def check_experts() -> None:
+    """Check meshes of several sizes, a list of stages, and policies by pattern."""
     torch.manual_seed(4)
     whole = Experts()
     torch.manual_seed(4)
@@ -270,58 +270,58 @@ def experts() -> None:
         ema.update([part, stage])
         one.update()
     for name in one.shadow:
-        assert torch.equal(full(ema.shadow[name]), one.shadow[name]), name
+        assert torch.equal(gather(ema.shadow[name]), one.shadow[name]), name
     ema.update()
     with ema.swapped() as held:
         assert held[0] is part
 
 
-def refused(folder: str) -> list[str]:
-    """What cannot be averaged is refused by name, before anything is written."""
+def catch_refusals(folder: str) -> list[str]:
+    """Return the errors for unsupported tensors and calls; none of them writes a file."""
     mesh = meshes()["4"]
     pending = DTensor.from_local(torch.ones(3), mesh, [dist.tensor.Partial()], run_check=False)
-    messages = [raised(FastemaError, lambda: fastema.EMA({"w": pending}))]
+    messages = [expect_error(FastemaError, lambda: fastema.EMA({"w": pending}))]
     odd = dist.tensor.placement_types._StridedShard(0, split_factor=2)
     blocks = DTensor.from_local(
         torch.ones(2), mesh, [odd], run_check=False, shape=torch.Size([8]), stride=(1,)
     )
-    messages.append(raised(FastemaError, lambda: fastema.EMA({"w": blocks})))
-    model = divided("fsdp 4")
-    messages.append(raised(FastemaError, lambda: fastema.EMA(model, drift=True)))
-    other = fastema.EMA(divided("tp 4"))
-    messages.append(raised(LayoutError, other.update, model))
+    messages.append(expect_error(FastemaError, lambda: fastema.EMA({"w": blocks})))
+    model = build("fsdp 4")
+    messages.append(expect_error(FastemaError, lambda: fastema.EMA(model, drift=True)))
+    other = fastema.EMA(build("tp 4"))
+    messages.append(expect_error(LayoutError, other.update, model))
     power = fastema.PowerEMA(model, sigma_rels=(0.1,))
     power.update()
-    messages.append(raised(FastemaError, fastema.posthoc.save_snapshot, power, folder))
+    messages.append(expect_error(FastemaError, fastema.posthoc.save_snapshot, power, folder))
     assert not any(path.suffix == ".safetensors" for path in Path(folder).iterdir())
     return messages
 
 
-def data_parallel() -> None:
-    """DDP: the same average on each rank, without a collective."""
+def check_data_parallel() -> None:
+    """Check that DDP replicas have equal averages without any collective."""
     from torch.nn.parallel import DistributedDataParallel
 
-    model = DistributedDataParallel(net())
+    model = DistributedDataParallel(build_net())
     ema = fastema.EMA(model, decay=0.8)
     for step in range(3):
-        put(model.module, weights(step))
+        set_weights(model.module, weights(step))
         with CommDebugMode() as counted:
             ema.update()
             ema.state_dict()
         assert counted.get_total_counts() == 0
-    one = net()
+    one = build_net()
     reference = fastema.EMA(one, decay=0.8)
     for step in range(3):
-        put(one, weights(step))
+        set_weights(one, weights(step))
         reference.update()
-    assert_equal(averages(ema), averages(reference))
+    assert_equal(gather_averages(ema), gather_averages(reference))
 
 
-def followed_together() -> list[int]:
-    """What one rank leaves out all do, of replicas and of shards; and updates on the host."""
+def count_followed_updates() -> list[int]:
+    """Return the updates of replicas and of shards when single ranks skip theirs."""
     counts = []
     for divide in (lambda model: model, fully_shard):
-        model = divide(net())
+        model = divide(build_net())
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         ema = fastema.EMA(model, decay=0.8)
         wanted = iter([True, dist.get_rank() != 1, dist.get_rank() != 2, True])
@@ -333,42 +333,42 @@ def followed_together() -> list[int]:
     return counts
 
 
-def on_host(layout: str, kind: str) -> None:
-    """An average on the host of divided weights is the one beside them, to the bit."""
-    if not holds(layout):
+def check_offload(layout: str, kind: str) -> None:
+    """Check that an offloaded average of sharded weights equals one on the device, bitwise."""
+    if not is_member(layout):
         return
-    model = divided(layout)
-    plain, offloaded = trained(kind, model), OFFLOADED[kind](divided(layout))
+    model = build(layout)
+    plain, offloaded = train_average(kind, model), OFFLOADED[kind](build(layout))
     for step in range(4):
         offloaded.wait()
-        put(offloaded._module, weights(step))
+        set_weights(offloaded._module, weights(step))
         offloaded.update()
     which = {"which": 1} if kind == "two" else {}
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
     host = offloaded._module
     with torch.no_grad():
-        raw = full(host(x))  # may leave gathered weights behind
+        raw = gather(host(x))  # may leave gathered weights behind
         with plain.swapped(**which), offloaded.swapped(**which):
-            assert torch.equal(full(host(x)), full(model(x)))
-        assert torch.equal(full(host(x)), raw)
-        assert torch.equal(full(model(x)), raw)
-    assert_equal(averages(offloaded), averages(plain))
+            assert torch.equal(gather(host(x)), gather(model(x)))
+        assert torch.equal(gather(host(x)), raw)
+        assert torch.equal(gather(model(x)), raw)
+    assert_equal(gather_averages(offloaded), gather_averages(plain))
     for one in (model, host):
         reshard(one)
-    one, other = divided(layout), divided(layout)
+    one, other = build(layout), build(layout)
     offloaded.copy_to(one, **which)
     plain.copy_to(other, **which)
     held = offloaded.model_state_dict(**which)
     for name, tensor in other.state_dict().items():
-        assert torch.equal(full(one.state_dict()[name]), full(tensor)), name
-        assert torch.equal(full(held[name]), full(tensor)), name
+        assert torch.equal(gather(one.state_dict()[name]), gather(tensor)), name
+        assert torch.equal(gather(held[name]), gather(tensor)), name
     state, wanted = offloaded.state_dict(), plain.state_dict()
     plain.load_state_dict(state)
     offloaded.load_state_dict(wanted)
     for average, of in ((plain, model), (offloaded, host)):
-        put(of, weights(7))
+        set_weights(of, weights(7))
         average.update()
-    assert_equal(averages(offloaded), averages(plain))
+    assert_equal(gather_averages(offloaded), gather_averages(plain))
 
 
 OFFLOADED = {
@@ -379,23 +379,23 @@ OFFLOADED = {
 
 
 def _with(make: Callable[[Any], Any], model: Any, **options: Any) -> Any:
-    """Build an average with further options."""
+    """Build an average with additional options."""
     plain = fastema.EMA
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fastema, "EMA", lambda *args, **given: plain(*args, **given, **options))
         return make(model)
 
 
-def skipped_together() -> list[tuple[int, int]]:
-    """What one rank has no time for all leave out; and what is refused."""
+def count_skipped_updates() -> list[tuple[int, int]]:
+    """Return the update counts when one rank is busy; check that reactions are refused."""
     found = []
     for divide in (lambda model: model, fully_shard):
-        model = divide(net())
+        model = divide(build_net())
         ema = fastema.EMA(model, decay=0.8, offload="skip")
         late = threading.Event()
         ema._link.delay = lambda _, late=late: late.wait(20)
         for rank in (1, 2):
-            put(model, weights(rank))
+            set_weights(model, weights(rank))
             late.clear()
             if rank != dist.get_rank():
                 late.set()
@@ -403,7 +403,7 @@ def skipped_together() -> list[tuple[int, int]]:
             if rank != dist.get_rank():
                 ema._drain()
             dist.barrier()
-            ema.update()  # left out on all ranks, since one is behind
+            ema.update()  # skipped on all ranks, since one is behind
             late.set()
             ema._drain()
             dist.barrier()
@@ -415,13 +415,13 @@ def skipped_together() -> list[tuple[int, int]]:
         assert ema.shadow.keys() == reference.shadow.keys()
     for reaction in ("skip", "raise"):
         with pytest.raises(ArgumentError, match=f"on_nonfinite='{reaction}' needs a decision"):
-            fastema.EMA(fully_shard(net()), offload=True, on_nonfinite=reaction)
+            fastema.EMA(fully_shard(build_net()), offload=True, on_nonfinite=reaction)
     return found
 
 
-def without_one() -> list[str]:
-    """One rank is gone: what the other says, and how long it took."""
-    model = fully_shard(net())
+def lose_rank() -> list[str]:
+    """Kill one rank; return the other rank's errors and how long they took."""
+    model = fully_shard(build_net())
     ema = fastema.EMA(model)
     dist.barrier()
     if dist.get_rank():
@@ -438,8 +438,8 @@ def without_one() -> list[str]:
     return found
 
 
-def offloaded() -> None:
-    """Parts on another device than the mesh's stay there (as with CPUOffloadPolicy)."""
+def check_cpu_offload() -> None:
+    """Check that shards off the mesh's device stay there, as with CPUOffloadPolicy."""
     mesh = copy.copy(meshes()["4"])
     weight = distribute_tensor(torch.ones(8, 3), meshes()["4"], [Shard(0)], src_data_rank=None)
     mesh._device_type = "meta"
@@ -452,11 +452,11 @@ def offloaded() -> None:
     assert (found.shape, found.device_mesh.device_type) == ((8, 3), "meta")
 
 
-def steps_in_a_block(kind: str) -> None:
-    """Writes of weights that hold the average are noticed, however they are made."""
-    model = fully_shard(net())
+def check_writes(kind: str) -> None:
+    """Check that any write to weights that hold the average is detected."""
+    model = fully_shard(build_net())
     ema = fastema.EMA(model, decay=0.5)
-    put(model, weights(1))
+    set_weights(model, weights(1))
     ema.update()
     block = ema.swapped()
     block.__enter__()
@@ -467,22 +467,22 @@ def steps_in_a_block(kind: str) -> None:
         model(torch.ones(2, 6)).square().mean().backward()
         options = {kind: True} if kind != "plain" else {"foreach": False}
         torch.optim.AdamW(model.parameters(), lr=0.1, **options).step()
-    message = raised(StateError, block.__exit__, None, None, None)
+    message = expect_error(StateError, block.__exit__, None, None, None)
     assert "'up.weight'" in message
     for name, value in weights(1).items():
-        assert torch.equal(full(dict((*model.named_parameters(), *model.named_buffers()))[name]),
+        assert torch.equal(gather(dict((*model.named_parameters(), *model.named_buffers()))[name]),
                            value), name  # fmt: skip
     with ema.swapped():
         pass
 
 
-def lists() -> list[str]:
-    """Classes that follow lists refuse parts."""
+def catch_list_refusals() -> list[str]:
+    """Return the errors of classes that take parameter lists, for sharded parameters."""
     from fastema.compat.diffusers import EMAModel
     from fastema.compat.torch_ema import ExponentialMovingAverage
 
-    model = fully_shard(net())
+    model = fully_shard(build_net())
     return [
-        raised(ArgumentError, lambda: ExponentialMovingAverage(model.parameters(), 0.9)),
-        raised(ArgumentError, lambda: EMAModel(model.parameters())),
+        expect_error(ArgumentError, lambda: ExponentialMovingAverage(model.parameters(), 0.9)),
+        expect_error(ArgumentError, lambda: EMAModel(model.parameters())),
     ]

@@ -1,4 +1,4 @@
-"""One process group for all tests of a worker."""
+"""One process group for all tests of a pytest worker."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,14 +12,14 @@ _HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark these tests."""
+    """Mark all tests of this folder as ``dist``."""
     for item in items:
         if _HERE in item.path.parents:
             item.add_marker("dist")
 
 
 @pytest.fixture(scope="session")
-def _made() -> Iterator[list[Ranks]]:
+def _rank_groups() -> Iterator[list[Ranks]]:
     made: list[Ranks] = []
     yield made
     for one in made:
@@ -27,8 +27,8 @@ def _made() -> Iterator[list[Ranks]]:
 
 
 @pytest.fixture
-def run(_made: list[Ranks]) -> Callable[..., list[Any]]:
-    """``run(function, *args)``: call a function on four ranks; what each returns."""
-    if not _made or not _made[-1].alive:
-        _made.append(Ranks())
-    return _made[-1].run
+def run(_rank_groups: list[Ranks]) -> Callable[..., list[Any]]:
+    """Return ``run(function, *args)``, which calls a function on four ranks."""
+    if not _rank_groups or not _rank_groups[-1].alive:
+        _rank_groups.append(Ranks())
+    return _rank_groups[-1].run

@@ -1,4 +1,4 @@
-"""Models divided among ranks in the ways that trainers divide them."""
+"""A model sharded over ranks in the ways that trainers do it."""
 
 from collections.abc import Callable
 from functools import cache
@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 
 class Net(nn.Module):
-    """Odd sizes: uneven shards, ranks with none, a number, a buffer, a tie."""
+    """Odd sizes, for uneven and empty shards, a one-element parameter, and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,8 +30,8 @@ class Net(nn.Module):
         return self.lone(x.to(self.lone.weight.dtype)) * self.scale
 
 
-def net(dtype: torch.dtype = torch.float32) -> Net:
-    """The same numbers on every rank."""
+def build_net(dtype: torch.dtype = torch.float32) -> Net:
+    """Build the model with the same weights on every rank."""
     torch.manual_seed(5)
     return Net().to(dtype)
 
@@ -47,7 +47,7 @@ SHAPES = {
 
 @cache
 def meshes() -> dict[str, DeviceMesh]:
-    """All meshes: every rank takes part in making each, also where it is not in it."""
+    """Return all meshes. Every rank must create each mesh, even one it does not belong to."""
     return {
         key: DeviceMesh("cpu", torch.arange(prod(sizes)).reshape(sizes), mesh_dim_names=names)
         for key, (names, sizes) in SHAPES.items()
@@ -99,28 +99,28 @@ LAYOUTS: dict[str, Callable[[Net], Net]] = {
 }
 
 RANKS = {"one": 1, "fsdp 1": 1, "fsdp 2": 2, "fsdp 3": 3, "tp 2": 2}
-"""Ranks that hold a part; the others all have one."""
+"""Number of ranks in a layout; other layouts use all ranks."""
 
 
-def holds(layout: str) -> bool:
-    """Whether this rank is one of a layout's; every rank has to ask."""
+def is_member(layout: str) -> bool:
+    """Return whether this rank belongs to a layout; every rank must call this."""
     meshes()
     return dist.get_rank() < RANKS.get(layout, dist.get_world_size())
 
 
-def divided(layout: str, dtype: torch.dtype = torch.float32) -> Net:
-    """The model in a layout."""
-    return LAYOUTS[layout](net(dtype))
+def build(layout: str, dtype: torch.dtype = torch.float32) -> Net:
+    """Build the model in a layout."""
+    return LAYOUTS[layout](build_net(dtype))
 
 
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor, on every rank that has a part."""
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Gather the whole tensor on every rank that has a shard of it."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
-def put(model: Net, values: dict[str, torch.Tensor]) -> None:
-    """Write whole tensors into a model, in place."""
+def set_weights(model: Net, values: dict[str, torch.Tensor]) -> None:
+    """Write whole tensors into a sharded model in place."""
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             value = values[name].to(tensor.dtype)
@@ -132,9 +132,9 @@ def put(model: Net, values: dict[str, torch.Tensor]) -> None:
 
 
 def weights(step: int) -> dict[str, torch.Tensor]:
-    """Whole weights of a step, the same on every rank."""
+    """Draw the whole weights of a step, the same on every rank."""
     generator = torch.Generator().manual_seed(step)
-    whole = net()
+    whole = build_net()
     return {
         name: torch.randn(tensor.shape, generator=generator) * 0.3
         for name, tensor in (*whole.named_parameters(), *whole.named_buffers())

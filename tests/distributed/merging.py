@@ -1,4 +1,4 @@
-"""Folders of all parts of an average, on every rank."""
+"""Consolidation of sharded averages into folders, as run on every rank."""
 
 import json
 import os
@@ -17,12 +17,12 @@ import fastema
 from fastema.distributed import consolidate
 from fastema.errors import CheckpointError, LayoutError, StateError
 
-from .cases import MAKE, raised, trained
-from .layouts import divided, meshes, net
+from .cases import MAKE, expect_error, train_average
+from .layouts import build, build_net, meshes
 
 
-def loaded(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a Hugging Face folder, as its index says."""
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    """Load all tensors of a Hugging Face folder and check its index."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return load_file(folder / "model.safetensors")
@@ -38,13 +38,13 @@ def loaded(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def live(layout: str, kind: str, dtype: torch.dtype, folder: str) -> None:
-    """The folder has what one process' ``model_state_dict`` has."""
-    ema = trained(kind, divided(layout, dtype))
-    want = trained(kind, net(dtype))
+def check_live(layout: str, kind: str, dtype: torch.dtype, folder: str) -> None:
+    """Check that a folder equals the ``model_state_dict`` of a single process."""
+    ema = train_average(kind, build(layout, dtype))
+    want = train_average(kind, build_net(dtype))
     which = {"which": 1} if kind == "two" else {}
     out = consolidate(ema, folder, file_bytes=300, max_bytes=1 << 20, **which)
-    got = loaded(out)
+    got = load_all(out)
     state = want.model_state_dict(**which)
     assert got.keys() == state.keys()
     for name, tensor in state.items():
@@ -53,54 +53,54 @@ def live(layout: str, kind: str, dtype: torch.dtype, folder: str) -> None:
     dist.barrier()
 
 
-def saved(kind: str, folder: str, model_too: bool) -> None:
-    """A checkpoint for a process without ranks to read."""
-    model = divided("fsdp on tp")
+def save_checkpoint(kind: str, folder: str, model_too: bool) -> None:
+    """Save a checkpoint that a single process can read."""
+    model = build("fsdp on tp")
     for parameter in model.lone.parameters():
         parameter.requires_grad_(not model_too)
-    ema = trained(kind, model)
+    ema = train_average(kind, model)
     state: dict[str, Any] = {"trainer": {"ema": ema.state_dict()}}
     if model_too:
         state["model"] = model.state_dict()
     dcp.save(state, checkpoint_id=folder)
 
 
-def from_saved(folder: str, out: str) -> None:
-    """All ranks read a checkpoint together."""
+def check_saved(folder: str, out: str) -> None:
+    """Check that all ranks together can consolidate a saved checkpoint."""
     consolidate(folder, out, file_bytes=500)
-    want = trained("f32", net())
-    for name, tensor in loaded(Path(out)).items():
+    want = train_average("f32", build_net())
+    for name, tensor in load_all(Path(out)).items():
         assert torch.equal(tensor, want.shadow[name]), name
     dist.barrier()
 
 
-def refused(folder: str) -> None:
-    """What is wrong on one rank is an error on all, and leaves nothing."""
-    ema = MAKE["f32"](divided("fsdp 4"))
+def check_refusals(folder: str) -> None:
+    """Check that an error on one rank is raised on all ranks and leaves no files."""
+    ema = MAKE["f32"](build("fsdp 4"))
     occupied = Path(folder) / "occupied"
     if not dist.get_rank():
         occupied.mkdir()
         (occupied / "mine").write_text("")
     dist.barrier()
-    assert "not empty" in raised(CheckpointError, consolidate, ema, occupied)
+    assert "not empty" in expect_error(CheckpointError, consolidate, ema, occupied)
     with ema.swapped():
-        raised(StateError, consolidate, ema, Path(folder) / "new")
+        expect_error(StateError, consolidate, ema, Path(folder) / "new")
     stage = fully_shard(nn.Linear(3, 3 + dist.get_rank() // 2), mesh=meshes()["2x2"]["tp"])
-    message = raised(CheckpointError, consolidate, fastema.EMA(stage), Path(folder) / "new")
+    message = expect_error(CheckpointError, consolidate, fastema.EMA(stage), Path(folder) / "new")
     assert "'weight' is f32[4, 3] on rank 2, f32[3, 3] on rank 0" in message
     ema.update()
     if dist.get_rank() == 1:
         ema.update()
-    assert "num_updates" in raised(LayoutError, consolidate, ema, Path(folder) / "new")
+    assert "num_updates" in expect_error(LayoutError, consolidate, ema, Path(folder) / "new")
     here = folder if not dist.get_rank() else f"{folder}/nowhere"
-    raised(CheckpointError, consolidate, here, Path(folder) / "new")
+    expect_error(CheckpointError, consolidate, here, Path(folder) / "new")
     dist.barrier()
     assert {path.name for path in Path(folder).iterdir()} == {"occupied"}
     dist.barrier()
 
 
-def stages(folder: str) -> None:
-    """Stages of a pipeline write one folder."""
+def check_stages(folder: str) -> None:
+    """Check that the stages of a pipeline write one folder."""
     torch.manual_seed(1)
     both = [nn.Linear(5, 5) for _ in range(2)]
     want = {
@@ -112,15 +112,15 @@ def stages(folder: str) -> None:
     part = nn.ModuleDict({f"stage{stage}": both[stage]})
     fully_shard(both[stage], mesh=meshes()["2x2"]["tp"])
     consolidate(fastema.EMA([part]), folder)
-    got = loaded(Path(folder))
+    got = load_all(Path(folder))
     assert got.keys() == want.keys()
     for name, tensor in want.items():
         assert torch.equal(got[name], tensor), name
     dist.barrier()
 
 
-def page(text: str, folder: str) -> None:
-    """The blocks of a page, in order and in one namespace."""
+def run_page(text: str, folder: str) -> None:
+    """Run the code blocks of a page in order, in one namespace."""
     os.chdir(folder)
     if not dist.get_rank():
         Path("Llama-3-8B").mkdir()
@@ -144,7 +144,7 @@ def page(text: str, folder: str) -> None:
     }
 
     def fresh(before: nn.Module) -> nn.Module:
-        """A page shards its model in several places: each has one of its own."""
+        """Shard a new model: the page shards one in several places."""
         made = fully_shard(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
         names["model"], names["optimizer"] = made, torch.optim.SGD(made.parameters(), lr=1e-3)
         return made

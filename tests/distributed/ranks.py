@@ -1,4 +1,4 @@
-"""Processes that form one process group on this machine, and run functions together."""
+"""Local processes that form one process group and run functions together."""
 
 import multiprocessing
 import os
@@ -17,7 +17,7 @@ TIMEOUT = timedelta(seconds=60)
 
 
 class Ranks:
-    """A process for each rank of one gloo group, kept from test to test."""
+    """One process per rank of a gloo group, reused from test to test."""
 
     def __init__(self, world: int = WORLD, timeout: timedelta = TIMEOUT) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -35,31 +35,31 @@ class Ranks:
 
     @property
     def alive(self) -> bool:
-        """Whether all processes are there."""
+        """Whether all processes are running."""
         return all(process.is_alive() for process in self._processes)
 
     def run(self, function: Callable[..., Any], *args: Any, seconds: float = 90.0) -> list[Any]:
-        """Call a function of a module on every rank; what each returns.
+        """Call a module-level function on every rank and return the results by rank.
 
-        If one raises, the test fails with its traceback; if one hangs, all are killed.
+        If a rank raises or hangs, kill all ranks and fail the test with the tracebacks.
         """
-        results, errors = self.tried(function, *args, seconds=seconds)
+        results, errors = self.try_run(function, *args, seconds=seconds)
         if errors:
             self.close()
             pytest.fail("\n".join(errors))
         return results
 
-    def tried(
+    def try_run(
         self, function: Callable[..., Any], *args: Any, seconds: float = 90.0
     ) -> tuple[list[Any], list[str]]:
-        """The same; what went wrong besides."""
+        """Call a function on every rank; return the results and the errors of the ranks."""
         for pipe in self._pipes:
             pipe.send((function, args))
         results: dict[int, Any] = {}
         errors: list[str] = []
         while len(results) < len(self._pipes):
             open_pipes = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
-            # Where one has raised, others may wait for it until the group's timeout.
+            # After one rank raised, others may wait for it until the group's timeout.
             ready = wait(open_pipes, 15.0 if errors else seconds)
             if not ready:
                 missing = sorted(set(range(len(self._pipes))) - results.keys())

@@ -1,4 +1,4 @@
-"""Checkpoints of averages, on every rank."""
+"""Checkpoints of sharded averages, as saved and loaded on every rank."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 import fastema
 from fastema.errors import CheckpointError
 
-from .cases import MAKE, assert_equal, averages, raised, trained
-from .layouts import RANKS, divided, full, holds, meshes, net, put, weights
+from .cases import MAKE, assert_equal, expect_error, gather_averages, train_average
+from .layouts import RANKS, build, build_net, gather, is_member, meshes, set_weights, weights
 
 
 def group_of(layout: str) -> dict[str, Any]:
-    """What dcp needs to know of a layout's ranks."""
+    """Return the dcp options that select a layout's ranks."""
     count = RANKS.get(layout, dist.get_world_size())
     if count == 1:
         return {"no_dist": True}
@@ -27,11 +27,11 @@ def group_of(layout: str) -> dict[str, Any]:
 
 
 def save(layout: str, kind: str, folder: str, how: str) -> None:
-    """Save the average of some steps, and go on with the updates while it is written."""
-    if not holds(layout):
+    """Save an average, and keep updating it during asynchronous saves."""
+    if not is_member(layout):
         return
-    model = divided(layout)
-    ema = trained(kind, model)
+    model = build(layout)
+    ema = train_average(kind, model)
     if how == "plain":
         dcp.save({"ema": ema}, checkpoint_id=folder, **group_of(layout))
         return
@@ -52,53 +52,53 @@ def save(layout: str, kind: str, folder: str, how: str) -> None:
     }[how]
     pending = dcp.async_save({"ema": ema}, checkpoint_id=folder, **options)
     for step in range(20, 40):
-        put(model, weights(step))
+        set_weights(model, weights(step))
         ema.update()
     getattr(pending, "upload_completion", pending).result()
 
 
 def load(layout: str, kind: str, folder: str) -> None:
-    """Load it in a layout, and go on as one process that was never interrupted."""
-    if not holds(layout):
+    """Check that an average loaded in a layout continues like an uninterrupted process."""
+    if not is_member(layout):
         return
-    model, one = divided(layout), net()
-    ema, reference = MAKE[kind](model), trained(kind, one)
-    put(model, weights(3))
+    model, one = build(layout), build_net()
+    ema, reference = MAKE[kind](model), train_average(kind, one)
+    set_weights(model, weights(3))
     dcp.load({"ema": ema}, checkpoint_id=folder, **group_of(layout))
     assert ema.num_updates == reference.num_updates == 4
-    assert_equal(averages(ema), averages(reference))
+    assert_equal(gather_averages(ema), gather_averages(reference))
     for step in (5, 6):
         for m, e in ((model, ema), (one, reference)):
-            put(m, weights(step))
+            set_weights(m, weights(step))
             e.update()
-    assert_equal(averages(ema), averages(reference))
+    assert_equal(gather_averages(ema), gather_averages(reference))
 
 
-def whole_and_divided(layout: str, kind: str) -> None:
-    """A state of one process goes into a divided average, and the other way."""
-    if not holds(layout):
+def check_state_exchange(layout: str, kind: str) -> None:
+    """Check that states load from a single process into a sharded average and back."""
+    if not is_member(layout):
         return
-    one = trained(kind, net())
-    ema = MAKE[kind](divided(layout))
+    one = train_average(kind, build_net())
+    ema = MAKE[kind](build(layout))
     ema.load_state_dict(one.state_dict())
-    assert_equal(averages(ema), averages(one))
-    other = MAKE[kind](net())
+    assert_equal(gather_averages(ema), gather_averages(one))
+    other = MAKE[kind](build_net())
     other.load_state_dict(ema.state_dict())
-    assert_equal(averages(other), averages(one))
+    assert_equal(gather_averages(other), gather_averages(one))
     if layout != "fsdp 4":
         return
-    again = MAKE[kind](divided("tp 4"))
+    again = MAKE[kind](build("tp 4"))
     again.load_state_dict(ema.state_dict())
-    assert_equal(averages(again), averages(one))
+    assert_equal(gather_averages(again), gather_averages(one))
     wrong = ema.state_dict()
     wrong["shadow"][0]["down.weight"] = torch.zeros(2, 20)
-    assert "'down.weight' is [2, 20], expected [7, 20]" in raised(
+    assert "'down.weight' is [2, 20], expected [7, 20]" in expect_error(
         CheckpointError, other.load_state_dict, wrong
     )
 
 
 class Trainer:
-    """A trainer's own object with a state, as in torchtitan."""
+    """A stateful trainer object, as in torchtitan."""
 
     def __init__(self, ema: Any) -> None:
         self.ema, self.step = ema, 0
@@ -111,12 +111,12 @@ class Trainer:
         self.ema.load_state_dict(state["ema"])
 
 
-def without_an_average(folder: str) -> None:
-    """A checkpoint that has none is an error, or begins with the loaded weights on purpose."""
-    model = divided("fsdp 4")
-    put(model, weights(8))
+def check_missing_average(folder: str) -> None:
+    """Check that a missing average is an error, and that one can start from loaded weights."""
+    model = build("fsdp 4")
+    set_weights(model, weights(8))
     dcp.save({"model": model.state_dict()}, checkpoint_id=folder)
-    fresh = divided("fsdp 4")
+    fresh = build("fsdp 4")
     ema = fastema.EMA(fresh)
     with pytest.raises(CheckpointException, match="ema"):
         dcp.load({"ema": ema}, checkpoint_id=folder)
@@ -124,4 +124,4 @@ def without_an_average(folder: str) -> None:
     dcp.load(state, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=False))
     ema = fastema.EMA(fresh)
     for name, value in weights(8).items():
-        assert torch.equal(full(ema.shadow[name]), value), name
+        assert torch.equal(gather(ema.shadow[name]), value), name

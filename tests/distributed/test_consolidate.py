@@ -1,4 +1,4 @@
-"""One Hugging Face folder of an average that is divided among ranks, or was saved so."""
+"""Consolidation of live and saved sharded averages into one Hugging Face folder."""
 
 import os
 import pickle
@@ -23,7 +23,7 @@ from fastema.layout.dtypes import dtype
 
 from ..conftest import ROOT
 from . import cases, merging
-from .layouts import net
+from .layouts import build_net
 
 NEEDS = ("safetensors",)
 
@@ -35,47 +35,47 @@ Run = Callable[..., list[Any]]
 @pytest.mark.parametrize("layout", ["fsdp 4", "tp 4", "fsdp on tp", "hsdp", "unsharded after"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", cases.MAKE)
-def test_ranks_write_what_one_process_would(
+def test_folder_from_ranks_equals_the_state_of_one_process(
     run: Run, tmp_path: Path, kind: str, dtype: torch.dtype, layout: str
 ) -> None:
-    run(merging.live, layout, kind, dtype, str(tmp_path / "out"))
+    run(merging.check_live, layout, kind, dtype, str(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16", "split"])
-def test_a_saved_folder_is_read_in_one_process(run: Run, tmp_path: Path, kind: str) -> None:
-    run(merging.saved, kind, str(tmp_path / "dcp"), False)
+def test_one_process_consolidates_a_sharded_checkpoint(run: Run, tmp_path: Path, kind: str) -> None:
+    run(merging.save_checkpoint, kind, str(tmp_path / "dcp"), False)
     out = consolidate(tmp_path / "dcp", tmp_path / "out", file_bytes=400)
-    want = cases.trained(kind, net()).shadow
-    got = merging.loaded(out)
+    want = cases.train_average(kind, build_net()).shadow
+    got = merging.load_all(out)
     assert got.keys() == set(want)
     for name, tensor in got.items():
         assert torch.equal(tensor, want[name]), name
 
 
-def test_all_ranks_read_a_saved_folder_and_frozen_weights_come_from_the_model(
+def test_ranks_consolidate_a_checkpoint_and_rest_adds_frozen_weights(
     run: Run, tmp_path: Path
 ) -> None:
-    run(merging.saved, "f32", str(tmp_path / "dcp"), False)
-    run(merging.from_saved, str(tmp_path / "dcp"), str(tmp_path / "out"))
-    run(merging.saved, "f32", str(tmp_path / "with model"), True)
-    alone = merging.loaded(consolidate(tmp_path / "with model", tmp_path / "alone"))
+    run(merging.save_checkpoint, "f32", str(tmp_path / "dcp"), False)
+    run(merging.check_saved, str(tmp_path / "dcp"), str(tmp_path / "out"))
+    run(merging.save_checkpoint, "f32", str(tmp_path / "with model"), True)
+    alone = merging.load_all(consolidate(tmp_path / "with model", tmp_path / "alone"))
     assert "lone.weight" not in alone
-    both = merging.loaded(consolidate(tmp_path / "with model", tmp_path / "both", rest="model"))
-    assert both.keys() == net().state_dict().keys()
+    both = merging.load_all(consolidate(tmp_path / "with model", tmp_path / "both", rest="model"))
+    assert both.keys() == build_net().state_dict().keys()
     assert torch.equal(both["up.weight"], alone["up.weight"])
     assert torch.equal(both["lone.weight"], cases.weights(3)["lone.weight"])
 
 
-def test_what_is_wrong_is_said_on_all_ranks(run: Run, tmp_path: Path) -> None:
-    run(merging.refused, str(tmp_path))
+def test_error_on_one_rank_is_raised_on_all_ranks(run: Run, tmp_path: Path) -> None:
+    run(merging.check_refusals, str(tmp_path))
 
 
-def test_stages_of_a_pipeline_write_one_folder(run: Run, tmp_path: Path) -> None:
-    run(merging.stages, str(tmp_path / "out"))
+def test_pipeline_stages_write_one_folder(run: Run, tmp_path: Path) -> None:
+    run(merging.check_stages, str(tmp_path / "out"))
 
 
-def test_one_process_and_what_belongs_to_a_model(tmp_path: Path) -> None:
+def test_files_from_copies_a_models_other_files_but_no_weights(tmp_path: Path) -> None:
     origin = tmp_path / "origin"
     origin.mkdir()
     for name in ("config.json", "tokenizer.model", "LICENSE"):
@@ -88,7 +88,7 @@ def test_one_process_and_what_belongs_to_a_model(tmp_path: Path) -> None:
     out = consolidate(ema, tmp_path / "out", files_from=origin)
     names = {path.name for path in out.iterdir()}
     assert names == {"config.json", "tokenizer.model", "LICENSE", "model.safetensors"}
-    assert merging.loaded(out).keys() == {"0.weight", "0.bias", "1.bias"}
+    assert merging.load_all(out).keys() == {"0.weight", "0.bias", "1.bias"}
     with pytest.raises(CheckpointError, match="not empty"):
         consolidate(ema, out)
     with pytest.raises(CheckpointError, match="no such folder"):
@@ -100,7 +100,7 @@ def test_one_process_and_what_belongs_to_a_model(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"origin", "out"}
 
 
-def test_blocks_that_overlap_are_no_tensor() -> None:
+def test_overlapping_chunks_are_detected() -> None:
     def chunk(offset: tuple[int, ...], shape: tuple[int, ...]) -> Any:
         return dcp._Chunk(offset, shape, Path("x"), 0, 0)
 
@@ -117,11 +117,11 @@ class _Evil:
         return (Path.touch, (Path("evil"),))
 
 
-def test_saved_folders_that_are_not_what_they_should_be(
+def test_damaged_or_hostile_checkpoint_folders_are_refused(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run(merging.saved, "two", str(tmp_path / "dcp"), False)
+    run(merging.save_checkpoint, "two", str(tmp_path / "dcp"), False)
     with pytest.raises(CheckpointError, match=r"key='trainer.ema', which=0, .*which=1"):
         consolidate("dcp", "out")
     with pytest.raises(CheckpointError, match="holds 0 averages"):
@@ -152,7 +152,7 @@ def test_saved_folders_that_are_not_what_they_should_be(
     assert escaped != description
     with pytest.raises(CheckpointError, match="not a file in the folder"):
         consolidate(spoilt(**{".metadata": escaped}), "out", which=0)
-    # Such as would take gigabytes, wait for ever, or leave holes.
+    # Pickles that would allocate gigabytes, pipes that would block, and random damage.
     doubled = b"\x80\x02cpathlib\nPosixPath\nX\x40\x00\x00\x00" + b"x" * 64
     doubled += b"q\x00" + b"cpathlib\nPosixPath\nh\x00h\x00\x86Rq\x00" * 30 + b"."
     far = b"\x80\x02]r\x00\x00\x00\x10."
@@ -179,13 +179,13 @@ def test_saved_folders_that_are_not_what_they_should_be(
     assert {path.name for path in tmp_path.iterdir()} <= {"dcp", "spoilt", "out"}
 
 
-def test_the_page_on_sharded_training_runs(run: Run, tmp_path: Path) -> None:
+def test_code_of_the_page_on_sharded_training_runs(run: Run, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "sharded.md").read_text(encoding="utf-8")
-    run(merging.page, text, str(tmp_path))
+    run(merging.run_page, text, str(tmp_path))
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_pieces_of_blocks_fill_a_tensor(tmp_path: Path, seed: int) -> None:
+def test_blocks_written_in_pieces_fill_the_tensor(tmp_path: Path, seed: int) -> None:
     generator = np.random.default_rng(seed)
     shape = tuple(int(n) for n in generator.integers(1, 7, generator.integers(0, 5)))
     whole = generator.normal(size=shape).astype(np.float32)

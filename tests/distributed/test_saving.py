@@ -1,4 +1,4 @@
-"""Checkpoints of divided averages: torch.distributed.checkpoint and state dicts."""
+"""Checkpoints of sharded averages: torch.distributed.checkpoint and state dicts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ LOADED = ["fsdp 4", "fsdp 3", "fsdp 2", "fsdp 1", "one", "tp 4", "fsdp on tp", "
 @pytest.mark.parametrize("loaded", LOADED)
 @pytest.mark.parametrize("saved", SAVED)
 @pytest.mark.parametrize("kind", cases.MAKE)
-def test_a_checkpoint_loads_in_another_layout(
+def test_checkpoint_loads_in_any_other_layout(
     run: Run, tmp_path: Path, kind: str, saved: str, loaded: str
 ) -> None:
     run(saving.save, saved, kind, str(tmp_path / "c"), "plain")
@@ -32,7 +32,7 @@ def test_a_checkpoint_loads_in_another_layout(
 @pytest.mark.parametrize(
     "how", ["thread", "staged", pytest.param("process", marks=pytest.mark.slow)]
 )
-def test_updates_go_on_while_a_checkpoint_is_written(run: Run, tmp_path: Path, how: str) -> None:
+def test_updates_continue_during_an_asynchronous_save(run: Run, tmp_path: Path, how: str) -> None:
     run(saving.save, "fsdp 4", "bf16", str(tmp_path / "c"), how)
     run(saving.load, "fsdp 3", "bf16", str(tmp_path / "c"))
 
@@ -40,9 +40,9 @@ def test_updates_go_on_while_a_checkpoint_is_written(run: Run, tmp_path: Path, h
 @pytest.mark.each_value
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", cases.MAKE)
-def test_a_state_of_one_process_and_a_divided_one(run: Run, kind: str, layout: str) -> None:
-    run(saving.whole_and_divided, layout, kind)
+def test_states_load_between_one_process_and_shards(run: Run, kind: str, layout: str) -> None:
+    run(saving.check_state_exchange, layout, kind)
 
 
-def test_a_checkpoint_without_an_average(run: Run, tmp_path: Path) -> None:
-    run(saving.without_an_average, str(tmp_path / "c"))
+def test_checkpoint_without_an_average_is_an_error(run: Run, tmp_path: Path) -> None:
+    run(saving.check_missing_average, str(tmp_path / "c"))

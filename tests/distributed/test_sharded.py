@@ -1,4 +1,4 @@
-"""Averages of models that are divided among ranks, on gloo."""
+"""Averages of models that are sharded over ranks, on gloo."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,28 +20,28 @@ Run = Callable[..., list[Any]]
 @pytest.mark.each_value
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", cases.MAKE)
-def test_an_update_gives_the_bits_of_one_process(run: Run, layout: str, kind: str) -> None:
-    run(cases.bits, layout, kind)
+def test_sharded_updates_equal_one_process(run: Run, layout: str, kind: str) -> None:
+    run(cases.check_updates, layout, kind)
 
 
 @pytest.mark.each_value
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", cases.MAKE)
-def test_a_swap_reaches_the_forward_pass_and_comes_back(run: Run, layout: str, kind: str) -> None:
-    run(cases.swap, layout, kind)
+def test_swap_changes_the_forward_pass_and_is_undone(run: Run, layout: str, kind: str) -> None:
+    run(cases.check_swap, layout, kind)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_averages_of_a_run_are_those_of_one_process(run: Run, layout: str) -> None:
-    run(cases.training, layout)
+def test_averages_of_a_training_run_equal_one_process(run: Run, layout: str) -> None:
+    run(cases.check_training, layout)
 
 
-def test_an_update_of_gathered_parameters_is_refused(run: Run) -> None:
-    run(cases.gathered)
+def test_update_of_gathered_parameters_is_refused(run: Run) -> None:
+    run(cases.check_gathered)
 
 
-def test_ranks_that_differ_are_named_on_every_rank(run: Run) -> None:
-    for messages in run(cases.differing):
+def test_differing_ranks_are_named_on_every_rank(run: Run) -> None:
+    for messages in run(cases.catch_differing_ranks):
         options, nonfinite, policy, steps, pair = messages
         assert "rank 2: on_nonfinite is skip, expected propagate as on rank 0" in nonfinite
         assert "rank 2: schedule is" in options
@@ -52,19 +52,19 @@ def test_ranks_that_differ_are_named_on_every_rank(run: Run) -> None:
 
 
 @pytest.mark.parametrize("layout", ["fsdp 4", "fsdp 3", "fsdp on tp", "hsdp", "tp 4"])
-def test_a_nan_on_one_rank_counts_on_all(run: Run, layout: str) -> None:
-    messages = [one[0] for one in run(cases.not_finite, layout) if one]
+def test_nan_on_one_rank_skips_the_update_on_all(run: Run, layout: str) -> None:
+    messages = [one[0] for one in run(cases.check_nonfinite, layout) if one]
     assert any("'down.weight' holds a NaN" in one for one in messages)
     if layout.startswith("fsdp"):
         assert any("another rank" in one for one in messages)
 
 
-def test_meshes_of_several_sizes_and_stages_in_a_list(run: Run) -> None:
-    run(cases.experts)
+def test_meshes_of_several_sizes_in_a_list_of_stages(run: Run) -> None:
+    run(cases.check_experts)
 
 
-def test_what_cannot_be_averaged_is_refused(run: Run, tmp_path: Path) -> None:
-    for pending, blocks, drift, other, snapshot in run(cases.refused, str(tmp_path)):
+def test_unsupported_tensors_and_calls_are_refused(run: Run, tmp_path: Path) -> None:
+    for pending, blocks, drift, other, snapshot in run(cases.catch_refusals, str(tmp_path)):
         assert "fastema.distributed.consolidate" in snapshot
         assert "still pending" in pending
         assert "several blocks" in blocks
@@ -73,42 +73,42 @@ def test_what_cannot_be_averaged_is_refused(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "foreach", "fused", "local"])
-def test_writes_in_a_block_are_noticed(run: Run, kind: str) -> None:
-    run(cases.steps_in_a_block, kind)
+def test_writes_to_swapped_weights_are_detected(run: Run, kind: str) -> None:
+    run(cases.check_writes, kind)
 
 
-def test_offloaded_parts_stay_where_they_are(run: Run) -> None:
-    run(cases.offloaded)
+def test_offloaded_shards_stay_on_the_cpu(run: Run) -> None:
+    run(cases.check_cpu_offload)
 
 
-def test_data_parallel_averages_are_the_same_everywhere(run: Run) -> None:
-    run(cases.data_parallel)
+def test_data_parallel_averages_are_equal_on_all_ranks(run: Run) -> None:
+    run(cases.check_data_parallel)
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_gone_is_an_error_within_the_timeout() -> None:
+def test_dead_rank_is_an_error_within_the_timeout() -> None:
     ranks = Ranks(2, timeout=timedelta(seconds=5))
     try:
-        results, errors = ranks.tried(cases.without_one, seconds=60.0)
+        results, errors = ranks.try_run(cases.lose_rank, seconds=60.0)
     finally:
         ranks.close()
     assert errors == ["rank 1: the process died"]
     state, built, updates = results[0]
-    assert updates == "1"  # an update asks nobody
+    assert updates == "1"  # an update needs no other rank
     for one in (state, built):
         assert float(one.partition(" ")[0]) < 20
 
 
-def test_a_step_that_one_rank_leaves_out_all_do(run: Run) -> None:
-    assert run(cases.followed_together) == [[4, 4]] * 4
+def test_step_skipped_by_one_rank_is_skipped_by_all(run: Run) -> None:
+    assert run(cases.count_followed_updates) == [[4, 4]] * 4
 
 
 @pytest.mark.each_value
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", cases.OFFLOADED)
-def test_an_average_on_the_host_gives_the_same_bits(run: Run, layout: str, kind: str) -> None:
-    run(cases.on_host, layout, kind)
+def test_offloaded_average_equals_device_average(run: Run, layout: str, kind: str) -> None:
+    run(cases.check_offload, layout, kind)
 
 
-def test_an_update_that_one_rank_has_no_time_for_all_leave_out(run: Run) -> None:
-    assert run(cases.skipped_together) == [[(6, 2), (6, 2)]] * 4
+def test_update_skipped_by_a_busy_rank_is_skipped_by_all(run: Run) -> None:
+    assert run(cases.count_skipped_updates) == [[(6, 2), (6, 2)]] * 4

@@ -1,9 +1,9 @@
-"""Attacks on the host's side of CUDA launches: a device that is late, and an allocator that is not.
+"""A stub GPU that runs its launches late and reuses freed memory early.
 
-The driver of `stub_gpu` is made as hostile as the rules of CUDA and of PyTorch's allocator allow.
-Launches wait in a queue for each stream, and queues run in any order. Memory that is freed goes to
-the next one who asks as soon as the rules let it: at once on the stream that it was allocated on,
-after the work on those that were noted with it. A launch that then touches it is a violation.
+It is as hostile as the rules of CUDA and of PyTorch's allocator allow. Launches wait in one queue
+per stream, and queues run in any order. Freed memory is reused in stream order on the stream that
+allocated it, once the streams recorded for it have finished the work queued before the free. A
+launch that touches reused memory is a violation.
 """
 
 import ctypes
@@ -29,27 +29,27 @@ from ..support.stub_gpu import StubContext, StubDriver, StubGpu, gpu
 __all__ = ["gpu", "late"]
 
 MAIN, SIDE, THIRD = 77, 78, 79
-"""Handles of streams."""
+"""Stream handles."""
 
 PINNED = -1
-"""In the place of a stream: memory of the host is given away at once."""
+"""Stands for a stream: pinned host memory is reused at once."""
 
 
 @dataclass(eq=False)
 class Block:
-    """A stretch of the device's memory."""
+    """A block of device memory."""
 
-    what: str
+    label: str
     address: int
     nbytes: int
     stream: int
-    noted: set[int] = field(default_factory=set)
-    given_away: bool = False
+    recorded_streams: set[int] = field(default_factory=set)
+    reused: bool = False
 
 
 @dataclass(eq=False)
 class Freed:
-    """In a stream's queue: from here on its memory is another's, once other streams are so far."""
+    """A free in a stream's queue: its block is reused once other streams have run enough jobs."""
 
     block: Block
     others: dict[int, int]
@@ -57,19 +57,19 @@ class Freed:
 
 @dataclass
 class LateDriver(StubDriver):
-    """A device that is later than the host, on every stream by as much as it likes."""
+    """A driver whose streams lag behind the host by any amount."""
 
     late: bool = False
     blocks: list[Block] = field(default_factory=list)
-    memory: list[Any] = field(default_factory=list)  # never really freed: a stale address is safe
+    memory: list[Any] = field(default_factory=list)  # never freed: stale addresses are safe
     queues: dict[int, list[Any]] = field(default_factory=lambda: defaultdict(list))
-    put: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    ran: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    graphs: dict[int, list[Any]] = field(default_factory=dict)  # streams that are captured
+    queued: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    completed: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    graphs: dict[int, list[Any]] = field(default_factory=dict)  # of streams under capture
     violations: list[str] = field(default_factory=list)
 
     def allocate(self, nbytes: int, stream: int, what: str) -> np.ndarray:
-        """Bytes that are freed when nobody has them any more."""
+        """Allocate bytes that are freed when their last reference is dropped."""
         raw = (ctypes.c_uint8 * (nbytes + 64))()
         self.memory.append(raw)
         skip = -ctypes.addressof(raw) % 64
@@ -81,16 +81,16 @@ class LateDriver(StubDriver):
         return array
 
     def free(self, block: Block) -> None:
-        others = {stream: self.put[stream] for stream in block.noted - {block.stream}}
+        others = {stream: self.queued[stream] for stream in block.recorded_streams - {block.stream}}
         self.queues[block.stream].append(Freed(block, others))
         if not self.late:
             self.finish()
 
-    def of(self, address: int) -> Block | None:
+    def block_at(self, address: int) -> Block | None:
         return next((b for b in self.blocks if b.address <= address < b.address + b.nbytes), None)
 
-    def may_overlap(self, values: Sequence[Any]) -> Iterator[int]:
-        """Addresses that a launch works on: what they lead to only if they may be read."""
+    def touched_addresses(self, values: Sequence[Any]) -> Iterator[int]:
+        """Yield the addresses that a launch touches; read a table only after its address."""
         if len(values) == 1:
             yield values[0]
             cells = (ctypes.c_int64 * abi.CLOCK_CELLS).from_address(values[0])
@@ -106,10 +106,10 @@ class LateDriver(StubDriver):
         name = self.launches[-1][0]
 
         def job() -> None:
-            for address in self.may_overlap(values):
-                block = self.of(address)
-                if block is not None and block.given_away:
-                    self.violations.append(f"{name} touches {block.what}, which is another's")
+            for address in self.touched_addresses(values):
+                block = self.block_at(address)
+                if block is not None and block.reused:
+                    self.violations.append(f"{name} touches {block.label}, which is reused")
                     return
             kernel(*values)
 
@@ -120,30 +120,30 @@ class LateDriver(StubDriver):
         try:
             super().launch(key, blocks, threads, stream, parameters)
             for job in self.pending:
-                self.begin(stream, job)
+                self.enqueue(stream, job)
         finally:
             self.pending = None
 
-    def begin(self, stream: int, job: Callable[[], None]) -> None:
-        """Work comes to a stream."""
+    def enqueue(self, stream: int, job: Callable[[], None]) -> None:
+        """Queue a job on a stream, or record it in the stream's graph."""
         if stream in self.graphs:
             self.graphs[stream].append(job)
             return
         self.queues[stream].append(job)
-        self.put[stream] += 1
+        self.queued[stream] += 1
         if not self.late:
             self.finish()
 
     def finish(self, *streams: int) -> None:
-        """Run what waits, on all streams or some: what is freed as early as may be."""
+        """Run the jobs of all streams or the given ones; reuse freed memory as soon as allowed."""
 
         def work_before(stream: int) -> int:
             freed = [k for k, one in enumerate(self.queues[stream]) if type(one) is Freed]
             return freed[0] if freed else 1 << 30
 
-        for stream, queue in self.queues.items():  # nothing is to be done there before
+        for stream, queue in self.queues.items():  # first, frees without jobs before
             count = next((k for k, one in enumerate(queue) if type(one) is not Freed), len(queue))
-            self.queues[stream] = [f for f in queue[:count] if not self.give_away(f)]
+            self.queues[stream] = [f for f in queue[:count] if not self.try_reuse(f)]
             self.queues[stream] += queue[count:]
         waiting: list[Freed] = []
         for stream in streams or sorted(self.queues, key=work_before):
@@ -151,54 +151,54 @@ class LateDriver(StubDriver):
             for one in queue:
                 if type(one) is not Freed:
                     one()
-                    self.ran[stream] += 1
-                elif not self.give_away(one):
+                    self.completed[stream] += 1
+                elif not self.try_reuse(one):
                     waiting.append(one)
         for one in waiting:
-            if not self.give_away(one):
+            if not self.try_reuse(one):
                 self.queues[one.block.stream].append(one)
 
-    def give_away(self, freed: Freed) -> bool:
-        if any(self.ran[stream] < count for stream, count in freed.others.items()):
+    def try_reuse(self, freed: Freed) -> bool:
+        if any(self.completed[stream] < count for stream, count in freed.others.items()):
             return False
-        freed.block.given_away = True
+        freed.block.reused = True
         return True
 
 
 @dataclass
 class LateContext(StubContext):
-    """Its memory comes from the hostile allocator; a capture knows its stream."""
+    """A context whose memory comes from the hostile allocator and whose captures have streams."""
 
     driver: LateDriver
 
     def capturing(self) -> bool:
         return self.handle in self.driver.graphs
 
-    def _refuse(self, what: str) -> None:
-        assert not self.driver.graphs, f"{what} in a capture ends it"
+    def _refuse_in_capture(self, what: str) -> None:
+        assert not self.driver.graphs, f"{what} is illegal during a capture"
 
     def upload(self, array: np.ndarray) -> tuple[np.ndarray, int]:
-        self._refuse("a copy from the host")
+        self._refuse_in_capture("a copy from the host")
         self.calls["upload"] += 1
         raw = self.driver.allocate(array.nbytes, self.handle, f"upload {self.calls['upload']}")
         there = raw.view(array.dtype).reshape(array.shape)
         there[...] = array
-        self.driver.finish(self.handle)  # a copy from memory that is not pinned waits
+        self.driver.finish(self.handle)  # a copy from pageable memory waits
         return there, there.ctypes.data
 
     def download(self, owner: np.ndarray) -> np.ndarray:
-        self._refuse("a copy to the host")
+        self._refuse_in_capture("a copy to the host")
         self.calls["download"] += 1
         self.driver.finish()
         return owner.copy()
 
     def write(self, owner: np.ndarray, array: np.ndarray) -> None:
-        self._refuse("a copy from the host")
+        self._refuse_in_capture("a copy from the host")
         self.driver.finish()
         owner[...] = array
 
     def wait(self) -> None:
-        self._refuse("waiting")
+        self._refuse_in_capture("waiting")
         self.calls["wait"] += 1
         self.driver.finish()
 
@@ -209,17 +209,17 @@ class LateContext(StubContext):
         for owner in owners:
             tensor = isinstance(owner, torch.Tensor)
             address = owner.untyped_storage().data_ptr() if tensor else owner.ctypes.data
-            block = self.driver.of(address)
+            block = self.driver.block_at(address)
             if block is not None and block.stream == PINNED:
                 everything = False
             elif block is not None:
-                block.noted.add(self.handle)
+                block.recorded_streams.add(self.handle)
         return everything
 
 
 @dataclass
-class Late:
-    """The hostile device, and tensors on it."""
+class LateGpu:
+    """The hostile device, with tensors on it."""
 
     stub: StubGpu
     driver: LateDriver
@@ -238,7 +238,7 @@ class Late:
 
     @contextmanager
     def on(self, stream: int) -> Iterator[None]:
-        """``torch.cuda.stream(...)``."""
+        """Stand in for ``torch.cuda.stream(...)``."""
         before, self.context.handle = self.context.handle, stream
         try:
             yield
@@ -247,7 +247,7 @@ class Late:
 
     @contextmanager
     def capture(self, stream: int = 900) -> Iterator[list[Any]]:
-        """``torch.cuda.graph(...)``."""
+        """Stand in for ``torch.cuda.graph(...)``."""
         graph: list[Any] = []
         with self.on(stream):
             self.driver.graphs[stream] = graph
@@ -258,10 +258,10 @@ class Late:
 
     def replay(self, graph: list[Any]) -> None:
         for job in graph:
-            self.driver.begin(self.context.handle, job)
+            self.driver.enqueue(self.context.handle, job)
 
-    def settle(self) -> None:
-        """Everything that is no longer needed is freed, all work done; nothing went wrong."""
+    def assert_no_violations(self) -> None:
+        """Collect garbage, finish all work, and assert that no launch touched reused memory."""
         gc.collect()
         self.driver.finish()
         self.driver.finish()
@@ -269,11 +269,11 @@ class Late:
 
 
 @pytest.fixture
-def late(gpu: StubGpu, monkeypatch: pytest.MonkeyPatch) -> Late:
+def late(gpu: StubGpu, monkeypatch: pytest.MonkeyPatch) -> LateGpu:
     driver = LateDriver()
     gpu.driver = driver
     gpu.contexts = {index: LateContext(index, driver) for index in range(2)}
-    found = Late(gpu, driver, gpu.contexts[0])
+    found = LateGpu(gpu, driver, gpu.contexts[0])
 
     def zeros(length: int, code: str, device: str) -> torch.Tensor:
         values = torch.zeros(length, dtype=bridge.native(code))
@@ -282,7 +282,7 @@ def late(gpu: StubGpu, monkeypatch: pytest.MonkeyPatch) -> Late:
             return values
         if device == "pinned":
             ring = found.tensor(values, "a ring", PINNED)
-            gpu.on_host[ring.untyped_storage().data_ptr()] = values  # its address, not the ring
+            gpu.on_host[ring.untyped_storage().data_ptr()] = values  # no reference to the ring
             return ring
         return found.tensor(values, "an average")
 

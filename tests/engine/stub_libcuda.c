@@ -1,38 +1,38 @@
-/* A CUDA driver without a GPU: it notes down its calls, and fails where it is told to.
+/* A CUDA driver without a GPU: it records its calls, and fails on request.
 
-   Built as libcuda.so.1, it is what ctypes loads. Tests read `stub_calls` in the same
-   process. Handles are numbers that tell what they are of. */
+   Built as libcuda.so.1, so that ctypes loads it. Tests read `stub_calls` in the same
+   process. The first digit of a handle tells contexts, modules and functions apart. */
 #include <stdint.h>
 #include <string.h>
 
 #define EXPORT __attribute__((visibility("default")))
-#define MOST_CALLS 4096
-#define MOST_VALUES 40
-#define MOST_CONTEXTS 16
+#define MAX_CALLS 4096
+#define MAX_VALUES 40
+#define MAX_CONTEXTS 16
 #define DEVICES 2
 
 typedef struct {
     char function[40];
     char text[200];
     int64_t count;
-    uint64_t values[MOST_VALUES];
+    uint64_t values[MAX_VALUES];
 } Call;
 
-EXPORT Call stub_calls[MOST_CALLS];
-EXPORT int64_t stub_count;      /* calls so far; those beyond the room are only counted */
-EXPORT int64_t stub_parameters; /* of the kernel that is launched next, 8 bytes each */
+EXPORT Call stub_calls[MAX_CALLS];
+EXPORT int64_t stub_count;      /* calls so far; those beyond MAX_CALLS are only counted */
+EXPORT int64_t stub_parameters; /* how many the next launch passes, 8 bytes each */
 EXPORT unsigned char stub_image[1 << 20];
-EXPORT int64_t stub_image_size; /* how much of the next module is copied there */
-EXPORT char stub_failing[40];   /* the function whose next call fails, and how */
+EXPORT int64_t stub_image_size; /* bytes of the next module to copy to stub_image */
+EXPORT char stub_failing[40];   /* the function whose next call returns stub_error */
 EXPORT int64_t stub_error;
 
-static __thread uint64_t contexts[MOST_CONTEXTS];
+static __thread uint64_t contexts[MAX_CONTEXTS];
 static __thread int depth;
 static int64_t modules, functions;
 
-static int noted(const char *function, const char *text, int count, const uint64_t *values) {
+static int record(const char *function, const char *text, int count, const uint64_t *values) {
     int64_t at = stub_count++;
-    if (at < MOST_CALLS) {
+    if (at < MAX_CALLS) {
         Call *call = &stub_calls[at];
         memset(call, 0, sizeof *call);
         strncpy(call->function, function, sizeof call->function - 1);
@@ -46,16 +46,16 @@ static int noted(const char *function, const char *text, int count, const uint64
     return (int)stub_error;
 }
 
-#define NOTED(text, ...)                                                                          \
+#define RECORD(text, ...)                                                                         \
     do {                                                                                          \
         uint64_t values[] = {__VA_ARGS__};                                                        \
-        int error = noted(__func__, text, (int)(sizeof values / sizeof *values), values);         \
+        int error = record(__func__, text, (int)(sizeof values / sizeof *values), values);        \
         if (error)                                                                                \
             return error;                                                                         \
     } while (0)
 
 EXPORT int cuInit(unsigned flags) {
-    NOTED("", flags);
+    RECORD("", flags);
     return 0;
 }
 
@@ -91,7 +91,7 @@ EXPORT int cuGetErrorName(int error, const char **name) {
 }
 
 EXPORT int cuDeviceGet(int *device, int ordinal) {
-    NOTED("", (uint64_t)ordinal);
+    RECORD("", (uint64_t)ordinal);
     if (ordinal < 0 || ordinal >= DEVICES)
         return 101; /* CUDA_ERROR_INVALID_DEVICE */
     *device = ordinal;
@@ -99,7 +99,7 @@ EXPORT int cuDeviceGet(int *device, int ordinal) {
 }
 
 EXPORT int cuDeviceGetAttribute(int *value, int attribute, int device) {
-    NOTED("", (uint64_t)attribute, (uint64_t)device);
+    RECORD("", (uint64_t)attribute, (uint64_t)device);
     if (attribute != 75 && attribute != 76)
         return 1; /* CUDA_ERROR_INVALID_VALUE */
     *value = attribute == 75 ? (device ? 12 : 9) : 0; /* sm_90 and sm_120 */
@@ -107,27 +107,27 @@ EXPORT int cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 
 EXPORT int cuDevicePrimaryCtxRetain(uint64_t *context, int device) {
-    NOTED("", (uint64_t)device);
+    RECORD("", (uint64_t)device);
     *context = 0xC0000 + device;
     return 0;
 }
 
 EXPORT int cuCtxGetCurrent(uint64_t *context) {
-    NOTED("", 0);
+    RECORD("", 0);
     *context = depth ? contexts[depth - 1] : 0;
     return 0;
 }
 
 EXPORT int cuCtxPushCurrent_v2(uint64_t context) {
-    NOTED("", context);
-    if (depth == MOST_CONTEXTS)
+    RECORD("", context);
+    if (depth == MAX_CONTEXTS)
         return 2; /* CUDA_ERROR_OUT_OF_MEMORY */
     contexts[depth++] = context;
     return 0;
 }
 
 EXPORT int cuCtxPopCurrent_v2(uint64_t *context) {
-    NOTED("", 0);
+    RECORD("", 0);
     if (!depth)
         return 201; /* CUDA_ERROR_INVALID_CONTEXT */
     depth--;
@@ -137,14 +137,14 @@ EXPORT int cuCtxPopCurrent_v2(uint64_t *context) {
 }
 
 EXPORT int cuModuleLoadData(uint64_t *module, const void *image) {
-    NOTED("", depth ? contexts[depth - 1] : 0);
+    RECORD("", depth ? contexts[depth - 1] : 0);
     memcpy(stub_image, image, stub_image_size);
     *module = 0xD0000 + ++modules;
     return 0;
 }
 
 EXPORT int cuModuleGetFunction(uint64_t *function, uint64_t module, const char *name) {
-    NOTED(name, module);
+    RECORD(name, module);
     *function = 0xF0000 + ++functions;
     return 0;
 }
@@ -152,11 +152,11 @@ EXPORT int cuModuleGetFunction(uint64_t *function, uint64_t module, const char *
 EXPORT int cuLaunchKernel(uint64_t function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
                           unsigned by, unsigned bz, unsigned shared, uint64_t stream,
                           uint64_t **parameters, void **extra) {
-    uint64_t values[MOST_VALUES] = {
+    uint64_t values[MAX_VALUES] = {
         function, gx, gy, gz, bx, by, bz, shared, stream, (uint64_t)extra,
         depth ? contexts[depth - 1] : 0,
     };
     for (int64_t i = 0; i < stub_parameters; i++)
         values[11 + i] = *parameters[i];
-    return noted(__func__, "", (int)(11 + stub_parameters), values);
+    return record(__func__, "", (int)(11 + stub_parameters), values);
 }

@@ -1,4 +1,4 @@
-"""Launches: who works, how the work is shared, and what is left when a launch returns."""
+"""CPU launches: which threads work, how they share rows, and what a launch leaves behind."""
 
 import itertools
 import threading
@@ -13,8 +13,8 @@ from fastema.engine import cpu
 PLENTY = 64 * cpu.BYTES_PER_THREAD
 
 
-class Rows:
-    """A kernel in Python: takes rows as a compiled one does, and notes who took them."""
+class RecordingKernel:
+    """A Python kernel that claims rows as a compiled one does and notes which thread took them."""
 
     def __init__(self, work: Callable[[int], None] = lambda row: None) -> None:
         self.work = work
@@ -47,7 +47,7 @@ def nap(row: int) -> None:
 def test_every_row_is_taken_once(count: int, threads: Callable[[int], None]) -> None:
     threads(count)
     assert fastema.get_num_threads() == count
-    kernel = Rows(nap)
+    kernel = RecordingKernel(nap)
     cpu.launch(kernel, 0, 40, 0, 0, PLENTY)
     assert kernel.inside == 0
     assert kernel.rows() == list(range(40))
@@ -67,11 +67,11 @@ def test_every_row_is_taken_once(count: int, threads: Callable[[int], None]) -> 
         (0, 0, 1),
     ],
 )
-def test_threads_are_woken_only_where_there_is_enough_to_do(
+def test_threads_are_woken_only_for_enough_work(
     rows: int, nbytes: int, most: int, threads: Callable[[int], None]
 ) -> None:
     threads(4)
-    kernel = Rows(nap)
+    kernel = RecordingKernel(nap)
     cpu.launch(kernel, 0, rows, 0, 0, nbytes)
     assert kernel.entered <= most
     assert kernel.rows() == list(range(rows))
@@ -80,7 +80,7 @@ def test_threads_are_woken_only_where_there_is_enough_to_do(
 
 
 @pytest.mark.parametrize("started", [0, 1])
-def test_the_caller_works_alone_where_no_thread_can_be_started(
+def test_a_launch_completes_when_threads_cannot_start(
     started: int, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads(4)
@@ -91,21 +91,21 @@ def test_the_caller_works_alone_where_no_thread_can_be_started(
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    first, second = Rows(nap), Rows(nap)
+    first, second = RecordingKernel(nap), RecordingKernel(nap)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         cpu.launch(first, 0, 30, 0, 0, PLENTY)
     assert first.rows() == list(range(30))
     assert first.inside == 0
     entered = first.entered
-    # What could not be started must not be started later either: its table may be gone by then.
+    # Helpers that could not start must not start later: their table may be gone by then.
     cpu.launch(second, 0, 30, 0, 0, PLENTY)
     time.sleep(0.05)
     assert second.rows() == list(range(30))
     assert first.entered == entered
 
 
-def test_the_default_number_of_threads_is_what_the_process_may_run_on(
+def test_default_thread_count_is_the_number_of_usable_cpus(
     python: Callable[..., str],
 ) -> None:
     python("""

@@ -1,4 +1,4 @@
-"""GPU kernels kept on disk: found again, whole or not at all, never those of other sources."""
+"""The disk cache of GPU kernels: entries are reused, verified, and bound to compiler versions."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,23 +26,23 @@ KEYS = [
 
 
 class Compiler:
-    """Makes a cubin of its own for each key, and counts."""
+    """A fake compiler that returns a distinct cubin for each key and records its calls."""
 
     def __init__(self, size: int = 20_000) -> None:
         self.size = size
         self.asked: list[Key] = []
 
-    def made(self, key: Key) -> Cubin:
+    def cubin_for(self, key: Key) -> Cubin:
         generator = np.random.default_rng(list(repr(key).encode()))
         return Cubin(f"kernel_of_{key.operation}_é", generator.bytes(self.size))
 
     def __call__(self, key: Key) -> Cubin:
         self.asked.append(key)
-        return self.made(key)
+        return self.cubin_for(key)
 
     def check(self, key: Key, asked: int) -> None:
-        """Assert that the kernel is right, and how often the compiler has run by now."""
-        assert cubin(key, self) == self.made(key)
+        """Assert that the kernel is right and the compiler has run ``asked`` times in total."""
+        assert cubin(key, self) == self.cubin_for(key)
         assert len(self.asked) == asked
 
 
@@ -52,15 +52,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def only(folder: Path) -> Path:
+def only_file(folder: Path) -> Path:
     (path,) = folder.iterdir()
     return path
 
 
-def test_each_kernel_is_compiled_once_into_an_entry_of_its_own(folder: Path) -> None:
+def test_each_kernel_is_compiled_once_into_its_own_entry(folder: Path) -> None:
     compiler = Compiler()
     compiler.check(KEY, 1)
-    entry = only(folder)
+    entry = only_file(folder)
     assert entry.suffix == ".cubin"
     assert entry.name.startswith("lerp-")
     assert not entry.stat().st_mode & 0o022  # nobody else can write it
@@ -76,7 +76,7 @@ def test_each_kernel_is_compiled_once_into_an_entry_of_its_own(folder: Path) -> 
 
 @pytest.mark.parametrize("name", cubins._COMPILERS)
 @pytest.mark.parametrize("other", ["1.2.4", None])
-def test_another_version_of_a_compiler_makes_another_kernel(
+def test_each_compiler_version_has_its_own_entries(
     name: str, other: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions: dict[str, str | None] = dict.fromkeys(cubins._COMPILERS, "1.2.3")
@@ -107,21 +107,21 @@ DAMAGES: dict[str, Callable[[bytes, np.random.Generator], bytes]] = {
     "longer": lambda stored, generator: stored + generator.bytes(int(generator.integers(1, 100))),
     "magic": lambda stored, generator: b"fastema kernel 0\n" + stored[17:],
     "garbage": lambda stored, generator: generator.bytes(len(stored)),
-    "zeros": lambda stored, generator: bytes(len(stored)),  # of some file systems, after a crash
+    "zeros": lambda stored, generator: bytes(len(stored)),  # after a crash, on some file systems
     "flipped": flip,
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_entry_is_compiled_again_and_made_good(kind: str, folder: Path) -> None:
+def test_a_damaged_entry_is_recompiled_and_replaced(kind: str, folder: Path) -> None:
     generator = np.random.default_rng(len(kind))
     compiler = Compiler(300)
     compiler.check(KEY, 1)
-    stored = only(folder).read_bytes()
+    stored = only_file(folder).read_bytes()
     for turn in range(40):
-        only(folder).write_bytes(DAMAGES[kind](stored, generator))
+        only_file(folder).write_bytes(DAMAGES[kind](stored, generator))
         compiler.check(KEY, 2 + turn)
-        assert only(folder).read_bytes() == stored
+        assert only_file(folder).read_bytes() == stored
     compiler.check(KEY, 41)
 
 
@@ -163,7 +163,7 @@ NO_LIBRARY = """
 """
 
 
-def check_sentence(message: str, operation: str) -> None:
+def check_install_hint(message: str, operation: str) -> None:
     assert message.startswith(f"the GPU kernel {operation}(")
     assert message.endswith(f": {INSTALL}")
     assert INSTALL.startswith("pip install 'fastema[cuda]'")
@@ -175,7 +175,7 @@ def check_sentence(message: str, operation: str) -> None:
 @pytest.mark.parametrize(
     ("setup", "gone"),
     [
-        (NO_MODULE, ["numba_cuda"]),  # numba's own GPU target, of long ago, must not stand in
+        (NO_MODULE, ["numba_cuda"]),  # Numba's old built-in GPU target must not be used
         (NO_MODULE, ["numba_cuda", "numba.cuda"]),
         (NO_MODULE, ["cuda.core"]),
         (NO_MODULE, ["cuda"]),
@@ -185,7 +185,7 @@ def check_sentence(message: str, operation: str) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_without_a_package_or_library_a_sentence_says_what_to_install(
+def test_a_missing_package_or_library_raises_an_install_hint(
     setup: str, gone: list[str], tmp_path: Path, python: Callable[..., str]
 ) -> None:
     if setup == NO_LIBRARY:
@@ -194,13 +194,13 @@ def test_without_a_package_or_library_a_sentence_says_what_to_install(
     said = python(script, NUMBA_CACHE_DIR=str(tmp_path), quiet=False).splitlines()
     assert not list(tmp_path.rglob("*.cubin"))
     for message, operation in zip(said, ("lerp", "advance"), strict=True):
-        check_sentence(message, operation)
+        check_install_hint(message, operation)
         if setup == NO_MODULE:
             assert "(ModuleNotFoundError: No module named" in message or "(ImportError" in message
 
 
 @pytest.mark.slow
-def test_another_process_has_its_kernels_without_importing_the_compilers(
+def test_another_process_reads_kernels_without_importing_compilers(
     tmp_path: Path, python: Callable[..., str]
 ) -> None:
     require_packages("numba_cuda", "cuda.core")

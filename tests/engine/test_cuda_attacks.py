@@ -1,4 +1,4 @@
-"""Attacks on the host's side of CUDA launches: memory that is freed meanwhile, and exceptions."""
+"""Attacks on the host side of CUDA launches: memory freed while they wait, and exceptions."""
 
 import gc
 import os
@@ -13,15 +13,15 @@ import fastema
 from fastema.rules import warmup
 
 from ..support.stub_gpu import assert_equal, gpu, move, shadow
-from .late_device import MAIN, SIDE, THIRD, Late, late
+from .late_device import MAIN, SIDE, THIRD, LateGpu, late
 
 __all__ = ["gpu", "late"]
 
 
 @pytest.mark.parametrize("stream", [MAIN, SIDE])
 @pytest.mark.parametrize("capturable", [False, True])
-def test_weights_that_are_freed_while_an_update_waits_are_averaged(
-    late: Late, stream: int, capturable: bool
+def test_weights_freed_while_an_update_is_pending_are_averaged(
+    late: LateGpu, stream: int, capturable: bool
 ) -> None:
     model = torch.nn.ParameterList([late.random(40, 7), late.random(5)])
     rule = warmup(0.9)
@@ -29,18 +29,18 @@ def test_weights_that_are_freed_while_an_update_waits_are_averaged(
     want = {name: p.detach().clone() for name, p in model.named_parameters()}
     late.driver.late = True
     for step in range(1, 4):
-        for parameter in model:  # the old memory is anyone's now, but for what waits
+        for parameter in model:  # only pending updates protect the old memory
             parameter.data = late.random(*parameter.shape)
         for name, parameter in model.named_parameters():
             want[name].lerp_(parameter.detach(), rule.weight(step))
         with late.on(stream):
             ema.update()
-    late.settle()
+    late.assert_no_violations()
     for name, tensor in want.items():
         torch.testing.assert_close(ema.shadow[name], tensor)
 
 
-def updates_on_three_streams(late: Late) -> None:
+def updates_on_three_streams(late: LateGpu) -> None:
     weights = [late.random(300), late.random(7, 3)]
     ema = fastema.EMA(weights, warmup(0.9))
     late.driver.late = True
@@ -49,7 +49,7 @@ def updates_on_three_streams(late: Late) -> None:
             ema.update()
 
 
-def calls_made_once(late: Late) -> None:
+def calls_made_once(late: LateGpu) -> None:
     weights = [late.random(300), late.random(7, 3).bfloat16()]
     ema = fastema.EMA(weights, 0.5, shadow_dtype="float32")
     others = [late.random(300), late.random(7, 3).bfloat16()]
@@ -61,14 +61,14 @@ def calls_made_once(late: Late) -> None:
         ema.load_state_dict(ema.state_dict())
 
 
-def a_clock_on_another_stream(late: Late) -> None:
+def a_clock_on_another_stream(late: LateGpu) -> None:
     ema = fastema.EMA([late.random(300)], warmup(0.9), capturable=True)
     late.driver.late = True
     with late.on(SIDE):
         ema.update()
 
 
-def measures_that_are_made_after_the_first_stream_is_known(late: Late) -> None:
+def measures_that_are_made_after_the_first_stream_is_known(late: LateGpu) -> None:
     ema = fastema.EMA([late.random(300)], 0.9, drift=True)  # launches a copy on the main stream
     with late.on(SIDE):
         ema.update()
@@ -76,7 +76,7 @@ def measures_that_are_made_after_the_first_stream_is_known(late: Late) -> None:
     ema.update()
 
 
-def a_ring_on_the_host(late: Late) -> None:
+def a_ring_on_the_host(late: LateGpu) -> None:
     sma = fastema.SMA([late.random(300), late.random(7, 3)], 3, ring_device="cpu")
     late.driver.late = True
     for stream in (MAIN, SIDE, MAIN):
@@ -84,7 +84,7 @@ def a_ring_on_the_host(late: Late) -> None:
             sma.update()
 
 
-def a_ring_on_the_host_that_is_dropped_in_a_capture(late: Late) -> None:
+def a_ring_on_the_host_that_is_dropped_in_a_capture(late: LateGpu) -> None:
     sma = fastema.SMA([late.random(300)], 3, ring_device="cpu")
     late.driver.late = True
     sma.update()
@@ -105,11 +105,11 @@ def a_ring_on_the_host_that_is_dropped_in_a_capture(late: Late) -> None:
     ],
     ids=lambda scenario: scenario.__name__,
 )
-def test_memory_that_its_owners_drop_is_kept_until_the_work_on_it_is_done(
-    late: Late, scenario: Callable[[Late], None]
+def test_dropped_memory_is_kept_until_pending_work_is_done(
+    late: LateGpu, scenario: Callable[[LateGpu], None]
 ) -> None:
     scenario(late)
-    late.settle()
+    late.assert_no_violations()
 
 
 @pytest.mark.parametrize(
@@ -121,10 +121,10 @@ def test_memory_that_its_owners_drop_is_kept_until_the_work_on_it_is_done(
     ],
     ids=str,
 )
-def test_an_average_in_the_weights_is_taken_back_on_another_stream(
-    late: Late, dtype: torch.dtype
+def test_swapped_weights_may_be_restored_on_another_stream(
+    late: LateGpu, dtype: torch.dtype
 ) -> None:
-    """By a swap, by parking, and with a spare buffer that is dropped at once."""
+    """One dtype swaps, one parks, and one uses a spare buffer that is dropped at once."""
     weights = {"w": late.tensor(torch.randn(300).to(dtype))}
     ema = fastema.EMA(weights, 0.5, shadow_dtype="float32")
     move(weights.values())
@@ -133,20 +133,18 @@ def test_an_average_in_the_weights_is_taken_back_on_another_stream(
     late.driver.late = True
     with late.on(SIDE):
         ema.apply_shadow()
-    late.driver.finish()  # the caller's streams wait for each other
+    late.driver.finish()  # callers synchronize their own streams
     assert not torch.equal(weights["w"], raw)
     with late.on(THIRD):
         ema.restore()
-    late.settle()
+    late.assert_no_violations()
     assert torch.equal(weights["w"], raw)
     assert_equal(shadow(ema), average)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capturable", [False, True])
-def test_an_interrupt_waits_for_the_launches_of_all_groups_and_the_clock(
-    late: Late, capturable: bool
-) -> None:
+def test_an_interrupt_waits_for_all_launches_of_an_update(late: LateGpu, capturable: bool) -> None:
     weights = [late.random(30), late.random(30).bfloat16(), late.random(3).double()]
     ema = fastema.EMA(weights, 0.5, capturable=capturable)
     ema.update()
@@ -158,7 +156,7 @@ def test_an_interrupt_waits_for_the_launches_of_all_groups_and_the_clock(
         return launch(*arguments)
 
     late.driver.launch = interrupted  # type: ignore[method-assign]
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background: ignored
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
             ema.update()
@@ -219,8 +217,8 @@ HANDLERS = """
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
-def test_a_handler_that_saves_does_not_wait_for_itself(
+def test_a_signal_handler_that_saves_does_not_deadlock(
     name: str, python: Callable[..., str]
 ) -> None:
-    """It comes while a kernel is compiled, and again while it is launched."""
+    """The signal arrives during a compilation, and again during a launch."""
     assert python(HANDLERS, name, timeout=60.0).split() == ["saved", "saved", "done"]

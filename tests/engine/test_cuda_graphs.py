@@ -1,4 +1,4 @@
-"""Attacks on the host's side of CUDA launches: graphs, and what their replays do."""
+"""Attacks on the host side of CUDA launches: graph captures and their replays."""
 
 import copy
 import gc
@@ -14,14 +14,14 @@ from fastema.errors import StateError
 from fastema.rules import constant, power, warmup
 
 from ..support.stub_gpu import assert_equal, gpu, move, shadow
-from .late_device import SIDE, Late, late
+from .late_device import SIDE, LateGpu, late
 
 __all__ = ["gpu", "late"]
 
 
 @pytest.mark.parametrize("warm", [True, False], ids=["warmed up there", "fresh stream"])
-def test_a_graph_outlives_the_tables_it_was_captured_with(late: Late, warm: bool) -> None:
-    """The model moves, the average looks again; the graph still has tables, and its old weights."""
+def test_a_graph_keeps_the_tables_it_was_captured_with(late: LateGpu, warm: bool) -> None:
+    """The model moves and is updated eagerly; the graph still averages the old weights."""
     model = torch.nn.ParameterList([late.random(300)])
     ema = fastema.EMA(model, 0.5, capturable=True)
     with late.on(900 if warm else SIDE):
@@ -39,7 +39,7 @@ def test_a_graph_outlives_the_tables_it_was_captured_with(late: Late, warm: bool
     assert ema.num_updates == 3
 
 
-def test_replays_leave_out_what_is_not_finite_as_a_run_on_the_cpu_does(late: Late) -> None:
+def test_replays_skip_nonfinite_updates_as_the_cpu_does(late: LateGpu) -> None:
     options = {"decay": [warmup(0.9), *(0.9,) * 9], "start_after": 2, "update_every": 2}
     weights = [late.random(300), late.random(7).bfloat16()]
     mask = late.tensor(torch.tensor([float("-inf"), 1.0]), "a mask")
@@ -67,7 +67,7 @@ def test_replays_leave_out_what_is_not_finite_as_a_run_on_the_cpu_does(late: Lat
         late.stub.place = lambda tensor: 0
         for parameter in model.parameters():
             parameter.data.nan_to_num_(0.5, 0.5, 0.5)
-    assert not late.context.calls  # nothing was asked of the device, nothing waited
+    assert not late.context.calls  # replays need no call and no wait on the host
     assert (ema.num_updates, ema.num_skipped) == (want.num_updates, want.num_skipped)
     assert ema.num_skipped > 3
     for got, expected in zip(ema.shadows, want.shadows, strict=True):
@@ -80,7 +80,7 @@ def test_replays_leave_out_what_is_not_finite_as_a_run_on_the_cpu_does(late: Lat
     assert resumed.to(dtype="float64").num_skipped == want.num_skipped
 
 
-def test_a_capture_after_the_model_moved_is_refused_until_one_call_outside(late: Late) -> None:
+def test_a_capture_after_a_move_is_refused_until_an_eager_update(late: LateGpu) -> None:
     model = torch.nn.ParameterList([late.random(300)])
     ema = fastema.EMA(model, 0.5, capturable=True)
     model[0].data = late.random(300)
@@ -100,10 +100,10 @@ def test_a_capture_after_the_model_moved_is_refused_until_one_call_outside(late:
 @pytest.mark.parametrize(
     "call", [lambda ema: ema.shadow["0"], fastema.EMA.apply_shadow], ids=["shadow", "apply"]
 )
-def test_what_is_copied_until_a_start_is_not_captured(
-    late: Late, call: Callable[[fastema.EMA], object]
+def test_reads_and_swaps_before_the_start_are_refused_in_a_capture(
+    late: LateGpu, call: Callable[[fastema.EMA], object]
 ) -> None:
-    """A replay would overwrite the average with the weights at every step of the run."""
+    """Every replay would copy the weights over the average, even after the start."""
     weights = [late.random(30)]
     ema = fastema.EMA(weights, 0.5, start_after=2)
     ema.update()
@@ -128,10 +128,8 @@ REPLAYED: list[dict[str, Any]] = [
     [*REPLAYED[:3], *(pytest.param(one, marks=pytest.mark.slow) for one in REPLAYED[3:])],
     ids=str,
 )
-def test_every_replay_is_an_update_of_a_run_on_the_cpu_to_the_bit(
-    late: Late, options: dict[str, Any]
-) -> None:
-    """Before the start, at it, and long after, where weights come from polynomials."""
+def test_replays_equal_cpu_updates_to_the_bit(late: LateGpu, options: dict[str, Any]) -> None:
+    """Before the start, at the start, and long after it, where weights come from polynomials."""
     weights = [late.random(500)]
     others = [weights[0].clone()]
     ema = fastema.EMA(weights, seed=2**62 + 3, capturable=True, **options)

@@ -1,4 +1,4 @@
-"""The host's side of CUDA launches, against a driver that records what it is asked for."""
+"""The host side of CUDA launches, against a driver that records its calls."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -20,7 +20,7 @@ __all__ = ["gpu"]
 
 
 class Model(torch.nn.Module):
-    """Tensors of many sizes, some of several rows, one spaced."""
+    """A model of many tensor sizes: some span several table rows, one is strided."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -49,15 +49,15 @@ AVERAGES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 SLOW = ("nearest", "debiased", "window", "late window")
 
 
-def marked(names: Iterable[str], slow: tuple[str, ...]) -> list[Any]:
+def mark_slow(names: Iterable[str], slow: tuple[str, ...]) -> list[Any]:
     return [pytest.param(one, marks=pytest.mark.slow if one in slow else []) for one in names]
 
 
 @pytest.mark.each_value
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("capturable", [False, True])
-@pytest.mark.parametrize("case", marked(AVERAGES, SLOW))
-def test_an_average_on_a_gpu_is_that_of_the_cpu(
+@pytest.mark.parametrize("case", mark_slow(AVERAGES, SLOW))
+def test_gpu_averages_equal_cpu_averages(
     gpu: StubGpu, dtype: torch.dtype, capturable: bool, case: str
 ) -> None:
     kind, options = AVERAGES[case]
@@ -84,21 +84,21 @@ def test_an_average_on_a_gpu_is_that_of_the_cpu(
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["to the CPU", "from the CPU"])
-def test_a_run_is_resumed_on_the_other_device_to_the_bit(gpu: StubGpu, there: bool) -> None:
+def test_a_run_resumes_on_the_other_device_to_the_bit(gpu: StubGpu, there: bool) -> None:
     options: dict[str, Any] = {"decay": (warmup(0.9), 0.99), "update_every": 2, "start_after": 3}
     torch.manual_seed(0)
     weights = [torch.randn(200).bfloat16(), torch.randn(3, 5)]
 
-    def built(on_gpu: bool) -> fastema.EMA:
+    def make_ema(on_gpu: bool) -> fastema.EMA:
         gpu.place = lambda tensor: 0 if on_gpu else None
         return fastema.EMA(weights, capturable=on_gpu, **options)
 
-    reference, resumed = built(False), built(there)
+    reference, resumed = make_ema(False), make_ema(there)
     for step in range(14):
         if step == 7:
             gpu.place = lambda tensor: 0 if there else None
             state = resumed.state_dict()
-            resumed = built(not there)
+            resumed = make_ema(not there)
             resumed.load_state_dict(state)
         move(weights)
         gpu.place = lambda tensor: None
@@ -111,7 +111,7 @@ def test_a_run_is_resumed_on_the_other_device_to_the_bit(gpu: StubGpu, there: bo
 
 
 @pytest.mark.parametrize("capturable", [False, True])
-def test_an_update_is_one_launch_for_each_group_and_nothing_else(
+def test_an_update_is_one_launch_per_group_and_no_other_call(
     gpu: StubGpu, capturable: bool
 ) -> None:
     weights = {f"w{k}": torch.randn(1 + k % 300) for k in range(1000)}
@@ -132,7 +132,7 @@ def test_an_update_is_one_launch_for_each_group_and_nothing_else(
     assert not gpu.context.calls
 
 
-def test_what_cannot_be_captured_is_refused(gpu: StubGpu) -> None:
+def test_captures_of_uncapturable_calls_are_refused(gpu: StubGpu) -> None:
     ema = fastema.EMA(Model())
     narrow = [torch.randn(5).bfloat16()]
     rounded = fastema.Plan(narrow, [torch.randn(5)], rounding="stochastic")
@@ -155,10 +155,10 @@ def test_what_cannot_be_captured_is_refused(gpu: StubGpu) -> None:
     plan.lerp_(0.5)
 
 
-def test_code_that_the_driver_refuses_is_replaced_and_memory_that_is_full_is_not(
+def test_refused_code_falls_back_but_out_of_memory_raises(
     gpu: StubGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the memory taken by the model a kernel may fit later: nothing slower for good."""
+    """A kernel may fit once memory is free, so no permanent fallback is chosen."""
     load, error = gpu.driver.function, DriverError("CUDA_ERROR_OUT_OF_MEMORY")
 
     def fails(code: bytes, name: str) -> NoReturn:
@@ -189,11 +189,11 @@ WITHOUT_KERNELS = {
     "guarded": (fastema.EMA, {"decay": 0.75, "on_nonfinite": "skip"}),
 }
 RARE = ("nearest", "two halves", "window", "measured", "guarded")
-"""Those whose kernels on the CPU no other test needs."""
+"""Cases whose CPU kernels no other test compiles."""
 
 
-@pytest.mark.parametrize("case", marked(WITHOUT_KERNELS, RARE))
-def test_averages_without_kernels_are_those_of_the_cpu_but_for_rounding(
+@pytest.mark.parametrize("case", mark_slow(WITHOUT_KERNELS, RARE))
+def test_averages_without_kernels_match_the_cpu_up_to_rounding(
     gpu: StubGpu, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     kind, options = WITHOUT_KERNELS[case]
@@ -226,7 +226,7 @@ def test_averages_without_kernels_are_those_of_the_cpu_but_for_rounding(
         found.append((tensors, drifts, average.num_updates, average.num_skipped))
     (tensors, drifts, *counts), (others, measured, *same) = found
     assert counts == same
-    # Of random bits, a path of each may be a few places apart.
+    # Stochastic runs draw different bits, so they may end a few places apart.
     narrow = {"stochastic": 6 * 2**-8, "nearest": 2**-9}.get(case, 2e-6)
     for one, other in zip(tensors, others, strict=True):
         torch.testing.assert_close(one, other, rtol=narrow, atol=narrow)
@@ -234,7 +234,7 @@ def test_averages_without_kernels_are_those_of_the_cpu_but_for_rounding(
         assert drift == pytest.approx(other_drift, rel=1e-4)
 
 
-def test_a_model_on_two_devices_is_launched_on_both(gpu: StubGpu) -> None:
+def test_a_model_on_two_devices_launches_on_both(gpu: StubGpu) -> None:
     weights = list(Model().parameters())
     averages = [p.detach().clone() for p in weights]
     second = {one.data_ptr() for side in (weights, averages) for one in side[3:]}

@@ -1,4 +1,4 @@
-"""Devices of PyTorch as the host of CUDA launches meets them."""
+"""PyTorch devices under CUDA launches: captures on other devices, and forked processes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ..support.stub_gpu import StubGpu, gpu
 __all__ = ["gpu"]
 
 
-def test_a_capture_on_another_device_than_the_current_one_is_refused(
+def test_a_capture_on_a_device_that_is_not_current_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Torch answers for the current device; the graph would be empty, the work done once, now."""
+    """PyTorch reports the current device: the graph would be empty and the work run now."""
     current, captured = [0], set[int]()
 
     @contextmanager
@@ -53,10 +53,10 @@ def test_a_capture_on_another_device_than_the_current_one_is_refused(
         assert here.capturing()
 
 
-def test_a_forked_process_is_refused_the_gpu_and_averages_on_the_cpu(
+def test_a_forked_process_is_refused_the_gpu_but_averages_on_the_cpu(
     gpu: StubGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thread of the parent may have held the compiler's lock, for ever."""
+    """A thread of the parent may hold the compiler's lock, which the child could never acquire."""
     ema, found = fastema.EMA([torch.randn(5)], 0.5), engine.device(0)
     monkeypatch.setattr(engine, "_forked", False)
     engine._after_fork()

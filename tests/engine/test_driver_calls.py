@@ -1,6 +1,6 @@
-"""The calls of the CUDA driver, over a driver that notes them down.
+"""Calls of the CUDA driver, against a stub that records them.
 
-The scripts run in processes of their own, where ctypes loads the stub as `libcuda.so.1`.
+Each script runs in its own process, where ctypes loads the stub as `libcuda.so.1`.
 """
 
 import os
@@ -20,7 +20,7 @@ SOURCE = Path(__file__).with_name("stub_libcuda.c")
 
 Script = Callable[..., str]
 
-PREPARED = """
+PRELUDE = """
     import ctypes, os, threading
     from ctypes import c_char, c_int64, c_ubyte, c_uint64
 
@@ -50,7 +50,7 @@ PREPARED = """
     parameters.value = 17
 
     def take():
-        '''The calls since the last time: function, text, values.'''
+        '''Return the calls since the last take: function, text, values.'''
         found = [(c.function.decode(), c.text.decode(), list(c.values[:c.count]))
                  for c in noted[:count.value]]
         count.value = 0
@@ -62,14 +62,14 @@ PREPARED = """
     def fail(function, code):
         failing.value, error.value = function.encode(), code
 
-    # Seventeen parameters, and where a launch finds them.
+    # Seventeen parameters, and the array of pointers to them that a launch takes.
     values = np.arange(17)
     places = values.ctypes.data + 8 * np.arange(17)
     address = int(places.ctypes.data)
 
     FIRST, SECOND = 0xC0000, 0xC0001  # the contexts of the devices
     KEY = Key("lerp", ("f32", "bf16"), "flat", (9, 0))
-    CODE = np.random.default_rng(3).bytes(50_001)  # with any bytes, zeros too
+    CODE = np.random.default_rng(3).bytes(50_001)  # any bytes, zeros included
     assert b"\\0" in CODE
 
     def compiled(key):
@@ -79,7 +79,7 @@ PREPARED = """
     image_size.value = len(CODE)
 
     class DeviceContext:
-        '''A device whose memory is the host's.'''
+        '''A device whose memory is host memory.'''
 
         fallback_reason = None
 
@@ -109,7 +109,7 @@ PREPARED = """
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the stub."""
+    """Compile the stub and return its folder."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     require(compiler, "a C compiler")
     folder = tmp_path_factory.mktemp("driver")
@@ -126,12 +126,12 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(driver: Path, python: Script) -> Script:
-    """What a script prints, after :data:`PREPARED`."""
+    """Return a function that runs a script after :data:`PRELUDE` and returns its output."""
     path = os.pathsep.join(filter(None, [str(driver), os.environ.get("LD_LIBRARY_PATH", "")]))
-    return lambda script, **more: python(PREPARED + script, LD_LIBRARY_PATH=path, **more)
+    return lambda script, **more: python(PRELUDE + script, LD_LIBRARY_PATH=path, **more)
 
 
-def test_a_device_is_asked_for_once_and_gets_each_kernel_whole_and_once(run: Script) -> None:
+def test_each_device_and_each_kernel_is_loaded_once_and_whole(run: Script) -> None:
     run("""
     one = device(0)
     assert one.capability == (9, 0)
@@ -168,7 +168,7 @@ def test_a_device_is_asked_for_once_and_gets_each_kernel_whole_and_once(run: Scr
 
 
 def test_an_update_of_many_tensors_is_one_launch(run: Script) -> None:
-    """From a program down to the driver: what the kernel finds in its seventeen parameters."""
+    """The kernel finds the program's table, numbers and moment in its seventeen parameters."""
     run("""
     home = DeviceContext(0, 0x7F00DEADBEE0)
     members = pairs(home, (3, 5), (70_000,), (), (33,))
@@ -193,7 +193,7 @@ def test_an_update_of_many_tensors_is_one_launch(run: Script) -> None:
     """)
 
 
-def test_kernels_of_a_wheel_need_the_driver_alone(run: Script, tmp_path: Path) -> None:
+def test_shipped_kernels_need_only_the_driver(run: Script, tmp_path: Path) -> None:
     run(
         """
     import sys
@@ -231,7 +231,7 @@ def test_kernels_of_a_wheel_need_the_driver_alone(run: Script, tmp_path: Path) -
     )
 
 
-def test_the_context_of_others_comes_back(run: Script) -> None:
+def test_a_launch_restores_the_current_context(run: Script) -> None:
     run("""
     one, two = device(0), device(1)
     functions = [one.function(KEY), two.function(KEY)]
@@ -266,7 +266,7 @@ def test_the_context_of_others_comes_back(run: Script) -> None:
         found.append(current())
 
     one._driver.push(one._context)
-    thread = threading.Thread(target=in_a_thread)  # has no current context, whatever we have
+    thread = threading.Thread(target=in_a_thread)  # starts without a current context
     thread.start()
     thread.join()
     assert found == [([FIRST, SECOND], [FIRST, SECOND]), 0]
@@ -274,7 +274,7 @@ def test_the_context_of_others_comes_back(run: Script) -> None:
     """)
 
 
-def test_without_a_driver_a_sentence_says_so(python: Script, tmp_path: Path) -> None:
+def test_a_missing_driver_raises_a_one_line_message(python: Script, tmp_path: Path) -> None:
     (tmp_path / "libcuda.so.1").write_text("no library")
     message = python(
         """
@@ -287,6 +287,6 @@ def test_without_a_driver_a_sentence_says_so(python: Script, tmp_path: Path) -> 
     """,
         LD_LIBRARY_PATH=str(tmp_path),
     ).strip()
-    if message:  # there may be a driver elsewhere
+    if message:  # empty if another driver was found
         assert message.startswith("the CUDA driver ")
         assert "<newline>" not in message

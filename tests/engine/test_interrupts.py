@@ -1,4 +1,4 @@
-"""Signals that arrive while tensors are half written: later, all of them, and nothing changed."""
+"""Signals that arrive during writes are all handled afterwards, and handlers stay installed."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 @pytest.fixture(autouse=True)
-def handlers_restored() -> Iterator[None]:
+def restore_handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (ONE, TWO, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -29,22 +29,22 @@ def handlers_restored() -> Iterator[None]:
 
 @pytest.fixture
 def calls() -> list[int]:
-    """The signals that were handled."""
+    """Return the list of handled signals."""
     return []
 
 
 @pytest.fixture
-def noting(calls: list[int]) -> Handler:
-    """The handler of the first signal: it appends to `calls`."""
+def recorder(calls: list[int]) -> Handler:
+    """Install and return a handler of `ONE` that appends to `calls`."""
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def record(number: int, frame: FrameType | None) -> None:
         calls.append(number)
 
-    signal.signal(ONE, note)
-    return note
+    signal.signal(ONE, record)
+    return record
 
 
-def update() -> None:
+def update_average() -> None:
     weights = {"w": np.random.default_rng(3).normal(size=100)}
     ema = fastema.EMA(weights, decay=0.9)
     weights["w"] += 1
@@ -77,10 +77,10 @@ def test_a_handler_that_raises_drops_no_other_signal(calls: list[int]) -> None:
 
 
 def test_a_handler_that_updates_an_average_finishes_before_the_next_one(calls: list[int]) -> None:
-    """A signal that comes while it runs is handled at once."""
+    """A signal raised while the handler runs is handled at once."""
 
     def saving(number: int, frame: FrameType | None) -> None:
-        update()
+        update_average()
         if not calls:
             with defer_signals():
                 signal.raise_signal(signal.SIGTERM)
@@ -95,17 +95,17 @@ def test_a_handler_that_updates_an_average_finishes_before_the_next_one(calls: l
     assert calls == [signal.SIGTERM, ONE, TWO]
 
 
-def raising(*_: object) -> None:
+def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_block_interrupted_as_it_ends_holds_nothing_back(
-    calls: list[int], noting: Handler, monkeypatch: pytest.MonkeyPatch
+def test_a_block_interrupted_at_its_end_defers_no_more_signals(
+    calls: list[int], recorder: Handler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block = defer_signals()
     block.__enter__()
     with monkeypatch.context() as patch:
-        patch.setattr(defer_signals, "_restore_handlers", raising)
+        patch.setattr(defer_signals, "_restore_handlers", interrupt)
         patch.setattr(defer_signals, "_release", lambda self: self._restore_handlers())
         with pytest.raises(KeyboardInterrupt):
             block.__exit__()
@@ -115,4 +115,4 @@ def test_a_block_interrupted_as_it_ends_holds_nothing_back(
         signal.raise_signal(ONE)
         assert calls == [ONE]
     assert calls == [ONE, ONE]
-    assert signal.getsignal(ONE) is noting
+    assert signal.getsignal(ONE) is recorder

@@ -1,4 +1,4 @@
-"""CPU kernels as machine code: found again, never stale, never trusted blindly, never required."""
+"""CPU kernels as machine code: cached, never stale, and loaded only from safe folders."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from fastema.kernels import stamp as stamps
 
 KERNELS = Path(fastema.__file__).parent / "kernels"
 
-HERE = {"NUMBA_OPT": "3"}
-"""Told anything, Numba is asked: kernels that came with a wheel are not loaded."""
+COMPILE = {"NUMBA_OPT": "3"}
+"""Any Numba setting makes Numba compile: kernels that came with a wheel are not loaded."""
 
 UPDATES = """
     import sys
@@ -37,26 +37,26 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def test_only_what_is_used_is_compiled_and_only_once(
+def test_only_used_kernels_are_compiled_and_only_once(
     tmp_path: Path, python: Callable[..., str]
 ) -> None:
     cache = tmp_path / "cache"
-    assert python(UPDATES, "f2", NUMBA_CACHE_DIR=str(cache), **HERE).split() == ["compiled"]
+    assert python(UPDATES, "f2", NUMBA_CACHE_DIR=str(cache), **COMPILE).split() == ["compiled"]
     (made,) = _files(cache)
     assert made.name.startswith("lerp-")
     assert made.suffix == ".o"
     assert made.parent == cache / "fastema" / disk_cache.SOURCE_STAMP
     before = made.stat()
-    assert python(UPDATES, "f2", NUMBA_CACHE_DIR=str(cache), **HERE).split() == ["found"]
+    assert python(UPDATES, "f2", NUMBA_CACHE_DIR=str(cache), **COMPILE).split() == ["found"]
     assert _files(cache) == [made]
     after = made.stat()
     assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
 
 
-def test_code_for_another_cpu_or_of_another_compiler_lies_elsewhere(
+def test_each_cpu_and_each_compiler_has_its_own_cache_entry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Machines of several kinds share a home."""
+    """Machines of different kinds may share a home directory."""
     monkeypatch.setattr(disk_cache, "folder", lambda: tmp_path)
 
     def entry() -> Path | None:
@@ -101,7 +101,7 @@ SHIPPED = """
         ),
     ],
 )
-def test_a_processor_gets_the_best_code_that_runs_on_it(
+def test_a_processor_gets_the_best_code_it_can_run(
     features: str, found: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "_detect_features", lambda: dict.fromkeys(features.split(), True))
@@ -125,7 +125,7 @@ def test_a_processor_gets_the_best_code_that_runs_on_it(
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels of a few operations, as a wheel has them."""
+    """Build the kernels of a few operations as a wheel ships them."""
     folder = tmp_path_factory.mktemp("wheel")
     build_kernels.build(folder / "cpu", "cpu", ["check_tensors", "finite"], 2)
     return folder
@@ -133,7 +133,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs_levels
 @pytest.mark.slow
-def test_shipped_code_needs_no_compiler_and_counts_as_compiled_code_does(
+def test_shipped_code_needs_no_compiler_and_gives_the_same_results(
     wheel: Path, tmp_path: Path, python: Callable[..., str]
 ) -> None:
     script = """
@@ -160,7 +160,7 @@ def test_shipped_code_needs_no_compiler_and_counts_as_compiled_code_does(
     script = SHIPPED + script
     assert json.loads(python(script, str(wheel), NUMBA_CACHE_DIR=cache)) == [[143.0] * 2, False]
     assert not _files(tmp_path)
-    # Of other sources it would not load.
+    # Kernels built from other sources are not loaded.
     other = tmp_path / "other"
     shutil.copytree(wheel, other)
     (other / "cpu" / "stamp").write_text("0" * 16)
@@ -185,7 +185,7 @@ def test_the_stamp_covers_every_kernel_source(
     assert stamp() not in seen
 
 
-def test_an_edit_is_never_answered_with_old_code(tmp_path: Path) -> None:
+def test_an_edited_kernel_is_recompiled(tmp_path: Path) -> None:
     package = tmp_path / "fastema"
     shutil.copytree(
         Path(fastema.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
@@ -214,7 +214,7 @@ def test_an_edit_is_never_answered_with_old_code(tmp_path: Path) -> None:
     assert run() == "2.5 2.5 2.5"
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid"), reason="modes of files are those of POSIX")
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX file modes")
 @pytest.mark.parametrize("open_to", [stat.S_IWGRP, stat.S_IWOTH])
 @pytest.mark.parametrize("level", ["root", "folder"])
 def test_a_folder_that_others_can_write_is_not_used(

@@ -1,4 +1,4 @@
-"""Whole runs through layout, threads and kernels: every dtype, every way to lie in memory."""
+"""Whole runs through layout, threads and kernels: every dtype and every memory layout."""
 
 import gc
 import time
@@ -40,7 +40,7 @@ def run(operation: str, sides: Sequence[tuple[Array, Array]], dst: str, src: str
 
 
 def expected(operation: str, a: Array, b: Array, dst: str, src: str) -> tuple[Array, Array]:
-    """What both sides hold afterwards."""
+    """Return what both sides hold afterwards."""
     shape, a, b = a.shape, a.reshape(-1), b.reshape(-1)
     if operation == "lerp":
         after = reference.lerp(a, b, W, dst, src), b
@@ -53,7 +53,7 @@ def expected(operation: str, a: Array, b: Array, dst: str, src: str) -> tuple[Ar
 
 @pytest.mark.parametrize("operation", ["lerp", "copy", "swap"])
 @pytest.mark.parametrize(("dst", "src"), PAIRS)
-def test_every_pair_of_floats_is_as_specified(
+def test_every_pair_of_floats_matches_the_specification(
     dst: str, src: str, operation: str, threads: Threads
 ) -> None:
     threads(2)
@@ -71,9 +71,6 @@ def test_every_pair_of_floats_is_as_specified(
         of.assert_rest_untouched()
 
 
-# shape, then strides of both sides in elements.
-
-
 SHAPE = (24, 10, 35)
 SEED, STEP = 2**40 + 3, 2**33 + 7
 WHOLES = {
@@ -85,8 +82,8 @@ WHOLES = {
 }
 
 
-def in_order(array: Array, order: tuple[int, ...]) -> Array:
-    """A copy whose axes lie in memory in this order."""
+def copy_in_order(array: Array, order: tuple[int, ...]) -> Array:
+    """Return a copy whose axes are stored in this order."""
     return array.transpose(order).copy().transpose(np.argsort(order))
 
 
@@ -95,7 +92,7 @@ def round_at_random(avg: Array, x: Array, dst: str, src: str, **part: object) ->
     Program({"all": [pair]}).run({"all": "lerp"}, LaunchArgs((0.3,), SEED, STEP))
 
 
-def specified(avg: Array, x: Array, dst: str, src: str, index: Array) -> Array:
+def expected_rounding(avg: Array, x: Array, dst: str, src: str, index: Array) -> Array:
     words = reference.random_words(SEED, STEP, reference.tensor_key("t"), index)
     return reference.lerp(avg, x, 0.3, dst, src, words)
 
@@ -108,7 +105,7 @@ def random_sides(dst: str, src: str) -> tuple[Array, Array]:
 @pytest.mark.parametrize(("dst", "src"), [("bf16", "bf16"), ("f16", "f32")])
 @pytest.mark.parametrize("order", list(permutations(range(3))))
 @pytest.mark.parametrize("name", WHOLES)
-def test_random_bits_are_those_of_indices_in_the_whole_tensor(
+def test_random_bits_depend_on_indices_in_the_whole_tensor(
     name: str, order: tuple[int, ...], dst: str, src: str
 ) -> None:
     avg, x = random_sides(dst, src)
@@ -118,17 +115,17 @@ def test_random_bits_are_those_of_indices_in_the_whole_tensor(
     )
     index = (axes[0] * whole[1] + axes[1]) * whole[2] + axes[2]
     assert (len(np.unique(index >> 32)) > 1) == ("2**32" in name)
-    want = specified(avg, x, dst, src, index)
+    want = expected_rounding(avg, x, dst, src, index)
     for other in {order, (0, 1, 2)}:
-        got = in_order(avg, order)
-        round_at_random(got, in_order(x, other), dst, src, whole=whole, offset=offset)
+        got = copy_in_order(avg, order)
+        round_at_random(got, copy_in_order(x, other), dst, src, whole=whole, offset=offset)
         np.testing.assert_array_equal(got, want)
 
 
 WEIGHTS = (0.3, 0.01, 0.0009765625, 1.0)
 SHAPES = [(0,), (1,), (65,), (SHARED_CHUNK - 1,), (2 * SHARED_CHUNK + 77,), (70, 40), (3, 5)]
 SPREAD = {(70, 40): (1, 70), (3, 5): (9, 1)}
-"""Strides of some averages: another order of axes than that of the weights, and gaps."""
+"""Strides of averages whose axes are not in the order of the weights', or that have gaps."""
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -140,7 +137,7 @@ SPREAD = {(70, 40): (1, 70), (3, 5): (9, 1)}
         ("c64", "c64", ""),
     ],
 )
-def test_several_averages_in_one_run_are_those_of_a_run_each(
+def test_several_averages_equal_one_run_each(
     dst: str, src: str, form: str, workers: int, count: int, threads: Threads
 ) -> None:
     threads(workers)
@@ -166,7 +163,7 @@ def test_several_averages_in_one_run_are_those_of_a_run_each(
 
 
 POISON = {"f32": np.float32(np.nan), "f16": np.float16(np.nan), "bf16": np.uint16(0x7FC0)}
-RELOCATED = {
+RELOCATED = {  # shape, then strides of both sides in elements
     "flat": ((3 * CHUNK + 5,), (1,), (1,)),
     "strided": ((7, 30), (90, 1), (1, 7)),
     "backwards": ((65,), (-1,), (2,)),
@@ -179,10 +176,10 @@ RELOCATED = {
     ("dst", "src", "count"), [("f32", "f32", 3), ("f32", "bf16", 1), ("f16", "f32", 1)]
 )
 @pytest.mark.parametrize("sides", ["dst", "src", "both"])
-def test_tensors_that_moved_are_worked_on_where_they_are(
+def test_moved_tensors_are_used_at_their_new_addresses(
     dst: str, src: str, count: int, sides: str, threads: Threads
 ) -> None:
-    """Once and again; memory that they had before is left alone."""
+    """They move repeatedly, and their former memory is not touched."""
     threads(2)
     if sides != "src":
         count = 1  # averages of one tensor share its name
@@ -216,7 +213,7 @@ def test_tensors_that_moved_are_worked_on_where_they_are(
                 avg[n].assert_rest_untouched()
                 x[n].assert_untouched()
         left: dict[str, dict[str, Guarded]] = {}
-        if sides != "src":  # the values go along
+        if sides != "src":  # averages keep their values
             left["dst"] = averages[0]
             averages[0] = {
                 n: put(one.array.copy(), n, 0, 10 * move) for n, one in averages[0].items()
@@ -235,32 +232,32 @@ def test_tensors_that_moved_are_worked_on_where_they_are(
 
 
 @pytest.mark.slow
-def test_later_runs_compile_nothing_and_keep_no_memory(
+def test_later_runs_neither_compile_nor_leak(
     threads: Threads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads(2)
     sides = [(numbers(n, "f32", n), numbers(n, "f32", n + 1)) for n in (5, 1000, 3 * CHUNK)]
     program = run("lerp", sides, "f32", "f32")
     made = dict(registry._loaded)
-    monkeypatch.setattr("fastema.engine.cpu_group.kernel", None)  # asked for once only
+    monkeypatch.setattr("fastema.engine.cpu_group.kernel", None)  # must not be called again
     monkeypatch.setattr("fastema.engine.cpu_group.build_indexed_tables", None)
     tracemalloc.start()
     try:
         held = []
         for _ in range(4):
-            for _ in range(2500):  # more than the interpreter keeps of freed tuples and the like
+            for _ in range(2500):  # more than the interpreter's free lists hold
                 program.run({"all": "lerp"}, LaunchArgs((W,)))
-            time.sleep(0.3)  # helpers that came too late still clear their queue
+            time.sleep(0.3)  # late helper threads still empty their queue
             gc.collect()
             held.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
     assert registry._loaded == made
-    # What a run keeps, every round keeps; what else grows and shrinks, the least of them does not.
+    # A leak grows in every round and other memory also shrinks, so check the least growth.
     assert min(np.diff(held)) < 2500
 
 
-def test_measures_are_those_of_each_average(threads: Threads) -> None:
+def test_each_average_has_its_own_measures(threads: Threads) -> None:
     threads(3)
     sizes, weights = [5, 1000, 3 * CHUNK + 5], (0.25, 0.0)
     pairs, expected = [], np.zeros((2, 3))

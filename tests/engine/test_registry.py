@@ -6,12 +6,12 @@ from fastema.engine import registry
 from fastema.errors import DTypeError
 
 
-def test_an_operation_without_a_kernel_is_refused_with_those_that_have_one() -> None:
+def test_an_unknown_operation_is_refused_with_a_list_of_known_ones() -> None:
     with pytest.raises(DTypeError, match=r"no kernel for median.*copy.*lerp"):
         registry.kernel("median", ("f32", "f32"), "flat")
 
 
-def test_a_kernel_is_made_once_however_many_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_is_made_once_for_concurrent_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_loaded", {})
     made = []
     begun = threading.Barrier(4)

@@ -1,4 +1,4 @@
-"""Rolling and exponential means of long series: rounded once, however they are divided."""
+"""Rolling and exponential means of long series, rounded once however the series is divided."""
 
 import math
 from collections.abc import Callable
@@ -16,8 +16,8 @@ SIZES = (1, 2, 3, 10, 63, 64, 65, 255, 256, 257, 1_000)
 NOTHING = np.empty(0)
 
 
-def windows(x: Floats, history: Floats, size: int, mean: bool) -> Floats:
-    """The definition, each sum rounded once."""
+def expected_windows(x: Floats, history: Floats, size: int, mean: bool) -> Floats:
+    """Return rolling sums or means by their definition, each sum rounded once."""
     values = np.concatenate([history, x]).tolist()
     found = []
     for end in range(len(history) + 1, len(values) + 1):
@@ -34,24 +34,24 @@ def test_rolling_sums_are_rounded_once(size: int, mean: bool) -> None:
         for before in {0, 1, size // 2, size}:
             x = rng.normal(size=n) * 10.0 ** rng.integers(-6, 6, n)
             both = np.concatenate([rng.normal(size=100), rng.normal(size=before), x])
-            history = both[100 : 100 + before]  # what lies before it in memory does not count
+            history = both[100 : 100 + before]  # earlier memory must not count
             found, finite = series.rolling_mean(both[100 + before :], history, size, divide=mean)
             assert finite
-            # With both signs a window's sum may cancel: relative to what is added up then.
-            want = windows(x, history, size, mean)
+            # Sums of mixed signs may cancel, hence the absolute tolerance.
+            want = expected_windows(x, history, size, mean)
             np.testing.assert_allclose(found, want, rtol=2.3e-16, atol=1e-22)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 @pytest.mark.parametrize("size", [1, 7, 300, 70_000])
-def test_rows_of_several_threads_join(
+def test_rows_of_different_threads_join_seamlessly(
     size: int, workers: int, threads: Callable[[int], None]
 ) -> None:
     n = 1_300_003
     x = np.random.default_rng(size).lognormal(0.0, 2.0, n)
     threads(workers)
     found, _ = series.rolling_mean(x, NOTHING, size, divide=True)
-    # Where rows and lanes begin, and anywhere.
+    # Around the starts of rows and lanes, and at random places.
     row = max(series._ROW, series._WINDOWS * size)
     edges = [size + k * row + d for k in range(50) for d in (-1, 0, 1)]
     edges += [size + k * row // 4 + d for k in range(200) for d in (-1, 0, 1)]
@@ -88,22 +88,22 @@ SHARED = """
     import fastema
     from fastema.engine import series
 
-    def all_of_them():
+    def all_means():
         means = [series.rolling_mean(x, np.empty(0), n, divide=True)[0] for n in (1, 2, 7, 300)]
         return [*means, series.ewm_mean(x, 0.9, (0.0, 0.0))[0]]
 
     x = np.random.default_rng(0).lognormal(0.0, 2.0, 200_003)
     fastema.set_num_threads(1)
-    expected = all_of_them()
+    expected = all_means()
     fastema.set_num_threads(3)
     with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(lambda _: all_of_them(), range(20)):
+        for found in pool.map(lambda _: all_means(), range(20)):
             for one, other in zip(found, expected):
                 np.testing.assert_array_equal(one, other)
 """
 
 
 @pytest.mark.slow
-def test_scratch_memory_is_not_given_to_other_threads_meanwhile(python: Callable[..., str]) -> None:
-    """All take theirs from one place: what one thread frees the next one gets."""
+def test_scratch_memory_is_not_freed_while_in_use(python: Callable[..., str]) -> None:
+    """With one malloc arena, memory that one thread frees goes to the next."""
     python(SHARED, MALLOC_ARENA_MAX="1")

@@ -1,4 +1,4 @@
-"""The GPU kernels of a wheel: all that are selected, found by GPU, never those of other sources."""
+"""GPU kernels in a wheel: complete, chosen by GPU, and never loaded for other sources."""
 
 from itertools import product
 from pathlib import Path
@@ -31,8 +31,8 @@ USES: dict[str, dict[str, Any]] = {
 }
 
 
-def model(dtype: str) -> torch.nn.Module:
-    """Tensors with gaps and without, a buffer of floats and one of whole numbers."""
+def build_module(dtype: str) -> torch.nn.Module:
+    """Build a module with a dense and a strided parameter, and float, integer and bool buffers."""
     module = torch.nn.Module()
     values = torch.randn(60).to(getattr(torch, dtype))
     module.flat = torch.nn.Parameter(values[:20].clone())
@@ -44,8 +44,8 @@ def model(dtype: str) -> torch.nn.Module:
     return module
 
 
-def use(average: Any, weights: torch.nn.Module) -> None:
-    """Call all that launches kernels."""
+def use_average(average: Any, weights: torch.nn.Module) -> None:
+    """Call every method that launches kernels."""
     average.update()
     for index in range(len(getattr(average, "averages", ())) or 1):
         with average.swapped(which=index):
@@ -56,37 +56,37 @@ def use(average: Any, weights: torch.nn.Module) -> None:
 
 
 @pytest.fixture
-def selected(gpu: StubGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Note the kernels that are asked for; what is launched does nothing."""
+def record_keys(gpu: StubGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record the requested kernels; launches do nothing."""
     monkeypatch.setattr(gpu.driver, "launch", lambda *args: None)
     KEYS.clear()
 
 
-def check_selected(least: int) -> None:
+def check_shipped(least: int) -> None:
     asked = {key[:3] for key in KEYS.values()}
     assert not asked - set(gpu_variants())
     assert len(asked) >= least
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.usefixtures("selected")
+@pytest.mark.usefixtures("record_keys")
 def test_every_kernel_that_an_average_selects_is_shipped(dtype: str) -> None:
     for stored, rounding, options in product(
         (None, *FLOATS, "bf16+16"), ("stochastic", "nearest"), USES.values()
     ):
-        weights = model(dtype)
+        weights = build_module(dtype)
         try:
             average = fastema.EMA(weights, shadow_dtype=stored, rounding=rounding, **options)
-        except ArgumentError:  # a rounding that this dtype does not have
+        except ArgumentError:  # this dtype has no such rounding
             continue
-        use(average, weights)
+        use_average(average, weights)
     for kind in (fastema.SWA, fastema.PowerEMA):
-        weights = model(dtype)
-        use(kind(weights), weights)
-    check_selected(20)
+        weights = build_module(dtype)
+        use_average(kind(weights), weights)
+    check_shipped(20)
 
 
-@pytest.mark.usefixtures("selected")
+@pytest.mark.usefixtures("record_keys")
 def test_every_kernel_that_a_plan_selects_is_shipped() -> None:
     for dst, src in product(FLOATS, FLOATS):
         one, other = (torch.randn(30).to(getattr(torch, name)) for name in (dst, src))
@@ -95,7 +95,7 @@ def test_every_kernel_that_a_plan_selects_is_shipped() -> None:
             plan.lerp_(0.5)
             plan.copy_()
             plan.swap_()
-    check_selected(60)
+    check_shipped(60)
 
 
 def code_for(target: str, operation: str = "lerp") -> bytes:
@@ -110,7 +110,7 @@ def read(
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with one kernel for every GPU."""
+    """Write a folder with one kernel for every GPU target."""
     for target in TARGETS:
         others = {(("f32", "f32"), "flat"): b"another", (LERP[1], "strided"): b"gaps"}
         shipped.write(tmp_path / "gpu" / target / "lerp.xz", {**others, LERP[1:]: code_for(target)})
@@ -128,7 +128,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 @pytest.mark.usefixtures("wheel")
-def test_a_gpu_gets_the_code_that_runs_on_it(capability: tuple[int, int], target: str) -> None:
+def test_a_gpu_gets_the_code_it_can_run(capability: tuple[int, int], target: str) -> None:
     made = cubin(Key(*LERP, capability))
     assert made == ("fastema_lerp", code_for(target))
 
@@ -141,7 +141,7 @@ def test_a_gpu_gets_the_code_that_runs_on_it(capability: tuple[int, int], target
         ("mul.rn.f32 %f1, %f2, %f3; fma.rn.f32 %f1, %f1, %f2, %f3;", ""),
     ],
 )
-def test_arithmetic_that_could_be_fused_is_refused(
+def test_ptx_with_fusible_arithmetic_is_refused(
     text: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fastema.kernels import cuda
@@ -158,7 +158,7 @@ def test_arithmetic_that_could_be_fused_is_refused(
         assert codes == {**dict.fromkeys(TARGETS[:-1], b"code"), "ptx": ptx.text.encode()}
 
 
-def test_kernels_of_other_sources_do_not_load(wheel: Path) -> None:
+def test_kernels_of_other_sources_are_not_loaded(wheel: Path) -> None:
     stamp = wheel / "gpu" / "stamp"
     stamp.write_text("0" * 16)
     assert read(*LERP, (9, 0)) is None
@@ -167,7 +167,7 @@ def test_kernels_of_other_sources_do_not_load(wheel: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"spilled": 8}, {"stack": 16}, {"name": "other"}], ids=str)
-def test_kernels_that_spill_or_have_another_name_are_refused(
+def test_kernels_that_spill_or_are_misnamed_are_refused(
     wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fastema.kernels import cuda

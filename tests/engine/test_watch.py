@@ -1,4 +1,4 @@
-"""Every way in which a tensor can move is noticed, and nothing else is taken for one."""
+"""Watches report tensors that move, and nothing else."""
 
 import gc
 import weakref
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.torch
 Change = Callable[[Any], object]
 
 
-def model() -> Any:
+def build_net() -> Any:
     torch.manual_seed(3)
     inner = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     net = nn.Sequential(nn.Conv2d(2, 4, 3), inner, nn.Linear(4, 4, bias=False))
@@ -27,14 +27,14 @@ def model() -> Any:
     return net
 
 
-def other() -> Any:
-    """The same with other tensors."""
-    made = model()
+def new_net() -> Any:
+    """Build an equal network with other tensors and values."""
+    made = build_net()
     made.load_state_dict({k: v + 1 for k, v in made.state_dict().items()})
     return made
 
 
-def with_data(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+def set_data(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
     def move(net: Any) -> None:
         net[2].weight.data = change(net[2].weight.data)
 
@@ -68,16 +68,16 @@ def set_storage(net: Any) -> None:
 
 
 MOVES: dict[str, Change] = {
-    # dicts of modules
-    "parameters": lambda net: setattr(net[1][0], "_parameters", dict(other()[1][0]._parameters)),
-    "buffers": lambda net: setattr(net[1][1], "_buffers", dict(other()[1][1]._buffers)),
-    "modules": lambda net: setattr(net[1], "_modules", dict(other()[1]._modules)),
+    # dicts of modules are replaced
+    "parameters": lambda net: setattr(net[1][0], "_parameters", dict(new_net()[1][0]._parameters)),
+    "buffers": lambda net: setattr(net[1][1], "_buffers", dict(new_net()[1][1]._buffers)),
+    "modules": lambda net: setattr(net[1], "_modules", dict(new_net()[1]._modules)),
     "an empty dict": lambda net: setattr(net[2], "_modules", {"inner": nn.Linear(2, 2)}),
-    "modules of the root": lambda net: setattr(net, "_modules", dict(other()._modules)),
-    "state set": lambda net: net[1][0].__setstate__(vars(other()[1][0])),
-    "attributes updated": lambda net: vars(net).update(vars(other())),
-    "attributes replaced": lambda net: setattr(net, "__dict__", vars(other())),
-    # what is in them
+    "modules of the root": lambda net: setattr(net, "_modules", dict(new_net()._modules)),
+    "state set": lambda net: net[1][0].__setstate__(vars(new_net()[1][0])),
+    "attributes updated": lambda net: vars(net).update(vars(new_net())),
+    "attributes replaced": lambda net: setattr(net, "__dict__", vars(new_net())),
+    # entries of these dicts change
     "module": lambda net: net.__setitem__(2, nn.Linear(4, 4, bias=False)),
     "inner module": lambda net: net[1].__setitem__(0, nn.Linear(3, 4)),
     "module appended": lambda net: net.append(nn.Linear(4, 2)),
@@ -89,11 +89,11 @@ MOVES: dict[str, Change] = {
     "buffer added": lambda net: net[0].register_buffer("extra", torch.ones(2)),
     "tied": tie,
     "assigned": assign,
-    # what tensors are
+    # tensors themselves change
     "converted": lambda net: net.to(torch.float64),
-    "data": with_data(lambda data: data.clone()),
-    "transposed": with_data(lambda data: data.t()),
-    "reshaped": with_data(lambda data: data.view(2, 8)),
+    "data": set_data(lambda data: data.clone()),
+    "transposed": set_data(lambda data: data.t()),
+    "reshaped": set_data(lambda data: data.view(2, 8)),
     "other dtype": view_as(lambda net: net[1][1].running_mean, torch.int32),
     "other halves": view_as(lambda net: net[0].halves, torch.bfloat16),
     "resized": lambda net: net[1][1].running_var.resize_(64, 64),
@@ -103,8 +103,8 @@ MOVES: dict[str, Change] = {
 }
 
 
-def noticed(one: Any) -> bool:
-    """Whether a change is seen; an error that says what is wrong now will do."""
+def notices_change(one: Any) -> bool:
+    """Return whether a watch reports a change or raises an error that explains it."""
     try:
         return bool(one.changed())
     except FastemaError:
@@ -112,14 +112,14 @@ def noticed(one: Any) -> bool:
 
 
 def watches(leaves: Any) -> list[Any]:
-    """The kind of watch that is chosen, and the one that works for everything."""
+    """Return the watch chosen for these leaves, and the one that works for all leaves."""
     found = [watch(leaves), _DescribingWatch(leaves)]
     assert not any(one.changed() for one in found)
     return found
 
 
-def test_training_and_moving_back_are_no_change() -> None:
-    net = model()
+def test_training_and_moving_back_are_not_reported() -> None:
+    net = build_net()
     watching = watches(leaves_of(net))
     net[2].note = "an attribute more"
     del net[2].note
@@ -139,15 +139,15 @@ def test_training_and_moving_back_are_no_change() -> None:
     assert not any(one.changed() for one in watching)
 
 
-def kept_of(leaves: Any) -> Any:
+def persistent_of(leaves: Any) -> Any:
     return leaves.select_names({leaf.name for leaf in leaves.items if leaf.persistent})
 
 
-def test_watched_tensors_are_kept_alive_and_modules_and_what_may_change_are_not() -> None:
-    net = model()
+def test_a_watch_keeps_persistent_tensors_alive_but_no_modules_or_caches() -> None:
+    net = build_net()
     net.register_buffer("cache", torch.ones(3), persistent=False)
     vars(net)["itself"] = [net]
-    one = watch(kept_of(leaves_of(net)), transient=False)
+    one = watch(persistent_of(leaves_of(net)), transient=False)
     cache, weight, module = map(weakref.ref, (net.cache, net[2].weight, net))
     net.cache = torch.ones(30)
     gc.collect()
@@ -155,7 +155,7 @@ def test_watched_tensors_are_kept_alive_and_modules_and_what_may_change_are_not(
     assert not one.changed()
     MOVES["parameter"](net)
     gc.collect()
-    # Its address cannot be given to another tensor while it is compared with.
+    # While a watch compares its address, no other tensor may be allocated there.
     assert weight() is not None
     assert one.changed()
     del net
@@ -167,7 +167,7 @@ def test_watched_tensors_are_kept_alive_and_modules_and_what_may_change_are_not(
     assert weight() is None
 
 
-def test_a_share_at_a_time_sees_each_change_in_one_share() -> None:
+def test_each_change_is_seen_in_its_share() -> None:
     def shares(watching: Any) -> list[bool]:
         return [watching.share_changed(share) for share in range(SHARES)]
 
@@ -183,12 +183,12 @@ def test_a_share_at_a_time_sees_each_change_in_one_share() -> None:
         net[k].weight.data = before
         bias = net[k].bias
         net[k].bias = nn.Parameter(bias.detach().clone())
-        assert 1 <= sum(shares(watching)) <= 2  # whose tensors a dict has may be in two shares
+        assert 1 <= sum(shares(watching)) <= 2  # a dict and its tensors may be in two shares
         net[k].bias = bias
     assert not any(shares(watching))
     net.to(torch.float64)
     assert all(shares(watching))
-    for make in (np.ones, torch.ones):  # lists are looked at in the first share alone
+    for make in (np.ones, torch.ones):  # lists are checked in the first share only
         held = [make(3) for _ in range(40)]
         watching = watch(leaves_of(held))
         held.append(make(3))

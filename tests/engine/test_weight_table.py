@@ -1,4 +1,4 @@
-"""Tables of weights against the rules that they are made of, at every kind of update."""
+"""Weight tables, compared with their rules at every kind of update."""
 
 import math
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from fastema.engine.weight_table import evaluate, weight_table
 from fastema.kernels.table import WEIGHT_COLUMNS
 
 LAST = 2**31
-CLOSE = 4e-15  # relative, where the rule is rounded by less
+CLOSE = 4e-15  # relative error allowed besides the rule's own rounding
 
 Weight = Callable[[int], float]
 
-# Weights that are one minus a decay, which is rounded by up to 2**-54.
+# Rules whose weight is one minus a decay, which is rounded by up to 2**-54.
 BY_DECAY = [
     rules.constant(0.999),
     rules.constant(0.0),
@@ -32,7 +32,7 @@ BY_DECAY = [
     rules.debiased(rules.inverse_gamma(0.9999)),
     rules.debiased(rules.inverse_gamma(0.9999, minimum=0.99)),
 ]
-# Weights that have all their digits.
+# Rules whose weights are accurate to the last digit.
 DIRECT = [
     rules.power(0.05),
     rules.power(0.001),
@@ -53,8 +53,8 @@ def weight_of(rule: rules.Rule, every: int = 1) -> Weight:
     return lambda update: rule.weight(update * every, every)
 
 
-class Counted:
-    """A weight that counts how often it is asked for."""
+class CountedWeight:
+    """A weight function that counts its calls."""
 
     def __init__(self, weight: Weight) -> None:
         self.weight, self.calls = weight, 0
@@ -64,8 +64,8 @@ class Counted:
         return self.weight(update)
 
 
-def looked_up(table: np.ndarray, updates: np.ndarray) -> np.ndarray:
-    """What the table says of many updates at once, as the contract has it."""
+def evaluate_many(table: np.ndarray, updates: np.ndarray) -> np.ndarray:
+    """Evaluate a table at many updates at once, by its documented formula."""
     rows = table[np.searchsorted(table[:, 0], updates, side="right") - 1]
     t = (updates - rows[:, 0]) * rows[:, 1] - 1.0
     value = rows[:, 13]
@@ -74,21 +74,21 @@ def looked_up(table: np.ndarray, updates: np.ndarray) -> np.ndarray:
     return np.minimum(np.maximum(value, 0.0), 1.0)
 
 
-def some_updates(seed: int, count: int) -> np.ndarray:
-    """Random updates, half of them evenly, half of them evenly by their logarithm."""
+def random_updates(seed: int, count: int) -> np.ndarray:
+    """Draw random updates, half of them uniformly and half log-uniformly."""
     generator = np.random.default_rng(seed)
     even = generator.integers(1, LAST, count // 2, endpoint=True)
     return np.concatenate((even, (2.0 ** generator.uniform(0, 31, count // 2)).astype(np.int64)))
 
 
-def borders(table: np.ndarray) -> np.ndarray:
+def row_borders(table: np.ndarray) -> np.ndarray:
     first = table[:, 0].astype(np.int64)
     return np.concatenate((first, first[1:] - 1))
 
 
 def assert_close(table: np.ndarray, weight: Weight, updates: np.ndarray, rounding: float) -> None:
     want = np.array([weight(update) for update in updates.tolist()])
-    errors = np.abs(looked_up(table, updates) - want)
+    errors = np.abs(evaluate_many(table, updates) - want)
     allowed = CLOSE * want + rounding
     worst = np.argmax(errors - allowed)
     assert (errors <= allowed).all(), (
@@ -100,10 +100,8 @@ def assert_close(table: np.ndarray, weight: Weight, updates: np.ndarray, roundin
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 3, 10])
 @pytest.mark.parametrize("rule", [*BY_DECAY, *DIRECT], ids=str)
-def test_the_table_of_every_rule_is_small_and_close_at_every_update(
-    rule: rules.Rule, every: int
-) -> None:
-    weight = Counted(weight_of(rule, every))
+def test_every_rule_has_a_small_and_accurate_table(rule: rules.Rule, every: int) -> None:
+    weight = CountedWeight(weight_of(rule, every))
     table = weight_table(weight)
     assert weight.calls < 60_000
     assert table.dtype == np.float64
@@ -112,13 +110,13 @@ def test_the_table_of_every_rule_is_small_and_close_at_every_update(
     assert table[0, 0] == 1
     assert (np.diff(table[:, 0]) > 0).all()
     assert np.isfinite(table).all()
-    many = some_updates(every, 100_000 if every == 1 else 10_000)
-    updates = np.concatenate((np.arange(1, 5001), many, borders(table), LAST - np.arange(100)))
+    many = random_updates(every, 100_000 if every == 1 else 10_000)
+    updates = np.concatenate((np.arange(1, 5001), many, row_borders(table), LAST - np.arange(100)))
     assert_close(table, weight, updates, 0.0 if rule in DIRECT else every * 2.0**-52)
 
 
 def first_where(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """The first update for which something holds that goes on to hold, by bisection."""
+    """Return the first update from which a lasting condition holds, by bisection."""
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)
@@ -139,7 +137,7 @@ def first_where(holds: Callable[[int], bool], low: int, high: int) -> int:
     ],
     ids=str,
 )
-def test_a_rule_is_exact_from_its_limit_on(rule: rules.Rule, every: int) -> None:
+def test_a_table_is_exact_once_its_rule_is_at_its_limit(rule: rules.Rule, every: int) -> None:
     weight = weight_of(rule, every)
     limit = weight(LAST)
     begins = first_where(lambda update: weight(update) == limit, 1, LAST)
@@ -153,7 +151,7 @@ def test_a_rule_is_exact_from_its_limit_on(rule: rules.Rule, every: int) -> None
 
 @pytest.mark.parametrize("last", [1, 2, 63, 64, 65, 66, 67, 100, 8191, 12_345])
 @pytest.mark.parametrize("rule", [rules.power(0.1), rules.constant(0.9), rules.warmup(0.99)])
-def test_no_update_after_the_last_is_asked_for_and_its_weight_stays(
+def test_a_table_evaluates_no_update_after_the_last_and_keeps_its_weight(
     rule: rules.Rule, last: int
 ) -> None:
     weight = weight_of(rule)

@@ -1,7 +1,7 @@
-"""KeyboardInterrupt at chosen moments: at every place where Python may deliver it, or by a timer.
+"""KeyboardInterrupt at every place where Python may deliver it, or from a timer.
 
-Python runs signal handlers at certain instructions only: when a function begins, after a call, and
-at the end of a loop's round.
+Python runs signal handlers only at certain instructions: at the start of a function, after a call,
+and at the end of a loop iteration.
 """
 
 import contextlib
@@ -19,19 +19,19 @@ from typing import Any
 import fastema
 
 OURS = str(Path(fastema.__file__).parent)
-ALSO = contextlib.__file__  # what makes a generator a context manager
+ALSO = contextlib.__file__  # contextlib runs generators as context managers
 CHECKED_AFTER = ("CALL", "RESUME")
 NEAR_THE_ENDS = 25
-"""Places at either end of a call that are all tried; with --full as many as NEAR_IN_FULL."""
+"""Try all of this many places at either end of a call; --full tries NEAR_IN_FULL."""
 NEAR_IN_FULL = 200
 
 
 @functools.cache
-def places(code: CodeType) -> frozenset[int]:
-    """Offsets of a function's instructions before which a signal handler may run.
+def find_places(code: CodeType) -> frozenset[int]:
+    """Return the offsets of instructions before which a signal handler may run.
 
-    What a handler raises after a call is handled where the call stands, and what a tracer raises
-    where the next instruction stands: left out where these differ, as at the end of a ``with``.
+    A handler after a call raises at the call, but a tracer raises at the next instruction. Leave
+    out places where the two have different exception handlers, as at the end of a ``with``.
     """
     instructions = list(dis.get_instructions(code))
     found = {instructions[0].offset}
@@ -46,13 +46,13 @@ def places(code: CodeType) -> frozenset[int]:
 
 
 def _handler(code: CodeType, offset: int) -> int | None:
-    """Where an exception is handled that is raised at an instruction; before Python 3.11 None."""
+    """Return the offset of an instruction's exception handler; None before Python 3.11."""
     table = getattr(dis, "_parse_exception_table", lambda _: ())(code)
     return next((one.target for one in table if one.start <= offset < one.end), None)
 
 
 class At:
-    """A tracer that sends SIGINT at the k-th place it comes to, or at several from there on."""
+    """A tracer that sends SIGINT at the k-th place it reaches and at ``times - 1`` more."""
 
     def __init__(self, k: int, times: int) -> None:
         self.left, self.times = k, times
@@ -62,21 +62,21 @@ class At:
         if not (name.startswith(OURS) or name == ALSO):
             return None
         frame.f_trace_opcodes = True
-        if event == "opcode" and frame.f_lasti in places(frame.f_code):
+        if event == "opcode" and frame.f_lasti in find_places(frame.f_code):
             self.left -= 1
             if -self.times < self.left <= 0:
                 signal.raise_signal(signal.SIGINT)
         return self
 
 
-def interrupted(k: int, call: Callable[[], object], times: int = 1) -> int:
-    """Interrupt a call at its k-th place; return how many places it fell short of that.
+def interrupt(k: int, call: Callable[[], object], times: int = 1) -> int:
+    """Interrupt a call at its k-th place; return ``k`` minus the number of places reached.
 
-    With 0 it is not interrupted, and the places are counted, negative.
+    With ``k = 0``, do not interrupt it, and return the number of places, negated.
     """
     before = sys.gettrace()
     tracer = At(k, times)
-    # Where the tests run in the background, a shell has SIGINT ignored.
+    # A shell makes background processes ignore SIGINT.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.settrace(tracer)
     try:
@@ -89,20 +89,20 @@ def interrupted(k: int, call: Callable[[], object], times: int = 1) -> int:
     return tracer.left
 
 
-def every_place(call: Callable[[], object], check: Callable[[], object], times: int = 1) -> None:
-    """Interrupt a call everywhere; of a long one's middle, at a hundred places at most."""
-    many = -interrupted(0, call)
+def interrupt_each(call: Callable[[], object], check: Callable[[], object], times: int = 1) -> None:
+    """Interrupt a call at every place, but at most about 100 in the middle of a long call."""
+    many = -interrupt(0, call)
     check()
     assert many > 20
     apart = max(20, many // 100)
     for k in range(1, many + 1):
         if k < NEAR_THE_ENDS or k > many - NEAR_THE_ENDS or k % apart == 0:
-            interrupted(k, call, times)
+            interrupt(k, call, times)
             check()
 
 
-def rung_during(seconds: float, call: Callable[[], object]) -> bool:
-    """Whether a timer rang, as KeyboardInterrupt in this thread, before the call was over."""
+def interrupt_after(seconds: float, call: Callable[[], object]) -> bool:
+    """Interrupt a call by a timer; return whether it rang before the call ended."""
     armed = [True]
 
     def ring(*_: object) -> None:
@@ -111,7 +111,7 @@ def rung_during(seconds: float, call: Callable[[], object]) -> bool:
 
     before = signal.signal(signal.SIGALRM, ring)
     collects = gc.isenabled()
-    gc.disable()  # what a callback of the collector raises is not raised, but warned of
+    gc.disable()  # the collector only warns of exceptions in its callbacks
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds)
         call()

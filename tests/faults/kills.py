@@ -1,6 +1,6 @@
-"""Writers that are killed at random moments: ``python -m tests.faults.kills save 100 --seed 1``.
+"""Kill writers at random moments: ``python -m tests.faults.kills save 100 --seed 1``.
 
-What they leave is an old file or a whole new one, and the next writer clears up.
+They must leave the old file or a complete new one, and the next writer must clean up.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from fastema.checkpoint.state import read_state
 
 SIZES = (300_000, 7, 50_000)
 LONGEST = 0.06
-"""Seconds after which a writer is killed, at most."""
+"""Longest time before a writer is killed, in seconds."""
 
 
 def values(k: int) -> dict[str, np.ndarray]:
-    """Tensors that all hold the same number."""
+    """Return tensors that are all filled with ``k``."""
     return {f"w{i}": np.full(size, k, np.float32) for i, size in enumerate(SIZES)}
 
 
@@ -41,7 +41,7 @@ def save_later(folder: Path, k: int) -> None:
 
 
 def average(folder: Path, k: int, folders: bool = False) -> None:
-    """The mean of two checkpoints is a number everywhere."""
+    """Average two checkpoints whose mean is one number in all tensors."""
     paths = [folder / "in" / f"{k % 3}-{i}" for i in (0, 1)]
     if not folders:
         paths = [path.with_suffix(".safetensors") for path in paths]
@@ -69,7 +69,7 @@ OPERATIONS: dict[str, Callable[[Path, int], None]] = {
 
 
 def check(folder: Path) -> None:
-    """Raise unless every file that has its name is whole."""
+    """Raise unless every file under its final name is complete."""
     for path in [*folder.glob("*.safetensors"), *folder.glob("mean*/model.safetensors")]:
         inspect(path, check=True)
         if load(path).library == "fastema":
@@ -84,7 +84,7 @@ def check(folder: Path) -> None:
 
 
 def kill_one(operation: Callable[[Path, int], None], folder: Path, delay: float) -> bool:
-    """Kill a writer; whether it left something unfinished."""
+    """Kill a writer; return whether it left an unfinished file."""
     child = os.fork()
     if not child:
         try:
@@ -105,12 +105,12 @@ def run(name: str, trials: int, seed: int) -> str:
     operation, unfinished, moves = OPERATIONS[name], 0, itertools.count()
     with tempfile.TemporaryDirectory() as inside:
         for number in range(trials):
-            # A folder of its own each time, or the same one again and again.
+            # Reuse seven folders, so that writers find what others left.
             place = Path(inside, str(number % 7))
             place.mkdir(exist_ok=True)
 
             def clear(place: Path = place) -> None:
-                for one in place.glob("mean[0-9]*"):  # of folders there is none to replace
+                for one in place.glob("mean[0-9]*"):  # an existing folder is never replaced
                     one.rename(Path(inside, f"{one.name}-{next(moves)}"))
 
             clear()

@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment: average, weights and counters agree, and no thread works on unseen."""
+"""Ctrl-C at any moment: average, weights and counters agree, and no thread keeps working."""
 
 import concurrent.futures.thread
 import itertools
@@ -19,13 +19,13 @@ import fastema
 from fastema.engine import cpu
 
 from ..shadow.kinds import KINDS
-from .interrupts import OURS, every_place
-from .trials import OPS, Op, PeerSide, Side, bits_of, differing, peer_block
+from .interrupts import OURS, interrupt_each
+from .trials import OPS, Op, PeerSide, Side, bits_of, describe_change, peer_block
 
 pytestmark = pytest.mark.torch
 
-# Dtype of the weights, and what is built of them: one of each way to lie in memory, to be updated,
-# and to change places with the weights.
+# Dtype of the weights and the average's constructor: one for each memory layout, kind of update and
+# kind of swap.
 CASES: dict[str, tuple[torch.dtype, Callable[[Any], Any]]] = {
     "f32 in bf16": (torch.bfloat16, lambda w: fastema.EMA(w, 0.75, shadow_dtype="float32")),
     "f64 in f16": (torch.float16, lambda w: fastema.EMA(w, 0.75, shadow_dtype="float64")),
@@ -37,7 +37,7 @@ ON_THE_AVERAGE = ("update", "block", "apply and restore", "load_state_dict", "co
 
 
 class Small(Side):
-    """Three tensors: a call comes to few places."""
+    """A model of three tensors, so that a call has few places."""
 
     def __init__(self, case: str, folder: Path) -> None:
         dtype, build = CASES[case]
@@ -50,50 +50,50 @@ class Small(Side):
 
 
 def interrupt_everywhere(subject: Side, twin: Side, op: Op) -> None:
-    """Wherever an interrupt comes, the operation was done, all of it, or it was not."""
+    """Check that an interrupted operation is done completely or not at all, at any place."""
     states: list[Any] = []
 
     def prepare() -> None:
         for side in (subject, twin):
             side.train(side.n)
-        before = subject.held()
-        assert before == twin.held()
+        before = subject.snapshot()
+        assert before == twin.snapshot()
         op(twin, 1)
-        states[:] = [bits_of(subject.model), before, twin.held()]
+        states[:] = [bits_of(subject.model), before, twin.snapshot()]
 
     def check() -> None:
         raw, before, after = states
         subject.settle()
         assert bits_of(subject.model) == raw
-        found = subject.held()
-        assert found in (before, after), differing(found, before, after)
+        found = subject.snapshot()
+        assert found in (before, after), describe_change(found, before, after)
         if found != after:
             op(subject, 1)
         subject.n, twin.n = subject.n + 1, twin.n + 1
         prepare()
 
     prepare()
-    every_place(lambda: op(subject, 1), check)
+    interrupt_each(lambda: op(subject, 1), check)
 
 
 @pytest.mark.parametrize("name", ON_THE_AVERAGE)
 @pytest.mark.parametrize("case", CASES)
-def test_operation_interrupted_at_every_place_is_done_or_not(
+def test_operation_interrupted_at_any_place_is_done_or_not(
     case: str, name: str, tmp_path: Path
 ) -> None:
     interrupt_everywhere(Small(case, tmp_path / "1"), Small(case, tmp_path / "2"), OPS[name])
 
 
-def test_drop_in_interrupted_at_every_place_is_whole(tmp_path: Path) -> None:
+def test_drop_in_interrupted_at_any_place_is_done_or_not(tmp_path: Path) -> None:
     sides = [PeerSide("torch_ema", tmp_path / side) for side in ("1", "2")]
     interrupt_everywhere(*sides, peer_block)
 
 
 class InterruptAt:
-    """A profiler that sends SIGINT at the n-th place where CPython looks for signals.
+    """A profiler that sends SIGINT at the n-th place where CPython checks for signals.
 
-    That is where a Python function begins and after a call of a C function. Inside threading.py are
-    places where it would leave a condition locked for ever; those are Python's.
+    Those are the start of a Python function and the return from a C function. It skips
+    threading.py, where an interrupt can leave a condition locked forever: a flaw of Python's.
     """
 
     files = (OURS, concurrent.futures.thread.__file__, concurrent.futures._base.__file__)
@@ -110,8 +110,8 @@ class InterruptAt:
                 signal.raise_signal(signal.SIGINT)
 
 
-def wrong_places(call: Callable[[], object], check: Callable[[], bool]) -> list[str]:
-    """Interrupt a call everywhere; the places after which a check finds something wrong."""
+def find_wrong_places(call: Callable[[], object], check: Callable[[], bool]) -> list[str]:
+    """Interrupt a call everywhere; return the places after which the check fails."""
     wrong, handler = [], signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for n in itertools.count(1):
@@ -134,12 +134,12 @@ def wrong_places(call: Callable[[], object], check: Callable[[], bool]) -> list[
 
 
 @pytest.mark.usefixtures("eager")
-def test_no_thread_is_left_in_a_kernel_that_is_interrupted(threads: Callable[[int], None]) -> None:
+def test_interrupted_launch_leaves_no_thread_in_the_kernel(threads: Callable[[int], None]) -> None:
     threads(4)
     lock, left, inside, entered = threading.Lock(), 0, 0, 0
 
     def kernel(*_: object) -> None:
-        """A kernel in Python that takes rows, slowly, and knows how many threads are in it."""
+        """Take rows slowly, and count the threads inside."""
         nonlocal left, inside, entered
         with lock:
             inside, entered = inside + 1, entered + 1
@@ -157,17 +157,17 @@ def test_no_thread_is_left_in_a_kernel_that_is_interrupted(threads: Callable[[in
         cpu.launch(kernel, 0, 16, 0, 0, 64 * cpu.BYTES_PER_THREAD)
 
     def check() -> bool:
-        """Nobody is inside now, nor later: what was queued has been taken back."""
+        """Return whether no thread is inside or enters later: queued work was withdrawn."""
         before = inside, entered
         time.sleep(0.003)
         return before == (0, entered)
 
     launch()
-    assert wrong_places(launch, check) == []
+    assert find_wrong_places(launch, check) == []
 
 
 @pytest.mark.usefixtures("eager")
-def test_an_update_that_is_interrupted_is_done_or_not(threads: Callable[[int], None]) -> None:
+def test_interrupted_update_is_done_or_not(threads: Callable[[int], None]) -> None:
     threads(2)
     size = 1 << 19
     avg, x = np.full(size, 2, np.float32), np.full(size, 6, np.float32)
@@ -183,4 +183,4 @@ def test_an_update_that_is_interrupted_is_done_or_not(threads: Callable[[int], N
         return free and avg[0] in (2, 3) and bool((avg == avg[0]).all())
 
     update()
-    assert wrong_places(update, check) == []
+    assert find_wrong_places(update, check) == []

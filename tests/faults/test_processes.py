@@ -1,4 +1,4 @@
-"""Processes that fork, end, or have no place to write to: updates are done all the same."""
+"""Updates in processes that fork, exit, or cannot write anywhere."""
 
 import os
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, and folders of POSIX")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and POSIX folders")
 
 PREAMBLE = """
 import atexit
@@ -16,12 +16,12 @@ import sys
 import threading
 import time
 import warnings
-warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: that is the point
+warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, tested on purpose
 import numpy as np
 import fastema
 from fastema.engine import cpu
 fastema.set_num_threads(3)
-cpu.BYTES_PER_THREAD = 1 << 12  # helpers are woken for little
+cpu.BYTES_PER_THREAD = 1 << 12  # wake helper threads even for small tensors
 SIZE = 700_000
 
 def arrays(value):
@@ -55,7 +55,7 @@ avg, x = arrays(2)
 shared = fastema.Plan([avg], [x])
 """
 
-# What is run, and how often it says that an update was done.
+# Script, and how many updates it must report.
 CASES = {
     "a child and its child, and the parent goes on": (
         """
@@ -74,7 +74,7 @@ update(shared, avg, 2)
 """,
         11,
     ),
-    # Of every way to lie in memory, and while one of them is applied.
+    # Averages in every memory layout, one of them applied.
     "a child that goes on with averages of its parent": (
         """
 def step(weights, several, n):
@@ -119,7 +119,7 @@ task()
 """,
         0,
     ),
-    # Interrupts wait while the main thread updates; in a child forked meanwhile nobody ends that.
+    # The main thread defers interrupts during an update; nobody ends that in a child forked then.
     "a child of another thread that can be interrupted": (
         """
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
@@ -166,7 +166,7 @@ sys.exit(0)
 """,
         3,
     ),
-    # From Python 3.12 on no thread can be started by then; before, the pool refuses work.
+    # By then, Python 3.12 and later cannot start threads, and earlier pools refuse work.
     "a thread that begins at the end": (
         """
 def late():
@@ -241,16 +241,16 @@ atexit.register(update, fastema.Plan([own], [weights]), own, 4)
 @pytest.mark.parametrize(
     "case", [*CASES, *(pytest.param(one, marks=pytest.mark.slow) for one in SLOW)]
 )
-def test_updates_are_done_and_the_process_ends(case: str, python: Callable[..., str]) -> None:
+def test_updates_complete_and_the_process_exits(case: str, python: Callable[..., str]) -> None:
     script, updates = {**CASES, **SLOW}[case]
     assert python(PREAMBLE + script, timeout=60).split() == ["updated"] * updates
 
 
-NOWHERE = "/dev/null/nowhere"  # nobody can make a folder there, root neither
+NOWHERE = "/dev/null/nowhere"  # not even root can create a folder there
 BARE = dict.fromkeys(
     ["NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "HOME", "TMPDIR", "TEMP", "TMP", "LOCALAPPDATA"]
 )
-# Settings beside BARE ({} is a folder that can be written to), and the folder of the cache.
+# Settings besides BARE ({} is a writable folder), and the expected cache folder.
 HOMES: dict[str, tuple[dict[str, str], str | None]] = {
     "no home": ({"TMPDIR": "{}"}, "{}/fastema-USER"),
     "home that cannot be made": (
@@ -266,14 +266,14 @@ HOMES: dict[str, tuple[dict[str, str], str | None]] = {
 
 
 @pytest.mark.parametrize("case", HOMES)
-def test_kernels_are_cached_in_the_first_folder_that_can_be_written_if_any(
+def test_kernels_are_cached_in_the_first_writable_folder_if_any(
     case: str, tmp_path: Path, python: Callable[..., str]
 ) -> None:
     given, folder = HOMES[case]
     script = """
         import pwd, sys, tempfile
         import numpy as np
-        pwd.getpwuid = {}.__getitem__  # as in a container: the user is in no list
+        pwd.getpwuid = {}.__getitem__  # as in a container without a user database
         if sys.argv[1] == "None":
             tempfile._candidate_tempdir_list = lambda: ["/dev/null/nowhere"]
         import fastema

@@ -1,4 +1,4 @@
-"""Writers that are killed at random moments, and faults in any operation."""
+"""Runs of the programs that kill writers and plant faults in operations."""
 
 import random
 import subprocess
@@ -17,9 +17,9 @@ PROGRAMS = {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="forks, and reads Linux' /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="forks and reads Linux' /proc")
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_files_stay_whole_and_nothing_is_lost(name: str) -> None:
+def test_random_kills_and_faults_lose_nothing(name: str) -> None:
     program, *arguments = PROGRAMS[name]
     command = [sys.executable, "-m", f"tests.faults.{program}", *arguments]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Several Python threads at once, and thread pools larger than the machine."""
+"""Averages under several Python threads, and the GIL during updates."""
 
 import threading
 import time
@@ -18,8 +18,8 @@ SIZE = 700_000
 W = 0.125
 
 
-def together(tasks: list[Callable[[], None]]) -> None:
-    """Run all tasks at once, each in a thread; fail where one hangs or raises."""
+def run_together(tasks: list[Callable[[], None]]) -> None:
+    """Run each task in its own thread at the same time; fail if one hangs or raises."""
     raised: list[BaseException] = []
     begun = threading.Barrier(len(tasks))
 
@@ -48,10 +48,9 @@ BUILDS: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {
 
 
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
-def test_threads_that_share_an_average(
+def test_calls_from_many_threads_are_complete_and_counted(
     build: Callable[[dict[str, np.ndarray]], Any], threads: Callable[[int], None]
 ) -> None:
-    """Every call is whole and counted, whatever else is called meanwhile."""
     threads(3)
     weights = {"w": numbers(SIZE // 4, "f32", 1), "small": numbers(70, "f32", 2)}
     average, twin = build(weights), build(weights)
@@ -70,7 +69,7 @@ def test_threads_that_share_an_average(
             for shadow in average.shadows:
                 assert np.isfinite(shadow["w"]).all()
 
-    together([update, update, update, look])
+    run_together([update, update, update, look])
     assert average.num_updates == 30
     found, want = average.state_dict(), twin.state_dict()
     for part in ("shadow", "residual", "ring"):
@@ -79,7 +78,7 @@ def test_threads_that_share_an_average(
                 np.testing.assert_array_equal(array, other[name])
 
 
-def test_the_gil_is_free_during_an_update(threads: Callable[[int], None]) -> None:
+def test_gil_is_released_during_an_update(threads: Callable[[int], None]) -> None:
     threads(1)
     avg, x = numbers(SIZE, "f32", 1), numbers(SIZE, "f32", 2)
     plan = fastema.Plan([np.tile(avg, 20)], [np.tile(x, 20)])
@@ -100,8 +99,8 @@ def test_the_gil_is_free_during_an_update(threads: Callable[[int], None]) -> Non
         plan.lerp_(W)
         return len(seen)
 
-    # With the GIL held there is one tick before the kernel and one after it. A busy machine may run
-    # the other thread in few of many updates.
+    # With the GIL held there is one tick before the kernel and one after it. A busy machine may
+    # run the other thread during only a few of many updates.
     free = any(ticks() > 3 for _ in range(1000))
     stop.set()
     ticker.join()

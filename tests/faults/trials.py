@@ -1,9 +1,9 @@
 """Random operations with random faults: ``python -m tests.faults.trials 10000 --seed 1``.
 
-Every trial does one operation twice: undisturbed on a twin, and with a fault on a subject that is
-in the same state. After it the subject's model has its raw weights, and its average is that from
-before the operation or that from after it; if it is the one from before, the operation is done
-again, and has to lead where it led the twin.
+Every trial runs one operation twice: undisturbed on a twin, and with a fault on a subject in the
+same state. Afterwards the subject's model must have its raw weights, and its average must be the
+one from before or after the operation. If it is the one from before, the operation is repeated and
+must give the twin's result.
 """
 
 import argparse
@@ -34,11 +34,11 @@ from fastema.errors import FastemaError
 from ..shadow.kinds import KINDS, all_of, which
 from ..shadow.weights import net, refresh_, tensors_of
 from ..support.peers import PEERS
-from .interrupts import interrupted, rung_during
+from .interrupts import interrupt, interrupt_after
 
 
 class Planted(Exception):
-    """What the body of a block raises."""
+    """Exception that the body of a block raises."""
 
 
 def bits_of(weights: Any) -> dict[str, bytes]:
@@ -49,7 +49,7 @@ def bits_of(weights: Any) -> dict[str, bytes]:
 
 
 class Side:
-    """A model and an average of it, and the folder that it saves to."""
+    """A model, its average, and the folder to save to."""
 
     def __init__(self, build: Callable[[Any], Any], dtype: torch.dtype, folder: Path) -> None:
         self.model, self.other = net(1, dtype), net(2, dtype)
@@ -63,24 +63,24 @@ class Side:
         refresh_(self.model, seed)
 
     def settle(self) -> None:
-        """Bring the average back to rest if it is applied."""
+        """Restore the weights if the average is applied."""
         if getattr(self.average, "applied", False):
             self.average.restore()
 
-    def held(self) -> Any:
-        """The average and its counters, bit for bit."""
+    def snapshot(self) -> Any:
+        """Return the bits of the average and its counters."""
         return all_of(self.average)
 
 
 class PeerSide(Side):
-    """The same of a class that takes another library's place."""
+    """A model and its average by a drop-in class for another library."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.peer = peer = PEERS[name]
         options = next(iter(peer.schedules.values()))
         super().__init__(lambda m: peer.make(peer.module(), m, **options), torch.float32, folder)
 
-    def held(self) -> Any:
+    def snapshot(self) -> Any:
         averages = self.peer.averages(self.average, self.model)
         state = self.peer.state(self.average)
         numbers = {key: str(one) for key, one in state.items() if key not in averages}
@@ -91,7 +91,7 @@ Op = Callable[[Any, int], None]
 
 
 def block(side: Side, seed: int) -> None:
-    """A block whose body may raise, or be left by a jump."""
+    """Swap in a block whose body may raise or break out."""
     with contextlib.suppress(Planted):
         for _ in range(2):
             with side.average.swapped(**which(side.average)):
@@ -117,7 +117,7 @@ def model_state(side: Side, seed: int) -> None:
 
 
 def save(side: Side, seed: int) -> None:
-    """Save at once or later, and load it at times."""
+    """Save now or in the background, and sometimes load the file."""
     path = side.folder / f"{seed % 2}.safetensors"
     checkpoint.save(side.average, path, wait=seed % 3 > 0)
     checkpoint.wait()
@@ -171,8 +171,8 @@ Do = Callable[[], None]
 Fault = Callable[[Any, Do, random.Random, int], object]
 
 
-def failing_disk(side: Side, do: Do, chance: random.Random, many: int) -> None:
-    """A full disk: one of the calls that write fails, and all that follow."""
+def run_on_failing_disk(side: Side, do: Do, chance: random.Random, many: int) -> None:
+    """Run with a disk that becomes full: a writing call and all later ones fail."""
     well, calls = chance.randint(0, 4), itertools.count()
 
     def failing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -188,13 +188,13 @@ def failing_disk(side: Side, do: Do, chance: random.Random, many: int) -> None:
         do()
 
 
-def spoiled(side: Side, do: Do, chance: random.Random, many: int) -> None:
-    """A parameter has no memory for the call, or another shape."""
+def run_spoiled(side: Side, do: Do, chance: random.Random, many: int) -> None:
+    """Run while a parameter has no memory or another shape."""
     parameter = chance.choice(list(side.model.parameters()))
     if hasattr(side.average, "wait"):
-        side.average.state_dict()  # an update under way has its copy first
+        side.average.state_dict()  # let a pending update take its copy first
     values = parameter.data.clone()
-    parameter.data = data = values.clone()  # memory of torch, which can be freed
+    parameter.data = data = values.clone()  # torch's own memory, which can be freed
     size = data.untyped_storage().nbytes()
     try:
         if chance.random() < 0.5:
@@ -208,8 +208,8 @@ def spoiled(side: Side, do: Do, chance: random.Random, many: int) -> None:
         data.copy_(values)
 
 
-def moved(side: Side, do: Do, chance: random.Random, many: int) -> None:
-    """Parameters lie elsewhere than before."""
+def run_moved(side: Side, do: Do, chance: random.Random, many: int) -> None:
+    """Run after some parameters have moved."""
     if hasattr(side.average, "wait"):
         side.average.wait()
     for parameter in side.model.parameters():
@@ -218,8 +218,8 @@ def moved(side: Side, do: Do, chance: random.Random, many: int) -> None:
     do()
 
 
-def readers(side: Side, do: Do, chance: random.Random, many: int) -> None:
-    """Other threads read the average meanwhile."""
+def run_beside_readers(side: Side, do: Do, chance: random.Random, many: int) -> None:
+    """Run while other threads read the average."""
     stop, errors = threading.Event(), []
 
     def read() -> None:
@@ -241,14 +241,14 @@ def readers(side: Side, do: Do, chance: random.Random, many: int) -> None:
     assert not errors, errors
 
 
-def forked(side: Side, do: Do, chance: random.Random, many: int) -> None:
-    """A child of fork does it too, and ends; the parent's own call comes after."""
+def run_forked(side: Side, do: Do, chance: random.Random, many: int) -> None:
+    """Run in a forked child first, then in the parent."""
     child = os.fork()
     if not child:
         try:
             do()
             side.settle()
-            side.held()
+            side.snapshot()
             os._exit(0)
         finally:
             os._exit(1)
@@ -260,8 +260,8 @@ def forked(side: Side, do: Do, chance: random.Random, many: int) -> None:
     do()
 
 
-def raising_worker(side: Side, do: Do, chance: random.Random, many: int) -> None:
-    """A copy over the link fails; the next call says so."""
+def run_with_raising_worker(side: Side, do: Do, chance: random.Random, many: int) -> None:
+    """Run with a copy over the link that fails; the next call must raise."""
     link, well, copies = side.average._link, chance.randint(0, 6), itertools.count()
 
     def fail(number: int) -> None:
@@ -270,28 +270,28 @@ def raising_worker(side: Side, do: Do, chance: random.Random, many: int) -> None
 
     with mock.patch.object(link, "delay", fail):
         do()
-        side.average.state_dict()  # waits, and raises what the worker raised
+        side.average.state_dict()  # waits, and raises the worker's exception
 
 
 OF_PEERS: dict[str, Fault] = {
     "nothing": lambda side, do, chance, many: do(),
-    "interrupt": lambda side, do, chance, many: interrupted(chance.randint(1, max(many, 1)), do),
-    "timer": lambda side, do, chance, many: rung_during(chance.uniform(1e-5, 3e-3), do),
-    "moved": moved,
+    "interrupt": lambda side, do, chance, many: interrupt(chance.randint(1, max(many, 1)), do),
+    "timer": lambda side, do, chance, many: interrupt_after(chance.uniform(1e-5, 3e-3), do),
+    "moved": run_moved,
 }
 FAULTS = {
     **OF_PEERS,
-    "failing disk": failing_disk,
-    "spoiled": spoiled,
-    "readers": readers,
-    "forked": forked,
+    "failing disk": run_on_failing_disk,
+    "spoiled": run_spoiled,
+    "readers": run_beside_readers,
+    "forked": run_forked,
 }
 REFUSALS = (FastemaError, OSError, RuntimeError, Planted)
-"""What an operation may raise; an AssertionError, TypeError or the like is a find."""
+"""Exceptions that an operation may raise; others, such as AssertionError, are bugs."""
 
 
 class Subject(NamedTuple):
-    """How a side is built, what can be done with it, and what can happen to it."""
+    """The constructor of a side, its operations and its faults."""
 
     build: Callable[[Path], Side]
     ops: dict[str, Op]
@@ -299,7 +299,7 @@ class Subject(NamedTuple):
 
 
 def _delayed(model: Any, **options: Any) -> Any:
-    """An average on the host over a link that is slow at times."""
+    """Build an offloaded average whose link is sometimes slow."""
     ema, chance = fastema.EMA(model, 0.75, offload=True, **options), random.Random(3)
     ema._link.delay = lambda number: time.sleep(chance.choice((0.0, 0.0, 5e-4)))  # type: ignore[attr-defined]
     return ema
@@ -326,17 +326,17 @@ def _subjects() -> dict[str, Subject]:
                 lambda model: _delayed(model, **options), dtype, folder
             ),
             OPS,
-            {**FAULTS, "raising worker": raising_worker},
+            {**FAULTS, "raising worker": run_with_raising_worker},
         )
     for name in PEERS:
-        if "inside torch" not in name:  # the class that counts is torch's
+        if "inside torch" not in name:  # that class is torch's
             ops = {**PEER_OPS, "block": peer_block} if name == "torch_ema" else PEER_OPS
             found[name] = Subject(lambda folder, name=name: PeerSide(name, folder), ops, OF_PEERS)
     return found
 
 
-def differing(found: Any, before: Any, after: Any) -> list[str]:
-    """Keys of what is neither old nor new; where each is one of them, which of them."""
+def describe_change(found: Any, before: Any, after: Any) -> list[str]:
+    """Return the keys that are neither old nor new; if none, which keys are old and new."""
     neither = [key for key in found if found[key] not in (before.get(key), after.get(key))]
     changed = [key for key in found if before.get(key) != after.get(key)]
     told = [f"{key}: {'old' if found[key] == before.get(key) else 'new'}" for key in changed]
@@ -344,14 +344,14 @@ def differing(found: Any, before: Any, after: Any) -> list[str]:
 
 
 def trial(subject: Side, twin: Side, op: Op, fault: Fault, chance: random.Random) -> str:
-    """One operation with a fault; how it ended."""
+    """Run one operation with a fault; return how it ended."""
     seed = chance.randrange(1 << 20)
     for side in (subject, twin):
         side.train(seed)
-    raw, before = bits_of(subject.model), subject.held()
-    assert before == twin.held(), "the twins differ before the operation"
-    many = -interrupted(0, lambda: op(twin, seed))
-    after = twin.held()
+    raw, before = bits_of(subject.model), subject.snapshot()
+    assert before == twin.snapshot(), "the twins differ before the operation"
+    many = -interrupt(0, lambda: op(twin, seed))
+    after = twin.snapshot()
     ended = "done"
     try:
         fault(subject, lambda: op(subject, seed), chance, many)
@@ -360,16 +360,16 @@ def trial(subject: Side, twin: Side, op: Op, fault: Fault, chance: random.Random
     if isinstance(lock := getattr(subject.average, "lock", None), type(threading.RLock())):
         assert not lock._is_owned(), "the lock is still held"
     subject.settle()
-    for _ in range(2):  # what a worker raised is told once
+    for _ in range(2):  # a worker's exception is raised once
         with contextlib.suppress(FastemaError, RuntimeError, OSError):
             checkpoint.wait()
-            found = subject.held()
+            found = subject.snapshot()
             break
     assert bits_of(subject.model) == raw, "the weights are not the raw ones"
-    assert found in (before, after), f"neither old nor new: {differing(found, before, after)}"
+    assert found in (before, after), f"neither old nor new: {describe_change(found, before, after)}"
     if found != after:
         op(subject, seed)
-        assert subject.held() == after, "done again, it leads elsewhere"
+        assert subject.snapshot() == after, "repeated, it differs from the twin"
         ended += ", done again"
     assert bits_of(subject.model) == raw
     for file in subject.folder.glob("*.safetensors"):
@@ -379,9 +379,9 @@ def trial(subject: Side, twin: Side, op: Op, fault: Fault, chance: random.Random
 
 
 def run(trials: int, seed: int, of: str, longest: int = 25) -> Counter[str]:
-    """Do that many trials, dealt in turn to all subjects, some to each pair of twins.
+    """Run trials on all subjects in turn, up to ``longest`` on each pair of twins.
 
-    What happened how often.
+    Return how often each fault had each outcome.
     """
     subjects = [(name, one) for name, one in _subjects().items() if of in name]
     ended: Counter[str] = Counter()
@@ -392,7 +392,7 @@ def run(trials: int, seed: int, of: str, longest: int = 25) -> Counter[str]:
             for number in range(turn, min(turn + longest, trials)):
                 chance = random.Random(f"{seed} {number}")
                 op = chance.choice(list(subject.ops))
-                # A parent and its child would write the same files.
+                # A parent and its child would both write to the same files.
                 possible = [one for one in subject.faults if one != "forked" or op not in WRITE]
                 fault = chance.choice(possible)
                 try:
@@ -405,12 +405,12 @@ def run(trials: int, seed: int, of: str, longest: int = 25) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # forks while there are threads are what is tested
+    warnings.simplefilter("ignore")  # forks beside threads are tested on purpose
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser()
     parser.add_argument("trials", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--of", default="", help="subjects whose name has this")
+    parser.add_argument("--of", default="", help="only subjects whose names contain this")
     given = parser.parse_args()
     for what, count in sorted(run(given.trials, given.seed, given.of).items()):
         print(f"{what}: {count:,}")

@@ -1,4 +1,4 @@
-"""The tests of the GPU; with ``FASTEMA_GPU_TESTS_ON=cpu`` those run that make sense on a CPU."""
+"""GPU tests; with ``FASTEMA_GPU_TESTS_ON=cpu``, those that make sense on a CPU run there."""
 
 from collections.abc import Iterator
 
@@ -8,23 +8,23 @@ import torch
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where the tests run: a GPU, or the CPU where the environment says so."""
-    from .given import ON  # which skips where there is no GPU, and the environment wants one
+    """Return the device to test: a GPU, or the CPU if the environment says so."""
+    from .given import ON  # skips if the environment wants a GPU and there is none
 
     return torch.device(ON)
 
 
 @pytest.fixture(scope="session")
 def gpu(device: torch.device) -> torch.device:
-    """As `device`, for what only a GPU has: streams, graphs, an allocator that counts."""
+    """Return a GPU, for tests of streams, graphs or allocator statistics; skip on the CPU."""
     if device.type != "cuda":
-        pytest.skip("only a GPU has it")
+        pytest.skip("needs a GPU")
     return device
 
 
 @pytest.fixture(autouse=True)
-def _settled(device: torch.device) -> Iterator[None]:
-    """What a test left pending fails that test, and not the next one."""
+def _synchronize(device: torch.device) -> Iterator[None]:
+    """Wait for pending work, so that its errors fail this test and not the next one."""
     yield
     if device.type == "cuda":
         torch.cuda.synchronize()

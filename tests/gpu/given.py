@@ -1,4 +1,4 @@
-"""Tensors on a device and their twins on the CPU, with the same numbers and the same layout."""
+"""Tensors on a device and twins on the CPU with the same numbers and layouts."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -26,8 +26,8 @@ Layout = Callable[..., Tensor]
 
 _POISON = float("nan")
 
-# Each takes `new(*shape)`, which gives poisoned memory, and returns a view of it: what lies around
-# the view must stay as it is.
+# Each takes `new(*shape)`, which allocates poisoned memory, and returns a view of it. Memory around
+# the view must stay unchanged.
 FLAT: dict[str, Layout] = {
     "whole": lambda new: new(1_024),
     "odd": lambda new: new(1_200)[3:1_002],
@@ -50,7 +50,7 @@ SPACED: dict[str, Layout] = {
 LAYOUTS = {**FLAT, **SPACED}
 
 
-class Given:
+class Twins:
     """Named tensors on a device, each a view of poisoned memory, and their twins on the CPU."""
 
     def __init__(
@@ -74,10 +74,10 @@ class Given:
         return view
 
     def refresh(self, seed: int, kind: str = "weights") -> None:
-        """Give both the same fresh numbers; ``kind="bits"`` draws from every pattern there is."""
+        """Fill both sides with the same new numbers; ``kind="bits"`` draws any bit pattern."""
         generator = np.random.default_rng([seed, 7])
         for name, tensor in self.here.items():
-            values = fresh(tuple(tensor.shape), self._dtype, generator, kind)
+            values = random_tensor(tuple(tensor.shape), self._dtype, generator, kind)
             for side in (self.here, self.there):
                 side[name].copy_(values)
 
@@ -87,10 +87,10 @@ class Given:
             assert bool(base[~owned].isnan().all()), "written outside of a tensor"
 
 
-def fresh(
+def random_tensor(
     shape: tuple[int, ...], dtype: torch.dtype, generator: np.random.Generator, kind: str
 ) -> Tensor:
-    """New numbers as a tensor on the CPU, none of them zero, or any pattern of bits."""
+    """Return a CPU tensor of random nonzero numbers or, with ``kind="bits"``, any bit pattern."""
     if kind == "bits":
         size = int(np.prod(shape)) * dtype.itemsize
         raw = torch.from_numpy(generator.integers(0, 256, size, np.uint8))
@@ -100,12 +100,12 @@ def fresh(
 
 
 def host(tensor: Tensor) -> np.ndarray:
-    """What a tensor on any device holds, as stored."""
+    """Copy a tensor from any device to an array, as stored."""
     return stored(tensor.detach().cpu())
 
 
 def assert_equal(one: Tensor, other: Tensor, name: str = "") -> None:
-    """Assert that tensors of one dtype are equal, bit for bit, except that any NaN equals any."""
+    """Assert that dtypes, shapes and bits of tensors are equal, where any NaN equals any other."""
     assert one.dtype == other.dtype, (name, one.dtype, other.dtype)
     assert one.shape == other.shape, (name, one.shape, other.shape)
     a, b = host(one).reshape(-1), host(other).reshape(-1)
@@ -128,8 +128,8 @@ def assert_all_equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> 
         assert_equal(one[name], other[name], name)
 
 
-def run(given: Given, steps: Iterable[int], *averages: Any) -> None:
-    """Some steps of training: fresh weights, and an update of each average."""
+def run(given: Twins, steps: Iterable[int], *averages: Any) -> None:
+    """Run some training steps: fresh weights, then an update of each average."""
     for step in steps:
         given.refresh(step)
         for one in averages:
@@ -137,7 +137,7 @@ def run(given: Given, steps: Iterable[int], *averages: Any) -> None:
 
 
 def assert_equal_averages(one: Any, *others: Any) -> None:
-    """Assert that averages are at one step, and equal bit for bit."""
+    """Assert that averages are at the same step and equal to the bit."""
     for other in others:
         assert one.num_updates == other.num_updates
         for mine, theirs in zip(one.shadows, other.shadows, strict=True):
@@ -145,7 +145,7 @@ def assert_equal_averages(one: Any, *others: Any) -> None:
 
 
 class Expected:
-    """What an average of one tensor must be, by the specification, whatever device it is on."""
+    """The value of one tensor's average by the specification, on whatever device it is."""
 
     def __init__(
         self, average: Tensor, name: str, *, which: int = 0, seed: int = 0, random: bool = True
@@ -156,7 +156,7 @@ class Expected:
         self._index = indices(average) if random else None
 
     def update(self, weights: Tensor, weight: float, step: int) -> None:
-        """Follow an update with the weights as they are now."""
+        """Apply an update with the current weights."""
         words = None
         if self._index is not None:
             words = reference.random_words(self._seed, step, self._key, self._index)
@@ -164,7 +164,7 @@ class Expected:
         self.value = reference.lerp(self.value, x, weight, self.code, code_of(weights), words)
 
     def check(self, average: Tensor, name: str = "", value: np.ndarray | None = None) -> None:
-        """Assert that the average is that, or a given one, bit for bit; any NaN equals any."""
+        """Assert that the average has this value, or the one passed, to the bit except in NaNs."""
         self.value = self.value if value is None else value
         value = np.ascontiguousarray(self.value)
         if self._dtype == torch.bfloat16:

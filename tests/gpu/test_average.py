@@ -1,4 +1,4 @@
-"""The life of an average on a device: to the bit that of its twin on the CPU."""
+"""The life of an average on a device equals its CPU twin's, to the bit."""
 
 import io
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 import fastema
 from fastema.errors import LayoutError, NonFiniteError
 
-from .given import FLAT, FLOATS, LAYOUTS, Given, assert_all_equal, assert_equal_averages, host, run
+from .given import FLAT, FLOATS, LAYOUTS, Twins, assert_all_equal, assert_equal_averages, host, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 
@@ -47,15 +47,15 @@ KINDS: list[tuple[str, Make, dict[str, Any]]] = [
 
 
 def bytes_of(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
-    """What tensors hold, to the bit."""
+    """Return the raw bytes of tensors, by name."""
     return {name: host(tensor).tobytes() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize(("model", "kind", "options"), KINDS)
-def test_an_average_is_updated_evaluated_saved_and_resumed_as_on_the_cpu(
+def test_updates_swaps_saves_and_resumed_runs_equal_the_cpu(
     device: torch.device, model: str, kind: Make, options: dict[str, Any]
 ) -> None:
-    given = Given(LAYOUTS, FLOATS[model], device)
+    given = Twins(LAYOUTS, FLOATS[model], device)
     given.refresh(0)
     there, here = (kind(side, **options) for side in (given.there, given.here))
     for step in range(1, 9):
@@ -63,7 +63,7 @@ def test_an_average_is_updated_evaluated_saved_and_resumed_as_on_the_cpu(
         assert_equal_averages(there, here)
     drifts = [one.drifts if options.get("drift") else () for one in (there, here)]
     for drift, other in zip(*drifts, strict=True):
-        assert drift[:2] == pytest.approx(other[:2], rel=1e-6)  # added up in another order
+        assert drift[:2] == pytest.approx(other[:2], rel=1e-6)  # summed in another order
         assert drift.still == other.still
     places = {name: tensor.data_ptr() for name, tensor in given.there.items()}
     weights, shadows = bytes_of(given.there), [bytes_of(dict(one)) for one in there.shadows]
@@ -93,10 +93,10 @@ def test_an_average_is_updated_evaluated_saved_and_resumed_as_on_the_cpu(
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("model", ["f32", "bf16", "f64"])
-def test_a_guard_skips_or_names_what_is_not_finite(
+def test_a_guard_skips_or_names_nonfinite_weights(
     device: torch.device, model: str, bad: float
 ) -> None:
-    given = Given(LAYOUTS, FLOATS[model], device)
+    given = Twins(LAYOUTS, FLOATS[model], device)
     given.refresh(0)
     skips = fastema.EMA(given.there, 0.9, on_nonfinite="skip")
     raises = fastema.EMA(given.there, 0.9, on_nonfinite="raise")
@@ -121,7 +121,7 @@ def test_a_guard_skips_or_names_what_is_not_finite(
 
 
 def test_an_average_moves_with_its_model(device: torch.device) -> None:
-    given = Given(LAYOUTS, torch.bfloat16, device)
+    given = Twins(LAYOUTS, torch.bfloat16, device)
     given.refresh(0)
     weights = given.there
     ema, twin = (fastema.EMA(side, 0.99, shadow_dtype="float32") for side in (weights, given.here))
@@ -140,9 +140,9 @@ def test_an_average_moves_with_its_model(device: torch.device) -> None:
         assert_equal_averages(ema, twin)
 
 
-def test_snapshots_are_those_of_the_cpu(device: torch.device, tmp_path: Path) -> None:
+def test_snapshots_equal_the_cpu(device: torch.device, tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
-    given = Given(FLAT, torch.float32, device)
+    given = Twins(FLAT, torch.float32, device)
     given.refresh(0)
     averages = {
         name: fastema.PowerEMA(side, (0.05, 0.1))

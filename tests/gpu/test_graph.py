@@ -1,4 +1,4 @@
-"""Updates captured in CUDA graphs: replays follow the schedule as if each were a call."""
+"""Updates in CUDA graphs: replays follow the schedule as if each were a call."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from .given import (
     FLOATS,
     LAYOUTS,
     Expected,
-    Given,
+    Twins,
     assert_all_equal,
     assert_equal_averages,
     host,
@@ -28,25 +28,25 @@ STEPS = 1_000
 
 
 def capture(update: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """One call in a graph; nothing of it happens now."""
+    """Capture one call in a graph without running it."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         update()
     return graph
 
 
-class Moving:
-    """Weights that move from step to step without the host: one of a few sets, scaled."""
+class MovingWeights:
+    """Weights that change at every step without the host: one of a few sets, scaled."""
 
-    def __init__(self, given: Given) -> None:
+    def __init__(self, given: Twins) -> None:
         self._weights = given.there
         self._seen = []
         for seed in range(5):
             given.refresh(seed)
             self._seen.append({name: tensor.clone() for name, tensor in given.there.items()})
 
-    def to(self, step: int) -> None:
-        """Put the weights to those of a step."""
+    def set_step(self, step: int) -> None:
+        """Set the weights to those of a step."""
         for name, tensor in self._weights.items():
             tensor.copy_(self._seen[step % 5][name]).mul_(1 + step / 256)
 
@@ -64,19 +64,19 @@ class Moving:
     ],
     ids=["stochastic", "warm-up", "three", "every third", "two halves", "measured", "windowed"],
 )
-def test_replays_are_the_eager_run(gpu: torch.device, model: str, options: dict[str, Any]) -> None:
-    """To the bit: the weights that the device looks up differ by less than float32 shows."""
-    given = Given(LAYOUTS, FLOATS[model], gpu)
-    moving = Moving(given)
+def test_replays_equal_eager_runs(gpu: torch.device, model: str, options: dict[str, Any]) -> None:
+    """To the bit: the update weights in the device's table are off by less than float32 shows."""
+    given = Twins(LAYOUTS, FLOATS[model], gpu)
+    moving = MovingWeights(given)
     kind = fastema.SMA if "window" in options else fastema.EMA
     eager = kind(given.there, **options)
     replayed = kind(given.there, **options, capturable=True)
-    moving.to(1)
+    moving.set_step(1)
     eager.update()
     replayed.update()
     graph = capture(replayed.update)
     for step in range(2, STEPS + 1):
-        moving.to(step)
+        moving.set_step(step)
         eager.update()
         graph.replay()
         if step in (2, 3, 10, 100, 500, STEPS):
@@ -88,17 +88,17 @@ def test_replays_are_the_eager_run(gpu: torch.device, model: str, options: dict[
     given.assert_rest_untouched()
 
 
-def test_calls_and_replays_in_any_order_are_the_eager_run(gpu: torch.device) -> None:
+def test_calls_and_replays_in_any_order_equal_the_eager_run(gpu: torch.device) -> None:
     """On several streams, with swaps, saving and loading in between."""
-    given = Given(FLAT, torch.bfloat16, gpu)
-    moving = Moving(given)
+    given = Twins(FLAT, torch.bfloat16, gpu)
+    moving = MovingWeights(given)
     options: dict[str, Any] = {"decay": rules.warmup(0.999), "shadow_dtype": "float32"}
     eager = fastema.EMA(given.there, **options)
     replayed = fastema.EMA(given.there, **options, capturable=True)
     graph = capture(replayed.update)
     side = torch.cuda.Stream()
     for step in range(1, 60):
-        moving.to(step)
+        moving.set_step(step)
         eager.update()
         if step % 3 == 0:
             replayed.update()
@@ -117,7 +117,7 @@ def test_calls_and_replays_in_any_order_are_the_eager_run(gpu: torch.device) -> 
         if step == 40:
             state = replayed.state_dict()
             assert state["num_updates"] == 40
-            graph.replay()  # forgotten by what follows
+            graph.replay()  # undone by the load below
             replayed.load_state_dict(state)
         assert_all_equal(replayed.shadow, eager.shadow)
     assert replayed.num_updates == 59
@@ -163,13 +163,12 @@ def test_a_whole_training_step_is_captured(gpu: torch.device) -> None:
 
 
 def test_a_captured_plan_keeps_its_weight(gpu: torch.device) -> None:
-    """A plan's weight is what it was at the capture."""
-    given = Given(FLAT, torch.float32, gpu)
+    given = Twins(FLAT, torch.float32, gpu)
     given.refresh(0)
     avg = {name: tensor.clone() for name, tensor in given.there.items()}
     expected = {name: Expected(tensor, name) for name, tensor in avg.items()}
     plan = fastema.Plan(avg, given.there)
-    plan.lerp_(0.25)  # of equal sides: nothing changes
+    plan.lerp_(0.25)  # equal sides: nothing changes
     graph = capture(lambda: plan.lerp_(0.25))
     for seed in range(1, 5):
         given.refresh(seed)
@@ -179,13 +178,13 @@ def test_a_captured_plan_keeps_its_weight(gpu: torch.device) -> None:
             expected[name].check(avg[name], name)
 
 
-def test_what_cannot_be_captured_says_so(gpu: torch.device) -> None:
+def test_captures_of_uncapturable_calls_are_refused(gpu: torch.device) -> None:
     weights = [torch.randn(5, device=gpu)]
     ema, plan = fastema.EMA(weights, 0.9), fastema.Plan([torch.randn(5, device=gpu)], weights)
     graph = torch.cuda.CUDAGraph()
     other = torch.zeros(1, device=gpu)
     with torch.cuda.graph(graph):
-        other += 1  # an empty graph is warned of
+        other += 1  # PyTorch warns of an empty graph
         with pytest.raises(StateError, match="capturable=True"):
             ema.update()
         with pytest.raises(StateError, match="before"):

@@ -1,4 +1,4 @@
-"""Tensors of more elements than 32 bits count."""
+"""Tensors with more elements than a signed 32-bit integer counts."""
 
 import numpy as np
 import pytest
@@ -17,26 +17,26 @@ DECAY = 0.9
 PART = 1 << 26
 
 
-def elements_of(device: torch.device) -> int:
-    """Just above 2**31 on a GPU; a CPU has no such limit, and other tests."""
+def element_count(device: torch.device) -> int:
+    """Return a number just above 2**31 on a GPU, and a small one on a CPU, tested elsewhere."""
     return 2**31 + 12_345 if device.type == "cuda" else 300_007
 
 
-def need(device: torch.device, nbytes: int) -> None:
-    """Skip where the device has less memory free."""
+def require_memory(device: torch.device, nbytes: int) -> None:
+    """Skip the test if the device has less memory free."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if free < nbytes:
             pytest.skip(f"needs {nbytes / 1e9:.3g} GB of memory, {free / 1e9:.3g} GB are free")
 
 
-def random_(tensor: Tensor, seed: int) -> None:
+def fill_random(tensor: Tensor, seed: int) -> None:
     """Fill a large tensor with normal numbers."""
     tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(seed))
 
 
-def parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """The same slices of each, none of them large."""
+def split_into_parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Split tensors into the same slices, none of them large."""
     length = tensors[0].numel()
     return [
         tuple(t[start : min(start + PART, length)] for t in tensors)
@@ -46,17 +46,17 @@ def parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 @pytest.mark.parametrize("average", ["f32", "bf16"])
 def test_every_element_is_averaged(device: torch.device, average: str) -> None:
-    """Stochastically where the average is narrow: within a unit in the last place."""
-    count = elements_of(device)
-    need(device, count * (2 + 2 * (4 if average == "f32" else 2)) + 100 * PART)
+    """A narrow average rounds stochastically, within a unit in the last place."""
+    count = element_count(device)
+    require_memory(device, count * (2 + 2 * (4 if average == "f32" else 2)) + 100 * PART)
     x = torch.empty(count, dtype=torch.bfloat16, device=device)
-    random_(x, 1)
+    fill_random(x, 1)
     ema = fastema.EMA({"w": x}, DECAY, shadow_dtype=average)
     before = ema.shadow["w"].clone()
-    random_(x, 2)
+    fill_random(x, 2)
     ema.update()
     unit = unit_roundoff(average) * (2 if average == "bf16" else 1)
-    for old, new, weights in parts(before, ema.shadow["w"], x):
+    for old, new, weights in split_into_parts(before, ema.shadow["w"], x):
         wide, target = old.double(), weights.double()
         want = wide + (1 - DECAY) * (target - wide)
         # Three roundings in float32 and one to the average's format.
@@ -64,15 +64,15 @@ def test_every_element_is_averaged(device: torch.device, average: str) -> None:
         assert not bool(((new.double() - want).abs() > bound).any())
 
 
-def test_random_bits_beyond_32_bits_are_those_of_their_places(device: torch.device) -> None:
-    count = elements_of(device)
-    need(device, 6 * count)
+def test_random_bits_depend_on_indices_beyond_32_bits(device: torch.device) -> None:
+    count = element_count(device)
+    require_memory(device, 6 * count)
     x = torch.empty(count, dtype=torch.bfloat16, device=device)
-    random_(x, 3)
+    fill_random(x, 3)
     ema = fastema.EMA({"w": x}, DECAY, seed=11)
     windows = [slice(at, at + 999) for at in (0, count // 3, count - 13_344, count - 999)]
     before = [host(ema.shadow["w"][window]) for window in windows]
-    random_(x, 4)
+    fill_random(x, 4)
     ema.update()
     for window, old in zip(windows, before, strict=True):
         places = np.arange(window.start, window.stop)

@@ -1,4 +1,4 @@
-"""An update takes no memory of the device, and a swap is in place."""
+"""Updates, swaps and replays allocate no device memory."""
 
 import gc
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from .given import FLOATS
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 
 
-def taken(job: Callable[[], object]) -> tuple[int, int, int]:
-    """Requests to torch's allocator, bytes at their peak, and bytes it asked the driver for."""
+def count_allocations(job: Callable[[], object]) -> tuple[int, int, int]:
+    """Return a job's allocator requests, peak bytes, and bytes requested from the driver."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_stats()
@@ -32,7 +32,7 @@ def taken(job: Callable[[], object]) -> tuple[int, int, int]:
 
 
 def weights_of(dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-    """Some tensors of several megabytes and many small ones."""
+    """Create two tensors of several megabytes and many small ones."""
     sizes = [3_000_001, 1_000_000, *range(1, 200)]
     return {f"w{i}": torch.randn(n, device=device).to(dtype) for i, n in enumerate(sizes)}
 
@@ -51,7 +51,7 @@ def weights_of(dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tens
         ("f32", {"on_nonfinite": "propagate", "update_every": 2}),
     ],
 )
-def test_updates_take_no_memory(gpu: torch.device, model: str, options: dict[str, Any]) -> None:
+def test_updates_allocate_no_memory(gpu: torch.device, model: str, options: dict[str, Any]) -> None:
     ema = fastema.EMA(weights_of(FLOATS[model], gpu), **options)
 
     def updates() -> None:
@@ -59,14 +59,14 @@ def test_updates_take_no_memory(gpu: torch.device, model: str, options: dict[str
             ema.update()
 
     updates()
-    assert taken(updates) == (0, 0, 0)
+    assert count_allocations(updates) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
     ("model", "average"),
     [("f32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("bf16", "bf16+16"), ("f64", "f64")],
 )
-def test_swaps_windowed_means_and_plans_take_no_memory(
+def test_swaps_windowed_means_and_plans_allocate_no_memory(
     gpu: torch.device, model: str, average: str
 ) -> None:
     weights = weights_of(FLOATS[model], gpu)
@@ -84,23 +84,23 @@ def test_swaps_windowed_means_and_plans_take_no_memory(
         plan.swap_()
 
     work()
-    assert taken(work) == (0, 0, 0)
+    assert count_allocations(work) == (0, 0, 0)
 
 
-def test_replays_take_no_memory(gpu: torch.device) -> None:
+def test_replays_allocate_no_memory(gpu: torch.device) -> None:
     ema = fastema.EMA(weights_of(torch.bfloat16, gpu), 0.9, capturable=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         ema.update()
     graph.replay()
-    assert taken(graph.replay) == (0, 0, 0)
+    assert count_allocations(graph.replay) == (0, 0, 0)
 
 
-def test_memory_of_averages_that_are_gone_comes_back(gpu: torch.device) -> None:
-    """Of averages that are gone, whatever streams and calls they saw."""
+def test_deleted_averages_free_their_memory(gpu: torch.device) -> None:
+    """Whatever streams and calls they were used with."""
     weights = weights_of(torch.bfloat16, gpu)
 
-    def live() -> None:
+    def use_averages() -> None:
         ema = fastema.EMA(weights, (0.9, 0.99), shadow_dtype="float32", drift=True)
         sma = fastema.SMA(weights, 4)
         side = torch.cuda.Stream()
@@ -114,14 +114,14 @@ def test_memory_of_averages_that_are_gone_comes_back(gpu: torch.device) -> None:
                 pass
         _ = ema.drifts, ema.state_dict()
 
-    def held() -> int:
+    def allocated_bytes() -> int:
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         return torch.cuda.memory_allocated()
 
-    live()
-    before = held()
+    use_averages()
+    before = allocated_bytes()
     for _ in range(3):
-        live()
-    assert held() == before
+        use_averages()
+    assert allocated_bytes() == before

@@ -1,4 +1,4 @@
-"""Averages on the host of a model on a GPU: the same bits, and one step's weights."""
+"""Averages on the host of a model on a GPU: the same bits, and no weights of two steps."""
 
 from typing import Any
 
@@ -28,9 +28,7 @@ def train(model: nn.Module, ema: Any, steps: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_average_on_the_host_is_that_of_the_cpu(
-    device: torch.device, dtype: torch.dtype
-) -> None:
+def test_an_offloaded_average_equals_the_cpu(device: torch.device, dtype: torch.dtype) -> None:
     found, wanted = build(device, dtype=dtype), build(torch.device("cpu"), dtype=dtype)
     options = {"decay": 0.9, "shadow_dtype": "float32"}
     offloaded = fastema.EMA(found, offload=True, **options)
@@ -48,7 +46,7 @@ def test_the_average_on_the_host_is_that_of_the_cpu(
 
 
 def test_a_step_waits_on_the_device_until_the_weights_are_copied(gpu: torch.device) -> None:
-    """The copy is held up on its stream; the step that is queued behind must not overtake it."""
+    """The copy is delayed on its stream; the step queued behind it must not overtake it."""
     model = build(gpu, 2048)
     ema = fastema.EMA(model, decay=0.0, offload=True)
     (stream,) = ema._link._streams.values()
@@ -64,7 +62,7 @@ def test_a_step_waits_on_the_device_until_the_weights_are_copied(gpu: torch.devi
         assert bool((ema.shadow["0.weight"] == value).all()), value
 
 
-def test_it_takes_no_memory_of_the_device(gpu: torch.device) -> None:
+def test_offloading_allocates_no_device_memory(gpu: torch.device) -> None:
     model = build(gpu, 2048)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated(gpu)

@@ -1,4 +1,4 @@
-"""Processes: forked ones, and fresh ones that find their kernels on the disk."""
+"""Forked processes, and fresh processes that find their kernels on disk."""
 
 import os
 from collections.abc import Callable
@@ -10,8 +10,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_forked_process_is_told(gpu: torch.device, python: Callable[..., str]) -> None:
-    """An error that names the fork instead of one of the driver's, or a process that hangs."""
+def test_a_forked_process_is_refused(gpu: torch.device, python: Callable[..., str]) -> None:
+    """Its error names the fork, instead of a driver error or a hang."""
     said = python(
         """
         import os, sys, warnings
@@ -44,13 +44,11 @@ def test_a_forked_process_is_told(gpu: torch.device, python: Callable[..., str])
     assert said.split() == ["child", "0", "True", "2"]
 
 
-def test_a_fresh_process_finds_its_kernels(
-    device: torch.device, python: Callable[..., str]
-) -> None:
-    """The same numbers again, from kernels that lie on the disk."""
+def test_a_fresh_process_reuses_kernels(device: torch.device, python: Callable[..., str]) -> None:
+    """Both processes compute the same number, the second one with kernels from the disk."""
     script = """
     import sys, warnings
-    warnings.simplefilter("error", RuntimeWarning)  # slower functions in place of our kernels
+    warnings.simplefilter("error", RuntimeWarning)  # no fallback to slower functions
     import torch, fastema
 
     torch.manual_seed(3)

@@ -1,4 +1,4 @@
-"""Under NVIDIA's checker of memory and races, where it is installed."""
+"""Memory and race checks with NVIDIA's compute-sanitizer, where it is installed."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 
 ROOT = Path(fastema.__file__).parents[1]
 
-WATCHED = """
+SCRIPT = """
 import sys
 import torch
 import fastema
@@ -48,17 +48,17 @@ print("done", float(sma.shadow["odd"].sum().isfinite()))
 """
 
 
-def checker() -> str | None:
-    """NVIDIA's checker, where it is installed."""
+def find_sanitizer() -> str | None:
+    """Return the path of compute-sanitizer, or None if it is not installed."""
     context = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path=f"{context}/bin{os.pathsep}{context}/compute-sanitizer"
     )
 
 
-def watched(command: list[str], limit_s: float) -> subprocess.CompletedProcess[str]:
-    """Run the script under a command; skip where that takes too long."""
-    # Without a pool of memory, what lies beside a tensor belongs to nobody.
+def run_or_skip(command: list[str], limit_s: float) -> subprocess.CompletedProcess[str]:
+    """Run a command; skip the test if it takes too long."""
+    # Without PyTorch's memory pool, an access beside a tensor is out of bounds.
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         return subprocess.run(
@@ -68,19 +68,19 @@ def watched(command: list[str], limit_s: float) -> subprocess.CompletedProcess[s
         pytest.skip(f"{command[0]} did not end within {limit_s:.0f} s")
 
 
-def test_the_watched_script(device: torch.device) -> None:
-    done = watched([sys.executable, "-c", WATCHED, str(device)], 120.0)
+def test_the_script_runs_on_its_own(device: torch.device) -> None:
+    done = run_or_skip([sys.executable, "-c", SCRIPT, str(device)], 120.0)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["done", "1.0"]
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_no_access_is_out_of_place(gpu: torch.device, tool: str) -> None:
-    path = checker()
+def test_the_sanitizer_reports_no_error(gpu: torch.device, tool: str) -> None:
+    path = find_sanitizer()
     if path is None:
         pytest.skip("compute-sanitizer is not installed")
-    command = [path, "--tool", tool, "--error-exitcode", "86", sys.executable, "-c", WATCHED]
-    done = watched([*command, str(gpu)], 60.0)
+    command = [path, "--tool", tool, "--error-exitcode", "86", sys.executable, "-c", SCRIPT]
+    done = run_or_skip([*command, str(gpu)], 60.0)
     said = done.stdout + done.stderr
     if "not supported" in said.lower() and "done" not in said:
         pytest.skip("compute-sanitizer does not support this device")

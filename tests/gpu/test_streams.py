@@ -1,4 +1,4 @@
-"""On the caller's stream, without waiting, with memory that is freed while work is pending."""
+"""Updates run on the caller's stream, never wait, and allow memory to be freed meanwhile."""
 
 import gc
 import threading
@@ -12,23 +12,23 @@ import torch
 
 import fastema
 
-from .given import FLAT, Expected, Given, assert_equal_averages
+from .given import FLAT, Expected, Twins, assert_equal_averages
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 
 CYCLES = 300_000_000
-"""Of a kernel that only waits: a fifth of a second or so."""
+"""Cycles of a kernel that only waits: about a fifth of a second."""
 
 COUNT = 1_000_003
 
 
-def busy() -> None:
-    """Keep the current stream from what is queued next."""
+def delay_stream() -> None:
+    """Delay the work that is queued next on the current stream."""
     torch.cuda._sleep(CYCLES)
 
 
 def test_an_update_is_queued_on_the_current_stream(gpu: torch.device) -> None:
-    """What is queued there before the update is seen by it, and it by what is queued after."""
+    """The update sees work queued before it, and work queued after it sees the update."""
     weights = {"w": torch.randn(COUNT, device=gpu)}
     ema = fastema.EMA(weights, 0.9)
     expected = Expected(ema.shadow["w"], "w")
@@ -36,7 +36,7 @@ def test_an_update_is_queued_on_the_current_stream(gpu: torch.device) -> None:
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        busy()
+        delay_stream()
         weights["w"].copy_(new)
         ema.update()
         seen = ema.shadow["w"].clone()
@@ -48,7 +48,7 @@ def test_an_update_is_queued_on_the_current_stream(gpu: torch.device) -> None:
 
 
 def test_weights_freed_before_the_update_has_run_are_averaged(gpu: torch.device) -> None:
-    """Their memory goes to nobody else until it has."""
+    """Their memory is not reused before the update has run."""
     x = torch.randn(COUNT, device=gpu)
     avg = torch.randn(COUNT, device=gpu)
     expected, values = Expected(avg, "w"), x.clone()
@@ -56,7 +56,7 @@ def test_weights_freed_before_the_update_has_run_are_averaged(gpu: torch.device)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        busy()
+        delay_stream()
         plan.lerp_(0.5)
     del x, plan
     gc.collect()
@@ -68,7 +68,7 @@ def test_weights_freed_before_the_update_has_run_are_averaged(gpu: torch.device)
 
 
 def test_weights_replaced_before_the_update_has_run_are_averaged(gpu: torch.device) -> None:
-    """The average found the new memory; the old was given back with an update pending on it."""
+    """The average locates the new memory; the old is freed while an update on it is pending."""
     parameter = torch.nn.Parameter(torch.randn(COUNT, device=gpu))
     ema = fastema.EMA({"w": parameter}, 0.9)
     expected = Expected(ema.shadow["w"], "w")
@@ -79,10 +79,10 @@ def test_weights_replaced_before_the_update_has_run_are_averaged(gpu: torch.devi
     side = torch.cuda.Stream()
     taken = []
     for one in values:
-        parameter.data = one.clone()  # from memory of the current stream
+        parameter.data = one.clone()  # allocated on the current stream
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            busy()
+            delay_stream()
             ema.update()
         parameter.data = parameter.data.clone()
         taken.append(torch.full((COUNT,), float("nan"), device=gpu))
@@ -92,7 +92,7 @@ def test_weights_replaced_before_the_update_has_run_are_averaged(gpu: torch.devi
 
 
 def test_an_average_dropped_before_its_update_has_run_is_updated(gpu: torch.device) -> None:
-    """Its tables go with it, and what is left of it is right."""
+    """Its tables are freed with it, and the tensors taken from it are right."""
     weights = {f"w{i}": torch.randn(1_000 + i, device=gpu) for i in range(50)}
     ema = fastema.EMA(weights, 0.9)
     ema.update()
@@ -104,7 +104,7 @@ def test_an_average_dropped_before_its_update_has_run_is_updated(gpu: torch.devi
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        busy()
+        delay_stream()
         ema.update()
     del ema
     gc.collect()
@@ -116,12 +116,12 @@ def test_an_average_dropped_before_its_update_has_run_is_updated(gpu: torch.devi
 
 
 @contextmanager
-def no_sync() -> Iterator[None]:
-    """A block in which whatever waits for the device through torch raises."""
+def forbid_waits() -> Iterator[None]:
+    """Make every wait for the device through PyTorch raise an error in a block."""
 
     def switch(mode: str) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it does not see everything
+            warnings.simplefilter("ignore")  # it warns that it misses some waits
             torch.cuda.set_sync_debug_mode(mode)
 
     switch("error")
@@ -131,8 +131,8 @@ def no_sync() -> Iterator[None]:
         switch("default")
 
 
-def test_nothing_waits_for_the_device(gpu: torch.device) -> None:
-    """Neither by torch's own account, nor by that of an event that lies before the calls."""
+def test_calls_never_wait_for_the_device(gpu: torch.device) -> None:
+    """Checked by PyTorch's debug mode and by an event recorded before the calls."""
     weights = {f"w{i}": torch.randn(1_000 + i, device=gpu) for i in range(100)}
     narrow = {name: tensor.bfloat16() for name, tensor in weights.items()}
     averages = [
@@ -152,20 +152,20 @@ def test_nothing_waits_for_the_device(gpu: torch.device) -> None:
         averages[0].apply_shadow()
         averages[0].restore()
 
-    all_calls()  # compiles, and uploads what the calls read from then on
+    all_calls()  # compiles kernels and uploads tables
     torch.cuda.synchronize()
     before = torch.cuda.Event()
-    with no_sync():
+    with forbid_waits():
         for _ in range(3):
-            busy()
+            delay_stream()
         before.record()
         all_calls()
         assert not before.query()
 
 
-def test_threads_with_streams_of_their_own_update_at_once(gpu: torch.device) -> None:
-    """Each a thread that has not used the device before."""
-    givens = [Given(FLAT, torch.bfloat16, gpu) for _ in range(4)]
+def test_threads_update_concurrently_on_their_own_streams(gpu: torch.device) -> None:
+    """None of the threads has used the device before."""
+    givens = [Twins(FLAT, torch.bfloat16, gpu) for _ in range(4)]
     pairs = []
     for number, given in enumerate(givens):
         given.refresh(number)

@@ -1,4 +1,4 @@
-"""Updates of every pair of dtypes: as specified, as on the CPU, and nothing else written."""
+"""Updates of every pair of dtypes match the specification and the CPU, and write no more."""
 
 from itertools import product
 from typing import Any
@@ -16,7 +16,7 @@ from .given import (
     FLOATS,
     LAYOUTS,
     Expected,
-    Given,
+    Twins,
     assert_all_equal,
     assert_equal_averages,
     host,
@@ -39,10 +39,10 @@ NARROW = ("bf16", "f16")
         *((model, average, "stochastic") for model, average in PAIRS if average in NARROW),
     ],
 )
-def test_every_pair_of_dtypes_is_as_specified(
+def test_every_pair_of_dtypes_matches_the_specification(
     device: torch.device, model: str, average: str, rounding: str
 ) -> None:
-    given = Given(LAYOUTS, FLOATS[model], device)
+    given = Twins(LAYOUTS, FLOATS[model], device)
     options: dict[str, Any] = {
         "decay": DECAY,
         "shadow_dtype": average,
@@ -76,12 +76,12 @@ def test_every_pair_of_dtypes_is_as_specified(
     ("avg", "x"),
     [("f32", "f32"), ("f32", "bf16"), ("f32", "f16"), ("bf16", "bf16"), ("f16", "f16")],
 )
-def test_any_bits_are_averaged_as_specified(
+def test_any_bit_patterns_match_the_specification(
     device: torch.device, avg: str, x: str, weight: float
 ) -> None:
-    """NaN, infinities, subnormals, both zeros, on both sides."""
+    """NaN, infinities, subnormals and both zeros, on both sides."""
     dst, src = (
-        Given({"w": lambda new: new(70_001)[1:]}, FLOATS[code], device) for code in (avg, x)
+        Twins({"w": lambda new: new(70_001)[1:]}, FLOATS[code], device) for code in (avg, x)
     )
     for seed, side in enumerate((dst, src)):
         side.refresh(seed, "bits")
@@ -98,16 +98,16 @@ VIEWS = {
     for n in SIZES
     for start in range(9)
 }
-"""Tensors of each size at each distance from 16 bytes that their dtypes allow."""
+"""Tensors of each size, at each offset from 16 bytes that their dtypes allow."""
 
 
 @pytest.mark.parametrize(
     ("model", "average"), [("f32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("f64", "f64")]
 )
-def test_tensors_of_odd_sizes_that_begin_anywhere(
+def test_any_size_and_alignment_matches_the_specification(
     device: torch.device, model: str, average: str
 ) -> None:
-    dst, src = (Given(VIEWS, FLOATS[code], device) for code in (average, model))
+    dst, src = (Twins(VIEWS, FLOATS[code], device) for code in (average, model))
     for seed, side in enumerate((dst, src)):
         side.refresh(seed)
     want = {
@@ -145,8 +145,8 @@ def test_integers_booleans_and_complex_numbers_keep_their_bits(device: torch.dev
     assert bytes_of(one) == before[0]
 
 
-def test_weights_that_moved_are_found_again(device: torch.device) -> None:
-    given = Given(LAYOUTS, torch.float32, device)
+def test_moved_weights_are_located_again(device: torch.device) -> None:
+    given = Twins(LAYOUTS, torch.float32, device)
     given.refresh(0)
     weights = {name: torch.nn.Parameter(t.clone()) for name, t in given.there.items()}
     ema, twin = fastema.EMA(weights, DECAY), fastema.EMA(given.here, DECAY)

@@ -1,4 +1,4 @@
-"""Kernels on tables made by hand, every column of which a test may set."""
+"""Run kernels on chunk tables built by hand, with every column under the test's control."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ Array = NDArray[np.generic]
 
 
 class Row(NamedTuple):
-    """One row: arrays give addresses and counts, the rest is as the table has it."""
+    """A table row: arrays give addresses and counts, other fields are stored unchanged."""
 
     dst: Array
     src: Array
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 def table_of(rows: Sequence[Row]) -> NDArray[np.int64]:
-    """The chunk table."""
+    """Build the chunk table of some rows."""
     cells = np.zeros((len(rows), abi.COLUMNS), np.int64)
     for one, row in zip(cells, rows, strict=True):
         one[abi.COUNT] = row.dst.size
@@ -52,9 +52,9 @@ def run(
     claim: int = 1,
     **settings: int,
 ) -> NDArray[np.float64]:
-    """Run a kernel over rows; ``settings`` are columns of the control block. Returns the measures.
+    """Run a kernel over rows and return its measures; measures that it does not write stay -1.
 
-    Measures that no kernel writes stay -1.
+    ``settings`` are columns of the control block.
     """
     cells, numbers = table_of(rows), np.array(weights, np.float64)
     assert all(0 <= row.average < len(numbers) for row in rows)
@@ -64,5 +64,5 @@ def run(
         control[getattr(abi, name.upper())] = value
     made = kernel(operation, formats, layout)
     made(cells.ctypes.data, len(cells), numbers.ctypes.data, control.ctypes.data)
-    assert control[abi.NEXT] >= len(rows)  # nothing is left for a thread that comes late
+    assert control[abi.NEXT] >= len(rows)  # no row is left for a late thread
     return results

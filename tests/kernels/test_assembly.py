@@ -1,6 +1,6 @@
 """The machine code of flat updates: packed, fused, prefetching, and free of 64-bit multiplies.
 
-It is compiled for named processors, so that every machine reads the same code.
+It is compiled for named processors, so that every machine checks the same code.
 """
 
 import platform
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 if platform.machine().lower() not in ("x86_64", "amd64"):
-    pytest.skip("the processors and the mnemonics are those of x86-64", allow_module_level=True)
+    pytest.skip("the processors and mnemonics are x86-64", allow_module_level=True)
 
 LISTINGS = """
     import sys
@@ -23,7 +23,7 @@ LISTINGS = """
 
 PAIRS = {
     "haswell": ["f32-f32", "bf16-f32", "f32-bf16", "bf16-bf16", "f16-f16"],
-    "sapphirerapids": ["bf16-bf16", "f16-f16"],  # AVX-512, with instructions of its own for halves
+    "sapphirerapids": ["bf16-bf16", "f16-f16"],  # AVX-512 with native instructions for halves
     "znver4": ["f32-f32", "f16-f16"],
 }
 
@@ -36,7 +36,7 @@ PAIRS = {
     ],
 )
 def assembly(request: pytest.FixtureRequest, python: Callable[..., str]) -> dict[str, str]:
-    """The assembly for each pair of dtypes, for one processor."""
+    """Compile for one processor and return the assembly of each pair of dtypes."""
     printed = python(
         LISTINGS, *PAIRS[request.param], NUMBA_CPU_NAME=request.param, NUMBA_CPU_FEATURES=""
     )
@@ -45,7 +45,7 @@ def assembly(request: pytest.FixtureRequest, python: Callable[..., str]) -> dict
 
 
 @pytest.mark.slow
-def test_flat_updates_are_vectorised(assembly: dict[str, str]) -> None:
+def test_flat_updates_are_vectorized(assembly: dict[str, str]) -> None:
     for pair, listing in assembly.items():
         packed = re.findall(r"\bvfn?madd\d+ps\s.*%([xyz])mm", listing)
         assert {"y", "z"} & set(packed), f"{pair}: no packed fused multiply-add of 256 bits"
@@ -61,7 +61,7 @@ def test_halves_are_converted_by_the_hardware(assembly: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-def test_halves_are_averaged_for_a_processor_that_cannot_convert_them(
+def test_halves_are_averaged_without_hardware_conversion(
     python: Callable[..., str],
 ) -> None:
     script = """

@@ -1,10 +1,10 @@
-"""The GPU's clock, its threads run on the host: when there is work, and with what weights.
+"""The GPU's clock, with its threads run on the host: when updates are due, and their weights.
 
 It differs from :meth:`fastema.rules.Schedule.weights` in two ways, both bounded here. Its weights
-come from polynomials (:mod:`fastema.engine.weight_table`): after the first 64 updates they may be
-off by 4e-15 of themselves and, where the rule's own weight is one minus a decay that changes, by
-twice the rounding of that decay, 2**-53 for each step of an update. And from update 2**31 on the
-weight stays what it is.
+come from polynomials (:mod:`fastema.engine.weight_table`): after the first 64 updates they may
+have a relative error of 4e-15 and, where the rule's weight is one minus a decay that changes, an
+error of twice the rounding of that decay, 2**-53 for each step of an update. From update 2**31 on,
+the weight stays constant.
 """
 
 import ctypes
@@ -50,16 +50,16 @@ __all__ = ["gpu"]
 Table = NDArray[np.float64]
 
 LAST = 2**31
-"""Updates that a table of weights reaches."""
+"""The last update that a weight table covers."""
 
 POISON = -0x0123456789ABCDEF
 AROUND = 16
-"""Cells of poison on either side of a clock."""
+"""Poisoned cells on either side of a clock."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ramp(Rule):
-    """A rule of somebody's own: a decay that rises in a straight line, and a jump on the way."""
+    """A custom rule whose decay rises linearly and then jumps."""
 
     steps: int
 
@@ -92,13 +92,13 @@ def table_of(rule: Rule, every: int) -> Table:
 
 
 def tables_of(rules: Sequence[Rule], every: int) -> list[Table]:
-    """Those of a schedule, each found once: it takes a tenth of a second."""
+    """Return the cached tables of some rules; building one takes a tenth of a second."""
     return [table_of(rule, every) for rule in rules]
 
 
 @functools.cache
-def threads_twin() -> Any:
-    """The kernel with any number of threads, in any order: ``run(clock, order, threads)``."""
+def compile_for_threads() -> Any:
+    """Compile the kernel for any number and order of threads: ``run(clock, order, threads)``."""
     read, advance = cuda_clock.read, cuda_clock.advance
 
     def run(clock, order, threads):  # type: ignore[no-untyped-def]
@@ -144,7 +144,7 @@ class Clock:
             self.cells[abi.TABLES + 2 * k + 1] = len(table)
 
     def advance(self, run: Callable[[int], None] | None = None) -> None:
-        """The next update; asserts that it writes what it has to, and nothing else."""
+        """Run the next update; assert that it writes exactly the cells that it has to."""
         before = self._whole.copy()
         done = int(self.cells[abi.DONE])
         written = [abi.IDLE, abi.STEP, *range(abi.WEIGHTS, abi.WEIGHTS + MAX_AVERAGES)]
@@ -168,7 +168,7 @@ class Clock:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """What the kernels of this update find; nothing where it is idle."""
+        """The weights that this update's kernels find; none if it is idle."""
         if self.cells[abi.IDLE]:
             return ()
         found = self.cells[abi.WEIGHTS : abi.WEIGHTS + len(self.tables)].view(np.float64)
@@ -176,7 +176,7 @@ class Clock:
 
 
 @pytest.mark.parametrize("window", [0, 3])
-def test_a_flagged_update_is_left_out_and_counted(window: int) -> None:
+def test_a_flagged_update_is_skipped_and_counted(window: int) -> None:
     rules = (constant(0.9), power(0.05))
     schedule = Schedule(rules, 2, 3)
     clock = Clock(tables_of(rules, 2), start=3, every=2, window=window)
@@ -186,7 +186,7 @@ def test_a_flagged_update_is_left_out_and_counted(window: int) -> None:
         flagged = generator.random() < 0.4
         if flagged:
             flag(clock.address)
-        idle = not exact(schedule, step + 1)
+        idle = not expected_weights(schedule, step + 1)
         if flagged and not idle:
             before = clock.cells.copy()
             clock_twin()(clock.address, 1)
@@ -203,15 +203,15 @@ def test_a_flagged_update_is_left_out_and_counted(window: int) -> None:
     assert skipped > 20
 
 
-def exact(schedule: Schedule, step: int) -> tuple[float, ...]:
-    """The schedule's weights, where the clock's table ends those of its end."""
+def expected_weights(schedule: Schedule, step: int) -> tuple[float, ...]:
+    """Return the schedule's weights, constant beyond the end of the clock's table."""
     start, every = schedule.start_after, schedule.update_every
     beyond = (step - start) // every - LAST
     return schedule.weights(step - max(beyond, 0) * every)
 
 
-def bound(rule: Rule, weight: float, every: int) -> float:
-    """Most that a weight may be off."""
+def allowed_error(rule: Rule, weight: float, every: int) -> float:
+    """Return the largest error allowed in a weight."""
     if isinstance(rule, Constant):
         return 0.0
     exact = isinstance(rule, Power | CumulativeMean) or rule == debiased(constant(0.999))
@@ -219,8 +219,8 @@ def bound(rule: Rule, weight: float, every: int) -> float:
 
 
 def check(clock: Clock, schedule: Schedule, step: int) -> None:
-    """Compare an update's weights, the first ones to the bit."""
-    want = exact(schedule, step)
+    """Compare an update's weights with the schedule's, those of the first 64 updates to the bit."""
+    want = expected_weights(schedule, step)
     got = clock.weights
     assert len(got) == len(want), step
     update = (step - schedule.start_after) // schedule.update_every
@@ -228,7 +228,7 @@ def check(clock: Clock, schedule: Schedule, step: int) -> None:
         assert got == want, step
         return
     for rule, a, b in zip(schedule.rules, got, want, strict=True):
-        assert abs(a - b) <= bound(rule, b, schedule.update_every), (rule, step, a, b)
+        assert abs(a - b) <= allowed_error(rule, b, schedule.update_every), (rule, step, a, b)
 
 
 @given(
@@ -251,12 +251,12 @@ def test_any_update_follows_the_schedule(
         check(clock, schedule, step)
 
 
-def twin_of(clock: int, order: NDArray[np.int64]) -> None:
-    threads_twin()(clock, order.ctypes.data, len(order))
+def run_threads(clock: int, order: NDArray[np.int64]) -> None:
+    compile_for_threads()(clock, order.ctypes.data, len(order))
 
 
-def random_tables(generator: np.random.Generator, rows: int, last: int) -> Table:
-    """A table of any polynomials, not one that belongs to a rule."""
+def random_table(generator: np.random.Generator, rows: int, last: int) -> Table:
+    """Draw a table of random polynomials, which belong to no rule."""
     firsts = np.unique(np.concatenate(([1], generator.integers(2, last, rows - 1))))
     table = generator.uniform(-0.2, 0.2, (len(firsts), abi.WEIGHT_COLUMNS))
     table[:, abi.FIRST] = firsts
@@ -273,11 +273,11 @@ def random_tables(generator: np.random.Generator, rows: int, last: int) -> Table
     last=st.sampled_from([1_000, 2**31, 2**44]),
     threads=st.sampled_from([1, 2, 7, 32, 256, 1024]),
 )
-def test_any_table_is_evaluated_by_any_number_of_threads_in_any_order(
+def test_any_number_and_order_of_threads_evaluates_any_table(
     seed: int, rows: int, count: int, last: int, threads: int
 ) -> None:
     generator = np.random.default_rng(seed)
-    tables = [random_tables(generator, max(rows // (k + 1), 1), last) for k in range(count)]
+    tables = [random_table(generator, max(rows // (k + 1), 1), last) for k in range(count)]
     edges = tables[0][:, abi.FIRST].astype(np.int64)
     looked_at = [*generator.choice(edges, 3), *(generator.choice(edges, 3) - 1)]
     looked_at += [1, 2 * last, int(generator.integers(1, last))]
@@ -286,7 +286,7 @@ def test_any_table_is_evaluated_by_any_number_of_threads_in_any_order(
         if update < 1:
             continue
         clock = Clock(tables, done=update - 1)
-        clock.advance(lambda cells: twin_of(cells, order))
+        clock.advance(lambda cells: run_threads(cells, order))
         want = [evaluate(table, update) for table in tables]
         np.testing.assert_allclose(clock.weights, want, rtol=0, atol=1e-15)
 
@@ -294,7 +294,7 @@ def test_any_table_is_evaluated_by_any_number_of_threads_in_any_order(
 @pytest.mark.parametrize("start", [0, 1, 6])
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 1000])
-def test_a_windowed_mean_has_its_slot_and_turn(window: int, every: int, start: int) -> None:
+def test_a_clock_sets_slot_and_turn_of_windowed_means(window: int, every: int, start: int) -> None:
     sma = fastema.SMA([np.zeros(1)], window=window, update_every=every, start_after=start, seed=3)
     schedule = sma.schedule
     for done in (0, 2**31 - 2, 2**40 - 3):
@@ -316,8 +316,8 @@ def test_a_windowed_mean_has_its_slot_and_turn(window: int, every: int, start: i
                 assert (clock.cells[abi.SEED], clock.cells[abi.STEP]) == (args.seed, args.step)
 
 
-def test_a_clock_that_is_set_again_follows_the_new_schedule(gpu: StubGpu) -> None:
-    """The host's side: the cells that it writes are those that the kernel reads."""
+def test_a_reset_clock_follows_its_new_schedule(gpu: StubGpu) -> None:
+    """The host writes the cells that the kernel reads."""
     clock = StepCounter([gpu.contexts[0], gpu.contexts[1]])
     addresses = [clock.args.clocks[f"cuda:{index}"] for index in range(2)]
     generator = np.random.default_rng(8)
@@ -337,5 +337,5 @@ def test_a_clock_that_is_set_again_follows_the_new_schedule(gpu: StubGpu) -> Non
                 assert bool(cells[abi.IDLE]) == (not want)
                 assert (cells[abi.STEP], cells[abi.SEED]) == (step, 9)
                 got = cells[abi.WEIGHTS : abi.WEIGHTS + len(want)].view(np.float64)
-                slack = [bound(*one, every) for one in zip(rules, want, strict=False)]
+                slack = [allowed_error(*one, every) for one in zip(rules, want, strict=False)]
                 assert (np.abs(got - want) <= slack).all()

@@ -1,4 +1,4 @@
-"""The GPU kernels compile without a GPU: 128 bits at a time, few registers, nothing spilled."""
+"""GPU kernels, compiled without a GPU: 128-bit accesses, few registers, no spills."""
 
 import gc
 import multiprocessing
@@ -22,7 +22,7 @@ NEEDS = ("numba_cuda", "cuda.core")
 
 require(disassembly.disassembler(), "nvdisasm")
 
-# Every operation, format and architecture, in some kernel; every kernel where all are asked for.
+# Each operation, format and architecture is in some kernel that runs; full runs take them all.
 pytestmark = pytest.mark.each_value
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
@@ -37,26 +37,26 @@ Kernel = tuple[str, tuple[str, ...]]
 """An operation and its formats."""
 
 
-def kernels(*several: str) -> list[Kernel]:
-    """Kernels as text: an operation and its formats, with spaces between them."""
+def parse_kernels(*several: str) -> list[Kernel]:
+    """Parse kernels from text: an operation and its formats, separated by spaces."""
     return [(operation, tuple(formats)) for operation, *formats in map(str.split, several)]
 
 
-PLAIN = kernels(
+PLAIN = parse_kernels(
     *(f"lerp {dst} {src}" for dst in NARROW for src in NARROW),
     *(f"{operation} {raw} {raw}" for operation in ("copy", "swap") for raw in RAW),
     *("park raw4 raw2", "unpark raw4 raw2"),
 )
-"""What most launches are: for every architecture."""
+"""The kernels of most launches, compiled for every architecture."""
 
-EACH_KIND = kernels(
+EACH_KIND = parse_kernels(
     *("lerp f64 f64", "lerp bf16~ bf16", "lerp f16~ f32", "lerp bf16+16 bf16"),
     *("lerp_measured f32 bf16", "copy f32 bf16", "cast_back bf16+16 f32", "swap bf16+16 raw4"),
     *("add f64 f32", "finite f32 bf16", "window f32 f32 f32 f32"),
 )
-"""So are these, one of each kind of the others."""
+"""One of each other kind of kernel, also compiled for every architecture."""
 
-OTHERS = kernels(
+OTHERS = parse_kernels(
     *(f"lerp {dst} {src}" for dst in FORMS for src in REALS),
     *(f"lerp_measured {dst} bf16" for dst in FORMS),
     *("lerp_measured f32 f32", "add f32 bf16"),
@@ -71,11 +71,11 @@ OTHERS = kernels(
     "window f32 f64 f64 f64",
 )
 
-USUAL_KERNELS = kernels(
+USUAL_KERNELS = parse_kernels(
     *("lerp f32 bf16", "lerp_measured f32 bf16", "copy f32 bf16", "swap raw4 raw4"),
     *("add f64 f32", "finite f32 bf16"),
 )
-"""One of each family, in the fast tests."""
+"""One kernel of each family, for the fast tests."""
 
 READS_AND_WRITES = {
     **dict.fromkeys(("lerp", "lerp_measured", "add"), ("ds", "d")),
@@ -84,13 +84,13 @@ READS_AND_WRITES = {
     "cast_back": ("d", "s"),
     "finite": ("s", ""),
 }
-"""Of d, the written side (with its companion, where it has one), and s, the other side."""
+"""Sides read and written: d is the destination, with its companion if any, and s the source."""
 
 SIZES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "raw1": 1, "raw2": 2, "raw4": 4, "raw8": 8}
 
 
 class Variant(NamedTuple):
-    """What is compiled, as `cuda.compile_kernel` takes it."""
+    """The arguments of `cuda.compile_kernel`."""
 
     operation: str
     formats: tuple[str, ...]
@@ -106,8 +106,8 @@ def variants(several: Iterable[Kernel], layout: str, architectures: Sequence[int
     ]
 
 
-def listed(every: Iterable[Variant], usual: Iterable[Kernel]) -> list[object]:
-    """Each variant once, all slow but those of some kernels for the usual architecture."""
+def variant_params(every: Iterable[Variant], usual: Iterable[Kernel]) -> list[object]:
+    """Return each variant once, marked slow unless of a usual kernel and architecture."""
     fast = {one for layout in ("", "flat", "strided") for one in variants(usual, layout, [USUAL])}
     return [
         pytest.param(
@@ -120,16 +120,16 @@ def listed(every: Iterable[Variant], usual: Iterable[Kernel]) -> list[object]:
     ]
 
 
-def most_registers(
+def max_registers(
     operation: str, formats: Sequence[str], layout: str, capability: tuple[int, int]
 ) -> int:
-    """With 32, or 40 or 64 where there are fewer threads, a multiprocessor can be full.
+    """Return the most registers that a thread may use.
 
-    What more buys is that nothing is spilled.
+    32 let a multiprocessor be full, as do 40 or 64 with fewer threads; more avoid spills.
     """
     if operation in ("window", "advance", "lerp_measured") or capability == (7, 5):
         return 64
-    if layout == "strided" and formats[0].endswith("~"):  # for adjacent elements too
+    if layout == "strided" and formats[0].endswith("~"):  # also runs adjacent elements
         return 48
     if "f64" in formats or formats[0].endswith("~") or capability == (12, 0):
         return 40
@@ -140,25 +140,25 @@ def most_registers(
 
 @pytest.fixture(scope="module")
 def compiled() -> Iterator[Callable[[Variant], cuda.Binary]]:
-    """Kernels, each compiled once, by another process: compilers do not give memory back."""
+    """Compile each kernel once, in another process, because compilers never free memory."""
     context = multiprocessing.get_context("spawn")
-    # A tenth of the time would be spent on looking for garbage.
+    # Garbage collection would take a tenth of the time.
     with context.Pool(1, initializer=gc.disable) as pool:
 
         @cache
-        def made(variant: Variant) -> cuda.Binary:
+        def compile_once(variant: Variant) -> cuda.Binary:
             return pool.apply_async(cuda.compile_kernel, tuple(variant)).get(timeout=900)
 
-        yield made
+        yield compile_once
 
 
 @lru_cache(maxsize=1)
-def disassembled(cubin: bytes) -> disassembly.Code:
+def disassemble(cubin: bytes) -> disassembly.Code:
     return disassembly.disassembled(cubin)
 
 
 def bits_moved(sides: str, formats: Sequence[str], elements: int = 1) -> Counter[int]:
-    """The accesses that some adjacent elements need, by their bits."""
+    """Count the accesses that adjacent elements need, by their width in bits."""
     moved: Counter[int] = Counter()
     for side, form in zip("ds", formats, strict=True):
         if side in sides:
@@ -167,24 +167,24 @@ def bits_moved(sides: str, formats: Sequence[str], elements: int = 1) -> Counter
     return moved
 
 
-def times(part: Counter[int], moved: Counter[int]) -> int:
-    """How many times a part makes up all that is moved; 0 if it does not."""
+def repeats(part: Counter[int], moved: Counter[int]) -> int:
+    """Return how many repeats of ``part`` equal ``moved``; 0 if no number does."""
     for bits, count in part.items():
         many = moved[bits] // count
         return many if moved == Counter({b: many * n for b, n in part.items()}) else 0
     return 0
 
 
-def check_report(made: cuda.Binary, variant: Variant) -> None:
+def check_resources(made: cuda.Binary, variant: Variant) -> None:
     operation, formats, layout, capability = variant
     assert made.cubin[:4] == b"\x7fELF"
     assert (made.stack, made.spilled) == (0, 0)
-    assert 0 < made.registers <= most_registers(operation, formats, layout, capability)
+    assert 0 < made.registers <= max_registers(operation, formats, layout, capability)
 
 
 def wide_loops(made: cuda.Binary) -> list[list[disassembly.Instruction]]:
-    """The loops that move 128 bits at a time; nothing may be in local memory."""
-    code = disassembled(made.cubin)
+    """Return the loops with 128-bit accesses; assert that local memory is unused."""
+    code = disassemble(made.cubin)
     assert not [one for one in code.instructions if one.name in ("LDL", "STL")]
     found = [
         loop
@@ -196,35 +196,35 @@ def wide_loops(made: cuda.Binary) -> list[list[disassembly.Instruction]]:
 
 
 def check_code(made: cuda.Binary, variant: Variant) -> None:
-    """A loop moves every stream at once, of as many elements as fill 128 bits of the widest."""
+    """Assert that loops move all streams together, 128 bits of the widest at a time."""
     operation, formats, *_ = variant
     reads, writes = READS_AND_WRITES[operation]
     elements = 128 // max(bits_moved(reads + writes, formats))
     full = 0
     for loop in wide_loops(made):
         loads, stores = disassembly.accesses(loop, "LDG"), disassembly.accesses(loop, "STG")
-        unrolled = times(bits_moved(reads, formats, elements), loads)
+        unrolled = repeats(bits_moved(reads, formats, elements), loads)
         if unrolled:
-            assert not writes or times(bits_moved(writes, formats, elements), stores) == unrolled
+            assert not writes or repeats(bits_moved(writes, formats, elements), stores) == unrolled
             assert bool(writes) == bool(stores)
             full += 1
             if operation == "lerp":
                 check_lerp(loop, formats, unrolled * elements)
         else:  # with a weight of 1 it is a copy
             assert operation == "lerp"
-            assert times(bits_moved("s", formats, elements), loads)
-            assert times(bits_moved("d", formats, elements), stores)
+            assert repeats(bits_moved("s", formats, elements), loads)
+            assert repeats(bits_moved("d", formats, elements), stores)
     assert full
 
 
 def check_lerp(loop: list[disassembly.Instruction], formats: Sequence[str], elements: int) -> None:
-    """One subtraction and one fused multiply-add per element, and no other product."""
+    """Assert one subtraction and one fused multiply-add per element, and no other product."""
     count = Counter(one.name for one in loop)
     kind = "D" if "f64" in formats else "F"
     assert count[f"{kind}FMA"] == elements
     assert not count[f"{kind}MUL"]
-    if formats[0] != "f16~":  # whose rounding adds too
-        # The newest toolkit subtracts a half from a float32 at once (FHADD), rounding as FADD does.
+    if formats[0] != "f16~":  # its rounding adds too
+        # The newest toolkit subtracts a half from a float32 directly (FHADD, rounded as FADD).
         assert count[f"{kind}ADD"] + count["FHADD"] == elements
 
 
@@ -235,39 +235,39 @@ SPACED = variants(
 CLOCKS = variants([(CLOCK, ())], "", ARCHITECTURES)
 
 
-@pytest.mark.parametrize("variant", listed(FLAT, USUAL_KERNELS))
-def test_kernels_of_adjacent_elements_move_128_bits_at_a_time(
+@pytest.mark.parametrize("variant", variant_params(FLAT, USUAL_KERNELS))
+def test_flat_kernels_move_128_bits_at_a_time(
     variant: Variant, compiled: Callable[[Variant], cuda.Binary]
 ) -> None:
     made = compiled(variant)
-    check_report(made, variant)
-    assert not re.search(r"\b(add|sub|mul|mad)\.f(32|64)\b", made.ptx)  # or they could be fused
+    check_resources(made, variant)
+    assert not re.search(r"\b(add|sub|mul|mad)\.f(32|64)\b", made.ptx)  # these could be fused
     if variant.operation != "window":
         check_code(made, variant)
-    else:  # many loops, each with streams of its own
+    else:  # many loops, each with its own streams
         kinds = [{one.name for one in loop if one.bits == 128} for loop in wide_loops(made)]
         assert any(kind >= {"LDG", "STG"} for kind in kinds)
 
 
-@pytest.mark.parametrize("variant", listed(SPACED, USUAL_KERNELS[:1]))
-def test_kernels_of_spaced_elements_spill_nothing(
+@pytest.mark.parametrize("variant", variant_params(SPACED, USUAL_KERNELS[:1]))
+def test_strided_kernels_spill_nothing(
     variant: Variant, compiled: Callable[[Variant], cuda.Binary]
 ) -> None:
-    check_report(compiled(variant), variant)
+    check_resources(compiled(variant), variant)
 
 
-@pytest.mark.parametrize("variant", listed(CLOCKS, [(CLOCK, ())]))
+@pytest.mark.parametrize("variant", variant_params(CLOCKS, [(CLOCK, ())]))
 def test_the_clock_spills_nothing(
     variant: Variant, compiled: Callable[[Variant], cuda.Binary]
 ) -> None:
     made = compiled(variant)
-    check_report(made, variant)
-    names = {one.name for one in disassembled(made.cubin).instructions}
+    check_resources(made, variant)
+    names = {one.name for one in disassemble(made.cubin).instructions}
     assert "BAR" in names
     assert not names & {"LDL", "STL"}
 
 
-def test_the_table_of_the_benchmarks_counts_what_is_in_the_code(
+def test_the_benchmark_table_counts_what_is_in_the_code(
     compiled: Callable[[Variant], cuda.Binary],
 ) -> None:
     (variant,) = variants([("lerp", ("f32", "bf16"))], "flat", [USUAL])

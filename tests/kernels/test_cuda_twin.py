@@ -1,4 +1,4 @@
-"""What a GPU's threads do, run on the host one after the other: equal to the CPU kernels."""
+"""GPU kernels, their threads run one after another on the host, equal the CPU kernels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ __all__ = ["gpu"]
 
 FLOATS = ("f64", "f32", "f16", "bf16")
 LENGTHS = [(1, 0, 0), (64, 0, 0), (1003, 0, 0), (1003, 1, 2), (517, 8, 8), (70_001, 0, 0)]
-"""Elements, and by how many of them the two sides begin off a cache line."""
+"""Number of elements, and each side's offset from a cache line in elements."""
 
 Array = np.ndarray
 Describe = Callable[..., TensorSpec]
@@ -31,10 +31,10 @@ def run(operation: str, pairs: list[Pair], args: LaunchArgs | None = None) -> Pr
 
 
 def assert_same_on_both(gpu: StubGpu, work: Callable[[Describe], list[Array]]) -> None:
-    """Assert that a run leaves the same bits on the CPU and on the GPU, and is no mere copy.
+    """Assert that a run launches on the GPU and leaves the same bits there as on the CPU.
 
-    `work` makes arrays, describes them with the function that it is given, runs, and returns what
-    is to be compared.
+    `work` creates arrays, describes them with the function that it gets, runs a program, and
+    returns the arrays to compare.
     """
 
     def there(array: Array, code: str, **more: Any) -> TensorSpec:
@@ -46,7 +46,7 @@ def assert_same_on_both(gpu: StubGpu, work: Callable[[Describe], list[Array]]) -
         assert np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
 
 
-def some(size: int, code: str, seed: int, off: int = 0) -> Array:
+def draw(size: int, code: str, seed: int, off: int = 0) -> Array:
     return guarded(numbers(size, code, seed), off).array
 
 
@@ -71,7 +71,7 @@ USUAL = {
     *(("lerp", "f32", "bf16"), ("lerp", "bf16", "f32"), ("park", "f32", "bf16")),
     *(("copy", "f32", "bf16"), ("swap", "bf16", "f16"), ("add", "f64", "f32")),
 }
-"""Those of the fast tests: each takes two kernels to compile, one for either side."""
+"""Cases of the fast tests: each compiles two kernels, one for either device."""
 
 
 @pytest.mark.each_value
@@ -79,7 +79,7 @@ USUAL = {
     ("operation", "dst", "src"),
     [pytest.param(*case, marks=[] if case in USUAL else pytest.mark.slow) for case in CASES],
 )
-def test_two_sides_of_any_size_at_any_place(
+def test_tensors_of_any_size_and_alignment_equal_the_cpu(
     gpu: StubGpu, operation: str, dst: str, src: str
 ) -> None:
     for form in formats_of(dst, src, operation):
@@ -87,9 +87,9 @@ def test_two_sides_of_any_size_at_any_place(
         def work(describe: Describe, form: str = form) -> list[Array]:
             kept: list[Array] = []
             for seed, (size, off, other) in enumerate(LENGTHS):
-                a, b = some(size, dst, seed, off), some(size, src, 9 + seed, other)
+                a, b = draw(size, dst, seed, off), draw(size, src, 9 + seed, other)
                 before = a.tobytes() + b.tobytes()
-                residual = some(size, "i16", seed, off)
+                residual = draw(size, "i16", seed, off)
                 companion = describe(residual, "i16") if form == "bf16+16" else None
                 run(operation, [Pair("x", describe(a, dst), describe(b, src), form, companion)])
                 assert before != a.tobytes() + b.tobytes()
@@ -101,10 +101,10 @@ def test_two_sides_of_any_size_at_any_place(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dst", "src"), [("f32", "f32"), ("bf16", "bf16"), ("f32", "f64")])
-def test_spaced_elements(gpu: StubGpu, dst: str, src: str) -> None:
+def test_strided_tensors_equal_the_cpu(gpu: StubGpu, dst: str, src: str) -> None:
     def work(describe: Describe) -> list[Array]:
-        a = some(6000, dst, 3).reshape(30, 40, 5)[:, ::2, 1:4]
-        b = some(6000, src, 4).reshape(5, 40, 30).transpose(2, 1, 0)[:, ::2, 1:4]
+        a = draw(6000, dst, 3).reshape(30, 40, 5)[:, ::2, 1:4]
+        b = draw(6000, src, 4).reshape(5, 40, 30).transpose(2, 1, 0)[:, ::2, 1:4]
         form = f"{dst}~" if dst == "bf16" else ""
         run("lerp", [Pair("x", describe(a, dst), describe(b, src), form)])
         return [a, b]
@@ -134,7 +134,7 @@ ORDERS = {
 @pytest.mark.parametrize(
     "operation", ["lerp", pytest.param("lerp_measured", marks=pytest.mark.slow)]
 )
-def test_random_bits_of_indices_in_another_order_than_memory(
+def test_random_bits_follow_indices_instead_of_memory_order(
     gpu: StubGpu, operation: str, dst: str, src: str, order: str
 ) -> None:
     shape, axes, whole, offset = ORDERS[order]
@@ -142,7 +142,7 @@ def test_random_bits_of_indices_in_another_order_than_memory(
 
     def work(describe: Describe) -> list[Array]:
         a, b = (
-            some(size, code, seed).reshape(stored).transpose(np.argsort(axes))
+            draw(size, code, seed).reshape(stored).transpose(np.argsort(axes))
             for seed, code in enumerate((dst, src))
         )
         weights = describe(b, src, whole=whole, offset=offset)
@@ -154,12 +154,12 @@ def test_random_bits_of_indices_in_another_order_than_memory(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("src", ["f32", "bf16"])
-def test_several_averages_and_their_measures(gpu: StubGpu, src: str) -> None:
+def test_several_averages_and_measures_equal_the_cpu(gpu: StubGpu, src: str) -> None:
     measures = []
 
     def work(describe: Describe) -> list[Array]:
-        x = some(40_003, src, 4)
-        averages = [some(40_003, "f32", 5 + k) for k in range(3)]
+        x = draw(40_003, src, 4)
+        averages = [draw(40_003, "f32", 5 + k) for k in range(3)]
         pairs = [
             Pair("x", describe(a, "f32"), describe(x, src), average_index=k)
             for k, a in enumerate(averages)
@@ -176,7 +176,7 @@ def test_several_averages_and_their_measures(gpu: StubGpu, src: str) -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 777, 1002])
-def test_what_is_not_finite_is_found(gpu: StubGpu, place: int, value: float) -> None:
+def test_nonfinite_values_are_found(gpu: StubGpu, place: int, value: float) -> None:
     x = numbers(1003, "f32", 5)
     there = {"code": "f32", "device": "cuda:0", "context": gpu.context}
     program = run("finite", [Pair("x", spec_of(np.ones_like(x), **there), spec_of(x, **there))])
@@ -188,13 +188,13 @@ def test_what_is_not_finite_is_found(gpu: StubGpu, place: int, value: float) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dst", "src", "ring"), [("f32", "f32", "f32"), ("f32", "bf16", "bf16")])
-def test_windowed_means(gpu: StubGpu, dst: str, src: str, ring: str) -> None:
+def test_windowed_means_equal_the_cpu(gpu: StubGpu, dst: str, src: str, ring: str) -> None:
     size, slots = 40_003, 3
 
     def work(describe: Describe) -> list[Array]:
-        mean, x, residual = some(size, dst, 6), some(size, src, 7), some(size, "f32", 8)
-        room = -(-size // 64) * 64  # as rings are allocated: every slot begins at a cache line
-        kept = some(slots * room, ring, 9).reshape(slots, room)
+        mean, x, residual = draw(size, dst, 6), draw(size, src, 7), draw(size, "f32", 8)
+        room = -(-size // 64) * 64  # rings start every slot at a cache line
+        kept = draw(slots * room, ring, 9).reshape(slots, room)
         pair = Pair("x", describe(mean, dst), describe(x, src), "", describe(residual, "f32"))
         pair = pair._replace(ring=(describe(kept[0, :size], ring), kept.strides[0]))
         program = Program({"all": [pair]})

@@ -1,4 +1,4 @@
-"""What is measured while an average is updated, and the search for what is not finite."""
+"""Measures taken while an average is updated."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_measures_of_an_update_are_sums_over_its_rows(dst: str, src: str, layout
     before = [numbers(n, code, i) for i, n in enumerate(SIZES)]
     sources = [numbers(n, src, 50 + n) for n in SIZES]
     for a, x in zip(before, sources, strict=True):
-        equal = np.arange(1.0, 1 + len(a[::3])) % 100 / 16  # which stand still
+        equal = np.arange(1.0, 1 + len(a[::3])) % 100 / 16  # these stand still
         a[::3], x[::3] = reference.encode(equal, code), reference.encode(equal, src)
     settings = {"layout": layout, "seed": 11, "step": 12}
     after, plain = ([a.copy() for a in before] for _ in range(2))
@@ -37,7 +37,7 @@ def test_measures_of_an_update_are_sums_over_its_rows(dst: str, src: str, layout
     )
     results = run("lerp_measured", (dst, src), measured, weights, **settings)
     run("lerp", (dst, src), rows, weights, **settings)
-    # Terms are rounded in the type of the arithmetic, and added in blocks of 64.
+    # Terms are rounded in the dtype of the arithmetic and added in blocks of 64.
     slack = (BLOCK + 4) * unit_roundoff("f64" if "f64" in (dst, src) else "f32")
     for i, (old, new, x) in enumerate(zip(before, after, sources, strict=True)):
         assert_same(new, plain[i], code)
@@ -51,7 +51,7 @@ def test_measures_of_an_update_are_sums_over_its_rows(dst: str, src: str, layout
         assert still < len(old) or len(old) == 1
 
 
-def test_the_two_halves_are_measured_as_one_number() -> None:
+def test_two_halves_are_measured_as_one_float32() -> None:
     avg, x = numbers(1000, "f32", 1), numbers(1000, "bf16", 2)
     x[:100] = reference.cast(avg[:100], "f32", "bf16")
     avg[:100] = reference.decode(x[:100], "bf16")

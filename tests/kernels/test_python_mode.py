@@ -47,7 +47,7 @@ SCRIPT = """
     ]
 
     def plain(side, code):
-        # Any NaN is as good as another.
+        # NaN payloads may differ.
         if code == "bf16" or side.dtype.kind in "fc":
             reals = side.view(side.real.dtype)
             reals[arrays.is_nan(side, code)] = 0x7FC0 if code == "bf16" else np.nan
@@ -85,7 +85,7 @@ SCRIPT = """
 
 @pytest.mark.slow
 def test_kernels_without_the_compiler_give_the_same_bits(python: Callable[..., str]) -> None:
-    # Forty kernels to compile, where none is in the cache.
+    # Forty kernels compile if the cache is empty.
     compiled = json.loads(python(SCRIPT, timeout=240, NUMBA_DISABLE_JIT="0"))
     plain = json.loads(python(SCRIPT, NUMBA_DISABLE_JIT="1"))
     assert len(compiled) == len(plain) > 70

@@ -1,7 +1,7 @@
-"""Random rounding: by definition, unbiased, without a pattern, and safe at the ends of the range.
+"""Stochastic rounding: as specified, unbiased, and safe at the ends of the range.
 
-What is random here is a function of its arguments: the same numbers in every run. A threshold of
-5 or 6 standard deviations is what a few thousand draws from the null distribution stay below.
+Random bits are a function of their arguments, hence the same in every run. A few thousand draws
+from the null distribution stay below a threshold of 5 or 6 standard deviations.
 """
 
 import math
@@ -32,7 +32,7 @@ def words_of(place: int, size: int, step: int = STEP, *, every: int = 1) -> Arra
     ("to_step", "of_step", "every"), [(1, 1, 1), (1, 3, 1), (3, 1, 5), (-2, 2, 70_000)]
 )
 @pytest.mark.parametrize(("dst", "src"), PAIRS)
-def test_rows_of_every_size_are_as_specified_wherever_they_lie(
+def test_rows_of_any_size_and_place_match_the_specification(
     dst: str, src: str, to_step: int, of_step: int, every: int
 ) -> None:
     layout = "flat" if (to_step, of_step) == (1, 1) else "strided"
@@ -55,8 +55,8 @@ def test_rows_of_every_size_are_as_specified_wherever_they_lie(
         of.assert_untouched()
 
 
-def rounded(values: Array, code: str, step: int = 1) -> Array:
-    """Float32 numbers rounded at random by a kernel: an update of weight 1."""
+def round_randomly(values: Array, code: str, step: int = 1) -> Array:
+    """Round float32 numbers stochastically with a kernel: an update of weight 1."""
     got = np.zeros(values.size, reference.FLOATS[code].storage)
     run("lerp", (f"{code}~", "f32"), [Row(got, values, key=KEY)], [1.0], seed=SEED, step=step)
     return got
@@ -69,14 +69,14 @@ def last_place(values: Array, code: str) -> Array:
 
 
 def scores(values: Array, code: str, groups: Array, step: int = 1) -> Iterator[float]:
-    """Mean error in each group of numbers, in units of its standard error.
+    """Yield the mean error of each group of numbers, in units of its standard error.
 
-    A number a share ``f`` of the way up goes up with probability ``f``: its error has the mean 0
-    and the variance ``f * (1 - f)``, in units of the last place.
+    A number at a fraction ``f`` between its neighbors rounds up with probability ``f``: its error
+    has mean 0 and variance ``f * (1 - f)``, in units of the last place.
     """
     exact = values.astype(np.float64)
     place = last_place(exact, code)
-    error = (reference.decode(rounded(values, code, step), code) - exact) / place
+    error = (reference.decode(round_randomly(values, code, step), code) - exact) / place
     share = np.abs(exact) / place % 1.0
     for group in np.unique(groups):
         inside = groups == group
@@ -88,7 +88,7 @@ def scores(values: Array, code: str, groups: Array, step: int = 1) -> Iterator[f
 @pytest.mark.parametrize("code", NARROW)
 def test_the_mean_error_is_zero_for_every_exponent(code: str) -> None:
     form = reference.FLOATS[code]
-    # Subnormal results included. Beyond the largest number nothing is unbiased.
+    # Subnormal results are included. Beyond the largest number, rounding is biased.
     exponents = np.arange(form.lowest - form.digits + 1, form.highest)
     draws = 1 << (15 if code == "f16" else 13)
     mantissas = 1 + np.random.default_rng(1).random((exponents.size, draws))
@@ -105,8 +105,8 @@ def test_the_mean_error_is_zero_for_every_exponent(code: str) -> None:
 
 @pytest.mark.parametrize("src", ["f32", "f64"])
 @pytest.mark.parametrize("code", NARROW)
-def test_special_numbers_stay_what_they_are(code: str, src: str) -> None:
-    # Every sign, exponent and first digits of a float32, with several rests each.
+def test_special_numbers_are_preserved(code: str, src: str) -> None:
+    # Every sign, exponent and leading fraction bits of a float32, with several tails each.
     rests = np.array([0, 1, 0x1FFF, 0x7FFF, 0x8000, 0xE000, 0xE001, 0xEFFF, 0xFFFF], np.uint32)
     bits = (np.arange(1 << 16, dtype=np.uint32)[:, None] << np.uint32(16)) | rests
     values = bits.reshape(-1).view(np.float32)
@@ -130,7 +130,7 @@ def test_special_numbers_stay_what_they_are(code: str, src: str) -> None:
         within = np.abs(exact) <= form.largest
         known, place = exact[within], last_place(exact[within], code)
         assert (np.abs(got[within] - known) < place).all()
-        # What the format holds, zeros of either sign and subnormals among it, is kept.
+        # Numbers that the format can hold, signed zeros and subnormals included, are kept.
         held = known % place == 0
         assert held.sum() > 20_000
         np.testing.assert_array_equal(got[within][held], known[held])

@@ -1,4 +1,4 @@
-"""The maths of one element, as plain Python and compiled, against the specification."""
+"""The math of one element, in plain Python and compiled, against the specification."""
 
 from collections.abc import Callable
 from itertools import product
@@ -23,7 +23,7 @@ Array = np.ndarray
 
 
 def midpoints(code: str) -> Array:
-    """Every finite pattern's value and the middle to the next one, as float64."""
+    """Return the midpoint between each finite value and the next one, as float64."""
     infinite = 0x7C00 if code == "f16" else 0x7F80
     patterns = np.arange(infinite, dtype=np.uint16)
     low = reference.decode(patterns.view(reference.FLOATS[code].storage), code)
@@ -31,14 +31,14 @@ def midpoints(code: str) -> Array:
 
 
 def around(points: Array, kind: type) -> Array:
-    """The points and their neighbours in a wider format, of both signs."""
+    """Return the points and their neighbors in a wider format, with both signs."""
     points = points.astype(kind)
     far = np.array([np.inf, np.nan, 1e-44], kind)
     sides = [np.nextafter(points, kind(0)), points, np.nextafter(points, kind(np.inf)), far]
     return np.concatenate([*sides, *(-side for side in sides)])
 
 
-def compiled(function: Callable[..., object], result: type, values: Array) -> Array:
+def run_compiled(function: Callable[..., object], result: type, values: Array) -> Array:
     @njit
     def run(out, values):
         for i in range(len(values)):
@@ -52,16 +52,16 @@ def compiled(function: Callable[..., object], result: type, values: Array) -> Ar
 def check(
     function: Callable[..., object], values: Array, want: Array, code: str, every: int
 ) -> None:
-    """Compare a function's results: compiled of all values, and in plain Python of some."""
+    """Check a function: compiled on all values, and in plain Python on some of them."""
     kind = np.dtype(np.uint16) if want.dtype.itemsize == 2 else want.dtype
-    assert_same(compiled(function, kind, values).view(want.dtype), want, code)
+    assert_same(run_compiled(function, kind, values).view(want.dtype), want, code)
     with np.errstate(all="ignore"):
         in_python = np.array([function(value) for value in values[::every]], kind)
     assert_same(in_python.view(want.dtype), want[::every], code)
 
 
 @pytest.mark.parametrize("code", EDGES)
-def test_lerp_is_the_specification(code: str) -> None:
+def test_lerp_matches_the_specification(code: str) -> None:
     real = np.dtype(reference.FLOATS[code].storage).type
     signed = [sign * edge for edge in EDGES[code] for sign in (1, -1)] + [np.nan]
     cross = np.array(list(product(signed, signed)), real)
@@ -88,13 +88,13 @@ def test_f32_is_rounded_to_nearest_even_and_nan_stays_nan(code: str) -> None:
     with np.errstate(all="ignore"):
         want = reference.cast(values, "f32", code)
     check(CODES[code], values, want, code, 53)
-    signs = compiled(CODES[code], np.uint16, nan.view(np.float32)) >> 15
+    signs = run_compiled(CODES[code], np.uint16, nan.view(np.float32)) >> 15
     assert not signs.any()
 
 
 @pytest.mark.parametrize("code", CODES)
 def test_f64_is_rounded_once(code: str) -> None:
-    # Just beside a midpoint, by less than float32 can tell: two roundings to nearest go wrong.
+    # So close to a midpoint that rounding to float32 first gives a wrong result.
     middle = midpoints(code)
     near = [around(middle, np.float64), around(middle * (1 + 2.0**-40), np.float64)]
     values = np.concatenate([*near, numbers(20_000, "f64", 6, "bits")])
@@ -106,13 +106,13 @@ def test_f64_is_rounded_once(code: str) -> None:
 
     @device_fn
     def encode(value):
-        return encode_wide(value, np.uint32(0xFFFF))  # not rounded by random bits
+        return encode_wide(value, np.uint32(0xFFFF))  # not stochastic
 
     check(encode, values, want, code, 71)
 
 
-def test_an_index_is_that_of_its_place_in_runs_of_any_length() -> None:
-    """The quotient is one of whole numbers."""
+def test_index_of_is_exact_in_runs_of_any_length() -> None:
+    """Its float32 division must give the integer quotient."""
 
     @njit
     def rows(out, runs, first, step, jump):

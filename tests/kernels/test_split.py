@@ -1,4 +1,4 @@
-"""A float32 average in two halves: the nearest bfloat16, and what completes it."""
+"""A float32 average in two halves: the nearest bfloat16 and a residual."""
 
 from itertools import product
 
@@ -17,8 +17,8 @@ SOURCES = ["f32", "bf16", "f16", "f64"]
 Array = np.ndarray
 
 
-def joined(high: Array, residual: Array) -> Array:
-    """The float32: the high half was rounded up where the low half's first bit is set."""
+def join(high: Array, residual: Array) -> Array:
+    """Join halves to float32; the high one was rounded up if the residual's first bit is set."""
     wide, rest = high.astype(np.uint32) << np.uint32(16), residual.astype(np.uint32)
     nan = (high & 0x7FFF) > 0x7F80
     borrowed = np.where(nan, 0, rest >> np.uint32(15)).astype(np.uint32) << np.uint32(16)
@@ -28,7 +28,7 @@ def joined(high: Array, residual: Array) -> Array:
 @pytest.mark.parametrize("steps", [(1, 1), (2, 1), (1, 3), (-3, 2)])
 @pytest.mark.parametrize("kind", ["weights", "bits"])
 @pytest.mark.parametrize("src", SOURCES)
-def test_updates_are_those_of_a_float32(src: str, kind: str, steps: tuple[int, int]) -> None:
+def test_split_updates_equal_float32_updates(src: str, kind: str, steps: tuple[int, int]) -> None:
     layout = "flat" if steps == (1, 1) else "strided"
     sizes = [0, 1, BLOCK - 1, BLOCK + 1, 3 * BLOCK + 7]
     for n, w in product(sizes, (1e-3, 0.3, 1.0, 0.0)):
@@ -39,7 +39,7 @@ def test_updates_are_those_of_a_float32(src: str, kind: str, steps: tuple[int, i
         row = Row(high, of.array, *steps, residual=residual)
         run("lerp", (SPLIT, src), [row], [w], layout=layout)
         want = reference.lerp(avg, x, w, "f32", src)
-        assert_same(joined(high, residual), want, "f32")
+        assert_same(join(high, residual), want, "f32")
         assert_same(high, reference.split(want)[0], "bf16")
         for side in halves:
             side.assert_rest_untouched()
@@ -47,8 +47,8 @@ def test_updates_are_those_of_a_float32(src: str, kind: str, steps: tuple[int, i
 
 
 @pytest.mark.parametrize("low", [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
-def test_weights_of_float32_change_places_with_both_halves_and_no_bit_is_lost(low: int) -> None:
-    """Every high half of a float32, NaNs of all kinds among them, on either side."""
+def test_swapping_split_averages_with_float32_weights_loses_no_bit(low: int) -> None:
+    """Every high half of a float32, all kinds of NaN included, on either side."""
     weights = (np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)) | np.uint32(low)
     start = numbers(weights.size, "f32", 2, "bits")
     high, residual = reference.split(start)
@@ -57,9 +57,9 @@ def test_weights_of_float32_change_places_with_both_halves_and_no_bit_is_lost(lo
     run("swap", (SPLIT, "raw4"), rows)
     assert_same(weights.view(np.float32), start, "f32")
     plain = ~np.isnan(before.view(np.float32))
-    assert_same(joined(high, residual)[plain], before.view(np.float32)[plain], "f32")
+    assert_same(join(high, residual)[plain], before.view(np.float32)[plain], "f32")
     run("swap", (SPLIT, "raw4"), rows)
     np.testing.assert_array_equal(weights, before)
     finite = ~np.isnan(start)
     np.testing.assert_array_equal([high[finite], residual[finite]], [h[finite] for h in halves])
-    assert_same(joined(high, residual), start, "f32")
+    assert_same(join(high, residual), start, "f32")

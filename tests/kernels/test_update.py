@@ -1,4 +1,4 @@
-"""Updates, copies and swaps of every pair of formats, to the bit, on rows made by hand."""
+"""Updates, copies and swaps of every pair of formats, to the bit, on rows built by hand."""
 
 from itertools import product
 
@@ -11,7 +11,7 @@ from ..support import reference
 from ..support.arrays import assert_same, guarded, numbers
 from .rows import Row, run
 
-# What rounds by random bits, or lies in two halves, has files of its own.
+# Stochastic formats are tested in test_random.py, split ones in test_split.py.
 PAIRS = list(product(reference.FLOATS, reference.FLOATS))
 OPERATIONS = ["lerp", "copy", "swap"]
 SIZES = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7]
@@ -21,7 +21,7 @@ Array = np.ndarray
 
 
 def expected(operation: str, a: Array, b: Array, dst: str, src: str, w: float) -> list[Array]:
-    """What both sides hold afterwards; a NaN may have become a quiet one."""
+    """Return what both sides hold afterwards; a NaN may have become quiet."""
     if operation == "lerp":
         return [reference.lerp(a, b, w, dst, src), b]
     moved = reference.encode(reference.decode(b, src), dst)
@@ -37,12 +37,12 @@ def check(
     starts: tuple[int, int] = (0, 0),
     steps: tuple[int, int] | None = None,
 ) -> None:
-    """Run rows of numbers and compare both sides, and that nothing around them is written."""
+    """Run rows, compare both sides, and assert that nothing around them is written."""
     watched, want = [], []
     for side in sides:
         row = zip(side, starts, steps or (1, 1), strict=True)
         watched.append([guarded(array, start, (step,)) for array, start, step in row])
-        a, b = (one.array.copy() for one in watched[-1])  # as they are where elements overlap
+        a, b = (one.array.copy() for one in watched[-1])  # read back: elements may overlap
         want.append(expected(operation, a, b, *formats, w))
     rows = [Row(to.array, of.array, *(steps or ())) for to, of in watched]
     run(operation, formats, rows, [w], layout="strided" if steps else "flat")
@@ -55,7 +55,7 @@ def check(
 
 
 def specials(code: str) -> Array:
-    """Numbers that are hard on arithmetic, as stored."""
+    """Return numbers that are hard on arithmetic, as stored."""
     form = reference.FLOATS[code]
     unit = 2.0 ** (1 - form.digits)
     normal = 2.0**form.lowest
@@ -67,7 +67,7 @@ def specials(code: str) -> Array:
 
 @pytest.mark.parametrize(("dst", "src"), PAIRS)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_rows_of_every_size_are_as_specified_wherever_they_begin(
+def test_rows_of_any_size_and_start_match_the_specification(
     operation: str, dst: str, src: str
 ) -> None:
     sides = [(numbers(n, dst, n), numbers(n, src, n + 99)) for n in SIZES]
@@ -77,7 +77,7 @@ def test_rows_of_every_size_are_as_specified_wherever_they_begin(
 
 @pytest.mark.parametrize(("dst", "src"), PAIRS)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_kind_of_number_is_as_specified(operation: str, dst: str, src: str) -> None:
+def test_every_kind_of_number_matches_the_specification(operation: str, dst: str, src: str) -> None:
     a, b = specials(dst), specials(src)
     random = [numbers(20_000, code, 7, "bits") for code in (dst, src)]
     avg = np.concatenate([np.repeat(a, len(b)), random[0]])
@@ -95,13 +95,13 @@ def test_every_kind_of_number_is_as_specified(operation: str, dst: str, src: str
     check(operation, (dst, src), [(avg, x)])
 
 
-# Strided loops run the same element: one pair of each kind suffices beyond the update.
+# Strided loops share the code of one element, so one pair of each kind suffices.
 @pytest.mark.parametrize(
     ("dst", "src"), [("f32", "bf16"), ("bf16", "f64"), ("f16", "f16"), ("f64", "f16")]
 )
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("steps", [(1, 3), (3, 1), (2, 5), (-1, 2), (2, -3), (1, 0)])
-def test_spaced_elements_are_as_specified(
+def test_strided_rows_match_the_specification(
     operation: str, dst: str, src: str, steps: tuple[int, int]
 ) -> None:
     if operation == "swap" and 0 in steps:  # an expanded tensor is not written
@@ -113,7 +113,7 @@ def test_spaced_elements_are_as_specified(
 @pytest.mark.parametrize("layout", ["flat", "strided"])
 @pytest.mark.parametrize("raw", RAW)
 @pytest.mark.parametrize("operation", ["copy", "swap"])
-def test_bits_are_moved(operation: str, raw: str, layout: str) -> None:
+def test_raw_copies_and_swaps_keep_every_bit(operation: str, raw: str, layout: str) -> None:
     steps = (1, 1) if layout == "flat" else (2, 3)
     for n in SIZES:
         to, of = (guarded(numbers(n, RAW[raw], k), k, steps[k : k + 1]) for k in (0, 1))
@@ -125,15 +125,15 @@ def test_bits_are_moved(operation: str, raw: str, layout: str) -> None:
         of.assert_rest_untouched()
 
 
-def as_it_comes_back(pattern: Array) -> Array:
-    """A signalling NaN that would be an infinity in 16 bits, which no arithmetic makes, quiet."""
+def quiet_signaling_nan(pattern: Array) -> Array:
+    """Quiet the signaling NaNs, never results of arithmetic, whose upper 16 bits are infinity."""
     size = pattern & np.uint32(0x7FFFFFFF)
     changed = (size > 0x7F800000) & (size < 0x7F810000)
     return np.where(changed, pattern | np.uint32(0x400000), pattern)
 
 
 def patterns(kind: int | str) -> Array:
-    """Of float32: random ones and ties, or every high half with one low half."""
+    """Return float32 patterns: random ones and ties, or every high half with one low half."""
     if isinstance(kind, int):
         return (np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)) | np.uint32(kind)
     found = numbers(30_000, "u32", 1, "bits")
@@ -144,9 +144,7 @@ def patterns(kind: int | str) -> Array:
 
 @pytest.mark.parametrize("layout", ["flat", "strided"])
 @pytest.mark.parametrize("kind", ["random", 0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
-def test_an_average_is_parked_in_the_weights_and_no_bit_is_lost(
-    kind: int | str, layout: str
-) -> None:
+def test_parking_an_average_in_the_weights_loses_no_bit(kind: int | str, layout: str) -> None:
     step = 1 if layout == "flat" else 2
     pattern = patterns(kind)
     values, nan = pattern.view(np.float32), np.isnan(pattern.view(np.float32))
@@ -160,11 +158,11 @@ def test_an_average_is_parked_in_the_weights_and_no_bit_is_lost(
         run("park", ("raw4", "raw2"), rows, layout=layout)
         held, plain = model.array, (~nan & ~tie)[:size]
         np.testing.assert_array_equal(held[plain], nearest[:size][plain])
-        # Of two that are as near, the one further from zero.
+        # Ties round away from zero.
         np.testing.assert_array_equal(held[tie[:size]], (pattern[:size][tie[:size]] >> 16) + 1)
         assert np.isnan(reference.decode(held[nan[:size]], "bf16")).all()
         run("unpark", ("raw4", "raw2"), rows, layout=layout)
         np.testing.assert_array_equal(model.array, weight)
-        np.testing.assert_array_equal(avg.array, as_it_comes_back(pattern[:size]))
+        np.testing.assert_array_equal(avg.array, quiet_signaling_nan(pattern[:size]))
         avg.assert_rest_untouched()
         model.assert_rest_untouched()

@@ -1,4 +1,4 @@
-"""The windowed mean in one pass: exact at every step, for a million of them."""
+"""The windowed mean in one pass: exact at every step."""
 
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ Array = np.ndarray
 
 
 class Mean(NamedTuple):
-    """The memory of a windowed mean."""
+    """The arrays and table rows of a windowed mean."""
 
     mean: Array
     rest: Array
@@ -49,10 +49,10 @@ class Mean(NamedTuple):
         run("window", self.formats, self.rows, [number], layout=layout, seed=1, **args)
 
 
-def memory(
+def make_mean(
     formats: tuple[str, ...], x: Array, window: int, rows: int = 3, step: int = 1, of_step: int = 1
 ) -> Mean:
-    """Nothing in it is zero at first: the first update must not look at what was there."""
+    """Allocate a mean filled with sevens, since the first update must not read old contents."""
     n = x.size
     dst, _, ring_format, rest_format = (code.strip("~") for code in formats)
     sevens = [np.full(n, 7, reference.FLOATS[code].storage) for code in (dst, rest_format)]
@@ -70,7 +70,7 @@ def memory(
     return Mean(mean, rest, ring, table, formats, watched)
 
 
-# A kernel of windowed means takes three seconds to compile: of most formats, with the slow tests.
+# A windowed-mean kernel takes three seconds to compile, so most formats are slow tests.
 @pytest.mark.each_value
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize(
@@ -80,13 +80,13 @@ def memory(
         for one in FORMATS
     ],
 )
-def test_the_mean_and_its_remainder_are_those_of_what_is_in_the_ring(
+def test_mean_and_remainder_equal_the_mean_of_the_ring(
     formats: tuple[str, ...], window: int
 ) -> None:
     dst, src, ring, rest = formats
     code, size = dst.strip("~"), 3 * (BLOCK + 5)
     x = numbers(size, src, 0)
-    held = memory(formats, x, window)
+    held = make_mean(formats, x, window)
     seen: list[Array] = []
     u = unit_roundoff("f64" if "f64" in (dst, src) else "f32")
     for turn in range(1, 2 * window + 9):
@@ -95,8 +95,8 @@ def test_the_mean_and_its_remainder_are_those_of_what_is_in_the_ring(
         held.step(turn)
         want = reference.windowed_mean(np.array(seen[-window:]), window)
         got = reference.decode(held.mean, code)
-        # What the mean and its remainder are off by together: what arithmetic leaves out, and the
-        # rounding of the remainder, in two windows of updates. Long doubles have 64 bits.
+        # The joint error of mean and remainder: what arithmetic drops, and the rounding of the
+        # remainder, over two windows of updates. Long doubles have 64 bits.
         largest = np.abs(np.array(seen[-2 * window :])).max()
         once = cast_bound(np.abs(want).astype(float), code) * (2 if "~" in dst else 1)
         slack = 8 * window * u * u * largest + 2 * window * unit_roundoff(rest) * once.max()
@@ -113,12 +113,12 @@ def test_the_mean_and_its_remainder_are_those_of_what_is_in_the_ring(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("formats", FAST, ids="-".join)
-def test_spaced_elements_have_the_bits_of_adjacent_ones(formats: tuple[str, ...]) -> None:
+def test_strided_means_equal_dense_ones_to_the_bit(formats: tuple[str, ...]) -> None:
     n = 70
     of = guarded(numbers(n, formats[1], 1), 0, (2,))
-    spaced = memory(formats, of.array, 3, 1, step=3, of_step=2)
+    spaced = make_mean(formats, of.array, 3, 1, step=3, of_step=2)
     x = of.array.copy()
-    dense = memory(formats, x, 3, 1)
+    dense = make_mean(formats, x, 3, 1)
     for turn in range(1, 9):
         of.array[:] = x[:] = numbers(n, formats[1], turn)
         spaced.step(turn)
@@ -134,7 +134,7 @@ WINDOW, SLOT, TURN, NEXT = abi.WINDOW, abi.SLOT, abi.TURN, abi.NEXT
 
 @njit
 def steps(made, table, rows, number, numbers, control, x, mean, history, at):
-    """Run the kernel over a history; the means after the updates ``at``."""
+    """Run the kernel over a history and return the means after the updates ``at``."""
     kept = np.empty((len(at), x.size))
     number_of = 0
     for i in range(len(history)):

@@ -1,4 +1,4 @@
-"""Every word means the same as plain Python and in a kernel."""
+"""Every function of `words` gives the same result in plain Python and in a kernel."""
 
 from collections.abc import Callable
 from itertools import product
@@ -26,8 +26,8 @@ converts_half = pytest.mark.skipif(
 )
 
 
-def in_kernel(word: Callable[..., object], result: np.dtype, *columns: Array) -> Array:
-    """What a word gives in a compiled loop, which is where it is vectorised."""
+def run_compiled(word: Callable[..., object], result: np.dtype, *columns: Array) -> Array:
+    """Run a word in a compiled loop, where it is vectorized."""
     names = "abc"[: len(columns)]
     loop = f"def loop(out, {', '.join(names)}):\n    for i in range(len(out)):\n"
     loop += f"        out[i] = word({', '.join(f'{name}[i]' for name in names)})\n"
@@ -38,19 +38,19 @@ def in_kernel(word: Callable[..., object], result: np.dtype, *columns: Array) ->
     return out
 
 
-def in_python(word: Callable[..., object], result: np.dtype, *columns: Array) -> Array:
+def run_python(word: Callable[..., object], result: np.dtype, *columns: Array) -> Array:
     values = [word(*row) for row in zip(*columns, strict=True)]
     assert all(np.result_type(value) == result for value in values)
     return np.array(values, result)
 
 
 def check(word: Callable[..., object], want: Array, *columns: Array, every: int = 1) -> None:
-    """Compare a word with what it must give, bit for bit but for NaN; in Python on some rows."""
+    """Check a word to the bit, except NaN bits: compiled on all rows, in Python on some."""
     code = {"float32": "f32", "float64": "f64"}.get(want.dtype.name, "u32")
-    assert_same(in_kernel(word, want.dtype, *columns), want, code)
+    assert_same(run_compiled(word, want.dtype, *columns), want, code)
     some = [column[::every] for column in columns]
     with np.errstate(all="ignore"):
-        assert_same(in_python(word, want.dtype, *some), want[::every], code)
+        assert_same(run_python(word, want.dtype, *some), want[::every], code)
 
 
 @pytest.mark.parametrize("code", KINDS)
@@ -62,7 +62,7 @@ def test_nan_becomes_zero(code: str) -> None:
 
 
 @converts_half
-def test_halves_and_floats_are_converted_around_every_half() -> None:
+def test_halves_and_floats_convert_exactly_around_every_half() -> None:
     want = reference.cast(HALVES.view(np.float16), "f16", "f32")
     check(words.half_to_float, want, HALVES)
     finite = np.sort(reference.decode(np.arange(0x7C00, dtype=np.uint16).view(np.float16), "f16"))
@@ -72,7 +72,7 @@ def test_halves_and_floats_are_converted_around_every_half() -> None:
     values = np.concatenate([values, -values, np.array([np.inf, -np.inf], np.float32)])
     check(words.float_to_half, reference.cast(values, "f32", "f16").view(U16), values, every=97)
     nan = np.array([np.nan], np.float32)
-    for run in (in_python, in_kernel):
+    for run in (run_python, run_compiled):
         assert np.isnan(run(words.float_to_half, U16, nan).view(np.float16)).all()
 
 
@@ -89,7 +89,7 @@ def test_fma_is_rounded_once(code: str) -> None:
     ]
     x, y, z = np.concatenate([edges.T.astype(kind), np.array(random)], axis=1)
     with np.errstate(all="ignore"):
-        # Products that the addend cancels but for their low digits.
+        # Products that the addend cancels except for their low digits.
         few = slice(-1500, None)
         x, y, z = np.append(x, x[few]), np.append(y, y[few]), np.append(z, -x[few] * y[few])
         exact = reference._fma32 if code == "f32" else reference._fma64
@@ -98,12 +98,12 @@ def test_fma_is_rounded_once(code: str) -> None:
         check(words.fma, want.astype(kind), x, y, z)
 
 
-def test_float_to_bf16_is_the_nearest() -> None:
+def test_float_to_bf16_rounds_to_nearest() -> None:
     generator = np.random.default_rng(5)
     bits = generator.integers(0, 1 << 32, 200_000, dtype=np.uint32)
     ties = np.arange(1 << 16, dtype=np.uint32) << 16 | 0x8000
     floats = np.concatenate((bits, ties, ties - 1, ties + 1, ties & 0xFFFF0000)).view(np.float32)
-    found = in_kernel(words.float_to_bf16, np.uint16, floats)
+    found = run_compiled(words.float_to_bf16, np.uint16, floats)
     nan = np.isnan(floats)
     assert (found[nan] == 0x7FFF).all()
     np.testing.assert_array_equal(found[~nan], reference.cast(floats[~nan], "f32", "bf16"))
@@ -111,18 +111,18 @@ def test_float_to_bf16_is_the_nearest() -> None:
         assert words.float_to_bf16(x) == want
 
 
-def test_random_rounding_on_a_gpu_is_that_of_the_cpu() -> None:
-    """Of what arithmetic on bfloat16 numbers gives; a NaN there has all bits set, and stays one."""
+def test_gpu_and_cpu_round_alike_with_the_same_random_bits() -> None:
+    """For results of bfloat16 arithmetic; the GPU's NaN has all bits set and must stay a NaN."""
     generator = np.random.default_rng(6)
     bits = generator.integers(0, 1 << 32, 100_000, dtype=np.uint32)
     floats = bits.view(np.float32)
     noise = generator.integers(0, 1 << 16, len(bits), dtype=np.uint32)
-    there = in_kernel(scalar.encode_bf16_of_bf16_random_gpu, np.uint16, floats, noise)
-    here = in_kernel(scalar.encode_bf16_of_bf16_random, np.uint16, floats, noise)
+    there = run_compiled(scalar.encode_bf16_of_bf16_random_gpu, np.uint16, floats, noise)
+    here = run_compiled(scalar.encode_bf16_of_bf16_random, np.uint16, floats, noise)
     nan = np.isnan(floats)
     np.testing.assert_array_equal(there[~nan], here[~nan])
     canonical = np.full(100, 0x7FFFFFFF, np.uint32).view(np.float32)
     assert (
-        in_kernel(scalar.encode_bf16_of_bf16_random_gpu, np.uint16, canonical, noise[:100])
+        run_compiled(scalar.encode_bf16_of_bf16_random_gpu, np.uint16, canonical, noise[:100])
         == 0x7FFF
     ).all()

@@ -1,4 +1,4 @@
-"""Pairs that fit, and memory that overlaps."""
+"""Pairs must fit, and their memory must not overlap."""
 
 from itertools import product
 
@@ -31,14 +31,14 @@ def spec(address: int = 4096, shape: tuple[int, ...] = (3,), **other: object) ->
         (spec(dtype="bool"), spec(dtype="u8"), DTypeError, r"layer.*u8.*bool"),
     ],
 )
-def test_pairs_that_do_not_fit_are_named(
+def test_pairs_that_do_not_fit_are_refused_by_name(
     dst: TensorSpec, src: TensorSpec, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         check_pair(Pair("layer", dst, src))
 
 
-def elements(one: TensorSpec) -> set[int]:
+def byte_addresses(one: TensorSpec) -> set[int]:
     size = one.kind.itemsize
     return {
         one.address + size * sum(i * s for i, s in zip(index, one.strides, strict=True)) + byte
@@ -47,7 +47,7 @@ def elements(one: TensorSpec) -> set[int]:
     }
 
 
-def named(label: str, specs: list[TensorSpec]) -> Named:
+def with_names(label: str, specs: list[TensorSpec]) -> Named:
     return [(f"{label}{i}", one) for i, one in enumerate(specs)]
 
 
@@ -65,9 +65,9 @@ VIEWS = st.builds(
 
 
 @given(st.lists(VIEWS, min_size=2, max_size=9), st.integers(0, 9))
-def test_overlap_is_refused_exactly_where_it_is(specs: list[TensorSpec], count: int) -> None:
-    sides = named("w", specs[:count]), named("r", specs[count:])
-    held = {name: elements(one) for side in sides for name, one in side}
+def test_exactly_the_overlapping_tensors_are_refused(specs: list[TensorSpec], count: int) -> None:
+    sides = with_names("w", specs[:count]), with_names("r", specs[count:])
+    held = {name: byte_addresses(one) for side in sides for name, one in side}
     shared = {
         frozenset((name, other))
         for name, _ in sides[0]
@@ -83,17 +83,17 @@ def test_overlap_is_refused_exactly_where_it_is(specs: list[TensorSpec], count: 
     assert both in shared
 
 
-def test_overlap_behind_a_long_tensor_that_others_follow_is_refused() -> None:
+def test_overlap_with_a_long_tensor_before_others_is_refused() -> None:
     long, ended, after = spec(4096, (1000,)), spec(4200, (3,)), spec(4400, (3,))
     with pytest.raises(LayoutError, match=r"long .* after .* overlap"):
         refuse_overlap([("after", after)], [("long", long), ("ended", ended)])
 
 
-def may_overlap(written: Named, read: Named) -> bool:
-    """Whether spans meet, gaps included."""
+def spans_meet(written: Named, read: Named) -> bool:
+    """Return whether any spans meet, gaps included."""
 
     def reach(one: TensorSpec) -> range:
-        found = elements(one)
+        found = byte_addresses(one)
         return range(min(found), max(found) + 1) if found else range(0)
 
     def meet(one: range, other: range) -> bool:
@@ -107,23 +107,23 @@ MOVES = st.lists(st.integers(0, 60).map(lambda step: 3584 + 16 * step), min_size
 
 
 @given(SIDE, SIDE, MOVES, MOVES)
-def test_a_guard_notices_spans_that_meet_wherever_they_moved(
+def test_a_guard_notices_spans_that_meet_after_any_move(
     written: list[TensorSpec], read: list[TensorSpec], there: list[int], elsewhere: list[int]
 ) -> None:
-    def moved(side: Named, to: list[int] | None) -> Named:
+    def move_side(side: Named, to: list[int] | None) -> Named:
         places = [one.address for _, one in side] if to is None else to
         return [(name, one.at(at)) for (name, one), at in zip(side, places, strict=False)]
 
-    ours, theirs = named("w", written), named("r", read)
+    ours, theirs = with_names("w", written), with_names("r", read)
     guard = OverlapGuard(ours, theirs)
-    # The last: nothing is kept from call to call.
+    # The last entry checks that nothing is kept from call to call.
     for moves in ((None, None), (there, None), (None, there), (there, elsewhere), (None, None)):
-        now = [moved(side, to) for side, to in zip((ours, theirs), moves, strict=True)]
+        now = [move_side(side, to) for side, to in zip((ours, theirs), moves, strict=True)]
         addresses = [
             None if to is None else {name: one.address for name, one in side}
             for side, to in zip(now, moves, strict=True)
         ]
-        assert guard.may_overlap(*addresses) == may_overlap(*now)
-        if not guard.may_overlap(*addresses):  # what it lets pass the exact test lets pass
+        assert guard.may_overlap(*addresses) == spans_meet(*now)
+        if not guard.may_overlap(*addresses):  # then the exact test passes too
             for one in now[0]:
                 refuse_overlap([one], now[1])

@@ -1,4 +1,4 @@
-"""Dtypes and tensors as they are described."""
+"""Descriptions of dtypes and tensors."""
 
 from itertools import product
 
@@ -25,7 +25,7 @@ AXES = st.lists(st.tuples(st.integers(0, 4), st.integers(-9, 9)), max_size=4)
 
 
 @given(AXES, st.sampled_from(["f32", "bf16", "c128", "bool"]))
-def test_a_span_holds_every_element_and_dense_is_one_stretch_without_gaps(
+def test_a_span_covers_every_element_and_dense_means_no_gaps(
     axes: list[tuple[int, int]], code: str
 ) -> None:
     one = spec(tuple(n for n, _ in axes), tuple(s for _, s in axes), code)
@@ -56,7 +56,7 @@ def test_a_span_holds_every_element_and_dense_is_one_stretch_without_gaps(
         *(("f32", "i32", None), ("f32", "c64", None), ("c64", "f16", None), ("c128", "bf16", None)),
     ],
 )
-def test_an_average_has_the_dtype_that_is_wanted_if_it_can_hold_it(
+def test_an_average_gets_the_requested_dtype_or_is_refused(
     weights: str, wanted: str | None, average: str | None
 ) -> None:
     chosen = None if wanted is None else dtype(wanted)
@@ -97,21 +97,19 @@ def test_averaged_dtypes_are_in_the_table_of_pytorch_functions() -> None:
     assert _FORMS.keys() >= {one.code for one in REALS} | random, "_FORMS in torch_foreach.py"
 
 
-def test_dtypes_are_rounded_at_random_where_there_is_a_format_for_it() -> None:
-    """A dtype without the mark would be rounded to nearest, and a small average stand still."""
+def test_dtypes_with_a_stochastic_format_are_marked_random() -> None:
+    """A dtype without the mark would round to nearest, and its averages could stand still."""
     formats = {name.removesuffix("~") for name in FORMATS if name.endswith("~")}
     assert {one.code for one in REALS if one.random} == formats
     assert {name.removesuffix("~") for name in variants.FORMS if name.endswith("~")} == formats
 
 
 @given(st.lists(st.integers(0, 200)), st.sampled_from([1, 2, 4, 8, 16]))
-def test_tensors_in_a_flat_buffer_begin_at_lines_and_do_not_touch(
-    sizes: list[int], itemsize: int
-) -> None:
+def test_tensors_in_a_flat_buffer_are_aligned_and_disjoint(sizes: list[int], itemsize: int) -> None:
     length, offsets = compute_offsets(sizes, itemsize)
     assert all(offset * itemsize % ALIGNMENT == 0 for offset in offsets)
     ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
     assert all(end <= begin for end, begin in zip(ends, offsets[1:], strict=False))
     assert length >= max(ends, default=0)
-    # Less than a line is lost per tensor.
+    # Padding is less than a line per tensor.
     assert length - sum(sizes) <= len(sizes) * ALIGNMENT // itemsize

@@ -1,4 +1,4 @@
-"""A chunk table names every pair of elements once, and nothing else."""
+"""A chunk table lists every pair of elements once, and nothing else."""
 
 import math
 from collections import Counter
@@ -20,7 +20,7 @@ CODES = [("f32", "f32"), ("f32", "bf16"), ("f16", "f64"), ("c64", "c128"), ("boo
 
 
 def elements(one: TensorSpec) -> list[int]:
-    """Addresses of all reals, by index."""
+    """Return the addresses of all real numbers, in index order."""
     parts = one.kind.parts
     return [
         one.address
@@ -31,21 +31,21 @@ def elements(one: TensorSpec) -> list[int]:
     ]
 
 
-def named(rows: np.ndarray, base: int, step: int, spec: TensorSpec) -> list[int]:
-    """What a column of addresses, and how far they are apart, make of every element."""
+def addresses_of(rows: np.ndarray, base: int, step: int, spec: TensorSpec) -> list[int]:
+    """Return every element's address, from a column of base addresses and one of steps."""
     size = spec.kind.itemsize // spec.kind.parts
     return [int(row[base] + i * row[step] * size) for row in rows for i in range(row[abi.COUNT])]
 
 
-def check(pairs: list[Pair], chunk: int = CHUNK) -> dict[str, np.ndarray]:
-    """Assert that the tables of some pairs of one dtype name what they should."""
+def check_tables(pairs: list[Pair], chunk: int = CHUNK) -> dict[str, np.ndarray]:
+    """Return the tables of pairs of one dtype; assert that they list exactly their elements."""
     want = Counter(
         both for pair in pairs for both in zip(elements(pair.dst), elements(pair.src), strict=True)
     )
     tables, found = table.build_tables(pairs), Counter[tuple[int, int]]()
     for layout, rows in tables.items():
-        dst = named(rows, abi.DST, abi.DST_STEP, pairs[0].dst)
-        found.update(zip(dst, named(rows, abi.SRC, abi.SRC_STEP, pairs[0].src), strict=True))
+        dst = addresses_of(rows, abi.DST, abi.DST_STEP, pairs[0].dst)
+        found.update(zip(dst, addresses_of(rows, abi.SRC, abi.SRC_STEP, pairs[0].src), strict=True))
         assert rows.shape[1] == abi.COLUMNS
         assert rows.dtype == np.int64
         assert rows.flags.c_contiguous
@@ -59,10 +59,10 @@ def check(pairs: list[Pair], chunk: int = CHUNK) -> dict[str, np.ndarray]:
     return tables
 
 
-def indices(pair: Pair) -> dict[int, int]:
-    """Address of each written element to its index in the whole tensor, if none is written twice.
+def indices_by_address(pair: Pair) -> dict[int, int]:
+    """Map the address of each written element, none of them twice, to its index in the tensor.
 
-    No row has indices of two high halves.
+    Assert that the indices of a row share their high half.
     """
     found: dict[int, int] = {}
     for layout, rows in table.build_tables([pair]).items():
@@ -73,12 +73,12 @@ def indices(pair: Pair) -> dict[int, int]:
             assert len({index >> 32 for index in mine}) == 1
             if layout == "flat":
                 assert mine == list(range(first, first + len(runs)))
-            addresses = named(row[None], abi.DST, abi.DST_STEP, pair.dst)
+            addresses = addresses_of(row[None], abi.DST, abi.DST_STEP, pair.dst)
             found |= dict(zip(addresses, mine, strict=True))
     return found
 
 
-def dense(
+def dense_spec(
     shape: tuple[int, ...], code: str, address: int, order: tuple[int, ...] | None = None
 ) -> TensorSpec:
     strides, step = [0] * len(shape), 1
@@ -95,7 +95,7 @@ AXES = st.lists(
 
 
 @given(AXES, st.sampled_from(CODES), st.sampled_from([3, 7, CHUNK]))
-def test_pairs_of_any_strides_are_named_with_what_goes_with_them(
+def test_tables_list_pairs_of_any_strides_with_their_companions(
     axes: list[tuple[int, int, int]], codes: tuple[str, str], chunk: int
 ) -> None:
     shape, strides = tuple(n for n, _, _ in axes), tuple(d for _, d, _ in axes)
@@ -104,7 +104,7 @@ def test_pairs_of_any_strides_are_named_with_what_goes_with_them(
     pair = Pair("t", dst, src)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table, "CHUNK", chunk)
-        check([pair], chunk)
+        check_tables([pair], chunk)
     if codes[0] == "bool":
         return
     residual = TensorSpec(1 << 40, shape, strides, "c128" if dst.kind.parts == 2 else "f64", "cpu")
@@ -118,7 +118,7 @@ def test_pairs_of_any_strides_are_named_with_what_goes_with_them(
         assert (rows[:, abi.COUNT] <= chunk).all()
         assert (rows[:, abi.RING_STRIDE] == 4000).all()
         steps = {base: abi.SRC_STEP if base == abi.SRC else abi.DST_STEP for base in sides}
-        parts = [named(rows, base, steps[base], spec) for base, spec in sides.items()]
+        parts = [addresses_of(rows, base, steps[base], spec) for base, spec in sides.items()]
         found.update(zip(*parts, strict=True))
     assert found == Counter(zip(*map(elements, sides.values()), strict=True))
 
@@ -135,7 +135,7 @@ EXTENTS = st.one_of(st.integers(0, 5), st.integers(2**16 - 3, 2**16), st.integer
 )
 @example([(4, 2**32 - 2, 0)], [0, 1, 2, 3], [0, 1, 2, 3], [1] * 4, CHUNK)
 @example([(3, 0, 0), (4, 2**32 - 2, 0)], [1, 0, 2, 3], [0, 1, 2, 3], [1] * 4, CHUNK)
-def test_indices_are_those_in_the_whole_tensor_in_row_major_order(
+def test_indices_are_row_major_in_the_whole_tensor(
     axes: list[tuple[int, int, int]], to: list[int], of: list[int], spread: list[int], chunk: int
 ) -> None:
     shape = tuple(n for n, _, _ in axes)
@@ -153,7 +153,7 @@ def test_indices_are_those_in_the_whole_tensor_in_row_major_order(
 
     pair = Pair("t", side(to, "bf16", 1 << 40), side(of, "f32", 1 << 50), "bf16~")
     strides = [math.prod(whole[axis + 1 :]) for axis in range(len(whole))]
-    # A table has a row for every 2**32 indices between the first and the last: a few thousand here.
+    # A table has a row per 2**32 indices between the first and the last: a few thousand here.
     assume(sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) < 2**43)
     places = product(*(range(n) for n in shape))
     want = {
@@ -162,23 +162,23 @@ def test_indices_are_those_in_the_whole_tensor_in_row_major_order(
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table, "CHUNK", chunk)
-        check([pair], chunk)
-        assert indices(pair) == want
+        check_tables([pair], chunk)
+        assert indices_by_address(pair) == want
         bare = pair._replace(dst=replace(pair.dst, whole=None, offset=None))
-        assert indices(bare) == want
+        assert indices_by_address(bare) == want
 
 
-def averages(count: int, shape: tuple[int, ...], name: str, address: int) -> list[Pair]:
-    """Several averages of one tensor."""
-    src = dense(shape, "f32", address)
-    places = [dense(shape, "f32", address + (1 + index << 30)) for index in range(count)]
+def average_pairs(count: int, shape: tuple[int, ...], name: str, address: int) -> list[Pair]:
+    """Return a pair for each of several averages of one tensor."""
+    src = dense_spec(shape, "f32", address)
+    places = [dense_spec(shape, "f32", address + (1 + index << 30)) for index in range(count)]
     return [Pair(name, dst, src, average_index=index) for index, dst in enumerate(places)]
 
 
 @pytest.mark.parametrize("size", [1, SHARED_CHUNK, 3 * SHARED_CHUNK + 5])
-def test_rows_that_read_one_chunk_follow_each_other(size: int) -> None:
-    pairs = averages(3, (size,), "a", 1 << 40) + averages(3, (0,), "none", 1 << 43)
-    pairs += averages(3, (2, 7), "b", 1 << 44)
+def test_rows_that_read_the_same_chunk_are_adjacent(size: int) -> None:
+    pairs = average_pairs(3, (size,), "a", 1 << 40) + average_pairs(3, (0,), "none", 1 << 43)
+    pairs += average_pairs(3, (2, 7), "b", 1 << 44)
     (rows,) = table.build_tables(pairs, num_averages=3).values()
     assert len(rows) == 3 * (-(-size // SHARED_CHUNK) + 1)
     for first in range(0, len(rows), 3):
@@ -191,18 +191,18 @@ def test_rows_that_read_one_chunk_follow_each_other(size: int) -> None:
             assert len({*claimed[:, column].tolist()}) == count
     for pair in pairs:
         mine = rows[(rows[:, abi.KEY] == table.tensor_key(pair))]
-        assert named(mine, abi.DST, abi.DST_STEP, pair.dst) == elements(pair.dst)
-        assert named(mine, abi.SRC, abi.SRC_STEP, pair.src) == elements(pair.src)
+        assert addresses_of(mine, abi.DST, abi.DST_STEP, pair.dst) == elements(pair.dst)
+        assert addresses_of(mine, abi.SRC, abi.SRC_STEP, pair.src) == elements(pair.src)
 
 
 @pytest.mark.parametrize("codes", CODES)
 @pytest.mark.parametrize("order", list(permutations(range(4))))
-def test_dense_tensors_are_one_stretch_in_any_order(
+def test_dense_tensors_take_one_row_in_any_axis_order(
     order: tuple[int, ...], codes: tuple[str, str]
 ) -> None:
     shape = (9, 1, 8, 7)
-    dst, src = (dense(shape, code, 1 << 20 + 9 * k, order) for k, code in enumerate(codes))
-    tables = check([Pair("t", dst, src)])
+    dst, src = (dense_spec(shape, code, 1 << 20 + 9 * k, order) for k, code in enumerate(codes))
+    tables = check_tables([Pair("t", dst, src)])
     assert {layout: len(rows) for layout, rows in tables.items()} == {"flat": 1}
     if order != (0, 1, 2, 3):
-        check([Pair("t", dst, dense(shape, codes[1], 1 << 30))])
+        check_tables([Pair("t", dst, dense_spec(shape, codes[1], 1 << 30))])

@@ -1,4 +1,4 @@
-"""Averages from snapshots: dot products by other means, and the averages that were really kept."""
+"""Averages from snapshots, checked by quadrature and against step-by-step averages."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ profiles = st.one_of(powers, exponentials)
 
 
 def masses(profile: Profile, step: int) -> np.ndarray:
-    """Integrals of the density over each step, from its closed form."""
+    """Integrate the density over each step, in closed form."""
     edges = np.arange(step + 1)
     if isinstance(profile, PowerProfile):
         return np.diff((edges / step) ** (profile.gamma + 1))
@@ -43,7 +43,7 @@ def shares(rule: rules.Rule, step: int, every: int) -> np.ndarray:
 
 @pytest.mark.parametrize("every", [1, 10])
 @pytest.mark.parametrize("half_life", [3.0, 80.0, 2000.0])
-def test_an_exponential_profile_is_that_of_the_corrected_rule(half_life: float, every: int) -> None:
+def test_an_exponential_profile_equals_the_debiased_rule(half_life: float, every: int) -> None:
     step, rule = 400, rules.half_life(half_life)
     profile = ExponentialProfile(step, half_life)
     expected = masses(profile, step).reshape(-1, every).sum(1)
@@ -55,7 +55,7 @@ def test_an_exponential_profile_is_that_of_the_corrected_rule(half_life: float, 
 
 @settings(deadline=None)
 @given(profiles, profiles)
-def test_dot_against_quadrature(one: Profile, other: Profile) -> None:
+def test_dot_equals_quadrature(one: Profile, other: Profile) -> None:
     integrate = pytest.importorskip("scipy.integrate")
     shared = min(one.step, other.step)
 
@@ -63,8 +63,8 @@ def test_dot_against_quadrature(one: Profile, other: Profile) -> None:
         time = shared - age
         return float(one.density(time) * other.density(time))
 
-    # The product falls with the age: panels that shrink towards the shared end. full_output keeps
-    # quiet where rounding stops the quadrature short of what it was asked for.
+    # The product falls with age, so panels shrink toward the shared end. full_output silences
+    # warnings that rounding keeps the quadrature from the requested accuracy.
     edges = [0.0, *(shared * np.logspace(-8, 0, 30))]
     pieces = [
         integrate.quad(product, a, b, epsabs=0, epsrel=1e-12, limit=200, full_output=1)[0]
@@ -91,7 +91,7 @@ def snapshots(count: int) -> list[PowerProfile]:
 
 
 def distance(found: Synthesis, kept: Sequence[Profile], target: Profile) -> float:
-    """Relative L2 distance of the profiles' masses in single steps."""
+    """Return the relative L2 distance between the profiles' masses per step."""
 
     def padded(profile: Profile) -> np.ndarray:
         own = masses(profile, int(profile.step))
@@ -103,7 +103,7 @@ def distance(found: Synthesis, kept: Sequence[Profile], target: Profile) -> floa
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=repr)
-def test_the_error_is_that_of_the_profile(target: Profile) -> None:
+def test_the_reported_error_is_the_distance_of_profiles(target: Profile) -> None:
     kept = snapshots(20)
     found = solve(kept, target)
     assert sum(found.coefficients) == pytest.approx(1.0, abs=1e-12)
@@ -114,7 +114,7 @@ def test_the_error_is_that_of_the_profile(target: Profile) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 5, (1000, 0.5), rules.power(0.1)], ids=repr)
-def test_what_is_no_profile(value: Any) -> None:
+def test_values_that_are_no_profiles_are_refused(value: Any) -> None:
     good = PowerProfile(10, 1)
     for call in (
         lambda: solve([good, value], good),
@@ -126,7 +126,7 @@ def test_what_is_no_profile(value: Any) -> None:
             call()
 
 
-def test_what_is_no_number() -> None:
+def test_invalid_numbers_are_refused_by_name() -> None:
     calls: list[tuple[str, Callable[[Any], object]]] = [
         ("step", lambda value: PowerProfile(value, 1.0)),
         ("step", lambda value: ExponentialProfile(value, 1.0)),

@@ -1,4 +1,4 @@
-"""How far back averages look, against the shares of all their values."""
+"""How far back averages reach, compared with the shares of all their values."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from fastema.errors import ArgumentError
 from fastema.rules import Reach, effective_steps
 
 decays = st.floats(0.0, 0.9999)
-made = st.one_of(
+plain = st.one_of(
     st.builds(rules.constant, decays),
     st.builds(rules.warmup, decays),
     st.builds(rules.inverse_gamma, decays, st.floats(0.1, 100), st.floats(0.1, 3)),
@@ -24,7 +24,7 @@ made = st.one_of(
 
 @dataclass(frozen=True)
 class Wave(rules.Rule):
-    """No rule that anything is known about; without height, one that takes in nothing."""
+    """A rule without a closed form; with height 0 and top 1, it takes in nothing."""
 
     height: float = 0.009
     top: float = 0.99
@@ -33,8 +33,8 @@ class Wave(rules.Rule):
         return self.top + self.height * math.sin(n)
 
 
-def assert_near_all_shares(rule: rules.Rule, n: int, every: int) -> None:
-    """By the definition: from the share of each value and of the beginning."""
+def assert_equals_definition(rule: rules.Rule, n: int, every: int) -> None:
+    """Compare with the definition: the shares of each value and of the initial average."""
     shares, ages, left = [], [], 1.0
     for step in range(n - n % every, 0, -every):
         w = rule.weight(step, every)
@@ -52,12 +52,12 @@ def assert_near_all_shares(rule: rules.Rule, n: int, every: int) -> None:
 
 
 @settings(deadline=None)
-@given(st.one_of(made, st.builds(rules.debiased, made)), st.integers(1, 1500), st.integers(1, 30))
-def test_against_all_shares(rule: rules.Rule, n: int, every: int) -> None:
+@given(st.one_of(plain, st.builds(rules.debiased, plain)), st.integers(1, 1500), st.integers(1, 30))
+def test_effective_steps_equal_the_definition(rule: rules.Rule, n: int, every: int) -> None:
     if n < every:
         assert effective_steps(rule, n, every) == Reach(n, 0.0, 1.0)
     else:
-        assert_near_all_shares(rule, n, every)
+        assert_equals_definition(rule, n, every)
 
 
 LONG = [
@@ -70,11 +70,11 @@ LONG = [
 
 @pytest.mark.parametrize("every", [1, 7])
 @pytest.mark.parametrize("rule", LONG, ids=repr)
-def test_long_runs_against_all_shares(rule: rules.Rule, every: int) -> None:
-    assert_near_all_shares(rule, 20_003, every)
+def test_effective_steps_of_long_runs_equal_the_definition(rule: rules.Rule, every: int) -> None:
+    assert_equals_definition(rule, 20_003, every)
 
 
-def test_what_is_no_step_and_no_rule() -> None:
+def test_invalid_steps_and_rules_are_refused() -> None:
     odd: Any
     for odd in (-1, 1.5, None, True):
         with pytest.raises(ArgumentError, match=r"^n="):

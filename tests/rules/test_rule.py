@@ -1,4 +1,4 @@
-"""Rules, and decays in other units: formulas, refusals, bias correction, descriptions."""
+"""Rules, and decays in other units: formulas, errors, bias correction, descriptions."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ updates = st.integers(1, 10**9)
 
 
 @dataclass(frozen=True)
-class Given(rules.Rule):
+class FixedDecay(rules.Rule):
     value: Any
 
     def decay(self, n: int) -> float:
@@ -47,17 +47,17 @@ class Given(rules.Rule):
 
 
 @given(every_rule, st.integers(1, 300))
-def test_the_weight_of_a_step_is_what_the_decay_leaves(rule: rules.Rule, n: int) -> None:
+def test_the_weight_of_a_step_is_one_minus_its_decay(rule: rules.Rule, n: int) -> None:
     assert rule.weight(n) == pytest.approx(1.0 - rule.decay(n), rel=1e-13, abs=2e-16)
 
 
 @given(st.sampled_from([1e-12, 1e-9, 1e-6, 1e-3, 0.3, 0.9]), st.integers(1, 10**6))
-def test_a_power_of_a_decay_near_one_keeps_its_digits(distance: float, every: int) -> None:
+def test_a_weight_over_many_steps_keeps_its_digits(distance: float, every: int) -> None:
     decay = 1.0 - distance
     with localcontext() as context:
         context.prec = 50
         exact = float(1 - Decimal(decay) ** every)
-    assert Given(decay).weight(every, every) == pytest.approx(exact, rel=1e-13, abs=0.0)
+    assert FixedDecay(decay).weight(every, every) == pytest.approx(exact, rel=1e-13, abs=0.0)
 
 
 @given(decays, updates)
@@ -76,8 +76,8 @@ def test_inverse_gamma_formula(decay: float, inv_gamma: float, power: float, n: 
 
 
 @given(st.floats(1.0, 1e9))
-def test_a_half_life_halves(length: float) -> None:
-    # Beyond this the decay itself has too few digits left below 1.
+def test_decay_to_the_power_of_its_half_life_is_one_half(length: float) -> None:
+    # The closer a decay is to 1, the fewer digits it has left.
     slack = 1e-15 * length + 1e-12
     decay = units.decay_of_half_life(length)
     assert length * math.log(decay) == pytest.approx(-math.log(2), rel=slack, abs=0.0)
@@ -86,7 +86,7 @@ def test_a_half_life_halves(length: float) -> None:
 
 @pytest.mark.parametrize("every", [1, 3, 64, 65, 1000, 40_000])
 @pytest.mark.parametrize("fraction", [0.02, 0.05, 1.0])
-def test_a_share_of_the_run_is_the_product_of_its_decays(fraction: float, every: int) -> None:
+def test_half_life_fraction_is_the_product_of_its_decays(fraction: float, every: int) -> None:
     rule = rules.half_life_fraction(fraction)
     for n in (every, 2 * every, 50 * every):
         steps = range(n - every + 1, n + 1)
@@ -96,7 +96,7 @@ def test_a_share_of_the_run_is_the_product_of_its_decays(fraction: float, every:
 
 
 @given(updates, st.sampled_from([1, 2, 100]), st.integers(0, 40))
-def test_weights_by_a_power_keep_their_digits(updates: int, every: int, gamma: int) -> None:
+def test_power_weights_keep_their_digits(updates: int, every: int, gamma: int) -> None:
     with localcontext() as context:
         context.prec = 60
         exact = float(1 - (1 - Decimal(1) / Decimal(updates)) ** (gamma + 1))
@@ -112,7 +112,7 @@ def test_power_formula(gamma: float, n: int) -> None:
 
 
 @given(st.floats(1e-6, 1 / math.sqrt(12)))
-def test_round_trip_of_sigma_rel(width: float) -> None:
+def test_sigma_rel_survives_a_round_trip(width: float) -> None:
     gamma = rules.gamma_of(width)
     assert gamma >= 0.0
     assert rules.sigma_rel_of(gamma) == pytest.approx(width, rel=1e-14, abs=0.0)
@@ -132,7 +132,7 @@ def test_slots_of_a_window_hold_the_last_values(size: int, updates: int, every: 
 
 
 @given(st.lists(st.integers(-(10**6), 10**6), min_size=1, max_size=50), st.integers(1, 100))
-def test_a_cumulative_mean_is_the_mean_of_what_it_saw(values: list[int], every: int) -> None:
+def test_a_cumulative_mean_equals_the_mean_of_its_values(values: list[int], every: int) -> None:
     rule, average = rules.cumulative_mean(), Fraction(12345)
     for k, value in enumerate(values, 1):
         average += Fraction(rule.weight(k * every, every)) * (value - average)
@@ -153,12 +153,12 @@ most = st.floats(0.0, 0.99999)
     st.integers(1, 10),
     st.lists(st.integers(-100, 100), min_size=1, max_size=30),
 )
-def test_debiased_is_the_zero_initialised_average_over_what_it_has_seen(
+def test_debiased_is_the_zero_initialized_average_over_its_total_weight(
     rule: rules.Rule, every: int, values: list[int]
 ) -> None:
     corrected = rules.debiased(rule)
     zero, seen = Fraction(0), Fraction(0)
-    average = Fraction(10**6)  # what it began with leaves no trace
+    average = Fraction(10**6)  # the initial value must not matter
     for k, value in enumerate(values, 1):
         w = Fraction(rule.weight(k * every, every))
         zero += w * (value - zero)
@@ -168,16 +168,16 @@ def test_debiased_is_the_zero_initialised_average_over_what_it_has_seen(
 
 
 @pytest.mark.parametrize("value", [float("nan"), -0.5, 1.5], ids=repr)
-def test_a_debiased_rule_that_gives_no_weight_is_named(value: float) -> None:
-    with pytest.raises(ArgumentError, match="Given"):
-        rules.debiased(Given(value)).weight(10)
+def test_a_debiased_rule_with_an_invalid_weight_is_named(value: float) -> None:
+    with pytest.raises(ArgumentError, match="FixedDecay"):
+        rules.debiased(FixedDecay(value)).weight(10)
 
 
 @given(every_rule)
-@example(Given({"first": rules.warmup(0.9), "numbers": (1, 2.5)}))
+@example(FixedDecay({"first": rules.warmup(0.9), "numbers": (1, 2.5)}))
 def test_description_and_copies_rebuild_the_rule(rule: rules.Rule) -> None:
     copies = [rules.rule_from_dict(json.loads(json.dumps(rule.to_dict()))), copy.deepcopy(rule)]
-    if not isinstance(rule, Given):
+    if not isinstance(rule, FixedDecay):
         rule.weight(7)
         copies += [eval(repr(rule), vars(rules)), pickle.loads(pickle.dumps(rule))]
         assert {hash(other) for other in copies} == {hash(rule)}
@@ -199,20 +199,20 @@ def test_description_and_copies_rebuild_the_rule(rule: rules.Rule) -> None:
     ],
     ids=repr,
 )
-def test_descriptions_of_no_rule(plain: Any) -> None:
+def test_invalid_descriptions_are_refused(plain: Any) -> None:
     with pytest.raises(ArgumentError):
         rules.rule_from_dict(plain)
 
 
-NO_NUMBERS: list[Any] = [-1, math.nan, math.inf, None, "x", True]
-NO_DECAYS: list[Any] = [1.0, 1, -1e-9, 2.0, -math.inf, [0.5], 1j]
+NOT_NUMBERS: list[Any] = [-1, math.nan, math.inf, None, "x", True]
+NOT_DECAYS: list[Any] = [1.0, 1, -1e-9, 2.0, -math.inf, [0.5], 1j]
 
-# What is called with one value, what it refuses beside those above, and what it says.
+# Functions of one value, values that they refuse besides NOT_NUMBERS, and the message.
 REFUSED: dict[str, tuple[list[Callable[[Any], object]], list[Any], str]] = {
-    "decay": ([rules.constant, rules.warmup, rules.inverse_gamma], NO_DECAYS, r"\[0, 1\)"),
+    "decay": ([rules.constant, rules.warmup, rules.inverse_gamma], NOT_DECAYS, r"\[0, 1\)"),
     "minimum": (
         [lambda value: rules.inverse_gamma(0.9, minimum=value)],
-        [*NO_DECAYS, 0.95],  # above the limit
+        [*NOT_DECAYS, 0.95],  # above the limit
         "minimum",
     ),
     "length": ([rules.half_life], [0, 0.0, [1]], "above 0"),
@@ -242,6 +242,6 @@ REFUSED: dict[str, tuple[list[Callable[[Any], object]], list[Any], str]] = {
 def test_numbers_out_of_range_are_refused_by_name(name: str) -> None:
     calls, values, words = REFUSED[name]
     for call in calls:
-        for value in [*NO_NUMBERS, *values]:
+        for value in [*NOT_NUMBERS, *values]:
             with pytest.raises(ArgumentError, match=words):
                 call(value)

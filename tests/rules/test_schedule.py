@@ -1,4 +1,4 @@
-"""When averages are updated and with what weights."""
+"""Schedules: when averages are updated, and with what weights."""
 
 import json
 import math
@@ -28,7 +28,7 @@ schedules = st.builds(Schedule, sets, st.integers(1, 50), st.integers(0, 200))
 
 
 @given(schedules, st.integers(1, 1000))
-def test_memory_is_touched_at_every_kth_step_from_the_start(schedule: Schedule, step: int) -> None:
+def test_every_kth_step_from_the_start_has_weights(schedule: Schedule, step: int) -> None:
     m, k = step - schedule.start_after, schedule.update_every
     if m < 0 or m % k:
         assert schedule.weights(step) == ()
@@ -39,7 +39,7 @@ def test_memory_is_touched_at_every_kth_step_from_the_start(schedule: Schedule, 
 
 
 @given(st.integers(1, 9), st.integers(0, 20), st.integers(1, 200), st.integers(1, 60))
-def test_steps_at_once_count_each_kth_step_among_them(
+def test_several_steps_at_once_count_every_kth_step(
     every: int, start: int, before: int, steps: int
 ) -> None:
     decay = 0.97
@@ -51,7 +51,7 @@ def test_steps_at_once_count_each_kth_step_among_them(
 
 
 @dataclass(frozen=True)
-class Given(rules.Rule):
+class FixedWeight(rules.Rule):
     value: Any
 
     def decay(self, n: int) -> Any:
@@ -62,15 +62,15 @@ class Given(rules.Rule):
 
 
 @pytest.mark.parametrize("value", [-1e-9, 1.0000001, math.nan, math.inf, None, "x", True, (0.5,)])
-def test_a_rule_that_gives_no_weight_is_named(value: Any) -> None:
-    schedule = Schedule((rules.constant(), Given(value)))
+def test_a_rule_with_an_invalid_weight_is_named(value: Any) -> None:
+    schedule = Schedule((rules.constant(), FixedWeight(value)))
     for step in (1, 5, 30):
-        with pytest.raises(ArgumentError, match=rf"Given\(value=(.|\n)*step {step}:"):
+        with pytest.raises(ArgumentError, match=rf"FixedWeight\(value=(.|\n)*step {step}:"):
             schedule.weights(step)
 
 
 @given(schedules)
-def test_description_and_repr_rebuild_it(schedule: Schedule) -> None:
+def test_description_and_repr_rebuild_the_schedule(schedule: Schedule) -> None:
     again = Schedule.from_dict(json.loads(json.dumps(schedule.to_dict())))
     assert again == schedule == eval(repr(schedule), vars(rules))
     assert hash(again) == hash(schedule)
@@ -92,12 +92,12 @@ CONSTANT = {"rule": "Constant", "value": 0.5}
     ],
     ids=repr,
 )
-def test_descriptions_of_no_schedule(plain: Any) -> None:
+def test_invalid_descriptions_are_refused(plain: Any) -> None:
     with pytest.raises(ArgumentError):
         Schedule.from_dict(plain)
 
 
-def test_what_is_no_rule() -> None:
+def test_invalid_rules_and_phases_are_refused() -> None:
     for odd in (0.9, None, "constant", (0.9,), (rules.constant(), None), (), {}, rules.Constant):
         with pytest.raises(ArgumentError, match="rule"):
             Schedule(odd)  # type: ignore[arg-type]
@@ -110,7 +110,7 @@ def test_what_is_no_rule() -> None:
 
 @pytest.mark.parametrize("start", [0, 1, 3, 10, 12])
 @pytest.mark.parametrize("phase", [0, 1, 4, 11])
-def test_a_rule_with_a_phase_is_due_where_it_says(start: int, phase: int) -> None:
+def test_a_rule_with_a_phase_is_due_at_its_phase(start: int, phase: int) -> None:
     schedule = Schedule(rules.Aligned(0.9, phase), update_every=5, start_after=start)
     for step in range(1, 40):
         want: list[float] = []

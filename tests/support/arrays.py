@@ -1,4 +1,4 @@
-"""Arrays as kernels see them: numbers of every dtype, comparison by bits, watched memory."""
+"""Arrays as kernels see them: values of every dtype, bitwise comparison and guarded memory."""
 
 from typing import Any
 
@@ -24,13 +24,13 @@ STORAGE: dict[str, Any] = {
 
 
 def bits(array: Array) -> Array:
-    """View an array as unsigned integers, so that every bit is compared; complex ones as two."""
+    """View an array as unsigned integers for bitwise comparison, complex elements as two each."""
     size = array.dtype.itemsize // (2 if array.dtype.kind == "c" else 1)
     return np.ascontiguousarray(array).reshape(-1).view(f"u{size}")
 
 
 def is_nan(array: Array, code: str) -> Array:
-    """Say which reals are NaN, of complex numbers one after the other."""
+    """Return which reals are NaN; a complex number counts as two consecutive reals."""
     if code == "bf16":
         return np.asarray((array & 0x7FFF) > 0x7F80)
     reals = np.ascontiguousarray(array).view(array.real.dtype) if array.dtype.kind == "c" else array
@@ -38,7 +38,7 @@ def is_nan(array: Array, code: str) -> Array:
 
 
 def assert_same(got: Array, want: Array, code: str) -> None:
-    """Assert that arrays are equal to the bit, except that any NaN equals any NaN."""
+    """Assert that arrays are bitwise equal, except that any NaN equals any NaN."""
     assert got.dtype == want.dtype
     assert got.shape == want.shape
     nan_got, nan_want = is_nan(got, code).reshape(-1), is_nan(want, code).reshape(-1)
@@ -52,7 +52,7 @@ def assert_same(got: Array, want: Array, code: str) -> None:
 
 
 def numbers(size: int, code: str, seed: int = 0, kind: str = "weights") -> Array:
-    """Make stored numbers like weights, none of them zero; ``kind="bits"`` draws every pattern."""
+    """Draw nonzero stored numbers like weights, or any bit pattern with ``kind="bits"``."""
     generator = np.random.default_rng([seed, len(code), DTYPES[code].itemsize])
     storage = np.dtype(STORAGE[code])
     if code == "bool":
@@ -67,7 +67,7 @@ def numbers(size: int, code: str, seed: int = 0, kind: str = "weights") -> Array
 
 
 def random_bits(shape: tuple[int, ...], name: str, seed: int = 0) -> Array:
-    """Draw an array of a dtype by its name, bfloat16 too; NaN and infinities are among it."""
+    """Draw random bits, NaN and infinities included, as an array of the named dtype."""
     import ml_dtypes
 
     dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
@@ -79,7 +79,7 @@ def random_bits(shape: tuple[int, ...], name: str, seed: int = 0) -> Array:
 
 
 class Guarded:
-    """An array in poisoned memory: what lies around its elements, gaps too, is watched."""
+    """An array in poisoned memory that detects writes around and between its elements."""
 
     def __init__(self, array: Array, memory: Array, owned: Array) -> None:
         self.array = array
@@ -88,22 +88,22 @@ class Guarded:
         self._before = memory.copy()
 
     def poison(self, value: Any) -> None:
-        """Overwrite the elements; from now on nothing may change."""
+        """Overwrite the elements and take the result as the state that must not change."""
         self.array[...] = value
         self._before[...] = self._memory
 
     def assert_rest_untouched(self) -> None:
-        """Assert that nothing but the array's elements has changed."""
+        """Assert that only the array's elements have changed."""
         changed = (self._memory != self._before) & ~self._owned
         assert not changed.any(), f"written outside, at byte {np.flatnonzero(changed)[0]}"
 
     def assert_untouched(self) -> None:
-        """Assert that nothing has changed at all."""
+        """Assert that neither the elements nor the memory around them has changed."""
         np.testing.assert_array_equal(self._memory, self._before)
 
 
 def guarded(values: Array, start: int = 0, strides: tuple[int, ...] | None = None) -> Guarded:
-    """Lay values out in watched memory."""
+    """Copy values into guarded memory, with strides given in elements."""
     size = values.itemsize
     if strides is None:
         strides = tuple(step // size for step in np.empty(values.shape, values.dtype).strides)
@@ -127,7 +127,7 @@ def guarded(values: Array, start: int = 0, strides: tuple[int, ...] | None = Non
 
 
 def spec_of(array: Array, code: str, device: str = "cpu", **more: Any) -> TensorSpec:
-    """Describe a NumPy array as of any dtype (bfloat16 as uint16)."""
+    """Describe a NumPy array as a tensor of a dtype code (bfloat16 is stored as uint16)."""
     strides = tuple(step // array.itemsize for step in array.strides)
     address = array.ctypes.data
     return TensorSpec(address, array.shape, strides, code, device, owner=array, **more)

@@ -1,4 +1,4 @@
-"""Files that were damaged, or written by somebody else: values of every kind in every place."""
+"""Damaged and foreign files: headers with unexpected values at random places."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ JUNK: list[Callable[[], Any]] = [
 
 
 def places(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container in a tree with every key in it."""
+    """Yield every container in a tree together with each of its keys."""
     entries = tree.items() if isinstance(tree, dict) else enumerate(tree)
     for key, value in list(entries):
         yield tree, key
@@ -47,7 +47,7 @@ def places(tree: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def damaged_header(header: dict[str, Any], seed: int) -> bytes:
-    """A JSON header in which one or two places hold something else, are gone or are more."""
+    """Return a JSON header with one or two entries replaced, deleted or duplicated."""
     chance = random.Random(seed)
     found = copy.deepcopy(header)
     for _ in range(chance.choice([1, 1, 1, 2])):
@@ -70,12 +70,12 @@ def damaged_header(header: dict[str, Any], seed: int) -> bytes:
 
 
 def with_header(whole: bytes, text: bytes) -> bytes:
-    """A safetensors file with another header."""
+    """Return a safetensors file with its header replaced."""
     length = int.from_bytes(whole[:8], "little")
     return len(text).to_bytes(8, "little") + text + whole[8 + length :]
 
 
 def header_of(whole: bytes) -> dict[str, Any]:
-    """The header of a safetensors file."""
+    """Return the parsed header of a safetensors file."""
     found: dict[str, Any] = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
     return found

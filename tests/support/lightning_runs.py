@@ -1,4 +1,4 @@
-"""Trainers of the tests that run Lightning, and what Lightning warns of meanwhile."""
+"""Trainers for tests that run Lightning, and the warnings that these runs ignore."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 from lightning import pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-# What Lightning's dependencies say of each other, and its advice.
+# Deprecations among Lightning's dependencies, and Lightning's advice.
 MARKS = [
     pytest.mark.torch,
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
@@ -17,7 +17,7 @@ MARKS = [
 
 
 def quiet_trainer(folder: Path, *callbacks: Callback, **options: Any) -> pl.Trainer:
-    """Make a trainer on the CPU that shows and saves nothing but what the callbacks ask for."""
+    """Make a silent CPU trainer that saves nothing except through the given callbacks."""
     settings: dict[str, Any] = {
         "accelerator": "cpu",
         "logger": False,

@@ -1,4 +1,4 @@
-"""Which cases of wide matrices run: every pair of values, in place of every combination."""
+"""Reduction of large test matrices from all combinations to all pairs of values."""
 
 from collections import defaultdict
 from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -6,16 +6,16 @@ from itertools import combinations
 from typing import Any, Final
 
 WIDE: Final = 24
-"""Cases of two arguments that all run; of more, those that have every value of both."""
+"""Up to this many cases of a two-argument test all run; of more, enough to cover each value."""
 
 Value = tuple[str, Hashable]
 
 
 def reduced(cases: Sequence[tuple[str, Mapping[str, Any]]], thin: Container[str] = ()) -> set[int]:
-    """Numbers of the cases that are run.
+    """Return the indices of the cases to run.
 
-    Of a test with three arguments or more, those that have every pair of values that occurs in
-    some case; of one with two and more than :data:`WIDE` cases, those that have every value.
+    For a test with three or more arguments, they cover every pair of values that occurs in some
+    case; for one with two arguments and more than :data:`WIDE` cases, every value.
     """
     of_test: defaultdict[str, list[int]] = defaultdict(list)
     for number, (test, _) in enumerate(cases):
@@ -36,11 +36,11 @@ def reduced(cases: Sequence[tuple[str, Mapping[str, Any]]], thin: Container[str]
 
 
 def covering(needs: Sequence[Iterable[Hashable]]) -> list[int]:
-    """Numbers of a few sets that together hold all that the others hold: the fullest one first."""
+    """Return the indices of a few sets that cover the union of all sets, chosen greedily."""
     left = [set(one) for one in needs]
     found = []
     while any(left):
-        best = max(range(len(left)), key=lambda i: len(left[i]))  # the first of several
+        best = max(range(len(left)), key=lambda i: len(left[i]))  # the first of equals
         found.append(best)
         covered = set(left[best])
         for one in left:

@@ -1,4 +1,4 @@
-"""What tests of several frameworks together share: the same numbers in each, and the truth."""
+"""Helpers for tests across frameworks: the same numbers in each, and the expected results."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def to_torch(array: np.ndarray) -> Any:
 
 
 def plain(one: Any) -> np.ndarray:
-    """The numbers of an array or variable of any framework."""
+    """Convert an array or variable of any framework to NumPy."""
     if isinstance(one, torch.Tensor):
         one = one.detach().contiguous()
         if one.dtype == torch.bfloat16:
@@ -40,13 +40,13 @@ def numbers(seed: int, code: str = "f32") -> Arrays:
 
 
 def stored(array: np.ndarray) -> np.ndarray:
-    """An array as the reference takes it."""
+    """Convert an array to the flat storage that the reference takes."""
     flat = np.ascontiguousarray(array).reshape(-1)
     return flat.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else flat
 
 
 def lerped(avg: Arrays, x: Arrays, weight: float, codes: tuple[str, str]) -> dict[str, bytes]:
-    """The specification's update."""
+    """Return the bytes of the averages after one update by the reference."""
     return {
         n: reference.lerp(stored(avg[n]), stored(x[n]), weight, *codes).tobytes() for n in SHAPES
     }

@@ -1,4 +1,4 @@
-"""The most memory that a process has had since a moment."""
+"""The peak resident memory of this process since a chosen moment."""
 
 import resource
 from contextlib import suppress
@@ -10,7 +10,7 @@ _forgotten = [0]
 
 
 def forget_peak() -> int:
-    """Start a new peak, where Linux can; return the bytes that are resident now."""
+    """Reset the peak, where Linux allows it; return the number of resident bytes."""
     _forgotten[0] = overall_peak()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -27,5 +27,5 @@ def peak() -> int:
 
 
 def overall_peak() -> int:
-    """Return the largest number of resident bytes since the process began."""
+    """Return the largest number of resident bytes since the process started."""
     return max(*_forgotten, peak())

@@ -1,7 +1,7 @@
-"""The peers' classes that average a model: how each is built, updated, read and saved.
+"""How to build, update, read and save each peer's class that averages a model.
 
-An entry serves ours and the peer's own alike, and states the peer's schedule once more, in
-closed form. ``tests/compat`` asks the same of all of them.
+One entry serves both our class and the peer's own. It restates the peer's schedule in closed
+form. ``tests/compat`` checks all entries in the same way.
 """
 
 import copy
@@ -22,7 +22,7 @@ Options = dict[str, Any]
 
 
 def tensors(model: Any) -> dict[str, Tensor]:
-    """Parameters and buffers, each once."""
+    """Return a model's parameters and buffers by name, each once."""
     if isinstance(model, dict):
         return model
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -37,7 +37,7 @@ def is_parameter(name: str, tensor: Tensor) -> bool:
 
 
 def is_saved_float(name: str, tensor: Tensor) -> bool:
-    """A float that a state dict holds: ``cache`` is not persistent."""
+    """Return whether a tensor is a float in the state dict; ``cache`` is not persistent."""
     return is_float(name, tensor) and name != "cache"
 
 
@@ -47,7 +47,7 @@ def is_trained(name: str, tensor: Tensor) -> bool:
 
 @cache
 def timm_averages() -> Any:
-    """timm's module of averages by itself: the package asks for torchvision."""
+    """Import timm's module of averages alone: the package requires torchvision."""
     package = find_spec("timm")
     assert package is not None
     assert package.submodule_search_locations is not None
@@ -70,28 +70,28 @@ def _update_parameters(average: Any, model: Any, n: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """One class of a peer.
+    """One averaging class of a peer.
 
-    Its averages are found in ``shadow_params``, by ``m_name2s_name``, or in the module that
-    ``inside`` names (:meth:`averages`), and cast there (:meth:`convert`).
+    Its averages are in ``shadow_params``, in the buffers that ``m_name2s_name`` lists, or in the
+    module at the attribute ``inside``.
     """
 
-    ours: str  # the module of fastema.compat
-    make: Callable[..., Any]  # of the module, the model and options
-    weight: Callable[..., float]  # of the model in update n, from 0, with the options
+    ours: str  # name of the module in fastema.compat
+    make: Callable[..., Any]  # called with the module, the model and options
+    weight: Callable[..., float]  # the model's weight in update n (from 0), given the options
     schedules: dict[str, Options]  # options by name
-    home: str | None = None  # the peer's own module, where it is installed for tests
-    slow: Options | None = None  # moves by 0.0002 of the difference at each update
-    inside: str = "module"  # attribute with the averaged module; empty where there is none
-    averaged: Callable[[str, Tensor], bool] = is_saved_float  # what else there is, is copied
-    update: Callable[[Any, Any, int], None] = _update  # of the average, the model and n
-    exact: bool = True  # the peer's own numbers are within the error bound of the reference
-    follows: bool = True  # each update is given the model
-    resumes: bool = True  # random bits go on from the state, with the step in it or given
-    own: bool = True  # the class is ours; otherwise the peer's, with a function of ours
+    home: str | None = None  # the peer's own module, if it is a test dependency
+    slow: Options | None = None  # options with a constant decay of 0.9998
+    inside: str = "module"  # attribute with the averaged module, or empty
+    averaged: Callable[[str, Tensor], bool] = is_saved_float  # others are copied
+    update: Callable[[Any, Any, int], None] = _update  # called with the average, the model and n
+    exact: bool = True  # the peer's own averages are within the reference's error bound
+    follows: bool = True  # each update takes the model
+    resumes: bool = True  # random bits continue from a loaded state
+    own: bool = True  # the class is ours; otherwise it is the peer's, with our function
 
     def module(self, which: str = "ours") -> Any:
-        """Import ours, or theirs."""
+        """Import our module or the peer's own."""
         if which == "ours":
             return import_module(f"fastema.compat.{self.ours}")
         assert self.home is not None
@@ -104,7 +104,7 @@ class Peer:
         return self.home is not None and find_spec(self.home.partition(".")[0]) is not None
 
     def averages(self, average: Any, model: Any) -> dict[str, Tensor]:
-        """Averages, and what is copied beside them, by the names of the model."""
+        """Return the averages and the copied tensors by the model's names."""
         if hasattr(average, "shadow_params"):
             names = [name for name, _ in model.named_parameters()]
             return dict(zip(names, average.shadow_params, strict=True))
@@ -117,14 +117,14 @@ class Peer:
         return getattr(average, self.inside) if self.inside else average
 
     def state(self, average: Any) -> Any:
-        """The state of an average; of the module, where the class has none."""
+        """Return the state of an average, or of its module if the class has none."""
         return (average if hasattr(average, "state_dict") else average.ema).state_dict()
 
     def load(self, average: Any, state: Any) -> None:
         (average if hasattr(average, "state_dict") else average.ema).load_state_dict(state)
 
     def convert(self, average: Any, dtype: torch.dtype) -> None:
-        """Cast the averages alone."""
+        """Cast the averages only."""
         if hasattr(average, "shadow_params"):
             average.to(dtype=dtype)
         elif self.inside:
@@ -210,7 +210,7 @@ def mmengine_weight(n: int, kind: str, momentum: float = 0.1, **others: Any) -> 
 
 
 def swa_function(module: Any, kind: str, decay: float = 0.9, **options: Any) -> Options:
-    """The arguments of an AveragedModel for one of the functions of a module."""
+    """Return the arguments that give an AveragedModel one of a module's functions."""
     name, _, multi = kind.partition(" ")
     if name == "default":
         return {}
@@ -239,14 +239,14 @@ def _mmengine(module: Any, model: Any, kind: str, **options: Any) -> Any:
 
 
 def _composer(module: Any, model: Any, decay: float) -> Any:
-    """The averaged module, with the function that updates it."""
+    """Return a copy of the model that carries the function that updates it."""
     average = copy.deepcopy(model)
     average.compute = partial(module.compute_ema, smoothing=decay)
     return average
 
 
 def _of(name: str, lists: bool = False) -> Callable[..., Any]:
-    """A class that takes the model, or a list of its parameters, and options."""
+    """Return a factory for a class that takes the model, or a list of its parameters."""
 
     def make(module: Any, model: Any, **options: Any) -> Any:
         given = list(model.parameters()) if lists else model
@@ -316,7 +316,7 @@ PEERS: dict[str, Peer] = {
             slow={"kind": kind, "decay": 0.9998} if kind.startswith("ema") else None,
             averaged=is_parameter,
             update=_update_parameters,
-            # Their lists are averaged with a float32, in float64 too.
+            # Theirs averages lists with a float32 weight, even in float64.
             exact=kind != "swa multi",
         )
         for kind in SWA_KINDS
@@ -496,4 +496,4 @@ PEERS: dict[str, Peer] = {
         resumes=False,
     ),
 }
-"""By the name of the module of ours and, where it has several, the class."""
+"""Keyed by our module's name and, where it has several classes, the class."""

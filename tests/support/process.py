@@ -1,4 +1,4 @@
-"""Run another process that imports the same fastema as this one."""
+"""Subprocesses that import the same fastema as this process."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ def run(
     text: bool = True,
     **options: Any,
 ) -> subprocess.CompletedProcess[Any]:
-    """Run a command and capture what it prints; the caller looks at the exit status."""
+    """Run a command and capture its output; the caller checks the exit status."""
     path = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH", "")]))
     return subprocess.run(
         list(map(str, command)),
@@ -31,5 +31,5 @@ def run(
 
 
 def run_python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[Any]:
-    """Run this interpreter with arguments."""
+    """Run this Python interpreter with the given arguments."""
     return run(sys.executable, *arguments, **options)

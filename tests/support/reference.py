@@ -1,12 +1,11 @@
-"""What every kernel must give, in plain NumPy: the specification.
+"""The specification of every kernel's results, in plain NumPy.
 
-It shares no code with the kernels and rounds by other means: a number is rounded to a format by
-scaling it until the format's last digit is the unit, ``rint`` and scaling back, all of which is
-exact in float64.
+It shares no code with the kernels and rounds by other means: it scales a number until the last
+digit of the format is the unit, applies ``rint`` and scales back, all exactly in float64.
 
-Arrays are as stored: ``f64``, ``f32`` and ``f16`` are NumPy's floats, ``bf16`` is ``uint16`` bits,
-``c64`` and ``c128`` NumPy's complex numbers, which count as pairs of reals. Every NaN is as good as
-any other.
+Arrays are in storage form: ``f64``, ``f32`` and ``f16`` are NumPy floats, ``bf16`` is ``uint16``
+bits, and ``c64`` and ``c128`` are NumPy complex numbers, which count as pairs of reals. All NaNs
+are equivalent.
 """
 
 import math
@@ -32,12 +31,12 @@ class Float(NamedTuple):
 
     @property
     def largest(self) -> float:
-        """The largest finite number."""
+        """Largest finite number."""
         return math.ldexp(2.0 - math.ldexp(1.0, 1 - self.digits), self.highest)
 
     @property
     def smallest(self) -> float:
-        """The smallest positive number, a subnormal one."""
+        """Smallest positive number, which is subnormal."""
         return math.ldexp(1.0, self.lowest - self.digits + 1)
 
 
@@ -47,18 +46,18 @@ FLOATS: Final = {
     "f16": Float(11, -14, 15, "float16"),
     "bf16": Float(8, -126, 127, "uint16"),
 }
-"""Code to format."""
+"""Formats by dtype code."""
 
 _PARTS: Final = {"c64": "f32", "c128": "f64"}
 
 
 def real_of(code: str) -> str:
-    """The format of an element's reals: ``f32`` for ``c64``, else the code itself."""
+    """Return the code of an element's reals: ``f32`` for ``c64``, a real code unchanged."""
     return _PARTS.get(code, code)
 
 
 def decode(stored: Array, code: str) -> Reals:
-    """The float64 numbers that stored reals stand for, exactly."""
+    """Convert stored reals to float64, exactly."""
     if code == "bf16":
         stored = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
     with np.errstate(invalid="ignore"):  # signalling NaNs
@@ -66,7 +65,7 @@ def decode(stored: Array, code: str) -> Reals:
 
 
 def _last_place(values: Reals, form: Float) -> NDArray[np.intc]:
-    """The exponent of the last digit that the format has at each value."""
+    """Return the exponent of the format's last digit at each value."""
     _, exponent = np.frexp(values)
     return (np.maximum(exponent, form.lowest + 1) - form.digits).astype(np.intc)
 
@@ -82,7 +81,7 @@ def _bounded(values: Reals, form: Float) -> Reals:
 
 
 def encode(values: Reals, code: str) -> Array:
-    """The nearest numbers of a format, ties to even, as stored."""
+    """Round float64 numbers to a format, ties to even, and return them in storage form."""
     form = FLOATS[code]
     if code == "f64":
         return values
@@ -93,7 +92,7 @@ def encode(values: Reals, code: str) -> Array:
 
 
 def cast(x: Array, src: str, dst: str) -> Array:
-    """``x`` in another format, rounded once to nearest even; bit for bit within one format."""
+    """Convert ``x`` to a format, rounded once, ties to even; copy it if that is its own."""
     if src == dst:
         return x.copy()
     if src in _PARTS:
@@ -103,25 +102,25 @@ def cast(x: Array, src: str, dst: str) -> Array:
 
 
 def real_of_storage(code: str) -> str:
-    """NumPy's name of the reals that an element is stored as."""
+    """Return NumPy's dtype name for the reals of a stored element."""
     return FLOATS[real_of(code)].storage
 
 
 def encode_random(values: Reals, words: Array, code: str) -> Array:
-    """One of the two 16-bit numbers around each value, as stored; the random word says which.
+    """Round each value to one of its two 16-bit neighbors; the random word decides which.
 
-    With ``f`` the share of the way from the neighbour nearer to zero to the other one, in units of
-    the bits that are rounded off (``2**-16`` for bf16, ``2**-13`` for f16), it is the other one
-    where ``f`` plus the word's highest bits reaches 1. A value is taken as a float32 first, rounded
-    to odd, and below the normal range of f16 as a multiple of ``2**-37``. A finite value becomes
-    no infinity in bf16; beyond the largest number f16 rounds to nearest.
+    Let ``f`` be the fraction of the way from the neighbor nearer zero to the other one, in units
+    of the dropped bits (``2**-16`` for bf16, ``2**-13`` for f16). The result is the neighbor
+    farther from zero where ``f`` plus the word's highest bits reaches 1. Values are first rounded
+    to odd float32, and below the normal range of f16 to multiples of ``2**-37``. A finite value
+    never becomes infinite in bf16; beyond its largest number, f16 rounds to nearest.
     """
     form = FLOATS[code]
     bits = FLOATS["f32"].digits - form.digits
     sizes = np.abs(_to_odd(values))
     place = _last_place(sizes, form)
     with np.errstate(over="ignore", invalid="ignore"):
-        units = np.rint(np.ldexp(sizes, bits - place))  # whole but for subnormal results in f16
+        units = np.rint(np.ldexp(sizes, bits - place))  # integers, except subnormal f16 results
         units += np.asarray(words, np.uint16) >> np.uint16(16 - bits)
         rounded = np.ldexp(np.floor(np.ldexp(units, -bits)), place)
     if code == "bf16":
@@ -132,7 +131,7 @@ def encode_random(values: Reals, words: Array, code: str) -> Array:
 
 
 def _to_odd(values: Reals) -> Reals:
-    """The float32 numbers equal to values, or the odd one of the two around each."""
+    """Round to float32; an inexact value becomes the neighbor whose last digit is odd."""
     form = FLOATS["f32"]
     place = _last_place(values, form)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -146,14 +145,14 @@ def _to_odd(values: Reals) -> Reals:
 
 
 def tensor_key(name: str, which: int = 0) -> int:
-    """32 bits that tell the ``which``-th average of a tensor from those of others."""
+    """Return the 32-bit key of the ``which``-th average of a tensor."""
     return zlib.crc32(f"{which}/{name}".encode())
 
 
 def _mixed(x: Words) -> Words:
-    """A permutation of 32-bit words: xor-shift and multiply, twice, and a last xor-shift.
+    """Permute 32-bit words: xor-shift and multiply, twice, and a last xor-shift.
 
-    Of one word or more along axes: NumPy warns where a number without axes overflows.
+    ``x`` needs at least one axis: NumPy warns when a scalar overflows.
     """
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
@@ -162,7 +161,7 @@ def _mixed(x: Words) -> Words:
 
 
 def random_words(seed: int, step: int, key: int, index: Array) -> Array:
-    """Sixteen random bits for each element of a tensor."""
+    """Return 16 random bits for each element index of a tensor."""
     shape = np.shape(index)
     index = np.atleast_1d(np.asarray(index, np.uint64))
     low, *others = (number >> shift & 0xFFFFFFFF for number in (seed, step) for shift in (0, 32))
@@ -179,7 +178,7 @@ def random_words(seed: int, step: int, key: int, index: Array) -> Array:
 
 
 def split(values: Array) -> tuple[Array, Array]:
-    """A float32 in two halves: the nearest bfloat16, ties away from zero, and the low 16 bits."""
+    """Split float32 into the nearest bfloat16, ties away from zero, and the low 16 bits."""
     form = FLOATS["bf16"]
     wide = decode(values, "f32")
     place = _last_place(wide, form)
@@ -191,23 +190,23 @@ def split(values: Array) -> tuple[Array, Array]:
 
 
 def windowed_mean(history: Array, size: int) -> NDArray[np.longdouble]:
-    """The mean of the last ``size`` rows of a history, or of all, in the widest floats."""
+    """Return the mean of up to ``size`` last rows of a history, in long double."""
     last = history[-size:].astype(np.longdouble)
     return np.asarray(last.sum(axis=0) / len(last), np.longdouble)
 
 
 def swap(a: Array, b: Array, dst: str, src: str) -> tuple[Array, Array]:
-    """What ``a`` (stored as ``dst``) and ``b`` (as ``src``) hold after they were exchanged."""
+    """Return the new ``a`` (stored as ``dst``) and ``b`` (as ``src``) after an exchange."""
     return cast(b, src, dst), cast(a, dst, src)
 
 
 def lerp(avg: Array, x: Array, w: float, dst: str, src: str, words: Array | None = None) -> Array:
-    """``avg + w * (x - avg)`` as the kernels promise it, to the bit.
+    """Return ``avg + w * (x - avg)`` exactly as the kernels must compute it, to the bit.
 
-    In float64 where either side is, else in float32: the weight is rounded, then the difference,
-    then ``w * difference + avg`` once, and what comes out once more to the format of ``avg``. At
-    ``w == 1`` it is ``x``. Infinities and NaN follow from the formula: an infinite average stays
-    infinite only against finite ``x`` of weight 1.
+    The arithmetic is float64 if either side is, otherwise float32: round the weight, then the
+    difference, then ``w * difference + avg`` once, and finally the result to the format of
+    ``avg``. At ``w == 1`` the result is ``x``. Infinities and NaN follow from the formula: an
+    infinite average turns finite only at weight 1, with a finite ``x``.
     """
     if dst in _PARTS:
         storage = real_of_storage(dst), real_of_storage(src)
@@ -225,17 +224,17 @@ def lerp(avg: Array, x: Array, w: float, dst: str, src: str, words: Array | None
 
 
 def _two_sum(x: Reals, y: Reals) -> tuple[Reals, Reals]:
-    """``x + y`` rounded, and exactly what the rounding left out."""
+    """Return ``x + y`` rounded, and the exact rounding error."""
     total = x + y
     part = total - x
     return total, (x - (total - part)) + (y - part)
 
 
 def _fma32(w: float, d: Reals, z: Reals) -> Reals:
-    """``w * d + z`` rounded once to float32; all are float32 numbers.
+    """Return ``w * d + z`` of float32 numbers, rounded once to float32.
 
-    The product is exact in float64 and the sum nearly so: rounding it again to float32 goes wrong
-    only where it lies halfway between two float32 numbers without the exact sum doing so.
+    The product is exact in float64, the sum nearly. Rounding the sum again is wrong only where it
+    lies halfway between two float32 numbers but the exact sum does not.
     """
     form = FLOATS["f32"]
     total, rest = _two_sum(w * d, z)
@@ -246,10 +245,10 @@ def _fma32(w: float, d: Reals, z: Reals) -> Reals:
 
 
 def _fma64(w: float, d: Reals, z: Reals) -> Reals:
-    """``w * d + z`` rounded once to float64.
+    """Return ``w * d + z``, rounded once to float64.
 
-    The exact value is ``total + tail`` with a tail known to 51 bits. Where both ends of what the
-    tail may be give the same sum, that is the result; the rest is done in fractions.
+    The exact value is ``total + tail``, with the tail known to 51 bits. Where both bounds of the
+    tail give the same sum, it is the result; the other elements are computed as fractions.
     """
     product = w * d
     wide = _split(np.array(w)), _split(d)
@@ -269,7 +268,7 @@ def _fma64(w: float, d: Reals, z: Reals) -> Reals:
 
 
 def _split(values: Reals) -> tuple[Reals, Reals]:
-    """Two halves of 26 bits each that add up to the value."""
+    """Split each value into two halves of 26 bits that add up to it."""
     scaled = values * (2.0**27 + 1)
     high = scaled - (scaled - values)
     return high, values - high

@@ -1,6 +1,6 @@
-"""What tests cannot do without: skipped where it is missing, an error in continuous integration.
+"""Requirements of tests: a missing one skips the test, or fails it in continuous integration.
 
-There all dependencies are installed, and a test that is skipped would go unnoticed.
+CI installs all dependencies, so a skipped test would go unnoticed there.
 """
 
 import ast
@@ -19,12 +19,12 @@ __all__ = ["missing_packages", "require", "require_packages"]
 def _is_installed(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except ModuleNotFoundError:  # of a package that it would be in
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
 def require(found: object, what: str) -> None:
-    """Skip the test, or the module that calls this at its top, unless something was found."""
+    """Skip the test, or the module that calls this at its top, unless ``found`` is true."""
     if not found:
         if "CI" in os.environ:
             pytest.fail(f"{what} is missing", pytrace=False)
@@ -32,19 +32,19 @@ def require(found: object, what: str) -> None:
 
 
 def require_packages(*names: str) -> None:
-    """Skip the test unless all of these can be imported."""
+    """Skip the test unless all named packages can be imported."""
     for name in names:
         require(_is_installed(name), name)
 
 
 @cache
 def missing_packages(path: Path) -> tuple[str, ...]:
-    """Name what a file imports at its top, or lists in ``NEEDS``, and is not installed."""
+    """Return the packages that a test file imports or lists in ``NEEDS`` but are missing."""
     return tuple(sorted({name for name in _imported(path) if not _is_installed(name)}))
 
 
 def _imported(path: Path) -> Iterator[str]:
-    """Yield the packages that a file needs, and those of the files beside it that it imports."""
+    """Yield the packages that a file needs, directly or through its relative imports."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         match node:
             case ast.Import(names):

@@ -1,15 +1,15 @@
-"""What curves are compared with: the averages' definitions, in float64, with nothing clever."""
+"""Reference curves for scalar averages: their definitions in float64, evaluated naively."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-RTOL = 1e-12  # of averages in double precision, against sums that are rounded once
+RTOL = 1e-12  # double-precision averages against sums that are rounded once
 
 
 def sma(values: Sequence[float], window: int, weights: Sequence[float] | None = None) -> np.ndarray:
-    """Mean of the last ``window`` values, of all until there are so many."""
+    """Return the mean of the last ``window`` values, or of all while there are fewer."""
     weights = [1.0] * len(values) if weights is None else weights
     means = []
     for end in range(1, len(values) + 1):
@@ -25,7 +25,7 @@ def ema(
     weights: Sequence[float] | None = None,
     debias: bool = False,
 ) -> np.ndarray:
-    """All values so far, each weighing ``decay`` times the next; the first holds all the past."""
+    """Return exponential means; without ``debias``, the first value stands for all the past."""
     weights = [1.0] * len(values) if weights is None else weights
     averages = []
     for end in range(1, len(values) + 1):

@@ -1,7 +1,6 @@
-"""A CuPy that is not there: its arrays in the memory of the host, for the driver of `stub_gpu`.
+"""A stub of CuPy whose arrays are in host memory, for the driver of `stub_gpu`.
 
-Only what fastema calls, and what a test needs to look inside. An array of another device than the
-current one is refused where CuPy would refuse it.
+It has only what fastema calls and what tests inspect.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _current = [0]
 
 
 class Device:
-    """One GPU, as a context too."""
+    """`cupy.cuda.Device`, also a context manager."""
 
     def __init__(self, index: int = 0) -> None:
         self.id = index
@@ -39,14 +38,14 @@ class Device:
         _current.pop()
 
     def synchronize(self) -> None:
-        assert not Stream.captured, "a capture cannot be waited for"
+        assert not Stream.captured, "cannot synchronize while a stream is captured"
         Stream.waits += 1
         if Stream.driver is not None and Stream.driver.pending is not None:
             Stream.driver.finish()
 
 
 class Stream:
-    """CuPy's current stream of a device."""
+    """The current stream of a device."""
 
     captured = False
     waits = 0
@@ -60,7 +59,7 @@ class Stream:
 
 
 class Pointer:
-    """`MemoryPointer`: an address, and what keeps it."""
+    """`cupy.cuda.MemoryPointer`: an address and its owner."""
 
     def __init__(self, memory: np.ndarray, device: int, offset: int = 0) -> None:
         self.memory, self.device_id, self.offset = memory, device, offset
@@ -71,7 +70,7 @@ class Pointer:
 
 
 class ndarray:
-    """`cupy.ndarray`; `there` shows its elements to tests."""
+    """`cupy.ndarray`; tests read its elements through `there`."""
 
     def __init__(
         self,
@@ -83,7 +82,7 @@ class ndarray:
         dtype = np.dtype(dtype)
         if memptr is None:
             memory = np.empty(int(np.prod(shape)) * dtype.itemsize + 16, np.uint8)
-            memory[:] = 0xA5  # what `cupy.empty` gives is nobody's
+            memory[:] = 0xA5  # garbage, as from `cupy.empty`
             memptr = Pointer(memory, _current[-1])
         self.data, self.device = memptr, Device(memptr.device_id)
         self.there = np.ndarray(shape, dtype, memptr.memory, memptr.offset, strides)
@@ -111,7 +110,7 @@ class ndarray:
 
 
 def array(values: Any) -> ndarray:
-    """`cupy.array`: a copy on the current device."""
+    """Copy values to the current device, as `cupy.array` does."""
     values = values.there if isinstance(values, ndarray) else np.asarray(values)
     made = ndarray(values.shape, values.dtype)
     made.there[...] = values
@@ -135,7 +134,7 @@ def _module() -> ModuleType:
 
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
-    """CuPy is imported, and its arrays are worked on by the kernels that a GPU would run."""
+    """Install the stub as `cupy`; the host runs the GPU kernels on its arrays."""
     driver = StubDriver()
     forgotten = "fastema.bridges.cupy"
     with monkeypatch.context() as patch:

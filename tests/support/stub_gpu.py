@@ -1,7 +1,7 @@
-"""A GPU that is not there: host memory, a driver that records its calls, kernels run by the host.
+"""A stub GPU: host memory, a driver that records its calls, and kernels that run on the host.
 
-What is launched is the real thing: the parameters are read from where the driver is told they are,
-and the threads' own code runs on them, one thread after the other.
+Launches are faithful: the parameters are read from the address that the driver receives, and the
+kernels' own code runs on them, one thread after another.
 """
 
 import ctypes
@@ -30,14 +30,14 @@ from fastema.kernels.words import pointer_f64, pointer_i64, store
 from fastema.layout.spec import TensorSpec
 
 THREADS = 7
-"""Few and odd, so that every thread has vectors, elements of the tail, or neither."""
+"""Few and odd, so that threads have vectors, elements of the tail, or neither."""
 
 SIGNATURE = types.void(*(types.int64,) * 4, *(types.float64,) * 8, *(types.int64,) * 5)
 
 
 @cache
 def twin(operation: str, formats: tuple[str, ...], layout: str) -> Any:
-    """A kernel with the parameters it has on a GPU, its blocks and threads in a row."""
+    """Compile a GPU kernel for the host; its blocks and threads run one after another."""
     body, measures = cuda.make_body(operation, formats, layout), OPERATIONS[operation].measures
     number_of, moment_of, rows_of = cuda._number, cuda._launch_args, cuda.rows_to_do(operation)
     flags, flag = operation == "finite", cuda_clock.flag
@@ -68,7 +68,7 @@ def twin(operation: str, formats: tuple[str, ...], layout: str) -> Any:
 
 @cache
 def clock_twin() -> Any:
-    """The kernel that advances clocks, the last one first."""
+    """Compile the kernel that advances clocks for the host; the last clock comes first."""
     read, advance = cuda_clock.read, cuda_clock.advance
 
     def run(first, clocks):  # type: ignore[no-untyped-def]
@@ -82,7 +82,7 @@ def clock_twin() -> Any:
 
 
 def read(address: int, kinds: Sequence[type]) -> list[Any]:
-    """The parameters of a launch."""
+    """Read the parameters of a launch from an address."""
     places = (ctypes.c_void_p * len(kinds)).from_address(address)
     return [kind.from_address(place).value for kind, place in zip(kinds, places, strict=True)]
 
@@ -92,13 +92,13 @@ PARAMETERS = [ctypes.c_int64] * 4 + [ctypes.c_double] * 8 + [ctypes.c_int64] * 5
 
 @dataclass
 class StubDriver:
-    """A driver as :class:`fastema.engine.driver.Driver`, whose kernels run on the host."""
+    """A stand-in for :class:`fastema.engine.driver.Driver` whose kernels run on the host."""
 
     calls: Counter[str] = field(default_factory=Counter)
     launches: list[tuple[str, int, int]] = field(default_factory=list)  # operation, blocks, stream
     contexts: list[int] = field(default_factory=lambda: [1000])
     pending: list[Callable[[], None]] | None = None
-    """Where it is a list, launches wait in it: a device is later than the host."""
+    """Queue of launches that are not yet run, as on a busy device; None runs each at once."""
     refused: int = 0
 
     def capability(self, index: int) -> tuple[int, int]:
@@ -147,13 +147,13 @@ class StubDriver:
         return lambda: kernel(*values)
 
     def finish(self) -> None:
-        """Run what waits."""
+        """Run the pending launches."""
         pending, self.pending = self.pending or [], []
         for job in pending:
             job()
 
     def take(self) -> list[tuple[str, int, int]]:
-        """The launches since the last time."""
+        """Return the launches since the last call and forget them."""
         found, self.launches = self.launches, []
         return found
 
@@ -162,14 +162,14 @@ KEYS: dict[str, Key] = {}
 
 
 def compiled(key: Key) -> Cubin:
-    """In place of machine code, the name of the kernel."""
+    """Return the kernel's name in place of machine code."""
     name = repr(key)
     KEYS[name] = key
     return Cubin(name, name.encode())
 
 
 def no_kernels(key: Key) -> NoReturn:
-    """In place of the compiler, where there is none."""
+    """Raise as :func:`fastema.engine.cubins.cubin` does where there is no compiler."""
     raise Unavailable("no compiler: pip install 'fastema[cuda]'")
 
 
@@ -179,14 +179,14 @@ def shadow(average: Any) -> dict[str, torch.Tensor]:
 
 
 def assert_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> None:
-    """Assert that named tensors are equal."""
+    """Assert that two mappings have the same names and equal tensors."""
     assert one.keys() == other.keys()
     for name in one:
         assert torch.equal(one[name], other[name]), name
 
 
 def move(tensors: Iterable[torch.Tensor]) -> None:
-    """Change weights as a step of training does."""
+    """Change tensors as a training step does."""
     with torch.no_grad():
         for tensor in tensors:
             tensor.mul_(0.9).add_(torch.randn(tensor.shape).to(tensor.dtype))
@@ -194,7 +194,7 @@ def move(tensors: Iterable[torch.Tensor]) -> None:
 
 @dataclass
 class StubContext:
-    """A device in the memory of the host."""
+    """A stand-in for a CUDA device, with its memory on the host."""
 
     index: int
     driver: StubDriver
@@ -203,7 +203,7 @@ class StubContext:
     calls: Counter[str] = field(default_factory=Counter)
     held: list[Any] = field(default_factory=list)
     pinned: set[int] = field(default_factory=set)
-    """Addresses of memory of the host that was asked for, for a device."""
+    """Addresses of pinned host memory."""
     fallback_reason: str | None = None
 
     @property
@@ -255,9 +255,9 @@ class StubGpu:
     driver: StubDriver
     contexts: dict[int, StubContext]
     place: Callable[[torch.Tensor], int | None] = lambda tensor: 0
-    """The device that a tensor passes for; None for the host."""
+    """Returns the device index that a tensor pretends to be on; None means the host."""
     on_host: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Storages that were moved to the host, or made there, by address."""
+    """Tensors that were moved to the host or made there, by the address of their storage."""
 
     @property
     def context(self) -> StubContext:
@@ -266,7 +266,7 @@ class StubGpu:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> StubGpu:
-    """Torch's tensors pass for tensors on GPUs."""
+    """Make torch tensors on the CPU pretend to be on GPUs."""
     driver = StubDriver()
     stub = StubGpu(driver, {index: StubContext(index, driver) for index in range(2)})
     describe, zeros = bridge.describe, bridge.zeros

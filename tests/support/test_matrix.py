@@ -1,4 +1,4 @@
-"""A reduced matrix still has every pair of values."""
+"""Reduced test matrices keep every pair of values."""
 
 from itertools import combinations
 
@@ -9,7 +9,7 @@ from .matrix import WIDE, reduced
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 3)] * 4), min_size=1, unique=True))
-def test_every_pair_that_occurs_is_run(rows: list[tuple[int, ...]]) -> None:
+def test_reduced_matrix_keeps_every_pair_of_values(rows: list[tuple[int, ...]]) -> None:
     cases = [("test", dict(zip("abcd", row, strict=True))) for row in rows]
     kept = reduced(cases)
 
@@ -20,7 +20,7 @@ def test_every_pair_that_occurs_is_run(rows: list[tuple[int, ...]]) -> None:
     assert kept == reduced(cases)
 
 
-def test_two_arguments_are_reduced_where_there_are_many() -> None:
+def test_two_arguments_are_reduced_only_above_the_limit() -> None:
     def product(n: int, m: int) -> set[int]:
         return reduced([("test", {"a": i, "b": j}) for i in range(n) for j in range(m)])
 
@@ -28,7 +28,7 @@ def test_two_arguments_are_reduced_where_there_are_many() -> None:
     assert len(product(5, WIDE // 4)) == 6
 
 
-def test_every_value_of_what_a_tuple_holds() -> None:
+def test_thin_tests_keep_every_value_inside_tuples() -> None:
     made = [("lerp", (a, b)) for a in range(5) for b in range(6)] + [("copy", (0, 0))]
     cases = [("test", {"kernel": kernel, "layout": n % 2}) for n, kernel in enumerate(made)]
     assert len(reduced(cases)) > 6

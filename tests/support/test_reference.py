@@ -1,4 +1,4 @@
-"""The specification is itself checked: against fractions, and against other people's rounding."""
+"""The reference itself, checked against exact fractions and the formats' definitions."""
 
 import math
 from fractions import Fraction
@@ -17,7 +17,7 @@ def _infinity(code: str) -> int:
 
 
 def _value(pattern: int, form: reference.Float) -> Fraction:
-    """The number that a pattern of exponent and digits stands for, from the definition."""
+    """Return the number that a bit pattern stands for, by the definition of the format."""
     exponent, fraction = divmod(pattern, 1 << (form.digits - 1))
     if exponent:
         fraction += 1 << (form.digits - 1)
@@ -25,7 +25,7 @@ def _value(pattern: int, form: reference.Float) -> Fraction:
 
 
 @pytest.mark.parametrize("code", ["f16", "bf16"])
-def test_decode_every_pattern(code: str) -> None:
+def test_decode_of_every_16_bit_pattern_is_exact(code: str) -> None:
     form = reference.FLOATS[code]
     got = reference.decode(np.arange(1 << 16, dtype=np.uint16).view(form.storage), code)
     infinite = _infinity(code)
@@ -40,7 +40,7 @@ def test_decode_every_pattern(code: str) -> None:
 
 
 @pytest.mark.parametrize("code", ["f16", "bf16"])
-def test_encode_around_every_midpoint(code: str) -> None:
+def test_encode_rounds_around_every_midpoint_to_nearest_even(code: str) -> None:
     patterns = np.arange(_infinity(code), dtype=np.uint16)
     form = reference.FLOATS[code]
     low = reference.decode(patterns.view(form.storage), code)
@@ -64,7 +64,7 @@ def _fused(w: float, d: float, z: float) -> Fraction | float:
 
 @pytest.mark.parametrize("kind", ["weights", "bits"])
 @pytest.mark.parametrize(("dst", "src"), [("f32", "f32"), ("f64", "f64"), ("f32", "bf16")])
-def test_lerp_rounds_where_it_says(dst: str, src: str, kind: str) -> None:
+def test_lerp_rounds_difference_fma_and_result_once_each(dst: str, src: str, kind: str) -> None:
     avg, x = numbers(400, dst, 5, kind), numbers(400, src, 6, kind)
     real = np.float64 if dst == "f64" else np.float32
     with np.errstate(all="ignore"):
@@ -77,7 +77,7 @@ def test_lerp_rounds_where_it_says(dst: str, src: str, kind: str) -> None:
                 sums = [_fused(float(real(w)), d, z) for d, z in sides]
                 want = np.array([_as_real(one, dst) for one in sums])
             got = reference.lerp(avg, x, w, dst, src)
-            # The sign of an exact zero is not in a fraction; the kernels' tests compare it.
+            # Fractions have no signed zero; the kernels' tests compare its sign.
             assert_same(got + real(0), (want.astype(real) + real(0)), dst)
 
 
@@ -102,7 +102,7 @@ SIXTEEN = {"bf16": [1.7, 3.3895e38, 1e-39, 2.0**-133], "f16": [1.7, 60000.3, 3e-
 
 
 def _grid(values: np.ndarray, code: str) -> np.ndarray:
-    """Numbers as random rounding sees them: float32, and whole multiples of 2**-37 in f16."""
+    """Return the inputs of random rounding: float32, small f16 ones as multiples of 2**-37."""
     narrow = values.astype(np.float32).astype(np.float64)
     small = np.abs(narrow) < 2.0**-14
     return (
@@ -111,7 +111,7 @@ def _grid(values: np.ndarray, code: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("code", SIXTEEN)
-def test_random_rounding_takes_a_neighbour_and_has_the_value_as_its_mean(code: str) -> None:
+def test_random_rounding_picks_a_neighbor_and_is_unbiased(code: str) -> None:
     random = np.random.default_rng(3).normal(size=40) * 2.0 ** np.arange(-20, 20) * 0.05
     grid = _grid(np.array([*SIXTEEN[code], *random, *(-random)]), code)
     for value in grid[np.abs(grid) <= reference.FLOATS[code].largest]:
@@ -122,9 +122,9 @@ def test_random_rounding_takes_a_neighbour_and_has_the_value_as_its_mean(code: s
         patterns = np.unique(stored.view(np.uint16)).astype(int)
         assert len(patterns) <= 2
         assert np.ptp(patterns) <= 1
-        # Sums of such numbers are exact, so the mean over all words is, too.
+        # Sums of these numbers are exact, and so is the mean over all words.
         np.testing.assert_array_equal(got.mean(), value)
-        # A larger word never takes a value nearer to zero.
+        # A larger word never rounds closer to zero.
         assert (np.diff(np.abs(got)) >= 0).all()
 
 
@@ -134,7 +134,7 @@ def _mixed(x: int) -> int:
     return x ^ x >> 16
 
 
-def test_split_halves_are_the_nearest_and_the_rest() -> None:
+def test_split_gives_the_nearest_bfloat16_and_the_low_bits() -> None:
     values = np.concatenate([numbers(20_000, "f32", 1), numbers(20_000, "f32", 2, "bits")])
     ties = (np.arange(1 << 16, dtype=np.uint32) << np.uint32(16) | np.uint32(0x8000)).view("f4")
     values = np.concatenate([values, ties])
@@ -152,7 +152,7 @@ def test_split_halves_are_the_nearest_and_the_rest() -> None:
     np.testing.assert_array_equal(infinite, [[0x7F80, 0xFF80], [0, 0]])
 
 
-def test_windowed_mean_is_exact() -> None:
+def test_windowed_mean_equals_the_mean_of_fractions() -> None:
     history = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
     for steps in (1, 4, 5, 6, 50):
         got = reference.windowed_mean(history[:steps], 5)

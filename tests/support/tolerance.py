@@ -1,8 +1,7 @@
-"""How far a result may be from the exact one, for each pair of formats.
+"""Error bounds of results against exact arithmetic, for each pair of formats.
 
-Every bound follows from the roundings that :mod:`tests.support.reference` lists; none is a
-measured number with a margin. ``u`` is a format's unit roundoff, half the distance from 1 to the
-next number.
+Every bound is derived from the roundings in :mod:`tests.support.reference`; none is a measured
+error plus a margin. ``u`` is a format's unit roundoff, half the distance from 1 to the next number.
 """
 
 from typing import Any
@@ -19,12 +18,12 @@ Reals = NDArray[np.float64]
 
 
 def unit_roundoff(code: str) -> float:
-    """The largest relative error of rounding a number to a format."""
+    """Return the largest relative error of rounding a number to a format."""
     return float(2.0 ** -FLOATS[real_of(code)].digits)
 
 
 def cast_bound(exact: Reals, code: str) -> Reals:
-    """The largest error of rounding to a format: ``u * |exact|``, or half a subnormal step."""
+    """Return the largest rounding error: ``u * |exact|``, or half a subnormal step."""
     form = FLOATS[real_of(code)]
     return np.maximum(unit_roundoff(code) * np.abs(exact), form.smallest / 2)
 
@@ -34,7 +33,7 @@ def _reals(stored: Array, code: str) -> NDArray[np.longdouble]:
 
 
 def exact_lerp(avg: Array, x: Array, w: float, dst: str, src: str) -> NDArray[np.longdouble]:
-    """``avg + w * (x - avg)`` of stored arrays, in the widest floats that NumPy has.
+    """Return ``avg + w * (x - avg)`` of stored arrays in long double.
 
     Complex numbers come as pairs of reals along the last axis.
     """
@@ -43,11 +42,11 @@ def exact_lerp(avg: Array, x: Array, w: float, dst: str, src: str) -> NDArray[np
 
 
 def lerp_bound(avg: Array, x: Array, w: float, dst: str, src: str) -> Reals:
-    """The largest error of an update against the exact ``r = avg + w * d``, ``d = x - avg``.
+    """Return the largest error of an update against ``r = avg + w * d``, ``d = x - avg``.
 
-    With ``u`` of the format computed in (float64 where either side is, else float32), rounding the
+    Let ``u`` be that of the computation: float64 if either side is, otherwise float32. Rounding the
     weight and the difference costs ``2 * u * |w * d|``, the fused multiply-add ``u * |r|``, and
-    storing the result in a 16-bit format its own ``u * |r|``. It holds where nothing overflows.
+    storing a 16-bit result ``u * |r|`` of that format. The bound holds where nothing overflows.
     """
     computed = "f64" if "f64" in (real_of(dst), real_of(src)) else "f32"
     u = unit_roundoff(computed)
@@ -57,7 +56,7 @@ def lerp_bound(avg: Array, x: Array, w: float, dst: str, src: str) -> Reals:
     bound = 2 * u * moved + cast_bound(result, computed)
     if real_of(dst) != computed:
         bound += cast_bound(result + bound, dst)
-    # What exact_lerp itself may be off by, where long double is no wider than double.
+    # exact_lerp's own error, where long double is no wider than double.
     bound += 2 * float(np.finfo(np.longdouble).eps) * (np.abs(old).astype(np.float64) + moved)
     # Products of two roundings: u and the other errors are all far below 2 ** -6.
     return np.asarray(bound * (1 + 2.0**-6), np.float64)

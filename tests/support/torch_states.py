@@ -1,4 +1,4 @@
-"""Weights of a PyTorch module as they are at some time."""
+"""Snapshots of a PyTorch module's weights, and comparisons of them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How much work a call is, as a number that no machine changes."""
+"""The work that a call does, as a machine-independent count."""
 
 import sys
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from fastema.kernels.watch_table import TENSORS
 
 
 def lines_of(call: Callable[[], Any]) -> int:
-    """Lines of fastema's Python that a call runs, each as often as it runs.
+    """Count the lines of fastema's Python that a call executes.
 
-    What the compiled check of tensors looks at counts as well.
+    Each tensor that the compiled check inspects counts as one line.
     """
     lines = 0
 
@@ -39,9 +39,9 @@ def lines_of(call: Callable[[], Any]) -> int:
 
 
 def grows_linearly(call_of: Callable[[int], Callable[[], Any]], count: int = 40) -> bool:
-    """Whether twice the tensors are twice the work, in the calls that ``call_of(count)`` makes."""
-    lines_of(call_of(count))  # what is done once
+    """Return whether the work of the calls from ``call_of(count)`` is linear in ``count``."""
+    lines_of(call_of(count))  # one-time work
     small, middle, large = (lines_of(call_of(count * k)) for k in (1, 2, 4))
-    assert middle > small  # there is something to count
-    # Twice as much; where each tensor is compared with all others, up to four times.
+    assert middle > small  # the count is not trivial
+    # Linear work doubles; comparing each tensor with all others would quadruple it.
     return large - middle < 2.1 * (middle - small)

@@ -1,4 +1,4 @@
-"""Logs and event files of every kind come back as the curves they were written from."""
+"""Logs and event files of every kind, read as curves."""
 
 import csv
 import io
@@ -19,17 +19,17 @@ from fastema.tracking.logs import Curve, read, read_table
 
 NEEDS = ("tensorboard",)
 
-# Protocol buffers warn of what they will not have in a later version.
+# Protocol buffers warn of future removals.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
-# What stands in a header: anything but blanks around it, and not a number alone.
+# Column names: no surrounding blanks, and not a bare number.
 NAMES = st.text(
     st.characters(codec="utf-8", categories=("L", "N", "P", "S")), min_size=1, max_size=8
 ).map("n{}".format)
 
 
-def same(curve: Curve, steps: Any, values: Any) -> None:
+def assert_curve(curve: Curve, steps: Any, values: Any) -> None:
     np.testing.assert_array_equal(curve.steps, steps)
     assert curve.values.dtype == np.float64
     want = np.asarray(values, np.float64)
@@ -45,14 +45,14 @@ def same(curve: Curve, steps: Any, values: Any) -> None:
     blank=st.sampled_from(["", "NA", "None", "null"]),
     data=st.data(),
 )
-def test_a_csv_file_comes_back(
+def test_csv_file_is_read_as_its_columns(
     names: list[str], delimiter: str, blank: str, data: st.DataObject
 ) -> None:
     row = st.lists(st.none() | NUMBERS, min_size=len(names), max_size=len(names))
     rows = data.draw(st.lists(row, min_size=3, max_size=9))
-    rows[1] = [1.5] * len(names)  # no column is all blank
+    rows[1] = [1.5] * len(names)  # so that no column is all blank
     written = [[blank if cell is None else repr(cell) for cell in row] for row in rows]
-    # A header of names without the separator cannot be mistaken for one of another separator.
+    # Remove separators from names, so that the header has only one candidate.
     names = [re.sub(r"[,;\t|]", "", name) + str(i) for i, name in enumerate(names)]
     file = io.StringIO()
     csv.writer(file, delimiter=delimiter).writerows([names, *written])
@@ -62,7 +62,7 @@ def test_a_csv_file_comes_back(
     assert list(curves) == names
     for column, name in enumerate(names):
         steps = [step for step, row in enumerate(kept) if row[column] is not None]
-        same(curves[name], steps, [kept[step][column] for step in steps])
+        assert_curve(curves[name], steps, [kept[step][column] for step in steps])
 
 
 @pytest.mark.parametrize(
@@ -71,24 +71,24 @@ def test_a_csv_file_comes_back(
         ("epoch,step,loss", [(0, 0, 9), (0, 10, 8), (1, 20, 7)], "step"),
         ("Epoch,loss", [(0, 9), (1, 8)], "Epoch"),
         ("global_step,epoch,loss", [(3, 0, 9), (4, 0, 8)], "global_step"),
-        # Begins anew in each epoch, and an epoch has many batches.
+        # The batch restarts in each epoch, and an epoch has several batches.
         ("epoch,batch,loss", [(0, 0, 9), (0, 1, 8), (1, 0, 7), (1, 1, 6)], None),
-        # A run that was taken up again.
+        # A resumed run.
         ("step,loss", [(0, 9), (1, 8), (1, 7)], None),
         ("step,loss", [(0, 9), ("nan", 8), (2, 7)], None),
         ("loss,acc", [(9, 1), (8, 2)], None),
     ],
 )
-def test_the_column_that_counts(header: str, rows: list[Any], counted_by: str | None) -> None:
+def test_step_column_must_rise(header: str, rows: list[Any], counted_by: str | None) -> None:
     text = "\n".join([header, *(",".join(map(str, row)) for row in rows)])
     table = read_table(io.StringIO(text))
     assert table.step_column() == counted_by
     place = header.split(",").index(counted_by) if counted_by else None
     steps = range(len(rows)) if place is None else [row[place] for row in rows]
-    same(read(io.StringIO(text))["loss"], list(steps), table.numbers["loss"].values)
+    assert_curve(read(io.StringIO(text))["loss"], list(steps), table.numbers["loss"].values)
 
 
-def test_steps_are_of_the_column_that_is_named_and_whole_where_they_can_be() -> None:
+def test_named_column_gives_the_steps_as_integers_if_whole() -> None:
     def steps(text: str, step: str | None = None) -> np.ndarray:
         return read(io.StringIO(text), step=step)["loss"].steps
 
@@ -119,13 +119,13 @@ ROWS: list[dict[str, Any]] = [
         "\n".join(map(json.dumps, ROWS)),
         "\n\n".join(map(json.dumps, ROWS)) + '\n{"loss": 0.2, "st',
     ],
-    ids=["trainer_state", "list", "lines", "lines, the last one not done"],
+    ids=["trainer_state", "list", "lines", "lines, the last one incomplete"],
 )
-def test_rows_of_json(text: str) -> None:
+def test_json_rows_are_read_as_curves(text: str) -> None:
     curves = read(io.StringIO(text))
-    same(curves["loss"], [10, 20], [2.5, 0.1 + 0.2])
-    same(curves["eval_loss"], [10, 20], [2.25, math.nan])
-    same(curves["epoch"], [10, 10, 20, 20], [0.5, 0.5, 1.0, 1.0])
+    assert_curve(curves["loss"], [10, 20], [2.5, 0.1 + 0.2])
+    assert_curve(curves["eval_loss"], [10, 20], [2.25, math.nan])
+    assert_curve(curves["epoch"], [10, 10, 20, 20], [0.5, 0.5, 1.0, 1.0])
     assert "note" not in curves
 
 
@@ -135,9 +135,9 @@ TABLE = (
 )
 
 
-def test_metrics_are_those_named_or_what_is_worth_averaging() -> None:
+def test_metrics_are_selected_by_pattern_or_by_default() -> None:
     table = read_table(io.StringIO(TABLE))
-    # grad_ema is the average of nothing that is here.
+    # grad_ema counts as a metric: there is no column grad.
     assert table.metrics() == ["loss", "val_loss", "acc", "grad_ema", "gain_raw"]
     assert table.metrics(["lr", "*loss", "loss"]) == ["lr", "loss", "val_loss"]
     assert table.metrics(["once"]) == ["once"]
@@ -165,7 +165,7 @@ def test_metrics_are_those_named_or_what_is_worth_averaging() -> None:
     ],
     ids=lambda value: value[:40],
 )
-def test_what_is_no_log(text: str, complaint: str) -> None:
+def test_text_that_is_no_log_is_refused(text: str, complaint: str) -> None:
     source = io.StringIO(text)
     source.name = "run.log"
     with pytest.raises(ArgumentError, match=complaint) as raised:
@@ -173,7 +173,7 @@ def test_what_is_no_log(text: str, complaint: str) -> None:
     assert "run.log" in str(raised.value)
 
 
-def test_columns_and_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_columns_and_files_are_refused(tmp_path: Path) -> None:
     table = read_table(io.StringIO("step,loss,empty\n0,1,\n1,diverged,\n"))
     assert "loss" not in table.curves()
     with pytest.raises(ArgumentError, match="'loss' holds no numbers: row 2 has 'diverged'"):
@@ -194,7 +194,7 @@ Points = list[tuple[int, float]]
 def write(
     folder: Path, tags: dict[str, Points], *, kind: str = "tensor", restart: int | None = None
 ) -> None:
-    """One more event file in a folder, by the writer of the tensorboard package."""
+    """Add an event file to a folder with the writer of the tensorboard package."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -202,7 +202,7 @@ def write(
 
     number = len(list(folder.glob("*"))) if folder.exists() else 0
     writer = EventFileWriter(str(folder), filename_suffix=f".{number}")
-    # Names are ordered by the second at which a file was made, and all of these have the same.
+    # Names sort by their creation time in seconds, which is equal here: the suffix decides.
     if restart is not None:
         log = SessionLog(status=SessionLog.START)
         writer.add_event(Event(step=restart, session_log=log))
@@ -220,8 +220,8 @@ def write(
 
 
 def assert_points(curve: Curve, points: Points) -> None:
-    """Equal as float32, which is what an event file holds."""
-    same(curve, [step for step, _ in points], np.float32([value for _, value in points]))
+    """Assert that a curve equals the points in float32, as event files store them."""
+    assert_curve(curve, [step for step, _ in points], np.float32([value for _, value in points]))
 
 
 def points(count: int, seed: int, start: int = 0) -> Points:
@@ -229,7 +229,7 @@ def points(count: int, seed: int, start: int = 0) -> Points:
     return list(enumerate(values, start))
 
 
-def test_runs_in_folders_a_tag_called_step_and_tensors_that_are_no_scalars(tmp_path: Path) -> None:
+def test_runs_in_subfolders_are_prefixed_and_non_scalars_ignored(tmp_path: Path) -> None:
     write(tmp_path, {"text": points(3, 1)}, kind="text")
     with pytest.raises(ArgumentError, match="no scalars in the TensorBoard event files"):
         read(tmp_path)
@@ -242,7 +242,7 @@ def test_runs_in_folders_a_tag_called_step_and_tensors_that_are_no_scalars(tmp_p
     assert set(read(tmp_path / "train")) == {"global_step", "loss", "step"}
 
 
-def test_a_file_that_was_cut_short_or_is_damaged(tmp_path: Path) -> None:
+def test_truncated_event_file_is_read_but_a_damaged_one_refused(tmp_path: Path) -> None:
     its = points(50, 1)
     write(tmp_path, {"loss": its}, kind="simple")
     (file,) = tmp_path.iterdir()
@@ -255,7 +255,7 @@ def test_a_file_that_was_cut_short_or_is_damaged(tmp_path: Path) -> None:
         read(file)
 
 
-def test_folders_without_event_files_and_without_the_package(
+def test_missing_event_files_or_tensorboard_give_a_helpful_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with pytest.raises(ArgumentError, match=r"no TensorBoard event file in this folder$"):
@@ -273,7 +273,7 @@ def test_folders_without_event_files_and_without_the_package(
 
 
 @pytest.mark.tensorflow
-def test_scalars_and_what_else_is_among_them(tmp_path: Path) -> None:
+def test_only_scalars_of_tensorflow_summaries_are_read(tmp_path: Path) -> None:
     import tensorflow as tf
 
     values = np.random.default_rng(0).normal(size=30).astype(np.float32)

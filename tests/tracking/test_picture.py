@@ -1,4 +1,4 @@
-"""Pictures of curves: what is drawn is what was measured, and its averages."""
+"""Plots of curves: they show the recorded values and their averages."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from ..support.smoothing import ema, sma
 BOTH = averages(20, 0.9)
 
 
-def noisy(count: int, seed: int = 0) -> np.ndarray:
+def draw_curve(count: int, seed: int = 0) -> np.ndarray:
     generator = np.random.default_rng(seed)
     return 2.0 * np.exp(-np.arange(count) / (1 + count / 3)) + generator.normal(0.5, 0.1, count)
 
@@ -35,8 +35,8 @@ def by_label(panel: Panel) -> dict[str, Curve]:
     return {line.label: line.curve for line in panel.lines}
 
 
-def drawn(axes: Axes, style: str = "-") -> list[Any]:
-    """The lines of that style; points and marks have the style None."""
+def lines_of_style(axes: Axes, style: str = "-") -> list[Any]:
+    """Return the lines of a style; points and marks have the style None."""
     return [line for line in axes.get_lines() if line.get_linestyle() == style]
 
 
@@ -44,7 +44,7 @@ def texts(axes: Axes) -> list[str]:
     return [text.get_text() for text in axes.texts]
 
 
-# Validated after every second epoch.
+# With validation after every second epoch.
 KERAS = SimpleNamespace(
     history={"loss": [4.0, 3.0, 2.0, 1.0], "val_loss": [3.5, 1.5]}, epoch=[0, 1, 2, 3], params={}
 )
@@ -68,7 +68,7 @@ HISTORIES: dict[str, tuple[Any, str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("history", "axis", "want"), HISTORIES.values(), ids=HISTORIES)
-def test_histories_of_trainers(history: Any, axis: str, want: dict[str, Any]) -> None:
+def test_histories_of_trainers_become_panels(history: Any, axis: str, want: dict[str, Any]) -> None:
     found = panels(history, averages=BOTH)
     assert [(panel.name, panel.axis) for panel in found] == [(name, axis) for name in want]
     for panel in found:
@@ -76,7 +76,7 @@ def test_histories_of_trainers(history: Any, axis: str, want: dict[str, Any]) ->
         assert (curve.steps.tolist(), curve.values.tolist()) == want[panel.name]
 
 
-def test_a_data_frame_and_a_log_by_its_path(tmp_path: Path) -> None:
+def test_data_frames_and_paths_of_logs_become_panels(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps({"epoch": i, "loss": 9.0 - i}) + "\n" for i in range(4)))
     (panel,) = panels(path, averages=BOTH)
@@ -98,7 +98,7 @@ NO_HISTORIES: list[tuple[Any, str]] = [
 ]
 
 
-def test_what_is_no_history() -> None:
+def test_invalid_history_or_option_is_refused() -> None:
     for history, complaint in NO_HISTORIES:
         with pytest.raises((ArgumentError, BridgeError), match=complaint):
             panels(history, averages=BOTH)
@@ -108,8 +108,8 @@ def test_what_is_no_history() -> None:
             plot([1.0, 2.0], **wrong)
 
 
-def test_the_lines_are_the_curves_also_of_a_smoother() -> None:
-    values = noisy(200)
+def test_lines_show_the_values_and_both_averages() -> None:
+    values = draw_curve(200)
     smoother = MetricSmoother(9, 0.8, record=True)
     for step, value in enumerate(values.tolist()):
         smoother.update({"loss": value}, step=3 * step)
@@ -118,7 +118,7 @@ def test_the_lines_are_the_curves_also_of_a_smoother() -> None:
         np.testing.assert_allclose(one.curve.values, want, rtol=1e-13)
         np.testing.assert_array_equal(one.curve.steps, 3 * np.arange(200))
     (axes,) = plot({"loss": values}, log=False, window_size=9, decay=0.8).axes
-    lines = drawn(axes)
+    lines = lines_of_style(axes)
     assert len(lines) == 3
     for line, want in zip(lines, (values, sma(values, 9), ema(values, 0.8)), strict=True):
         np.testing.assert_array_equal(line.get_xdata(), np.arange(1, 201))
@@ -138,28 +138,28 @@ SCALES: list[tuple[list[float], Any, str]] = [
 ]
 
 
-def test_the_scale() -> None:
+def test_scale_is_log_only_for_suitable_values() -> None:
     for values, log, scale in SCALES:
         (axes,) = plot(values, log=log).axes
         assert axes.get_yscale() == scale
         assert any("log scale" in text for text in texts(axes)) == (scale == "log")
 
 
-def test_gaps_and_marks_where_a_value_is_not_finite() -> None:
-    values = noisy(50)
+def test_nonfinite_values_leave_gaps_and_marks() -> None:
+    values = draw_curve(50)
     values[[10, 11, 30]] = math.nan, math.inf, -math.inf
-    values[[12, 14]] = values[13], math.nan  # 12 and 13 stand between gaps, 13 alone
+    values[[12, 14]] = values[13], math.nan  # 13 is alone between gaps
     values[12] = math.nan
     (axes,) = plot(values, window_size=None, decay=None).axes
-    (line,) = drawn(axes)
+    (line,) = lines_of_style(axes)
     np.testing.assert_array_equal(np.isfinite(line.get_ydata()), np.isfinite(values))
-    points = {line.get_marker(): list(line.get_xdata()) for line in drawn(axes, "None")}
+    points = {line.get_marker(): list(line.get_xdata()) for line in lines_of_style(axes, "None")}
     assert points == {"o": [14.0], "v": [11.0, 12.0, 13.0, 15.0, 31.0]}
     assert "5 not finite" in texts(axes)
 
 
 @given(st.integers(1, 500), st.integers(1, 60), st.sets(st.integers(0, 499)), st.integers(0, 99))
-def test_thinning_keeps_the_outline(count: int, buckets: int, holes: set[int], seed: int) -> None:
+def test_thinning_keeps_extremes(count: int, buckets: int, holes: set[int], seed: int) -> None:
     values = np.random.default_rng(seed).normal(size=count)
     values[[hole for hole in holes if hole < count]] = math.nan
     steps, got = thin_curve(Curve(np.arange(count), values), buckets)
@@ -177,10 +177,10 @@ def test_thinning_keeps_the_outline(count: int, buckets: int, holes: set[int], s
             assert np.nanmin(inside) == np.nanmin(stretch)
 
 
-def test_files(tmp_path: Path) -> None:
+def test_picture_is_written_as_png_svg_and_pdf(tmp_path: Path) -> None:
     for suffix, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
         out = tmp_path / f"curves.{suffix}"
-        figure = plot({"loss": noisy(99), "acc": noisy(9)}, title="a run", out=out)
+        figure = plot({"loss": draw_curve(99), "acc": draw_curve(9)}, title="a run", out=out)
         assert isinstance(figure, Figure)
         assert out.read_bytes().startswith(start)
         assert [text.get_text() for text in figure.texts] == ["a run"]

@@ -1,4 +1,4 @@
-"""Averages of scalars, one by one and in series, and of numbers that are read when looked at."""
+"""Averages of scalars: single values, series, groups, and lazily read device numbers."""
 
 import copy
 import json
@@ -24,18 +24,18 @@ from fastema.tracking.lazy_float import LazyFloat
 from fastema.tracking.scalar import MAX_PENDING, MovingAverage
 from fastema.tracking.window import WindowSum
 
-Made = Callable[..., MovingAverage]
+Factory = Callable[..., MovingAverage]
 
-KINDS: dict[str, Made] = {
+KINDS: dict[str, Factory] = {
     **{f"sma{n}": partial(SimpleMovingAverage, n) for n in (1, 7, 200)},
     **{f"ema{d}": partial(ExponentialMovingAverage, d) for d in (0.0, 0.3, 0.9, 0.9995)},
     **{f"debiased{d}": partial(ExponentialMovingAverage, d, True) for d in (0.9, 0.9995)},
 }
-kinds = pytest.mark.parametrize("made", KINDS.values(), ids=KINDS)
+kinds = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 
 
 def exact(average: MovingAverage, x: Sequence[float], weights: Sequence[float]) -> float:
-    """The definition, in rational numbers, rounded once."""
+    """Evaluate the definition in rational numbers and round once."""
     w = [Fraction(one) for one in weights]
     values = [Fraction(one) for one in x]
     if isinstance(average, SimpleMovingAverage):
@@ -48,7 +48,7 @@ def exact(average: MovingAverage, x: Sequence[float], weights: Sequence[float]) 
         share = Fraction(1) if i == 0 and not average.debias else 1 - decay
         product = decay * product + share * one * value
         total = decay * total + share * one
-        # Enough digits that what is cut off is far below what is compared.
+        # 200 bits keep the truncation error far below the tolerance.
         product, total = (Fraction(round(q * 2**200), 2**200) for q in (product, total))
     return float(product / total)
 
@@ -62,11 +62,11 @@ def series(n: int, seed: int = 0, sign: bool = False) -> list[float]:
 @kinds
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("sign", [False, True])
-def test_every_average_is_the_exact_one(made: Made, weighted: bool, sign: bool) -> None:
+def test_averages_equal_exact_ones(make: Factory, weighted: bool, sign: bool) -> None:
     x = series(450, seed=weighted + 2 * sign, sign=sign)
     rng = np.random.default_rng(5)
     weights = rng.integers(1, 65, len(x)).astype(float).tolist() if weighted else [1.0] * len(x)
-    average, parts = made(), made()
+    average, parts = make(), make()
     assert math.isnan(average.average)
     ones = []
     for i, (value, weight) in enumerate(zip(x, weights, strict=True)):
@@ -74,10 +74,10 @@ def test_every_average_is_the_exact_one(made: Made, weighted: bool, sign: bool) 
         assert ones[-1] == average.average == average.get_average()
         if i % 37 < 2 or i > 440:
             expected = exact(average, x[: i + 1], weights[: i + 1])
-            # Of sums with both signs, an error is relative to what is added up.
+            # With both signs, the error is relative to the summands.
             scale = max(abs(expected), max(map(abs, x[: i + 1])) * 1e-2)
             assert abs(ones[-1] - expected) <= 4e-16 * scale, i
-    # A series at once is the same, in whatever parts it comes.
+    # update_many gives the same values, however the series is split.
     found: list[float] = []
     for begin, end in ((0, 0), (0, 1), (1, 4), (4, 205), (205, 206), (206, 400)):
         part = weights[begin:end] if weighted else None
@@ -86,24 +86,24 @@ def test_every_average_is_the_exact_one(made: Made, weighted: bool, sign: bool) 
     np.testing.assert_allclose(found, ones, rtol=4e-15, atol=1e-15)
     assert parts.num_updates == average.num_updates == len(x)
     if not weighted and isinstance(average, SimpleMovingAverage):
-        assert found == ones  # to the bit
+        assert found == ones  # bitwise
 
 
 ODD = [1.0, math.nan, 3.0, 5.0, math.inf, -math.inf, 2.0, 4.0]
 
 
 def run(average: MovingAverage, x: Sequence[float], at_once: bool) -> list[float]:
-    # A masked value is none, as NaN is.
+    # A masked value is skipped like NaN.
     masked = np.ma.masked_invalid(x) if average.on_nonfinite == "skip" else x
     return average.update_many(masked).tolist() if at_once else [average.update(v) for v in x]
 
 
 @pytest.mark.parametrize("at_once", [False, True])
 @kinds
-def test_shown_and_left_out(made: Made, at_once: bool) -> None:
-    clean = made()
+def test_show_returns_and_skip_omits_nonfinite_values(make: Factory, at_once: bool) -> None:
+    clean = make()
     kept = [clean.update(v) for v in ODD if math.isfinite(v)]
-    shown, skipping = made(), made(on_nonfinite="skip")
+    shown, skipping = make(), make(on_nonfinite="skip")
     expected, latest, rest = [], math.nan, iter(kept)
     stays = []
     for v in ODD:
@@ -120,7 +120,7 @@ def test_shown_and_left_out(made: Made, at_once: bool) -> None:
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_propagates_as_arithmetic_does(at_once: bool) -> None:
+def test_propagate_follows_arithmetic(at_once: bool) -> None:
     sma = SimpleMovingAverage(2, on_nonfinite="propagate")
     found = run(sma, [1.0, math.nan, 3.0, 5.0, math.inf, 2.0, 4.0], at_once)
     np.testing.assert_equal(found, [1.0, math.nan, math.nan, 4.0, math.inf, math.inf, 3.0])
@@ -132,8 +132,8 @@ def test_propagates_as_arithmetic_does(at_once: bool) -> None:
 
 
 @kinds
-def test_raises_before_anything_changes(made: Made) -> None:
-    average, other = made(on_nonfinite="raise"), made()
+def test_raise_changes_nothing(make: Factory) -> None:
+    average, other = make(on_nonfinite="raise"), make()
     average.update(2.0)
     other.update(2.0)
     with pytest.raises(NonFiniteError, match="inf"):
@@ -145,14 +145,14 @@ def test_raises_before_anything_changes(made: Made) -> None:
 
 
 @kinds
-def test_weight_zero_leaves_out(made: Made) -> None:
-    average, other = made(), made()
+def test_zero_weight_leaves_the_average_unchanged(make: Factory) -> None:
+    average, other = make(), make()
     for value, weight in ((1.0, 2.0), (math.nan, 0.0), (9.0, 0.0), (4.0, 3.0)):
         found = average.update(value, weight)
         if weight:
             expected = other.update(value, weight)
         assert found == expected
-    at_once = made().update_many([1.0, math.nan, 9.0, 4.0], [2.0, 0.0, 0.0, 3.0])
+    at_once = make().update_many([1.0, math.nan, 9.0, 4.0], [2.0, 0.0, 0.0, 3.0])
     assert at_once[-1] == pytest.approx(expected, rel=1e-15)
     assert (average.num_updates, average.num_skipped) == (2, 0)
 
@@ -165,7 +165,7 @@ SETTINGS: list[tuple[Any, str, tuple[Any, ...]]] = [
 ]
 
 
-def test_settings_out_of_range_are_refused_and_none_can_be_changed() -> None:
+def test_invalid_settings_are_refused_and_settings_are_read_only() -> None:
     for kind, setting, values in SETTINGS:
         for value in values:
             with pytest.raises(ArgumentError, match=setting):
@@ -177,13 +177,13 @@ def test_settings_out_of_range_are_refused_and_none_can_be_changed() -> None:
 @kinds
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 5, 300])
-def test_state_goes_on(made: Made, weighted: bool, count: int) -> None:
+def test_state_continues_the_average(make: Factory, weighted: bool, count: int) -> None:
     x = series(count + 250, seed=count)
-    average = made()
+    average = make()
     for i, value in enumerate(x[:count]):
         average.update(value, 1.0 + i % 3 if weighted else 1.0)
     average.update(math.nan)
-    loaded = made()
+    loaded = make()
     loaded.update(123.0)
     loaded.load_state_dict(json.loads(json.dumps(average.state_dict())))
     copied = copy.deepcopy(average), copy.copy(average), pickle.loads(pickle.dumps(average))
@@ -213,18 +213,18 @@ STATES: list[tuple[MovingAverage, Any]] = [
 ]
 
 
-def test_a_state_that_does_not_fit() -> None:
+def test_mismatched_state_is_refused_and_changes_nothing() -> None:
     for average, state in STATES:
-        made = copy.copy(average)
-        made.update(2.0)
+        loaded = copy.copy(average)
+        loaded.update(2.0)
         with pytest.raises(CheckpointError):
-            made.load_state_dict(state)
-        assert (made.average, made.num_updates) == (2.0, 1)
+            loaded.load_state_dict(state)
+        assert (loaded.average, loaded.num_updates) == (2.0, 1)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 127, 128, 129, 300])  # from 128 on, NumPy adds
+@pytest.mark.parametrize("size", [1, 2, 3, 127, 128, 129, 300])  # from 128 on, NumPy sums
 @pytest.mark.parametrize("odd", [math.inf, -math.inf, math.nan, 1e300])
-def test_what_left_the_window_leaves_no_trace(size: int, odd: float) -> None:
+def test_values_that_left_the_window_leave_no_trace(size: int, odd: float) -> None:
     rng = np.random.default_rng(7)
     x = rng.uniform(0.1, 1.0, 3 * size + 5).tolist()
     for at in {0, size // 2, size - 1, size}:
@@ -243,14 +243,14 @@ def test_what_left_the_window_leaves_no_trace(size: int, odd: float) -> None:
 ONE = SimpleMovingAverage(2)
 
 
-def grouped() -> MetricAverages:
+def build_group() -> MetricAverages:
     return MetricAverages(
         {"loss": SimpleMovingAverage(2), "accuracy": ExponentialMovingAverage(0.75)}
     )
 
 
 def test_each_name_of_a_group_has_its_own_average() -> None:
-    group = grouped()
+    group = build_group()
     assert group.update({"loss": 3.0, "accuracy": 0.5}) == {"loss": 3.0, "accuracy": 0.5}
     assert group.update({"accuracy": 1.0}) == {"accuracy": 0.625}
     assert group.update({"loss": 6.0}, weight=2.0) == {"loss": 5.0}
@@ -259,7 +259,7 @@ def test_each_name_of_a_group_has_its_own_average() -> None:
     assert isinstance(group["loss"], SimpleMovingAverage)
 
 
-def test_a_smoother_gives_all_three_curves() -> None:
+def test_smoother_records_raw_sma_and_ema_curves() -> None:
     rng = np.random.default_rng(0)
     smoother = MetricSmoother(5, 0.8, debias=True, record=True)
     sma, ema = SimpleMovingAverage(5), ExponentialMovingAverage(0.8, True)
@@ -275,7 +275,7 @@ def test_a_smoother_gives_all_three_curves() -> None:
     assert smoother.steps["loss"].tolist() == list(range(0, 600, 10))
 
 
-def test_groups_and_smoothers_that_cannot_be() -> None:
+def test_invalid_groups_and_smoothers_are_refused() -> None:
     averages: Any
     for averages in ({}, None, [ONE], {"loss": 3}, {1: ONE}, {"a": dict}, {"a": ONE, "b": ONE}):
         with pytest.raises(ArgumentError, match=r"averages|two names"):
@@ -288,10 +288,10 @@ def test_groups_and_smoothers_that_cannot_be() -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "metrics", "options", "error", "words"),
+    ("make", "metrics", "options", "error", "words"),
     [
-        (grouped, {"loss": 9.0, "x": 1.0}, {}, ArgumentError, r"'x'.*'loss', 'accuracy'"),
-        (grouped, {"loss": "low"}, {}, BridgeError, "expected a number"),
+        (build_group, {"loss": 9.0, "x": 1.0}, {}, ArgumentError, r"'x'.*'loss', 'accuracy'"),
+        (build_group, {"loss": "low"}, {}, BridgeError, "expected a number"),
         (MetricSmoother, {"loss": 1.0, "b": "x"}, {}, BridgeError, "expected a number"),
         (MetricSmoother, {"b": 1.0}, {"weight": -1.0}, ArgumentError, "weight"),
         (MetricSmoother, {"loss": 1.0, "b": math.nan}, {}, NonFiniteError, "nan"),
@@ -302,31 +302,31 @@ def test_groups_and_smoothers_that_cannot_be() -> None:
     ],
     ids=lambda one: getattr(one, "__name__", repr(one)),
 )
-def test_a_refused_update_changes_nothing(
-    made: Any, metrics: Any, options: dict[str, Any], error: type[Exception], words: str
+def test_refused_update_changes_nothing(
+    make: Any, metrics: Any, options: dict[str, Any], error: type[Exception], words: str
 ) -> None:
-    found = made() if made is grouped else made(on_nonfinite="raise", record=True)
+    found = make() if make is build_group else make(on_nonfinite="raise", record=True)
     found.update({"loss": 2.0})
     before = found.state_dict()
     with pytest.raises(error, match=words):
         found.update(metrics, **options)
     assert found.state_dict() == before
-    if made is MetricSmoother:
+    if make is MetricSmoother:
         assert found.history["loss_raw"].tolist() == [2.0]
 
 
-@pytest.mark.parametrize("made", [grouped, lambda: MetricSmoother(3, 0.5, record=True)])
-def test_state_goes_on_or_changes_nothing(made: Any) -> None:
-    one, other = made(), made()
+@pytest.mark.parametrize("make", [build_group, lambda: MetricSmoother(3, 0.5, record=True)])
+def test_state_of_a_group_or_smoother_loads_or_changes_nothing(make: Any) -> None:
+    one, other = make(), make()
     for x in (1.0, 4.0, math.nan, 2.0):
         one.update({"loss": x, "accuracy": x / 8})
-    other.update({"loss" if made is grouped else "gone": 1.0})
+    other.update({"loss" if make is build_group else "gone": 1.0})
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
     assert other.averages == one.averages
     assert other.update({"loss": 7.0}) == one.update({"loss": 7.0})
     before = other.state_dict()
     wrong: list[Any] = [{}, [], MetricSmoother(4, 0.5).state_dict(), {"loss": before}]
-    if made is grouped:
+    if make is build_group:
         wrong.append(before | {"accuracy": ExponentialMovingAverage(0.5).state_dict()})
     else:
         wrong.append({**before, "metrics": {"loss": {}}})
@@ -335,14 +335,14 @@ def test_state_goes_on_or_changes_nothing(made: Any) -> None:
             other.load_state_dict(state)
     assert other.state_dict() == before
     other.reset()
-    if made is grouped:
+    if make is build_group:
         assert other["loss"].num_updates == other["accuracy"].num_updates == 0
     else:
         assert other.averages == other.history == other.steps == {}
 
 
 class Device:
-    """Values on a device; counts how often it is asked for one."""
+    """A device that counts the reads of its values."""
 
     reads = 0
 
@@ -354,7 +354,7 @@ class Device:
         return LazyFloat(read)
 
 
-def test_a_lazy_float_is_a_float_that_is_read_once() -> None:
+def test_lazy_float_acts_as_a_float_and_is_read_once() -> None:
     device = Device()
     x = device.value(2.5)
     assert device.reads == 0
@@ -374,24 +374,24 @@ def test_a_lazy_float_is_a_float_that_is_read_once() -> None:
     assert max(1.0, x) is x
     assert np.float64(x) == 2.5
     assert np.asarray([x], np.float64).tolist() == [2.5]
-    assert device.reads == 2  # the other one once
+    assert device.reads == 2  # one per lazy float
     assert type(pickle.loads(pickle.dumps(x))) is float
 
 
 @pytest.mark.parametrize(
-    "made", [lambda: SimpleMovingAverage(3), lambda: ExponentialMovingAverage()]
+    "make", [lambda: SimpleMovingAverage(3), lambda: ExponentialMovingAverage()]
 )
-def test_nothing_is_read_before_somebody_looks_or_there_are_too_many(made: Any) -> None:
-    device, average, plain = Device(), made(), made()
+def test_device_values_are_read_on_access_or_when_too_many_wait(make: Any) -> None:
+    device, average, plain = Device(), make(), make()
     x = np.random.default_rng(0).normal(size=40).tolist()
     found = []
     for i, value in enumerate(x):
-        # Numbers of the host wait in line with those of the device.
+        # Host numbers queue behind device numbers.
         found.append(average.update(device.value(value) if i % 3 else value, 1.0 + i % 2))
     assert device.reads == 0
     expected = [plain.update(value, 1.0 + i % 2) for i, value in enumerate(x)]
     assert found[20] == expected[20]
-    assert device.reads == sum(1 for i in range(21) if i % 3)  # those before it, and its own
+    assert device.reads == sum(1 for i in range(21) if i % 3)  # its own and the earlier ones
     assert found == expected
     assert device.reads == sum(1 for i in range(len(x)) if i % 3)
     assert average.state_dict() == plain.state_dict()

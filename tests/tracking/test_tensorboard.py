@@ -1,4 +1,4 @@
-"""Event files of TensorBoardWriter, read back by TensorBoard's own reader."""
+"""Event files of TensorBoardWriter, read by TensorBoard's own reader."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ from ..support.smoothing import assert_close, ema, sma
 WINDOW, DECAY = 4, 0.8
 
 
-def drawn(count: int, seed: int = 0) -> list[float]:
+def draw(count: int, seed: int = 0) -> list[float]:
     rng = np.random.default_rng(seed)
     return (np.exp(-np.arange(count) / 30) + rng.normal(size=count) / 5 + 1).tolist()
 
@@ -33,7 +33,7 @@ class Points(NamedTuple):
 
 
 def read(folder: Path, run: str, tag: str = "loss") -> Points:
-    """All points of a tag, in order."""
+    """Read all points of a tag in order."""
     found = EventAccumulator(str(folder / run), {"tensors": 0}).Reload()
     events = found.Tensors(tag) if tag in found.Tags()["tensors"] else []
     values = [make_ndarray(event.tensor_proto).item() for event in events]
@@ -41,12 +41,12 @@ def read(folder: Path, run: str, tag: str = "loss") -> Points:
 
 
 def assert_rounded(got: Any, want: np.ndarray) -> None:
-    """Equal in float32, which event files hold."""
+    """Assert equality up to rounding to float32, as event files store it."""
     np.testing.assert_allclose(got, want, rtol=np.finfo(np.float32).eps / 2 * 1.001)
 
 
-def test_three_runs_hold_one_tag_each_as_tensorboard_reads_them(tmp_path: Path) -> None:
-    losses, rates, sizes = drawn(50), drawn(50, 1), np.random.default_rng(2).integers(1, 9, 50)
+def test_raw_sma_and_ema_are_runs_that_share_their_tags(tmp_path: Path) -> None:
+    losses, rates, sizes = draw(50), draw(50, 1), np.random.default_rng(2).integers(1, 9, 50)
     before, returned = time.time(), []
     with TensorBoardWriter(tmp_path / "first", WINDOW, DECAY) as writer:
         for k, (loss, rate, size) in enumerate(zip(losses, rates, sizes, strict=True)):
@@ -54,7 +54,7 @@ def test_three_runs_hold_one_tag_each_as_tensorboard_reads_them(tmp_path: Path) 
             assert now["train/loss_raw"] == loss
             returned.append(now)
         assert writer.averages == returned[-1]
-    # Event files hold float32; what a call returns has double precision.
+    # Event files hold float32, but calls return double precision.
     assert_close([now["train/loss_sma"] for now in returned], sma(losses, WINDOW, sizes))
     assert_close([now["train/loss_ema"] for now in returned], ema(losses, DECAY, sizes))
     runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload().Runs()
@@ -70,14 +70,14 @@ def test_three_runs_hold_one_tag_each_as_tensorboard_reads_them(tmp_path: Path) 
             assert_rounded(points.values, curve)
 
 
-def test_values_on_a_device_are_read_when_they_are_written(tmp_path: Path) -> None:
+def test_device_values_are_read_only_when_written(tmp_path: Path) -> None:
     require_packages("torch")
     import torch
 
     asked: list[Any] = []
 
     class OnDevice(torch.Tensor):
-        """A tensor that says it lies elsewhere, and notes when it is read."""
+        """A tensor that claims to be on a GPU and records its reads."""
 
         device = property(lambda self: torch.device("cuda"))
         is_cuda = property(lambda self: True)
@@ -88,7 +88,7 @@ def test_values_on_a_device_are_read_when_they_are_written(tmp_path: Path) -> No
 
         __float__ = item
 
-    losses = drawn(10)
+    losses = draw(10)
     with TensorBoardWriter(tmp_path, WINDOW, DECAY) as writer:
         for loss in losses:
             writer.add_scalar("loss", torch.tensor(loss, dtype=torch.float64).as_subclass(OnDevice))
@@ -98,8 +98,8 @@ def test_values_on_a_device_are_read_when_they_are_written(tmp_path: Path) -> No
     assert_rounded(read(tmp_path, "ema").values, ema(losses, DECAY))
 
 
-def test_a_resumed_run_draws_the_same_curve_to_the_bit_and_nothing_unwanted(tmp_path: Path) -> None:
-    losses = drawn(40)
+def test_resumed_run_writes_the_same_curves(tmp_path: Path) -> None:
+    losses = draw(40)
     with TensorBoardWriter(tmp_path / "bare", None, DECAY, raw=False, debias=True) as writer:
         for loss in losses:
             writer.add_scalar("loss", loss)
@@ -117,7 +117,7 @@ def test_a_resumed_run_draws_the_same_curve_to_the_bit_and_nothing_unwanted(tmp_
     assert got == want[17:]
     for run in ("raw", "sma", "ema"):
         whole, parts = read(tmp_path / "whole", run), read(tmp_path / "parts", run)
-        # TensorBoard reads files of one second by the names' letters: the tenth before the ninth.
+        # TensorBoard sorts files of one second by name: file 10 before file 9.
         found = sorted(zip(parts.steps, parts.values, strict=True))
         assert found == list(zip(whole.steps, whole.values, strict=True))
     with TensorBoardWriter(tmp_path / "other", WINDOW + 1) as other:
@@ -128,7 +128,7 @@ def test_a_resumed_run_draws_the_same_curve_to_the_bit_and_nothing_unwanted(tmp_
     assert read(tmp_path / "other", "raw").steps == [0]
 
 
-def test_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = TensorBoardWriter(tmp_path)
     for options in ({"step": 1.5}, {"weight": -1.0}, {"tag": ""}, {"tag": 3}):
         with pytest.raises(ArgumentError):
