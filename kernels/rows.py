@@ -99,7 +99,7 @@ def make_element_step(step: Step):
 def window_body(walks, real):
     """Return the body that updates one row of a windowed mean.
 
-    ``walks`` are :class:`fastema.kernels.steps.WindowSteps`, ``walk(cells, at, n, slot, run)``, where
+    ``walks`` are :class:`fastema.kernels.steps.WindowSteps`, ``walk(cells, at, n, slot, run)``;
     ``run`` holds further arguments of the device's walks. Every update recomputes one in ``WINDOW``
     rows from the whole ring, so that rounding errors do not accumulate.
 
