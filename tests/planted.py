@@ -56,10 +56,10 @@ PLANTED = {
     "binding": {
         "fastema/binding/swap.py": {
             "undone before done": (
-                "way.apply()\n                    self._due.append(way)",
-                "self._due.append(way)\n                    way.apply()",
+                "way.apply()\n                    self._applied_ways.append(way)",
+                "self._applied_ways.append(way)\n                    way.apply()",
             ),
-            "undone once": ("self._due.remove(way)", "self._due.clear()"),
+            "undone once": ("self._applied_ways.remove(way)", "self._applied_ways.clear()"),
         },
         "fastema/binding/binding.py": {
             "overlap later": ("if self.guard.may_overlap(dst, src):", "if self.guard is None:"),
@@ -78,7 +78,7 @@ PLANTED = {
     },
     "native": {
         "fastema/engine/disk_cache.py": {
-            "damaged entries": ("if stored[:_HEAD] == _sealed(body) else", "if True else"),
+            "damaged entries": ("if stored[:_HEAD] == _make_header(body) else", "if True else"),
             "writable by a group": ("(stat.S_IWGRP | stat.S_IWOTH)", "stat.S_IWOTH"),
             "two kernels, one entry": ("(name, SOURCE_STAMP, depends)", "(name, SOURCE_STAMP)"),
         },
@@ -94,7 +94,7 @@ PLANTED = {
     "gpu": {
         "fastema/engine/shipped.py": {
             "any older code": ("if major == capability[0] and", "if major <= capability[0] and"),
-            "other sources": (" == _sources()\n", ' != "  "\n'),
+            "other sources": (" == _current_stamp()\n", ' != "  "\n'),
             "next kernel": ("            at += size\n", "            at += size + 1\n"),
         },
         "fastema/engine/build_kernels.py": {
@@ -134,7 +134,7 @@ PLANTED = {
             "begins late": ("if m < 0 or not step:", "if m <= 0 or not step:"),
             "due": ("// every - (counted - steps) // every", "// every - (counted - 1) // every"),
         },
-        "fastema/rules/debias.py": {"nothing left": ("(-weight), GONE", "(-0.5 * weight), GONE")},
+        "fastema/rules/debias.py": {"nothing left": ("(-weight), LOG_NEGLIGIBLE", "(-0.5 * weight), LOG_NEGLIGIBLE")},
     },
     "layout": {
         "fastema/layout/group.py": {

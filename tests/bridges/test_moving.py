@@ -81,7 +81,7 @@ def test_immutable_arrays_are_refused_a_second_time() -> None:
     located = where.locate(weights)
     assert located is not None
     where.refuse_used(located, "here")
-    where.notify_used(located)
+    where.record_used(located)
     with pytest.raises(ArgumentError, match=r"no new arrays.*here"):
         where.refuse_used(located, "here")
     weights[1] = array(3)

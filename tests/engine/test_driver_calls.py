@@ -89,7 +89,7 @@ PRELUDE = """
 
         stream = lambda self: self.handle
         capturing = lambda self: False
-        hold = lambda self, owners: True
+        defer_reuse = lambda self, owners: True
 
         def upload(self, array):
             self.uploaded.append(array.copy())

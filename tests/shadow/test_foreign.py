@@ -41,7 +41,7 @@ def of_mmengine(model: Any) -> Any:
 FOREIGN: dict[str, tuple[Callable[[Any], Any], str]] = {
     "torch_ema": (
         lambda m: updated(compat.torch_ema.ExponentialMovingAverage(m.parameters(), 0.9)),
-        r"torch_ema\.ExponentialMovingAverage\.load_state_dict takes",
+        r"torch_ema\.ExponentialMovingAverage\.load_state_dict reads",
     ),
     "diffusers": (
         lambda m: compat.diffusers.EMAModel(m.parameters()).state_dict(),

@@ -126,7 +126,7 @@ def test_updates_are_left_out_while_it_is_behind_and_the_horizon_is_kept() -> No
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "NumPy": (lambda: fastema.EMA([np.ones(3)], offload=True), BridgeError, "models of PyTorch"),
+    "NumPy": (lambda: fastema.EMA([np.ones(3)], offload=True), BridgeError, "PyTorch models only"),
     "capturable": (lambda: build(capturable=True), ArgumentError, "offload=True on the host"),
     "another word": (
         lambda: build(offload="drop"),
