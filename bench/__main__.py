@@ -1,4 +1,4 @@
-"""``python -m bench QUESTION... [--quick]``: measure, print the tables, and keep them."""
+"""``python -m bench QUESTION... [--quick]``: measure, print the tables, and store them."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ QUESTIONS = {
     "gpu": "on a machine with a CUDA GPU: build, test, benchmark",
 }
 QUICK = ("counts", "cpu", "first-update", "averages", "bridges", "tracking", "drop-in")
-"""What ``--quick`` runs where no question is named."""
+"""Questions that ``--quick`` runs when none is named."""
 
 ALL = "all"
-"""Every question but the one that needs a GPU."""
+"""Selects every question except ``gpu``."""
 
 
 def load(name: str) -> Question:
-    """Return a question; what it measures is imported now."""
+    """Import a question's module, with the packages it measures, and return the question."""
     module = "bench.gpu.check" if name == "gpu" else f"bench.questions.{name.replace('-', '_')}"
     question: Question = importlib.import_module(module).QUESTION
     return question
@@ -51,7 +51,7 @@ def load(name: str) -> Question:
 def page(
     question: Question, stem: str, header: dict[str, Any], rows: list[report.Row], remark: str = ""
 ) -> str:
-    """Return a result as Markdown, with its picture where it has one."""
+    """Return a result as a Markdown page, with its picture if the question draws one."""
     remark = f": quick, small shapes and few rounds{remark}" if header["quick"] else remark
     method = question.method
     if question.draw is not None:
@@ -60,7 +60,10 @@ def page(
 
 
 def answer(name: str, question: Question, settings: Settings, command: str) -> bool:
-    """Measure and store one question; return whether nothing failed."""
+    """Measure one question and store the result; return True if nothing failed.
+
+    A quick run of all cases is also compared with the baseline, or written to it.
+    """
     from bench.race import machine
 
     header = {
@@ -81,7 +84,7 @@ def answer(name: str, question: Question, settings: Settings, command: str) -> b
     print(text := page(question, stem, header, rows))
     failed = [row for row in rows if row.failed]
     if failed and not question.keeps_parts:
-        print(f"{name}: {len(failed)} failed, nothing is stored", file=sys.stderr)
+        print(f"{name}: {len(failed)} failed, nothing was stored", file=sys.stderr)
         return False
     report.store(settings.out, stem, header, rows, text)
     if question.draw is not None:
@@ -93,7 +96,7 @@ def answer(name: str, question: Question, settings: Settings, command: str) -> b
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line's parser."""
+    """Return the parser of the command line."""
     width = max(map(len, QUESTIONS))
     listed = "\n".join(f"  {name:{width}}  {about}" for name, about in QUESTIONS.items())
     made = argparse.ArgumentParser(
@@ -107,10 +110,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--case", nargs="+", default=[], metavar="NAME", help="only these cases")
     made.add_argument("--out", type=Path, default=report.RESULTS, metavar="DIR")
     made.add_argument(
-        "--readme", choices=("write", "check"), help="the table in README.md, from a stored result"
+        "--readme",
+        choices=("write", "check"),
+        help="write or check the tables in README.md, from a stored result",
     )
     made.add_argument(
-        "--machines", action="store_true", help="bench/results/machines.md, from stored results"
+        "--machines",
+        action="store_true",
+        help="write bench/results/machines.md, from stored results",
     )
     made.add_argument(
         "--baseline",
@@ -120,7 +127,9 @@ def parser() -> argparse.ArgumentParser:
     )
     gpu = made.add_argument_group("gpu")
     gpu.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu is a dry run")
-    gpu.add_argument("--minutes", type=float, default=Settings.minutes, help="for all of it")
+    gpu.add_argument(
+        "--minutes", type=float, default=Settings.minutes, help="time limit of the whole check"
+    )
     gpu.add_argument(
         "--only", nargs="+", choices=Settings.stages, default=Settings.stages, metavar="STAGE"
     )
@@ -129,6 +138,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run ``python -m bench`` and return its exit status."""
     command_line = parser()
     options = command_line.parse_args(arguments)
     if options.readme:
@@ -148,8 +158,9 @@ def main(arguments: list[str] | None = None) -> int:
         names = [name for name in QUESTIONS if name != "gpu"]
     if len(names) > 1:
         if options.case or "gpu" in names:
-            command_line.error("--case, and the question gpu, go with one question")
-        # Each by itself: frameworks share a process's memory and cores, and some exclude others.
+            command_line.error("--case and the question gpu need a single question")
+        # One process per question: frameworks compete for memory and cores, and some cannot
+        # be loaded together.
         flags = ["--quick"] * options.quick + ["--baseline", options.baseline]
         flags += ["--out", str(options.out.resolve())]
         calls = [[sys.executable, "-m", "bench", name, *flags] for name in names]

@@ -134,7 +134,9 @@ PLANTED = {
             "begins late": ("if m < 0 or not step:", "if m <= 0 or not step:"),
             "due": ("// every - (counted - steps) // every", "// every - (counted - 1) // every"),
         },
-        "fastema/rules/debias.py": {"nothing left": ("(-weight), LOG_NEGLIGIBLE", "(-0.5 * weight), LOG_NEGLIGIBLE")},
+        "fastema/rules/debias.py": {
+            "nothing left": ("(-weight), LOG_NEGLIGIBLE", "(-0.5 * weight), LOG_NEGLIGIBLE")
+        },
     },
     "layout": {
         "fastema/layout/group.py": {

@@ -1,4 +1,4 @@
-"""The cases of the GPU benchmarks: which tensors, in which dtypes, most important ones first."""
+"""The cases of the GPU benchmarks, with tensors and dtypes, in order of importance."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from bench.race.peers import OURS
 
 @dataclass(frozen=True)
 class DeviceCase(Case):
-    """A case with, where there are any, buffers; whatever belongs to a batch norm is in float32.
+    """A case that may also have buffers. All tensors of batch norms are float32.
 
-    `entries` names those that take part; all of them where it is empty. ``memory`` and ``hot`` are
-    not looked at: memory is counted everywhere, and caches are flushed before every call.
+    `entries` names the entries that take part; if it is empty, all do. ``memory`` and ``hot`` are
+    ignored: memory is always counted, and caches are flushed before every call.
     """
 
     buffers: Callable[[], shapes.Inventory] = list
@@ -28,12 +28,12 @@ class DeviceCase(Case):
 
 
 def small_vit() -> shapes.Inventory:
-    """Two tensors and one of a batch norm, in place of a vision transformer and a ResNet-50."""
+    """Return three tensors, one of a batch norm, to replace a ViT with a ResNet-50 in dry runs."""
     return [("block.weight", (33, 17)), ("block.bias", (33,)), ("a.bn1.weight", (5,))]
 
 
 def small_vit_buffers() -> shapes.Inventory:
-    """Buffers of `small_vit`."""
+    """Return the buffers of `small_vit`."""
     return [("a.bn1.running_mean", (5,)), ("a.bn1.num_batches_tracked", ())]
 
 
@@ -49,7 +49,7 @@ _ON_LARGE = (
     "ema_pytorch",
     "diffusers EMAModel",
 )
-"""Entries of a case, in groups that fit in memory together; each group is set up by itself."""
+"""Entries that take part in the large case, where setting up each group takes long."""
 
 FULL = [
     *(
@@ -82,7 +82,7 @@ SMALL = [
     *(DeviceCase("gpt2-small", mix, partial(shapes.gpt2, 1, 16, 50, 8), 3) for mix in MIXES[:1]),
     DeviceCase("vit-batchnorm", "bf16/f32", small_vit, 3, buffers=small_vit_buffers),
 ]
-"""The same names with tiny tensors, for dry runs: what is printed of them has no meaning."""
+"""Cases of the same names with tiny tensors, for dry runs; their figures are meaningless."""
 
 
 def _in_batch_norm(name: str) -> bool:
@@ -91,7 +91,7 @@ def _in_batch_norm(name: str) -> bool:
 
 @torch.no_grad()
 def fill_(model: nn.Module, seed: int) -> None:
-    """Fill parameters and float buffers with normal random numbers; counters with the seed."""
+    """Fill parameters and float buffers with normal random numbers, and counters with the seed."""
     tensors = [*model.parameters(), *model.buffers()]
     generator = torch.Generator(tensors[0].device).manual_seed(seed)
     for tensor in tensors:
@@ -102,7 +102,7 @@ def fill_(model: nn.Module, seed: int) -> None:
 
 
 def build(case: DeviceCase, device: torch.device, seed: int = 0) -> FlatModule:
-    """Return a module with the case's parameters and buffers, random ones, on a device."""
+    """Return a module on a device with the case's parameters and buffers, randomly filled."""
     with device:
         model = FlatModule(case.inventory(), DTYPES[case.weight_dtype])
         for name, parameter in model.named_parameters():
@@ -116,9 +116,9 @@ def build(case: DeviceCase, device: torch.device, seed: int = 0) -> FlatModule:
 
 
 def traffic(case: DeviceCase, model: nn.Module) -> int:
-    """Return the least bytes that an update moves: weights read, averages read and written.
+    """Return the fewest bytes that an update moves.
 
-    Buffers are copied: read once, written once.
+    Weights are read, averages are read and written, and buffers are copied: read and written once.
     """
     average = DTYPES[case.average_dtype].itemsize
     weights = sum(p.numel() * (p.element_size() + 2 * average) for p in model.parameters())
@@ -126,6 +126,6 @@ def traffic(case: DeviceCase, model: nn.Module) -> int:
 
 
 def least_memory(case: DeviceCase) -> int:
-    """Return about the bytes that weights and one average take."""
+    """Return the approximate size of the weights and one average in bytes."""
     elements = shapes.total_elements(case.inventory())
     return elements * (DTYPES[case.weight_dtype].itemsize + DTYPES[case.average_dtype].itemsize)

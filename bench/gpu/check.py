@@ -1,9 +1,9 @@
-"""``make gpu-check``, ``python -m bench gpu``: fastema on a GPU, built, tested and measured.
+"""``make gpu-check``, ``python -m bench gpu``: build, test and benchmark fastema on a GPU.
 
-Within the time given it compiles the kernels, runs the tests marked ``gpu``, races fastema against
-its peers, and writes ``bench/results/gpu-<name>.json`` and ``.md``. It takes the Python and the
-packages that are there and leaves out, by name, what is not. ``--device cpu --quick --out DIR``
-runs the same lines without a GPU.
+Within a time limit, the check compiles the kernels, runs the tests marked ``gpu``, races fastema
+against its peers, and writes ``bench/results/gpu-<name>.json`` and ``.md``. It uses the installed
+Python and packages, and names peers that are missing. ``--device cpu --quick --out DIR`` runs the
+same code without a GPU.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from bench.race.report import RESULTS, ROOT, Figure, Row, Rows, number
 _TESTS = ("tests/gpu", "tests/torch")
 _SHARE_OF_TESTS = 0.45
 _MOST_WORKERS = 6
-"""Most of the tests' time goes into compiling kernels, on one core each."""
+"""Maximum number of test processes: most of their time goes into compiling kernels, on one core."""
 _SPARE_S = 15.0
-"""What is kept for the case that is running when the time is up, and for writing the result."""
+"""Seconds reserved for the case that is running when the time is up, and for the result."""
 _TOOLKIT = Path("/usr/local/cuda")
 
 # -- build ----------------------------------------------------------------------------------------
@@ -81,9 +81,9 @@ def _window(weights: list[torch.Tensor], options: dict[str, Any]) -> None:
 
 
 def build(clock: Clock, most: int | None = None) -> Iterator[Row]:
-    """Use every kind of kernel once, and once more, and yield what that took.
+    """Use every kind of kernel twice, and yield the times of the first and the second use.
 
-    ``most`` is for dry runs: no more than the first so many.
+    ``most`` limits the number of kinds in dry runs.
     """
     jobs: dict[str, tuple[Callable[[list[torch.Tensor], dict[str, Any]], None], str, Any]] = {
         name: (_use, dtype, options) for name, (dtype, options) in _FORMS.items()
@@ -93,7 +93,7 @@ def build(clock: Clock, most: int | None = None) -> Iterator[Row]:
         figures = {}
         try:
             for figure in ("first_ms", "again_ms"):
-                # Without gaps and with them: a kernel each.
+                # One contiguous and one strided tensor: each needs its own kernel.
                 whole = torch.randn(9_001, device=clock.device).to(getattr(torch, dtype))
                 began = time.perf_counter()
                 use([whole[:5_000], whole[5_001::2]], options)
@@ -106,7 +106,7 @@ def build(clock: Clock, most: int | None = None) -> Iterator[Row]:
 
 
 def _build_with_warnings(clock: Clock, most: int | None) -> Iterator[Row]:
-    """Build, and add what fastema warns of: kernels that it had to do without."""
+    """Run `build`, and add fastema's warnings about missing kernels as failures."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield from list(build(clock, most))
@@ -119,7 +119,7 @@ def _build_with_warnings(clock: Clock, most: int | None) -> Iterator[Row]:
 
 
 def _reported(path: Path) -> Iterator[Row]:
-    """Yield what pytest reported; nothing was passed where it wrote nothing."""
+    """Yield the results in pytest's XML report; without a report, no test passed."""
     written = path.exists() and path.stat().st_size
     cases = list(ElementTree.parse(path).iter("testcase")) if written else []
     failed = [
@@ -139,16 +139,16 @@ def _reported(path: Path) -> Iterator[Row]:
 
 
 def run_tests(device: torch.device, limit_s: float, select: str = "") -> Iterator[Row]:
-    """Run the tests marked ``gpu`` in a process of their own, for as long as they may take.
+    """Run the tests marked ``gpu`` in a subprocess with a time limit, and yield the results.
 
     Parameters
     ----------
     device
-        A GPU, or the CPU for those that run there too.
+        A GPU, or the CPU for the tests that can run there.
     limit_s
-        Then they are stopped, and what they found so far is returned.
+        Time in seconds after which the tests are stopped. Results up to then are still reported.
     select
-        Only those that pytest's ``-k`` selects by it.
+        Expression for pytest's ``-k``; empty runs all tests.
     """
     if find_spec("pytest") is None:
         yield Row("Tests", "pytest -m gpu", missing="pytest is not installed")
@@ -161,7 +161,7 @@ def run_tests(device: torch.device, limit_s: float, select: str = "") -> Iterato
             workers = max(min(machine.cores() // 2, _MOST_WORKERS), 1)
             command += ["-n", str(workers), "--dist", "loadfile"]
         command += ["-k", select] if select else []
-        # Of whatever versions are here; what they will drop some day is not the question.
+        # Installed versions vary; their deprecation warnings must not fail the tests.
         for name in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
             command += ["-W", f"default::{name}"]
         environment = {**os.environ, "FASTEMA_GPU_TESTS_ON": device.type}
@@ -171,7 +171,7 @@ def run_tests(device: torch.device, limit_s: float, select: str = "") -> Iterato
             process.wait(limit_s)
         except subprocess.TimeoutExpired:
             timed_out = True
-            process.send_signal(signal.SIGINT)  # it still reports what it has
+            process.send_signal(signal.SIGINT)  # pytest still writes its report
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
         finally:
@@ -188,7 +188,7 @@ def run_tests(device: torch.device, limit_s: float, select: str = "") -> Iterato
 
 
 def benchmark(cases: list[DeviceCase], clock: Clock, budget: Budget) -> Iterator[Row]:
-    """Race the cases in order; those that no time is left for are named."""
+    """Race the cases in order, and yield a row for each case that was dropped for lack of time."""
     for case in cases:
         if not budget.left():
             yield Row(case.title, "all", missing="dropped, the time was up")
@@ -197,7 +197,7 @@ def benchmark(cases: list[DeviceCase], clock: Clock, budget: Budget) -> Iterator
         try:
             yield from race(case, clock, budget)
             clock.release()
-        except Exception as error:  # a device that failed once may raise at every call
+        except Exception as error:  # after one failure a device may raise at every call
             yield failure(case.title, "all", error)
         print(f"{case.name}: {budget.spent() - began:.1f} s", file=sys.stderr, flush=True)
 
@@ -232,7 +232,7 @@ def _facts(settings: Settings) -> dict[str, Any]:
 
 
 def result_name(settings: Settings) -> str:
-    """Return the name of the result's files, without their endings."""
+    """Return the name of the result's files, without extension."""
     device = torch.device(settings.device)
     if device.type != "cuda":
         return "gpu-dry-run"
@@ -243,28 +243,30 @@ def result_name(settings: Settings) -> str:
 
 
 def refuse(settings: Settings) -> None:
-    """Leave the program where there is no device, or a dry run would replace results."""
+    """Raise SystemExit if there is no GPU, or if a dry run would overwrite results."""
     dry = torch.device(settings.device).type != "cuda"
     if not dry and not torch.cuda.is_available():
-        raise SystemExit("torch finds no CUDA device; --device cpu --quick --out DIR is a dry run")
+        raise SystemExit(
+            "torch finds no CUDA device; for a dry run: --device cpu --quick --out DIR"
+        )
     kept = settings.out.resolve()
     if (dry or settings.quick) and (kept == RESULTS or RESULTS in kept.parents):
-        raise SystemExit("a dry run belongs elsewhere than bench/results: --out DIR")
+        raise SystemExit("a dry run must not write to bench/results: use --out DIR")
 
 
 def name_toolkit() -> None:
-    """Say where the compiler of GPU kernels may look for its library, where nobody else does."""
+    """Set ``CUDA_HOME`` to the default toolkit, unless it or ``CUDA_PATH`` is set."""
     if _TOOLKIT.is_dir() and not {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys():
         os.environ["CUDA_HOME"] = str(_TOOLKIT)
 
 
 def cases(settings: Settings) -> list[str]:
-    """Return the names of all cases; the tensors of a quick run are tiny."""
+    """Return the names of all cases. Cases of a quick run have tiny tensors."""
     return [case.name for case in (SMALL if settings.quick else FULL)]
 
 
 def rows(settings: Settings) -> Rows:
-    """Build, test and race, as long as there is time."""
+    """Run the chosen stages within the time limit, and yield their rows, targets and times."""
     total = Budget(60 * settings.minutes)
     device = torch.device(settings.device)
     if device.type == "cuda":
@@ -297,14 +299,14 @@ def rows(settings: Settings) -> Rows:
 
 
 METHOD = """\
-All entries of a group run in turn, A B C A B C ..., in one process; a case of which not all entries
-fit in memory at once has several groups. Medians. Each result was found equal to a float64
-reference first. *device* is the time between two events of the device around a call that was queued
-before the device came to it, after memory larger than the caches was read; a call that waits for
-the device itself shows that. *host* is what the call takes the host with nothing queued. TB/s
-counts the least bytes that the work needs, whatever an entry really moves; *the copy* is the
-device's own, of as many bytes up to 4 GB, in the same group. Allocations are requests to torch's
-allocator in one call, and the peak of what they take."""
+All entries of a group run in turn, A B C A B C ..., in one process; a case whose entries do not all
+fit in memory at once has several groups. Figures are medians. Each result was first checked against
+a float64 reference. *device* is the time between two device events around a call that was queued
+before the device reached it, after reading memory larger than the caches; it includes any waiting
+for the device in the call itself. *host* is the time that the call takes on the host with nothing
+queued. TB/s counts the fewest bytes that the work needs, whatever an entry really moves; *the copy*
+is a device-to-device copy of as many bytes, up to 4 GB, in the same group. Allocations are requests
+to torch's allocator in one call; peak MB is the most memory that they take."""
 
 _milliseconds = "{:.4g}".format
 

@@ -1,4 +1,4 @@
-"""How long a device works on a call, how long the call keeps the host, and what memory it takes."""
+"""Measure a call's time on the device, its time on the host, and its memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CYCLES = 50_000_000
 
 
 class Memory(NamedTuple):
-    """What one call allocates: requests and bytes at the peak, and bytes taken from the driver."""
+    """Memory of one call: allocation requests, peak bytes, and bytes taken from the driver."""
 
     allocations: int
     peak_bytes: int
@@ -26,39 +26,39 @@ class Memory(NamedTuple):
 
 
 class Clock(Protocol):
-    """What a race needs to know of a device."""
+    """Measurements of a device that a race needs."""
 
     device: torch.device
 
     def device_time(self, job: Job, ahead_s: float) -> float:
-        """Return for how long the device works on one call, in seconds.
+        """Return how long the device works on one call, in seconds.
 
-        `ahead_s` is about what the call takes the host: so long the device is kept busy with other
-        work, that all of the call may be queued when it gets there.
+        `ahead_s` is at least about the host time of the call. The device is kept busy for that long
+        beforehand, so that the whole call is queued when the device reaches it.
         """
 
     def host_time(self, job: Job) -> float:
-        """Return how long one call keeps the host, in seconds, with nothing queued before it."""
+        """Return how long one call takes on the host, in seconds, with nothing queued before it."""
 
     def memory(self, job: Job) -> Memory | None:
-        """Return what one call allocates, or None where that cannot be counted."""
+        """Return what one call allocates, or None if allocations cannot be counted."""
 
     def free_bytes(self) -> int:
-        """Return the bytes of memory that tensors can still take."""
+        """Return the bytes of memory that are available for tensors."""
 
     def wait(self) -> None:
-        """Return when the device has done all it was given."""
+        """Wait until the device has finished all queued work."""
 
     def release(self) -> None:
-        """Give back what deleted tensors held."""
+        """Free the memory of deleted tensors."""
 
 
 class EventClock:
-    """A GPU's clock: device events.
+    """A clock that measures a GPU by device events.
 
-    Before every call memory larger than the caches is read, so that nothing of what the call needs
-    lies there, nor anything that is still to be written back, and a kernel that only waits keeps
-    the device until the call is queued.
+    Before every timed call it reads memory larger than the caches, so that the caches hold neither
+    data of the call nor pending writes. A kernel that only waits then keeps the device busy until
+    the call is queued.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -67,7 +67,7 @@ class EventClock:
         self._scratch = torch.randn(max(4 * caches, _SCRATCH_BYTES) // 4, device=device)
         self._total = torch.zeros((), device=device)
         self._cycles_per_s = 0.0
-        for _ in range(2):  # the first time it is loaded, too
+        for _ in range(2):  # the first round also loads the kernel
             self._cycles_per_s = _CYCLES / self._between_events(lambda: torch.cuda._sleep(_CYCLES))
 
     @staticmethod
@@ -119,7 +119,7 @@ class EventClock:
 
 
 class HostClock:
-    """The host's clock in place of a GPU's, for dry runs."""
+    """A clock that measures host time instead of a GPU's time, for dry runs."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -144,17 +144,17 @@ class HostClock:
 
 
 def clock_of(device: torch.device) -> Clock:
-    """Return the clock of a device."""
+    """Return a clock for a device."""
     return EventClock(device) if device.type == "cuda" else HostClock(device)
 
 
 class Budget:
-    """Time that a run may take, from when it is made.
+    """A time limit that starts when the object is created.
 
     Parameters
     ----------
     seconds
-        All of it.
+        The limit.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -162,9 +162,9 @@ class Budget:
         self._seconds = seconds
 
     def spent(self) -> float:
-        """Return the seconds that have gone by."""
+        """Return the seconds since the start."""
         return time.perf_counter() - self._began
 
     def left(self) -> float:
-        """Return the seconds that are left, none or more."""
+        """Return the seconds that are left, at least 0."""
         return max(self._seconds - self.spent(), 0.0)

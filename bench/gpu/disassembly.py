@@ -1,4 +1,4 @@
-"""The machine code of a cubin as a list of instructions, by nvdisasm, and the loops in it."""
+"""Disassemble a cubin with nvdisasm into a list of instructions, and find its loops."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ class Instruction(NamedTuple):
     Attributes
     ----------
     offset : int
-        Bytes from the kernel's beginning.
+        Offset in bytes from the start of the kernel.
     opcode : str
-        With its modifiers, such as ``LDG.E.128``.
+        Opcode with modifiers, such as ``LDG.E.128``.
     operands : str
+        Operands, separated by commas.
     """
 
     offset: int
@@ -38,25 +39,25 @@ class Instruction(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The opcode alone."""
+        """The opcode without modifiers."""
         return self.opcode.partition(".")[0]
 
     @property
     def bits(self) -> int:
-        """What a load or a store moves."""
+        """Number of bits that a load or a store moves."""
         return next((_WIDTHS[part] for part in self.opcode.split(".") if part in _WIDTHS), 32)
 
 
 class Code(NamedTuple):
-    """The instructions of a kernel, and the offsets of its labels."""
+    """The instructions of a kernel and the offsets of its labels."""
 
     instructions: list[Instruction]
     labels: dict[str, int]
 
     def loops(self) -> list[list[Instruction]]:
-        """The innermost loops: from a label to the last branch back to it.
+        """Return the innermost loops, each from a label to the last branch back to it.
 
-        All that stands between is part of it, what is jumped over included.
+        A loop includes all instructions in between, even those that may be jumped over.
         """
         ends: dict[int, int] = {}
         for one in self.instructions:
@@ -74,12 +75,12 @@ class Code(NamedTuple):
 
 
 def accesses(instructions: Iterable[Instruction], name: str) -> Counter[int]:
-    """How many loads (``LDG``) or stores (``STG``) there are, by the bits that each moves."""
+    """Count the loads (``LDG``) or stores (``STG``) by the number of bits that each moves."""
     return Counter(one.bits for one in instructions if one.name == name)
 
 
 def disassembler() -> str | None:
-    """Where nvdisasm is: on the path, or in the wheel nvidia-cuda-nvdisasm."""
+    """Return the path of nvdisasm from PATH or the wheel nvidia-cuda-nvdisasm; None without it."""
     found = shutil.which("nvdisasm")
     places = (Path(entry, "nvidia") for entry in sys.path if entry)
     wheels = (path for place in places for path in place.glob("*/bin/nvdisasm"))
@@ -87,14 +88,14 @@ def disassembler() -> str | None:
 
 
 def disassembled(cubin: bytes) -> Code:
-    """The instructions of a cubin's one kernel.
+    """Disassemble the only kernel of a cubin.
 
     Raises
     ------
     FileNotFoundError
-        Without nvdisasm.
+        If nvdisasm is not installed.
     subprocess.CalledProcessError
-        If it does not understand the cubin.
+        If nvdisasm cannot read the cubin.
     """
     program = disassembler()
     if program is None:
@@ -108,7 +109,7 @@ def disassembled(cubin: bytes) -> Code:
 
 
 def parsed(text: str) -> Code:
-    """The instructions of a listing by nvdisasm."""
+    """Parse a listing of nvdisasm."""
     code = Code([], {})
     open_labels: list[str] = []
     for line in text.splitlines():

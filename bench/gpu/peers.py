@@ -1,4 +1,4 @@
-"""The peers on a GPU: those of `bench.race.peers`, and those that only make sense there."""
+"""The peers on a GPU: those of `bench.race.peers`, and peers that only make sense on a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.gpu.cases import DeviceCase
 from bench.race.peers import PEERS, Peer, Refusal, Running, copies, our_ema
 
 COPY = "device-to-device copy"
-"""The yardstick: what the device's own copy of as many bytes takes."""
+"""The yardstick: the device's own copy of the same number of bytes."""
 
 PLAN = "fastema.Plan.lerp_"
 CAPTURED = "fastema.EMA, captured"
@@ -19,13 +19,14 @@ SAMPLED = "fastema.EMA, watch=sample"
 COMPILED = "torch.compile of a lerp_ loop"
 
 _FEW = 160
-"""Tensors that are compiled: the compiler takes minutes over a thousand."""
+"""Maximum number of tensors for torch.compile, which takes minutes for a thousand."""
 
 
 def _captured(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
-    """An update that is replayed; the weights stay where they are."""
+    """Capture an update in a CUDA graph to replay; the weights must not move."""
     running = our_ema(capturable=True)(model, decay, dtype)
-    # On equal weights, which changes nothing: whatever a capture forbids happens now.
+    # Update once while averages equal weights, which changes nothing: this does the preparations
+    # that a capture forbids.
     running.update()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -36,13 +37,13 @@ def _captured(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
 def _compiled(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
     weights = [p.detach() for p in model.parameters()]
     averages = copies(model, dtype)
-    torch._dynamo.reset()  # otherwise the ninth function made of these lines runs uncompiled
+    torch._dynamo.reset()  # otherwise the ninth function from this code would run uncompiled
 
     def loop(averages: list[Tensor], weights: list[Tensor]) -> None:
         for average, weight in zip(averages, weights, strict=True):
             average.lerp_(weight.to(average.dtype), 1 - decay)
 
-    # On a CPU, in dry runs, everything of the compiler but the code.
+    # Dry runs on a CPU use all of the compiler except code generation.
     backend = "inductor" if weights[0].is_cuda else "aot_eager"
     compiled = torch.compile(loop, backend=backend, dynamic=False)
     compiled(averages, weights)
@@ -58,7 +59,7 @@ def _apex(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
     overflow = torch.zeros(1, dtype=torch.int32, device=weights[0].device)
 
     def update() -> None:
-        # out = a * x + b * y, without a look at what is finite
+        # out = a * x + b * y, without a check for non-finite values
         lists = [weights, averages, averages]
         multi_tensor_applier(amp_C.multi_tensor_axpby, overflow, lists, 1 - decay, decay, -1)
 
@@ -92,7 +93,7 @@ _HERE: tuple[Peer, ...] = (
 
 
 def _rank(peer: Peer) -> int:
-    """Ours first: they are what a run that ends early must not miss."""
+    """Return a sort key that puts fastema first, so that a run cut short still has its entries."""
     return 0 if peer.name.startswith("fastema") else 1
 
 
@@ -100,7 +101,7 @@ DEVICE_PEERS: tuple[Peer, ...] = tuple(sorted((*PEERS, *_HERE), key=_rank))
 
 
 def refusals(case: DeviceCase, device: torch.device) -> dict[str, str]:
-    """Return name -> reason of the peers that do not take part in a case."""
+    """Return the peers that do not take part in a case: name -> reason."""
     reasons = {}
     tensors = len(case.inventory())
     for peer in DEVICE_PEERS:

@@ -1,4 +1,4 @@
-"""Races on a GPU: entries set up, found right, and timed in turn, as many at once as fit."""
+"""Races on a GPU: set up and verify as many entries as fit in memory, and time them in turn."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OUT_OF_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError)
 
 @dataclass(frozen=True)
 class Started:
-    """An entry that was found right and is ready to be timed."""
+    """An entry whose first result was verified and that is ready to be timed."""
 
     name: str
     update: Job
@@ -38,15 +38,15 @@ class Started:
 
 
 def start(peer: Peer, model: nn.Module, case: DeviceCase, clock: Clock, seed: int) -> Started:
-    """Set an entry up, compare its first result with the float64 reference, and warm it up.
+    """Set up an entry, compare its first result with the float64 reference, and warm it up.
 
     Raises
     ------
     AssertionError
-        The result differs.
+        If the result is wrong.
     """
     running = peer.setup(model, DECAY, DTYPES[case.average_dtype])
-    # Whatever set-up did, the averages still equal these weights.
+    # Set-up may have run updates, but the averages still equal these weights.
     before = [sample(p) for p in model.parameters()]
     fill_(model, seed)
     check_update(peer, running, model, before)
@@ -57,7 +57,7 @@ def start(peer: Peer, model: nn.Module, case: DeviceCase, clock: Clock, seed: in
 
 
 def _host_time(job: Job, clock: Clock) -> float:
-    """The median of some calls, of fewer where they take long."""
+    """Return the median host time of several calls, and of fewer calls if they are slow."""
     times = [clock.host_time(job)]
     while len(times) < _HOST_ROUNDS and sum(times) < _HOST_S:
         times.append(clock.host_time(job))
@@ -71,20 +71,21 @@ def groups(
     clock: Clock,
     least: int = 0,
 ) -> Iterator[list[Started]]:
-    """Yield groups of started entries that fit in memory together, until all have been in one.
+    """Yield groups of started entries that fit in memory together, until each was in a group.
 
     Parameters
     ----------
     peers
-        In order of importance.
+        The peers, in order of importance.
     begin
-        Starts one; it may run out of memory.
+        Starts a peer; it may run out of memory.
     give_up
-        Told the name of each that cannot run, and the error; None where it does not fit even alone.
+        Called with the name of each peer that cannot run and its error, or None if the peer does
+        not even fit alone.
     clock
-        Of the device whose memory it is.
+        Clock of the device.
     least
-        Bytes that every entry takes: with fewer free it is not begun beside others.
+        Bytes that every entry needs at least. With fewer bytes free, no entry is added to a group.
     """
     waiting = list(peers)
     while waiting:
@@ -99,7 +100,7 @@ def groups(
             except _OUT_OF_MEMORY:
                 left.append(peer)
             except Exception as error:
-                give_up(peer.name, error.with_traceback(None))  # the frames hold memory
+                give_up(peer.name, error.with_traceback(None))  # frames keep tensors alive
             else:
                 if len(group) == 1 or _room(group, clock):
                     continue
@@ -117,7 +118,7 @@ def groups(
 
 
 def _room(group: Sequence[Started], clock: Clock) -> bool:
-    """Whether there is memory for what each of a group allocates in passing."""
+    """Return whether there is memory for the temporaries of each entry in a group."""
     passing = max((one.memory.peak_bytes for one in group if one.memory is not None), default=0)
     if passing > clock.free_bytes():
         clock.release()
@@ -125,14 +126,14 @@ def _room(group: Sequence[Started], clock: Clock) -> bool:
 
 
 class Copy:
-    """The device's own copy from one memory to another.
+    """A device-to-device copy, the yardstick of a race.
 
     Parameters
     ----------
     nbytes
-        Read and written together; of the largest cases a part, which is as fast.
+        Bytes read and written together. The largest cases copy fewer bytes, at the same speed.
     device
-        Whose memory.
+        Device to copy on.
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
@@ -148,7 +149,7 @@ class Copy:
 def race(
     case: DeviceCase, clock: Clock, budget: Budget, peers: Sequence[Peer] = DEVICE_PEERS
 ) -> list[Row]:
-    """Run one case; return the rows of all entries, of those that did not run with the reason."""
+    """Run one case, and return a row per entry, with the reason for entries that did not run."""
     needed, free = least_memory(case), clock.free_bytes()
     if needed > 0.95 * free:
         reason = f"needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
@@ -179,7 +180,7 @@ def race(
         for group, started in enumerate(groups(chosen, begin, give_up, clock, average), 1):
             rows += field.run(started, group)
     ours = next((row["device_ms"] for row in rows if row.entry == OURS), None)
-    torch._dynamo.reset()  # what was compiled holds its tensors
+    torch._dynamo.reset()  # compiled functions keep their tensors alive
     return [_with_ratio(row, ours) for row in rows] + missing
 
 
@@ -189,9 +190,9 @@ def _with_ratio(row: Row, ours: float | None) -> Row:
 
 
 def failure(table: str, entry: str, error: BaseException) -> Row:
-    """Return the row of an entry that raised, or computed something else.
+    """Return the row of an entry that raised an error or gave a wrong result.
 
-    Only that of an entry of ours is an error of the check.
+    Only errors of fastema's entries, or of a whole case, make the check fail.
     """
     text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     return Row(table, entry, missing=text, failed=entry.startswith(("fastema", "all")))
@@ -199,7 +200,7 @@ def failure(table: str, entry: str, error: BaseException) -> Row:
 
 @dataclass(frozen=True)
 class _Field:
-    """What the entries of a case race on: the weights, and the copy that they are set against."""
+    """The setting of a race: case, weights, the copy to compare with, clock and time budget."""
 
     case: DeviceCase
     model: nn.Module

@@ -1,4 +1,4 @@
-"""What was aimed at on a GPU, and what was found. Standard library only."""
+"""Performance targets on a GPU, compared with a run. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ GPT2 = "Update: gpt2-small, bf16 model, f32 average"
 
 
 class Found:
-    """The figures of a run, by case and entry; None where there is none."""
+    """Lookup of a run's figures by case and entry; a missing figure is None."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = [row for row in rows if "device_ms" in row.figures]
 
     def least(self, case: str, fits: Callable[[str], bool], figure: str) -> float | None:
-        """Return the least of a figure over the entries that fit."""
+        """Return the smallest value of a figure over the entries for which ``fits`` is true."""
         found = [r[figure] for r in self._rows if r.table == case and fits(r.entry)]
         return min(found, default=None)
 
     def of(self, case: str, entry: str, figure: str = "device_ms") -> float | None:
-        """Return a figure of one entry."""
+        """Return one figure of one entry."""
         return self.least(case, lambda name: name == entry, figure)
 
     def replay_beyond_plan(self, case: str) -> float | None:
-        """Return by how many microseconds a replay takes the device longer than the bare kernel."""
+        """Return how many microseconds longer a replay takes on the device than the bare kernel."""
         replay, bare = self.of(case, CAPTURED), self.of(case, PLAN)
         return None if replay is None or bare is None else (replay - bare) * 1e3
 
     def allocations(self) -> float | None:
-        """Return the most memory requests of an update of ours."""
+        """Return the largest number of allocations in an update by fastema, None if unknown."""
         counted = [r["allocations"] for r in self._rows if r.entry.startswith("fastema")]
         return None if None in counted or not counted else max(counted)
 
@@ -47,7 +47,7 @@ def _over(one: float | None, other: float | None) -> float | None:
 
 
 def _of_torch(entry: str) -> bool:
-    """Whether an entry is torch itself: an operation, a loop, `AveragedModel`."""
+    """Return whether an entry is torch itself: an operation, a loop, or `AveragedModel`."""
     return entry.startswith(("torch ", "torch.", "AveragedModel"))
 
 
@@ -56,7 +56,7 @@ def _of_eager_torch(entry: str) -> bool:
 
 
 def targets(rows: Sequence[Row]) -> Iterator[Row]:
-    """Yield what was aimed at, what was found, and whether it is met."""
+    """Yield a row per target: the target, the measured value, and whether the target is met."""
     found = Found(rows)
     ms = found.of
     eager = found.least(MIXED, _of_eager_torch, "device_ms")

@@ -1,4 +1,4 @@
-"""What the quick benchmarks are compared with: counts must be the same, ratios about the same."""
+"""Compare quick benchmarks with a stored baseline: counts must match, times nearly so."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ EXACT = (
     *("modules", "heavy", "operations", "bytes_per_element", "bytes_per_weight"),
     *("driver_calls", "spilled_bytes"),
 )
-"""Figures that no machine changes."""
+"""Figures that are the same on every machine."""
 
 BOUNDED = {"python_kb": 2.0, "instructions_per_element": 1.25, "registers": 1.25}
-"""Figures that differ a little from one version of Python, or of a compiler, to the next, and how
-many times as large they may become."""
+"""Figures that vary a little between versions of Python or of a compiler, with the factor by which
+they may grow."""
 
 NOISY = 1.5
-"""A ratio to a peer of the same run that has become so many times as large is warned of."""
+"""Factor by which a peer's ratio to fastema may fall before a warning is printed."""
 
 
 def figures_of(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
-    """Return what is compared, by row."""
+    """Return the figures to compare, by row."""
     found = {}
     for row in rows:
         kept = {name: row[name] for name in (*EXACT, *BOUNDED, "ratio") if name in row.figures}
@@ -39,10 +39,10 @@ def figures_of(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
 def compare(
     found: Mapping[str, Mapping[str, Any]], known: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[str], list[str]]:
-    """Return what is wrong, and what may be.
+    """Return messages about errors and about possible slowdowns.
 
-    A time is set against that of fastema, the first entry, in the same run: a peer's ratio that has
-    fallen means that fastema has become slower beside it.
+    A peer's ratio is its time over that of fastema, the first entry, in the same run. A ratio that
+    has fallen means that fastema has become slower than before, relative to this peer.
     """
     wrong = [f"{name}: is not measured any more" for name in known if name not in found]
     noisy = []
@@ -70,16 +70,16 @@ def compare(
 
 
 def read(folder: Path = RESULTS) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the stored figures by question; none where nothing is stored."""
+    """Read the stored figures by question; return an empty dict if nothing is stored."""
     path = folder / FILE
     found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
     return found
 
 
 def write(name: str, rows: Iterable[Row], folder: Path = RESULTS) -> None:
-    """Store a question's figures as what later ones are compared with.
+    """Store a question's figures in the baseline.
 
-    Those of peers that are not installed here stay.
+    Figures of peers that are not installed here are kept.
     """
     known = read(folder)
     before = known.get(name, {})
@@ -90,7 +90,10 @@ def write(name: str, rows: Iterable[Row], folder: Path = RESULTS) -> None:
 
 
 def check(name: str, rows: Iterable[Row], folder: Path = RESULTS) -> bool:
-    """Print how a question's figures differ from those stored; return whether no count does."""
+    """Print how a question's figures differ from the baseline; return True if only times differ.
+
+    Also return True if the baseline has no figures of the question.
+    """
     known = read(folder).get(name)
     if known is None:
         return True

@@ -1,4 +1,4 @@
-"""The cases: which tensors, in which dtypes, how often. Importable without torch."""
+"""The cases of the CPU race: tensors, dtypes and rounds. Importable without torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BYTES = {"f32": 4, "bf16": 2}
 """Bytes of one element per dtype code."""
 
 MIXES = ("f32/f32", "bf16/f32", "bf16/bf16")
-"""Model dtype / average dtype."""
+"""Pairs of dtypes: model / average."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,19 @@ class Case:
     mix
         One of `MIXES`.
     inventory
-        Makes the list of names and shapes.
+        Returns the list of names and shapes.
     rounds
-        Timed rounds after the warm-up round, as far as `budget_s` goes.
+        Timed rounds after the warm-up round, as far as `budget_s` permits.
     question
-        ``"update"``: one update of the average. ``"swap"``: average into the model and back.
+        ``"update"``: one update of the average. ``"swap"``: put the average into the model and
+        restore the weights.
     hot
-        Call each job once, untimed, right before the timed call: its tensors lie in the caches as
-        far as they fit. Otherwise the other jobs have run in between and evicted what they could.
+        Call each job once, untimed, directly before the timed call, so that the caches hold as much
+        of its tensors as fits. Otherwise the other jobs run in between and evict them.
     memory
-        Measure peak extra memory too, which takes a process per peer.
+        Measure peak extra memory too, in one process per peer.
     budget_s
-        Time after which no new round begins, in seconds.
+        Time in seconds after which no new round begins.
     """
 
     model: str
@@ -56,7 +57,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        """Of its table."""
+        """Title of the case's table."""
         kind = "Update" if self.question == "update" else "Swap and back"
         weights, average = self.mix.split("/")
         hot = ", hot" if self.hot else ""
@@ -72,10 +73,10 @@ class Case:
 
     @property
     def bytes_per_element(self) -> int:
-        """Least traffic per element: each side read once, and written once where it changes.
+        """Least traffic per element: each side read once, and written once if it changes.
 
-        An update reads the weight and the average and writes the average. Putting the average
-        into the model and taking it out again is two swaps; each reads and writes both sides.
+        An update reads the weight and the average and writes the average. Putting the average into
+        the model and restoring the weights is two swaps; each reads and writes both sides.
         """
         weight, average = BYTES[self.weight_dtype], BYTES[self.average_dtype]
         if self.question == "swap":

@@ -1,4 +1,4 @@
-"""Is the result right? Asked of every entry before its time is taken."""
+"""Verify an entry's result before it is timed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
-"""Half the spacing of the numbers just above 1, the relative error of rounding to nearest."""
+"""Half the spacing of numbers just above 1: the relative error of rounding to nearest."""
 
 _SAMPLE = 1 << 16
 
@@ -16,8 +16,8 @@ _SAMPLE = 1 << 16
 def sample(tensor: Tensor) -> Tensor:
     """Return a float64 copy of a tensor's first, last and evenly spaced elements.
 
-    Small tensors whole, of large ones at most three times 65,536 elements: a chunk that is
-    skipped, done twice or done with another tensor's data still shows.
+    Tensors of up to 3 * 65,536 elements are copied whole, larger ones are reduced to that many.
+    A chunk that is skipped, done twice or done with another tensor's data still shows.
     """
     flat = tensor.detach().reshape(-1)
     if flat.numel() <= 3 * _SAMPLE:
@@ -35,14 +35,14 @@ def assert_averaged(
     rounds_weights: bool = False,
     stochastic: bool = False,
 ) -> None:
-    """Assert ``got == before + (1 - decay) * (weight - before)`` within the roundings allowed.
+    """Assert ``got == before + (1 - decay) * (weight - before)`` within rounding errors.
 
     Parameters
     ----------
     got
         Averages after one update.
     before
-        Samples (see `sample`) of the averages before it.
+        Samples (see `sample`) of the averages before that update.
     weights
         The model's parameters.
     decay
@@ -53,13 +53,13 @@ def assert_averaged(
     Raises
     ------
     AssertionError
-        Number, shape or a value differs; the first tensor is named by position.
+        If number, shapes or values differ; the message names the first tensor by position.
 
     Notes
     -----
-    The bound is four roundings in the average's precision, as many as the longest way to write
-    the update has, relative to ``|before| + |weight|``; twice that where rounding is stochastic,
-    whose error is up to a whole spacing instead of half of one.
+    The bound is four roundings in the average's precision, relative to ``|before| + |weight|``:
+    the longest way to write the update has four. Stochastic rounding doubles the bound, since its
+    error is up to a whole spacing instead of half a spacing.
     """
     assert len(got) == len(before) == len(weights), (len(got), len(before), len(weights))
     for position, (average, old, weight) in enumerate(zip(got, before, weights, strict=True)):
@@ -79,6 +79,6 @@ def assert_averaged(
 
 
 def assert_equal(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
-    """Assert that samples (see `sample`) of `got` equal the samples `want` exactly."""
+    """Assert that samples (see `sample`) of the tensors `got` equal the samples `want` exactly."""
     for position, (tensor, expected) in enumerate(zip(got, want, strict=True)):
         assert torch.equal(sample(tensor), expected), f"tensor {position} differs"

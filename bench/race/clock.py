@@ -1,4 +1,4 @@
-"""Timing: jobs in turn, and the figures of their durations."""
+"""Time jobs in turn, and summarize their durations."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from statistics import median, quantiles
 from typing import Any
 
 SETTLE_S = 0.005
-"""Pause before each timed call. OpenMP threads spin for some milliseconds after torch's parallel
-regions; whoever comes next, on other threads, shares its cores with them. On two cores, ResNet-50
-shapes, the read-read-write limit took 6.0 to 6.7 ms without the pause and 5.1 ms with it."""
+"""Pause before each timed call, in seconds. OpenMP threads spin for some milliseconds after torch's
+parallel regions and take cores from the next job, which runs on other threads. On two cores, with
+ResNet-50 shapes, the read-read-write limit took 6.0 to 6.7 ms without the pause, 5.1 ms with it."""
 
 MIN_ROUNDS = 3
+"""Rounds that are timed even if they exceed the budget."""
 
 
 def interleave(
@@ -26,29 +27,29 @@ def interleave(
     before_round: Callable[[], object] = lambda: None,
     time_of: Callable[[str, Callable[[], object]], float] = lambda name, job: seconds(job),
 ) -> dict[str, list[float]]:
-    """Time all jobs in turn, A B C A B C ..., so that whatever disturbs the machine hits all.
+    """Time all jobs in turn, A B C A B C ..., so that disturbances of the machine hit all alike.
 
     Parameters
     ----------
     jobs
         Name -> call.
     rounds
-        Timed rounds at most; one untimed warm-up round comes first.
+        Maximum number of timed rounds; one untimed warm-up round comes first.
     hot
         Call each job once, untimed, directly before its timed call.
     budget_s
-        No new round begins after this time, in seconds, unless fewer than `MIN_ROUNDS` are done.
+        Time in seconds after which no new round begins, once `MIN_ROUNDS` are done.
     settle_s
         Pause before each call, in seconds.
     before_round
-        Called before each round.
+        Called before each round, the warm-up included.
     time_of
-        Times one call of a job, given its name too.
+        ``time_of(name, job)`` calls the job once and returns its duration in seconds.
 
     Returns
     -------
     dict
-        Name -> durations in seconds, one per round, as many for each name.
+        Name -> durations in seconds, one per timed round.
     """
     before_round()
     for job in jobs.values():
@@ -73,7 +74,7 @@ def interleave(
 
 
 def spread(durations: Sequence[float]) -> tuple[float, float]:
-    """Return the 20th and the 80th percentile, between neighbours by interpolation."""
+    """Return the 20th and the 80th percentile, linearly interpolated."""
     if len(durations) == 1:
         return durations[0], durations[0]
     p20, *_, p80 = quantiles(durations, n=5, method="inclusive")
@@ -81,16 +82,16 @@ def spread(durations: Sequence[float]) -> tuple[float, float]:
 
 
 def timing(durations: Sequence[float], unit: str = "ms", calls: int = 1) -> dict[str, Any]:
-    """Return the figures of some durations: rounds, median and spread, of one call each.
+    """Return the number of rounds, and the median and spread of the time of one call.
 
     Parameters
     ----------
     durations
-        In seconds.
+        Times in seconds, one per round.
     unit
-        ``"ms"`` or ``"us"``, the figures' name.
+        ``"ms"`` or ``"us"``: unit of the result and name of its figures.
     calls
-        How many calls each duration is of.
+        Number of calls in each duration.
     """
     scale = {"ms": 1e3, "us": 1e6}[unit] / calls
     return {
@@ -101,7 +102,7 @@ def timing(durations: Sequence[float], unit: str = "ms", calls: int = 1) -> dict
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Return how long a call takes."""
+    """Call a function and return how long it took, in seconds."""
     began = time.perf_counter()
     call()
     return time.perf_counter() - began

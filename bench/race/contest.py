@@ -1,4 +1,4 @@
-"""A contest: entries that do the same work, timed in turn beside the memory's limit."""
+"""A contest: entries that do the same work, timed in turn next to the memory bandwidth limit."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from bench.race.report import Row
 Job = Callable[[], object]
 
 LIMITS = ("limit: read-read-write", "limit: streaming copy")
-"""What this machine's memory allows for the same number of bytes: the better of the two."""
+"""Plain kernels that move the same number of bytes; the faster one is this machine's limit."""
 
 
 def limits(nbytes: int, passes: int = 1) -> dict[str, Job]:
-    """Return calls that move `nbytes` in so many passes over the same memory."""
+    """Return calls, by name in `LIMITS`, that move `nbytes` in `passes` passes over one memory."""
     from fastema.engine.limit import ReadReadWrite, StreamCopy
 
     def repeated(once: Job) -> Job:
@@ -42,23 +42,23 @@ def contest(
     budget_s: float = float("inf"),
     **facts: Any,
 ) -> list[Row]:
-    """Time the entries in turn and return their rows, those of the limits among them.
+    """Time the entries in turn and return one row for each entry and each limit.
 
     Parameters
     ----------
     table
-        Title of their table.
+        Title of the table.
     jobs
-        Name -> call; the times of all are set against the first one's.
+        Name -> call. Ratios are relative to the first entry's time.
     n_elements, bytes_per_element
-        Of the work: what at least has to be moved, for each entry where they differ. The limits
-        move what the first has to. Without them there is no limit.
+        Size of the work and the least traffic per element, as a number or by entry. The limits
+        move as many bytes as the first entry must. Without both there are no limits.
     passes
-        Over the same memory.
+        Number of passes in which the limits move their bytes, over the same memory.
     rounds, hot, budget_s
         See `bench.race.clock.interleave`.
     facts
-        More figures of all rows.
+        Further figures, stored with every row.
     """
     first = next(iter(jobs))
     moved: dict[str, float] = {}

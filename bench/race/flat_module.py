@@ -1,4 +1,4 @@
-"""A module that is nothing but its parameters, and the data put into it."""
+"""A module that only has parameters, and random data to fill it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 from bench.race.shapes import Inventory
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-STD = 0.02  # the spread of freshly initialised transformer weights
+STD = 0.02  # standard deviation of freshly initialized transformer weights
 
 
 class FlatModule(nn.Module):
@@ -25,8 +25,8 @@ class FlatModule(nn.Module):
 def randomise_(model: nn.Module, seed: int) -> None:
     """Fill the parameters with normal random numbers, mean 0 and standard deviation `STD`.
 
-    Never zeros or leftovers: an update of denormals takes 50 to 200 times as long, and pages that
-    were never written cost no memory traffic at all.
+    Benchmarks must not run on zeros or uninitialized memory: an update of denormals takes 50 to
+    200 times as long, and pages that were never written cause no memory traffic.
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

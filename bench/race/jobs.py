@@ -1,4 +1,4 @@
-"""From a case to its jobs: named zero-argument calls, set up and found right."""
+"""Set up a case's jobs: named calls without arguments whose first results were verified."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from bench.race.flat_module import DTYPES, FlatModule, build, randomise_
 from bench.race.peers import PEERS, SWAPS, Peer, Running
 
 DECAY = 0.9
-"""Low, so that one update shows even in a bf16 average and the check before the race means
-something. The time of an update does not depend on it."""
+"""Low enough that one update changes even a bf16 average, so the check before the race is
+meaningful. The time of an update does not depend on the decay."""
 
 
 def table(case: Case) -> tuple[Peer, ...]:
-    """Return the peers that answer the case's question."""
+    """Return the peers that can take part in the case: all, or for swaps those that swap."""
     return SWAPS if case.question == "swap" else PEERS
 
 
 def refusals(case: Case) -> dict[str, str]:
-    """Return name -> reason of the peers that do not take part in a case."""
+    """Return the peers that do not take part in a case: name -> reason."""
     reasons = {}
     for peer in table(case):
         if case.mix in peer.refusals:
@@ -36,7 +36,7 @@ def refusals(case: Case) -> dict[str, str]:
 
 @contextmanager
 def naming(case: Case, peer: str) -> Iterator[None]:
-    """Put the names of case and peer in front of a failed check."""
+    """Prefix the message of an AssertionError in the block with the names of case and peer."""
     try:
         yield
     except AssertionError as error:
@@ -44,7 +44,7 @@ def naming(case: Case, peer: str) -> Iterator[None]:
 
 
 def check_update(peer: Peer, running: Running, model: nn.Module, before: list[Tensor]) -> None:
-    """Update once from averages that equal ``before``, and refuse a result that differs."""
+    """Update once from averages equal to ``before``; raise AssertionError on a wrong result."""
     running.update()
     assert_averaged(
         running.average(),
@@ -57,7 +57,7 @@ def check_update(peer: Peer, running: Running, model: nn.Module, before: list[Te
 
 
 def _check_swap(running: Running, model: FlatModule, averages: list[Tensor]) -> None:
-    """Swap once, and refuse averages or weights that are not where they belong."""
+    """Swap and restore once; raise AssertionError if averages or weights end up wrong."""
     weights = [sample(p) for p in model.parameters()]
     running.apply()
     assert_equal(list(model.parameters()), averages)
@@ -75,27 +75,27 @@ def _there_and_back(running: Running) -> Job:
 
 
 def prepare(case: Case, *, only: str | None = None, check: bool = True) -> dict[str, Job]:
-    """Set up the peers that take part in `case`, on one model, and return name -> call.
+    """Set up on one model the peers that take part in `case`, and return name -> call.
 
     Parameters
     ----------
     case
-        What to do to which tensors.
+        The tensors, their dtypes and the operation.
     only
-        Name of the one peer to set up; all where it is None.
+        Name of the only peer to set up; None sets up all.
     check
-        Compare the first result of each with what it must be.
+        Compare each peer's first result with the float64 reference.
 
     Raises
     ------
     AssertionError
-        A result differs; the text names case and peer.
+        If a result is wrong; the message names case and peer.
     """
     model = build(case.inventory(), case.weight_dtype)
     out = refusals(case)
     peers = [p for p in table(case) if p.name not in out and only in (None, p.name)]
     states = {peer: peer.setup(model, DECAY, DTYPES[case.average_dtype]) for peer in peers}
-    # Whatever a peer did so far, its averages still equal these weights.
+    # Set-up may have run updates, but the averages still equal these weights.
     before = [sample(p) for p in model.parameters()] if check else []
     randomise_(model, seed=1)
     jobs: dict[str, Job] = {}

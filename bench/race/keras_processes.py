@@ -1,4 +1,4 @@
-"""What the Keras questions share: backends in processes of their own, a network, a clock."""
+"""Helpers of the Keras questions: one process per backend, a network, and an epoch timer."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ BATCH = 32
 
 
 def backends(settings: Settings) -> list[str]:
-    """Return the names that ``--case`` can choose from."""
+    """Return the backends that ``--case`` can select."""
     return list(BACKENDS)
 
 
 def on_each_backend(
     measure: Callable[[bool], list[dict[str, Any]]], settings: Settings
 ) -> Iterator[Row]:
-    """Yield the rows of each backend, which Keras takes when it is imported, for good.
+    """Yield the rows of each backend, each measured in its own process.
+
+    Keras chooses its backend on import and cannot change it afterwards.
 
     Parameters
     ----------
     measure
-        Called in a process of its own with `settings.quick`; returns rows as dicts.
+        Called in a fresh process with `settings.quick`; returns rows as dicts.
     settings
-        Of the run.
+        Settings of the run.
     """
     for backend, name in BACKENDS.items():
         if settings.wants(backend):
@@ -41,7 +43,7 @@ def on_each_backend(
 
 
 def perceptron() -> Any:
-    """A perceptron of a million weights in 6 tensors."""
+    """Return a perceptron with a million weights in 6 tensors."""
     import keras
 
     dense = keras.layers.Dense
@@ -50,11 +52,11 @@ def perceptron() -> Any:
 
 
 def epoch_clock() -> Any:
-    """A callback that times epochs from within: without what fit() does before and after."""
+    """Return a callback that times epochs, without the work of fit() before and after them."""
     import keras
 
     class Clock(keras.callbacks.Callback):  # type: ignore[misc]
-        """Has no hook for batches, which would end asynchronous dispatch on JAX."""
+        """An epoch timer without batch hooks, which would end asynchronous dispatch on JAX."""
 
         seconds = 0.0
 
@@ -62,7 +64,7 @@ def epoch_clock() -> Any:
             self._began = time.perf_counter()
 
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            for variable in self.model.trainable_variables:  # waits for what is still computed
+            for variable in self.model.trainable_variables:  # wait for pending work
                 if hasattr(variable.value, "block_until_ready"):
                     variable.value.block_until_ready()
             self.seconds = time.perf_counter() - self._began

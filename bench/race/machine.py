@@ -1,4 +1,4 @@
-"""What a result has to say about where it comes from."""
+"""The provenance of a result: machine, versions, command, date and commit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("numpy", "numba", "torch", "torch-ema", "ema-pytorch", "timm", "diff
 
 
 def cpu_model() -> str:
-    """Return the CPU's name as the system gives it."""
+    """Return the name of the CPU as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -29,14 +29,14 @@ def cpu_model() -> str:
 
 
 def cores() -> int:
-    """Return the number of cores this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Return the versions of Python, fastema and whatever is compared, as far as installed."""
+    """Return the versions of Python, fastema and those of `packages` that are installed."""
     import fastema
 
     found = {"python": platform.python_version(), "fastema": fastema.__version__}
@@ -49,7 +49,7 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Return the checkout's commit, with a ``+`` where files differ from it; empty without git."""
+    """Return the commit, with ``+`` if the checkout has changes; empty without git."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The page that sets the CPU race of one machine beside those of others."""
+"""A page that compares the CPU race on several machines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _cell(row: Row | None) -> str:
 
 
 def page(folder: Path = RESULTS) -> str:
-    """Return the page of the results in a folder, and in the folders in it."""
+    """Return a page of the CPU results in a folder and its direct subfolders."""
     found = {}
     for path in sorted(folder.glob("cpu.json")) + sorted(folder.glob("*/cpu.json")):
         header, rows = load(path)
@@ -46,5 +46,5 @@ def page(folder: Path = RESULTS) -> str:
 
 
 def write(folder: Path = RESULTS) -> None:
-    """Write the page beside the results."""
+    """Write the page into the folder of the results."""
     (folder / PAGE).write_text(page(folder), encoding="utf-8")

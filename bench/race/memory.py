@@ -1,6 +1,6 @@
-"""Peak extra memory of one call: how far resident memory rises above where it stood before.
+"""Peak extra memory of one call: how far resident memory rises above its size before the call.
 
-Each job is set up and measured in a process of its own, forked from one that has imported
+Each job is set up and measured in its own process, forked from a process that has imported
 everything and started no thread.
 """
 
@@ -19,8 +19,8 @@ from pathlib import Path
 from bench.race.cases import FULL, QUICK, Case
 from bench.race.processes import call_apart
 
-# Freed memory goes back to the system at once instead of into the allocator's heap, where it would
-# hide the next call's temporaries.
+# Return freed memory to the system at once. In the allocator's heap it would be reused by the next
+# call and hide that call's temporaries.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 _HEAVY = ("fastema", "torch", "torch_ema", "ema_pytorch", "diffusers.training_utils")
@@ -36,7 +36,7 @@ def _status_bytes(field: str) -> int:
 
 
 def _sampled_peak(call: Callable[[], object]) -> int:
-    """Return the highest resident size, in bytes, that a thread sees while `call` runs."""
+    """Return the highest resident size, in bytes, that a thread samples while `call` runs."""
     done = threading.Event()
     seen = [_status_bytes("VmRSS")]
 
@@ -58,13 +58,13 @@ def _sampled_peak(call: Callable[[], object]) -> int:
 def peak_extra_bytes(call: Callable[[], object]) -> int:
     """Return by how many bytes resident memory peaks above its size before `call`.
 
-    The kernel's own high-water mark is reset and read where that is permitted (Linux, writing 5
-    to ``/proc/self/clear_refs``); otherwise a thread samples the resident size twice a millisecond.
+    Reset and read the kernel's own high-water mark where that is permitted (Linux, by writing 5 to
+    ``/proc/self/clear_refs``). Otherwise a thread samples the resident size twice a millisecond.
 
     Raises
     ------
     OSError
-        The system has no ``/proc/self/status``.
+        If the system has no ``/proc/self/status``.
     """
     before = _status_bytes("VmRSS")
     try:
@@ -85,7 +85,7 @@ def _child(case: Case, name: str, pipe: Connection) -> None:
 
 
 def _peak_of_job(case: Case, name: str) -> int | None:
-    """Return the peak extra bytes of one job in a forked process, None if the process failed."""
+    """Return the peak extra bytes of one job in a forked process, or None if it failed."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(case, name, sender))
@@ -100,7 +100,10 @@ def _peak_of_job(case: Case, name: str) -> int | None:
 
 
 def peaks_of_cases(names: list[str], quick: bool) -> dict[str, dict[str, int | None]]:
-    """Return case name -> peer name -> peak extra bytes; for a process that started no thread."""
+    """Return case name -> peer name -> peak extra bytes.
+
+    Call it in a process that has started no thread, because it forks.
+    """
     for module in _HEAVY:
         try:
             importlib.import_module(module)
@@ -118,9 +121,9 @@ def peaks_of_cases(names: list[str], quick: bool) -> dict[str, dict[str, int | N
 
 
 def peaks(cases: list[Case], quick: bool) -> dict[str, dict[str, int | None]]:
-    """Measure `peaks_of_cases` in a fresh process.
+    """Return `peaks_of_cases`, measured in a fresh process.
 
-    Empty without cases, and on systems without ``fork`` and ``/proc``.
+    The dict is empty without cases, and on systems without ``fork`` or ``/proc``.
     """
     if not cases or not Path("/proc/self/status").exists() or not hasattr(os, "fork"):
         return {}

@@ -1,8 +1,8 @@
 """The peers: every way to average weights that the benchmarks and the tests compare.
 
-One table, `PEERS`. Each entry sets up from a model and a decay and returns a call that does one
-update at that constant decay. The table that the tests use too, `tests.support.peers`, knows how to
-build, update and read a peer's class.
+Each entry of `PEERS` is set up from a model and a decay, and gives a call that does one update at
+that constant decay. The table `tests.support.peers`, shared with the tests, knows how to build,
+update and read a peer's class.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from tests.support.peers import PEERS as AVERAGES
 
 @dataclass(frozen=True)
 class Running:
-    """A peer at work on one model."""
+    """The calls of a peer that was set up on one model."""
 
     update: Callable[[], object]
     average: Callable[[], list[Tensor]]  # in the order of model.parameters()
-    apply: Callable[[], object] | None = None  # the average into the model
-    restore: Callable[[], object] | None = None  # and the weights back
+    apply: Callable[[], object] | None = None  # put the average into the model
+    restore: Callable[[], object] | None = None  # restore the weights
 
 
 @dataclass(frozen=True)
 class Refusal:
     """Why a peer does not run a mix of dtypes.
 
-    `error` is a part of the message that the peer raises when it is made to; None where the entry
-    would run, but measure the same as another entry.
+    `error` is a part of the message that the peer raises for this mix. It is None if the peer would
+    run but duplicate another entry.
     """
 
     reason: str
@@ -48,19 +48,19 @@ class Peer:
     Parameters
     ----------
     name
-        As reports show it.
+        Name in reports.
     setup
-        ``setup(model, decay, average_dtype)`` puts it to work.
+        ``setup(model, decay, average_dtype)`` starts averaging the model.
     module
-        Top-level module that must be installed; None where torch alone is enough.
+        Top-level module that must be installed; None if torch alone is enough.
     refusals
-        Mix -> why the peer does not run it.
+        Mix of dtypes -> why the peer does not run it.
     rounds_weights
-        With an f32 average of a bf16 model, ``(1 - decay) * weight`` is rounded to bf16 on the way.
+        Whether ``(1 - decay) * weight`` is rounded to bf16 for an f32 average of a bf16 model.
     stochastic
-        Rounds at random to one of the two neighbours in bf16.
+        Whether bf16 averages are rounded stochastically.
     swap
-        Its name in races of swaps; empty where it does not take part.
+        Name in races of swaps; empty if the peer does not take part.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Peer:
     swap: str = ""
 
     def missing(self) -> str | None:
-        """Return why the peer cannot run here at all, or None if it can."""
+        """Return why the peer cannot run in this environment, or None if it can."""
         if self.module is not None and importlib.util.find_spec(self.module) is None:
             return f"{self.module} is not installed"
         return None
@@ -111,27 +111,27 @@ def _foreach_cast(model: nn.Module, decay: float, dtype: torch.dtype) -> Running
 
 
 Setup = Callable[[nn.Module, float, torch.dtype], Running]
-"""Averages a model with a decay, in a dtype of the average."""
+"""Starts averaging: ``setup(model, decay, average_dtype)``."""
 
 Options = Callable[[nn.Module, float, torch.dtype], dict[str, Any]]
-"""Options of a peer's class for a model, a decay and a dtype of the average."""
+"""Returns options for a peer's class: ``options(model, decay, average_dtype)``."""
 
 
 def _averaged_by(
     name: str, options: Options, *, copies_first: bool = False, swaps: bool = False
 ) -> Setup:
-    """Return the set-up of a peer's own class, as the table of the tests knows it.
+    """Return the set-up of a peer's own class, as described in the table of the tests.
 
     Parameters
     ----------
     name
-        Row of `tests.support.peers.PEERS`.
+        Key in `tests.support.peers.PEERS`.
     options
-        Options of the class that keep the decay constant.
+        Returns options of the class that keep the decay constant.
     copies_first
-        Whether its first update only copies the weights; set-up spends that one.
+        Whether the first update only copies the weights. Set-up then runs it.
     swaps
-        Whether it has ``store``, ``copy_to`` and ``restore``.
+        Whether the class has ``store``, ``copy_to`` and ``restore``.
     """
     peer = AVERAGES[name]
 
@@ -172,7 +172,7 @@ def _torch_ema(model: nn.Module, decay: float, dtype: torch.dtype) -> dict[str, 
 
 def _ema_pytorch(foreach: bool) -> Setup:
     def options(model: nn.Module, decay: float, dtype: torch.dtype) -> dict[str, Any]:
-        # beta == min_value leaves no room for the warm-up.
+        # beta == min_value disables the warm-up.
         constant = {"beta": decay, "min_value": decay, "update_after_step": 0}
         casts = any(weight.dtype != dtype for weight in model.parameters())
         return {**constant, "use_foreach": foreach, "coerce_dtype": casts}
@@ -189,14 +189,14 @@ def _timm(stochastic: bool) -> Setup:
 
 def _diffusers(foreach: bool) -> Setup:
     def options(model: nn.Module, decay: float, dtype: torch.dtype) -> dict[str, Any]:
-        # Its decay always warms up; min_decay == decay leaves no room for that.
+        # The decay always warms up, except with min_decay == decay.
         return {"decay": decay, "min_decay": decay, "foreach": foreach}
 
     return _averaged_by("diffusers", options, copies_first=True, swaps=True)
 
 
 def our_ema(**options: Any) -> Setup:
-    """Return the set-up of `fastema.EMA` with these options."""
+    """Return a set-up that builds `fastema.EMA` with these options."""
 
     def setup(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
         import fastema
@@ -278,4 +278,4 @@ PEERS: tuple[Peer, ...] = (
 )
 
 SWAPS = tuple(replace(peer, name=peer.swap) for peer in PEERS if peer.swap)
-"""Those that put the average into the model for evaluation, and the weights back."""
+"""The peers that can put the average into the model for evaluation and restore the weights."""

@@ -1,6 +1,6 @@
 """Call a function of the benchmarks in a fresh process.
 
-``python -m bench.race.processes MODULE FUNCTION ARGUMENTS`` prints its result as JSON.
+``python -m bench.race.processes MODULE FUNCTION ARGUMENTS`` prints the function's result as JSON.
 """
 
 from __future__ import annotations
@@ -19,16 +19,21 @@ from bench.race.report import ROOT
 def call_apart(
     function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None
 ) -> Any:
-    """Return what a function gives in a process of its own.
+    """Call a function in a fresh process and return its result.
 
     Parameters
     ----------
     function
-        Of a module, by its name there; what it returns must be JSON.
+        Function at the top level of a module; its result must be representable in JSON.
     arguments
-        What JSON holds.
+        Positional arguments, representable in JSON.
     environment
-        Set beside the variables that are set.
+        Environment variables to set in addition to this process's own.
+
+    Raises
+    ------
+    subprocess.CalledProcessError
+        If the function raises.
     """
     command = [sys.executable, "-W", "ignore", "-m", "bench.race.processes"]
     command += [function.__module__, function.__name__, json.dumps(arguments)]

@@ -1,4 +1,4 @@
-"""The picture of the quality question: change against the raw weights, for each seed."""
+"""Draw the picture of the quality question: change against the raw weights, for each seed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.race.report import Row
 INK, GREY = "#20242a", "#6b7280"
 COLOURS = {"EMA": "#1b5fa6", "SWA": "#e07b27", "SMA": "#3a8f5c"}
 STYLE: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
+    "font.family": "DejaVu Sans",  # ships with matplotlib: the picture is the same everywhere
     "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": GREY,
@@ -35,13 +35,13 @@ STYLE: Any = {
 
 
 def signed(number: float, places: int) -> str:
-    """Return a number with its sign, zero without one."""
+    """Format a number with its sign, and zero without a sign."""
     text = f"{number:+.{places}f}"
     return text if float(text) else text[1:]
 
 
 def _panel(axes: Axes, title: str, rows: Sequence[Row]) -> None:
-    """Draw change against raw: a point per seed, the change of the mean and its interval."""
+    """Draw changes against raw: a point per seed, the change of the mean, and its interval."""
     height, ticks, labels = 0.0, [], []
     axes.axvline(0.0, color=INK, lw=1)
     right_of = axes.get_yaxis_transform()  # x in shares of the axes
@@ -72,7 +72,7 @@ def _panel(axes: Axes, title: str, rows: Sequence[Row]) -> None:
 
 
 def draw(rows: Sequence[Row], header: Mapping[str, Any], path: Path) -> None:
-    """Write the picture: a panel for each metric of each task."""
+    """Draw a panel for each metric of each task, and write the picture to `path`."""
     panels: dict[str, list[Row]] = {}
     for row in rows:
         if row.figures.get("same_runs"):

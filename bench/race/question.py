@@ -1,4 +1,4 @@
-"""What a question is: how it is measured, shown and cut short. Standard library only."""
+"""Questions that the benchmarks answer, and the settings of a run. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from bench.race.report import RESULTS, Figure, Rows
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line asks for.
+    """Options of a run, from the command line.
 
     Parameters
     ----------
     quick
-        Small shapes and few rounds.
+        Use small shapes and few rounds.
     cases
-        Names, or parts of names between colons; all cases where it is empty.
+        Names of cases, or parts of names between colons; empty for all cases.
     out
         Folder of the results.
     baseline
-        What to do with the stored figures of quick runs: "check", "write", or nothing.
+        "check" compares quick runs with the stored baseline, "write" updates it, and an empty
+        string does neither.
     device, minutes, stages, select
-        Of the GPU check alone.
+        Device, time limit, stages and test selection of the GPU check only.
     """
 
     quick: bool = False
@@ -38,7 +39,7 @@ class Settings:
     select: str = ""
 
     def wants(self, name: str) -> bool:
-        """Return whether a case is asked for."""
+        """Return whether `cases` selects a case."""
         return not self.cases or bool({name, *name.split(":")} & set(self.cases))
 
 
@@ -49,25 +50,25 @@ class Question:
     Parameters
     ----------
     title
-        Of its page.
+        Title of the page.
     method
-        How the figures come about, in Markdown.
+        How the figures are measured, in Markdown.
     rows
-        Measures; yields rows in the order of their tables.
+        Measures, and yields rows in the order of their tables.
     cases
-        Names that ``--case`` can choose from; none where there is nothing to choose.
+        Returns the names that ``--case`` can select; empty if there are none.
     packages
-        Whose versions are stored; those of the CPU race's peers where it is empty.
+        Packages whose versions are stored; if empty, those of the CPU race's peers.
     figures
-        That only this question has, beside `bench.race.report.FIGURES`.
+        Figures of this question, in addition to `bench.race.report.FIGURES`.
     header
-        More facts for the result's header.
+        Returns further entries of the result's header.
     result_name
-        Of the result's files, where it is not the question's.
+        Returns the name of the result's files, if it differs from the question's name.
     keeps_parts
-        Store what there is after each table, failures too: the machine may be taken away.
+        Store incomplete results after each table, and failures: the machine may be taken away.
     draw
-        Draws a picture of the rows beside the tables.
+        ``draw(rows, header, path)`` writes a picture that is shown above the tables.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""The short tables in README.md, between its markers, from the stored result of the CPU race."""
+"""Generate the tables between the markers in README.md from the stored CPU race."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TABLES = (
         "Swap and back: gpt2-small, bf16 model, f32 average": "bf16, average f32",
     },
 )
-"""Title of a case's table -> head of its column in README.md."""
+"""For each table in README.md: title of a case's table -> head of its column."""
 
 
 def _cell(row: Row) -> str:
@@ -31,7 +31,7 @@ def _cell(row: Row) -> str:
 
 
 def _summary(rows: list[Row], columns: dict[str, str]) -> str:
-    """Return a table of median ms, and how many times fastema's, per entry and case."""
+    """Return a table of median ms, with multiples of fastema's, by entry and case."""
     cells = {(row.entry, row.table): _cell(row) for row in rows}
     entries = dict.fromkeys(row.entry for row in rows if row.table in columns and not row.missing)
     body = [
@@ -42,19 +42,19 @@ def _summary(rows: list[Row], columns: dict[str, str]) -> str:
 
 
 def section(path: Path = RESULTS / "cpu.json") -> str:
-    """Return what README.md shows of a result: updates, swaps, and where they were measured."""
+    """Return the section of README.md: tables of updates and swaps, and their provenance."""
     header, rows = load(path)
     parts = [_summary(rows, columns) for columns in TABLES]
     return "\n\n".join([*parts, f"{provenance(header)} All figures: `bench/results/cpu.md`."])
 
 
 def put_between_markers(text: str, section: str) -> str:
-    """Return `text` with what stands between the markers replaced.
+    """Return `text` with the section between the markers replaced.
 
     Raises
     ------
     ValueError
-        A marker is missing.
+        If a marker is missing.
     """
     if START not in text or END not in text:
         raise ValueError(f"README.md lacks the markers {START} and {END}")
@@ -64,7 +64,7 @@ def put_between_markers(text: str, section: str) -> str:
 
 
 def main(*, check: bool, readme: Path = ROOT / "README.md") -> int:
-    """Write the section, or return 1 if it differs from what README.md has."""
+    """Write the section; with `check`, only compare it, and return 1 if README.md differs."""
     old = readme.read_text(encoding="utf-8")
     new = put_between_markers(old, section())
     if not check:

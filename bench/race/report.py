@@ -1,4 +1,4 @@
-"""One type of row, one printer of tables, one writer of results. Standard library only."""
+"""Rows of results, their tables in Markdown, and their files. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ RESULTS = ROOT / "bench" / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one entry.
+    """The figures of one entry of a table.
 
     Parameters
     ----------
     table
-        Title of the table that it stands in.
+        Title of the table.
     entry
-        What was measured; the first cell of its line.
+        What was measured; the first cell of the line.
     figures
-        Name -> number, or whatever JSON holds. Those that `FIGURES` or the question's own figures
-        name are shown, in this order; the others are only stored.
+        Name -> number or other JSON value. Figures named in `FIGURES` or in the question's own
+        figures are shown, in the order given here; the others are only stored.
     column
-        Rows of one table that differ in it share a line: each is one cell, under this head.
+        Head of a column. Rows with the same entry and different columns share a line.
     missing
-        Why there are no figures.
+        Why there are no figures; empty if there are.
     failed
-        Whether that is an error.
+        Whether missing figures are an error.
     """
 
     table: str
@@ -49,10 +49,18 @@ Rows = Iterable[Row]
 
 @dataclass(frozen=True)
 class Figure:
-    """How a figure is shown: the head of its column, and its text.
+    """How a figure is shown.
 
-    With `caption` it stands above the table as long as all rows agree on it; with `detail` it is
-    left out where rows share a line.
+    Parameters
+    ----------
+    head
+        Head of its column.
+    text
+        Formats the value.
+    caption
+        Show the figure once above the table if all rows have the same value.
+    detail
+        Omit the figure where rows share a line.
     """
 
     head: str
@@ -62,7 +70,7 @@ class Figure:
 
 
 def number(value: float | None) -> str:
-    """Return a number with three significant digits, a dash for None."""
+    """Format a number with about three significant digits; return a dash for None."""
     if value is None:
         return "–"
     if value == 0:
@@ -73,7 +81,7 @@ def number(value: float | None) -> str:
 
 
 def span(ends: Sequence[float]) -> str:
-    """Return two numbers as a range."""
+    """Format two numbers as a range."""
     return "–".join(map(number, ends))
 
 
@@ -94,11 +102,11 @@ FIGURES = {
     "peak_extra_mb": Figure("peak extra MB", number),
     "host_us": Figure("host µs", number),
 }
-"""Figures that several questions give: `ms` and `us` are medians, spreads are percentiles."""
+"""Figures that several questions share: `ms` and `us` are medians, spreads are percentiles."""
 
 
 def aligned(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table whose columns also line up as plain text; the first is left-bound."""
+    """Return a Markdown table that is aligned as plain text too; the first column is flush left."""
     lines = [head, *body]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
 
@@ -123,7 +131,7 @@ def _text(row: Row, name: str, figures: Mapping[str, Figure]) -> str:
 def _lines(
     rows: list[Row], shown: list[str], figures: Mapping[str, Figure]
 ) -> tuple[list[str], list[list[str]]]:
-    """Return head and body of a table with a line for each row."""
+    """Return head and body of a table with one line per row."""
     body = [[row.entry, *(_text(row, name, figures) for name in shown)] for row in rows]
     return ["", *(figures[name].head for name in shown)], body
 
@@ -131,7 +139,7 @@ def _lines(
 def _crossed(
     rows: list[Row], shown: list[str], figures: Mapping[str, Figure]
 ) -> tuple[list[str], list[list[str]]]:
-    """Return head and body of a table with a line for each entry and its rows side by side."""
+    """Return head and body of a table with one line per entry and one cell per row."""
     columns = list(dict.fromkeys(row.column for row in rows))
     cells = {
         (row.entry, row.column): " ".join(
@@ -145,7 +153,7 @@ def _crossed(
 
 
 def table(title: str, rows: list[Row], figures: Mapping[str, Figure]) -> str:
-    """Return a table with its title, what all its rows agree on, and what was not run."""
+    """Return a titled table, with the figures common to all rows and a list of what did not run."""
     measured = [row for row in rows if not row.missing]
     names = [n for n in dict.fromkeys(n for row in measured for n in row.figures) if n in figures]
     crossed = any(row.column for row in measured)
@@ -174,7 +182,7 @@ def table(title: str, rows: list[Row], figures: Mapping[str, Figure]) -> str:
 
 
 def provenance(header: Mapping[str, Any]) -> str:
-    """Return one paragraph: machine, threads, versions, command, date, commit."""
+    """Return a paragraph that names machine, threads, versions, command, date and commit."""
 
     def listed(field: str) -> str:
         return ", ".join(f"{name} {value}" for name, value in header.get(field, {}).items())
@@ -200,7 +208,7 @@ def markdown(
     rows: Rows,
     figures: Mapping[str, Figure] | None = None,
 ) -> str:
-    """Return a result as a page: what it is, how it was measured, and all tables."""
+    """Return a result as a page: title, provenance, method, and all tables."""
     by_table: dict[str, list[Row]] = {}
     for row in rows:
         by_table.setdefault(row.table, []).append(row)
@@ -210,7 +218,7 @@ def markdown(
 
 
 def store(folder: Path, name: str, header: Mapping[str, Any], rows: Rows, text: str) -> None:
-    """Write a result and its page side by side."""
+    """Write a result to ``name.json`` and its page `text` to ``name.md`` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     result = {"header": header, "rows": [_without_defaults(row) for row in rows]}
     stored = json.dumps(result, indent=1, allow_nan=False) + "\n"
@@ -223,6 +231,6 @@ def _without_defaults(row: Row) -> dict[str, Any]:
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """Return header and rows of a stored result."""
+    """Read a stored result and return its header and rows."""
     result = json.loads(path.read_text(encoding="utf-8"))
     return result["header"], [Row(**row) for row in result["rows"]]

@@ -1,7 +1,7 @@
 """Shape inventories: the names and shapes of a model's tensors, without the model.
 
-An average of weights sees nothing of a model but its tensors, so a list of names and shapes
-stands in for the network in tests and benchmarks. Only the standard library is imported.
+An average of weights only deals with a model's tensors, so a list of names and shapes replaces the
+network in tests and benchmarks. Only the standard library is imported.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from math import prod
 
 Inventory = list[tuple[str, tuple[int, ...]]]
-"""Pairs of tensor name and shape, in the order in which the module registers them."""
+"""Pairs of tensor name and shape, in the module's registration order."""
 
 
 def gpt2(
     layers: int = 12, width: int = 768, vocab: int = 50_257, context: int = 1_024
 ) -> Inventory:
-    """Parameters of GPT-2; the defaults are GPT-2 small.
+    """Return the parameters of GPT-2; the defaults are GPT-2 small.
 
     ``4 + 12 * layers`` tensors: 148 with 124,439,808 elements. The output projection is tied to
-    ``wte`` and so is not listed again. Names are those of the published checkpoints, projections
+    ``wte`` and therefore not listed. Names match the published checkpoints; projections have shape
     ``(inputs, outputs)``.
     """
     inventory: Inventory = [
@@ -47,7 +47,7 @@ def gpt2(
 
 
 def _resnet50_convolutions() -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Yield (convolution, its batch norm, convolution's shape) in order of registration."""
+    """Yield (convolution, its batch norm, convolution's shape) in registration order."""
     yield "conv1", "bn1", (64, 3, 7, 7)
     channels = 64
     for stage, (blocks, width) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512)), start=1):
@@ -62,10 +62,10 @@ def _resnet50_convolutions() -> Iterator[tuple[str, str, tuple[int, ...]]]:
 
 
 def resnet50(classes: int = 1_000) -> Inventory:
-    """Parameters of ResNet-50, the weights and biases of its batch norms among them.
+    """Return the parameters of ResNet-50, including weights and biases of its batch norms.
 
-    161 tensors, 25,557,032 elements with 1,000 classes; two thirds of the tensors belong to batch
-    norms and hold 0.2 % of the elements.
+    161 tensors with 25,557,032 elements for 1,000 classes. Two thirds of the tensors belong to
+    batch norms and hold 0.2 % of the elements.
     """
     inventory: Inventory = []
     for convolution, norm, shape in _resnet50_convolutions():
@@ -79,9 +79,9 @@ def resnet50(classes: int = 1_000) -> Inventory:
 
 
 def resnet50_buffers() -> Inventory:
-    """Buffers of ResNet-50: running mean and variance, and a 0-dim integer counter, per batch norm.
+    """Return the buffers of ResNet-50: running mean and variance, and a counter, per batch norm.
 
-    159 tensors; those whose names end in ``num_batches_tracked`` are integers.
+    159 tensors. Counters are 0-dim integers with names that end in ``num_batches_tracked``.
     """
     inventory: Inventory = []
     for _, norm, shape in _resnet50_convolutions():
@@ -96,10 +96,10 @@ def resnet50_buffers() -> Inventory:
 def llama(
     layers: int = 32, width: int = 4_096, hidden: int = 11_008, vocab: int = 32_000
 ) -> Inventory:
-    """Parameters of Llama; the defaults are the model of 7 billion.
+    """Return the parameters of Llama; the defaults are the 7B model.
 
-    ``3 + 9 * layers`` tensors: 291 with 6,738,415,616 elements. Linear layers are
-    ``(outputs, inputs)``, as the published checkpoints have them.
+    ``3 + 9 * layers`` tensors: 291 with 6,738,415,616 elements. Linear layers have shape
+    ``(outputs, inputs)``, as in the published checkpoints.
     """
     inventory: Inventory = [("model.embed_tokens.weight", (vocab, width))]
     for layer in range(layers):
@@ -117,7 +117,7 @@ def llama(
 
 
 def vit(layers: int = 12, width: int = 768, tokens: int = 197) -> Inventory:
-    """Parameters of a vision transformer; the defaults are ViT-B/16 at 224 pixels.
+    """Return the parameters of a vision transformer; the defaults are ViT-B/16 at 224 pixels.
 
     ``8 + 12 * layers`` tensors: 152 with 86,567,656 elements.
     """
@@ -148,20 +148,20 @@ def vit(layers: int = 12, width: int = 768, tokens: int = 197) -> Inventory:
 
 
 def vit_with_resnet50(layers: int = 12) -> Inventory:
-    """Parameters of a vision transformer beside a ResNet-50, in two dtypes and many sizes."""
+    """Return the parameters of a vision transformer with a ResNet-50: two dtypes, many sizes."""
     return [*vit(layers), *((f"backbone.{name}", shape) for name, shape in resnet50())]
 
 
 def vit_with_resnet50_buffers() -> Inventory:
-    """Buffers of :func:`vit_with_resnet50`: those of its batch norms."""
+    """Return the buffers of :func:`vit_with_resnet50`, which belong to its batch norms."""
     return [(f"backbone.{name}", shape) for name, shape in resnet50_buffers()]
 
 
 def many_small(count: int = 1_000, low: int = 8, high: int = 64) -> Inventory:
-    """Many small matrices whose sides lie between `low` and `high`, both included.
+    """Return `count` small matrices with sides between `low` and `high`, inclusive.
 
-    The sides follow a fixed pattern rather than a random draw, so that every Python version and
-    platform gets the same shapes. With the defaults there are 1.35 million elements.
+    The sides follow a fixed pattern instead of a random draw, so that shapes are the same for every
+    Python version and platform. The defaults have 1.35 million elements.
     """
     span = high - low + 1
     return [
@@ -170,20 +170,20 @@ def many_small(count: int = 1_000, low: int = 8, high: int = 64) -> Inventory:
 
 
 def equal(count: int = 400, elements: int = 50_000) -> Inventory:
-    """`count` vectors of `elements` elements each."""
+    """Return `count` vectors of `elements` elements each."""
     return [(f"equal.{i}", (elements,)) for i in range(count)]
 
 
 def flat(elements: int = 100_000_000) -> Inventory:
-    """One flat buffer: no work but the arithmetic and the memory traffic."""
+    """Return one flat buffer, whose update is only arithmetic and memory traffic."""
     return [("flat", (elements,))]
 
 
 def scalars(count: int) -> Inventory:
-    """`count` tensors of one element: an update costs nothing but the calls around it."""
+    """Return `count` tensors of one element, whose update is only the overhead of calls."""
     return [(f"scalar.{i}", (1,)) for i in range(count)]
 
 
 def total_elements(inventory: Inventory) -> int:
-    """Return the number of elements of all tensors in `inventory`."""
+    """Return the total number of elements in `inventory`."""
     return sum(prod(shape) for _, shape in inventory)

@@ -1,6 +1,6 @@
 """Training loops as people write them, each with a peer's average and with ours in its place.
 
-The weights of a loop are trained once; both averages follow them, and take turns in being first.
+A loop trains its weights once. Both averages are updated from them and take turns at going first.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ Seconds = dict[str, list[float]]
 
 
 class Average(NamedTuple):
-    """What a script does with its average.
+    """The calls that a script makes to its average.
 
     Attributes
     ----------
     update
-        Called after every step.
+        Updates the average; called after every step.
     tensors
-        The averaged weights, in the order of the model's parameters.
+        Returns the averaged weights, in the order of the model's parameters.
     evaluate
-        The average put into the model and taken back; None where the script evaluates a model of
-        the average's own.
+        Puts the average into the model and restores the weights. None if the script evaluates a
+        separate model that holds the average.
     """
 
     update: Job
@@ -54,7 +54,7 @@ class Loop(ABC):
     Attributes
     ----------
     peer
-        What :func:`fastema.compat.install` is told; empty where there is no peer to replace.
+        Argument for :func:`fastema.compat.install`; empty if there is no peer to replace.
     """
 
     peer: ClassVar[str] = ""
@@ -67,18 +67,18 @@ class Loop(ABC):
 
     @abstractmethod
     def make_model(self, quick: bool) -> nn.Module:
-        """The model that is trained."""
+        """Return the model to train."""
 
     @abstractmethod
     def loss(self) -> Tensor:
-        """Of one batch."""
+        """Return the loss of one batch."""
 
     @abstractmethod
     def make_average(self) -> Average:
-        """The script's own lines: what they import is the peer's, or ours."""
+        """Run the script's own lines, whose imports yield the peer's class or ours."""
 
     def build(self, which: str) -> Average:
-        """Run the script's lines with the peer's classes or with ours."""
+        """Build and register an average with the peer's classes or with ours."""
         if which == OURS and self.peer:
             with fastema.compat.install(self.peer):
                 self.averages[which] = self.make_average()
@@ -87,7 +87,7 @@ class Loop(ABC):
         return self.averages[which]
 
     def run(self, steps: int) -> Seconds:
-        """Train, and time each step and each update of the averages that were built."""
+        """Train, and return the times of the steps and of each built average's updates."""
         seconds: Seconds = {name: [] for name in (STEP, *self.averages)}
         for number in range(steps):
             seconds[STEP].append(seconds_of(self._step))
@@ -107,7 +107,7 @@ class Loop(ABC):
 
 
 class Timm(Loop):
-    """A classifier, averaged as timm's training script does."""
+    """A classifier, averaged as in timm's training script."""
 
     peer = "timm"
     name = "resnet50"
@@ -133,7 +133,7 @@ class Timm(Loop):
 
 
 class TimmSmall(Timm):
-    """A fifth of the weights in as many tensors."""
+    """MobileNetV3: a fifth of ResNet-50's weights in about as many tensors."""
 
     name = "mobilenetv3_large_100"
 
@@ -142,7 +142,7 @@ class TimmSmall(Timm):
 
 
 class Diffusers(Loop):
-    """A denoiser, averaged as the training scripts of diffusers do."""
+    """A denoiser, averaged as in the training scripts of diffusers."""
 
     peer = "diffusers"
     dtype = torch.float32
@@ -169,7 +169,7 @@ class Diffusers(Loop):
         from diffusers.training_utils import EMAModel
 
         model = self.model
-        # The same decay at every step: both bounds of the peer's schedule.
+        # Setting both bounds of the peer's schedule keeps the decay constant.
         ema = EMAModel(model.parameters(), decay=DECAY, min_decay=DECAY)
         ema.to(dtype=torch.float32)
 
@@ -184,7 +184,7 @@ class Diffusers(Loop):
 
 
 class DiffusersHalf(Diffusers):
-    """bfloat16 weights, float32 average."""
+    """The denoiser with bfloat16 weights and a float32 average."""
 
     dtype = torch.bfloat16
 
@@ -193,7 +193,7 @@ class DiffusersHalf(Diffusers):
 
 
 class Language(Loop):
-    """GPT-2 with eight layers of 384: 34 million weights, the output tied to the input."""
+    """GPT-2 with 8 layers of width 384: 34 million weights, tied input and output embeddings."""
 
     def make_model(self, quick: bool) -> nn.Module:
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -211,7 +211,7 @@ class Language(Loop):
 
 
 class TorchEma(Language):
-    """With torch_ema."""
+    """GPT-2, averaged by torch_ema."""
 
     peer = "torch_ema"
 
@@ -229,7 +229,7 @@ class TorchEma(Language):
 
 
 class EmaPytorch(Language):
-    """With ema_pytorch."""
+    """GPT-2, averaged by ema_pytorch."""
 
     peer = "ema_pytorch"
 
@@ -242,7 +242,7 @@ class EmaPytorch(Language):
 
 
 class TorchAveraged(Language):
-    """With torch's own."""
+    """GPT-2, averaged by torch's `AveragedModel`."""
 
     peer = "swa_utils"
 
@@ -271,11 +271,11 @@ def _quiet() -> Iterator[None]:
 
 
 class _Trained(Language):
-    """A trainer calls the averages; they are timed in its callbacks."""
+    """A loop in which a trainer calls the averages; its callbacks time them."""
 
     @abstractmethod
     def fit(self, steps: int, note: Callable[[str, float], None]) -> None:
-        """Train by the trainer; `note` takes the seconds of each update."""
+        """Train with the trainer, and call ``note(name, seconds)`` for each step and update."""
 
     def run(self, steps: int) -> Seconds:
         seconds: Seconds = {name: [] for name in (STEP, *self.averages)}
@@ -285,7 +285,7 @@ class _Trained(Language):
 
 
 class Lightning(_Trained):
-    """In Lightning's trainer, with its own callback."""
+    """GPT-2 in Lightning's trainer, averaged by Lightning's callback."""
 
     peer = "lightning"
 
@@ -327,7 +327,7 @@ class Lightning(_Trained):
         callbacks: dict[str, Any] = {n: average.update() for n, average in self.averages.items()}
 
         class Both(pl.Callback):
-            """Lightning, and ours, refuse two averages in one trainer: they see one callback."""
+            """One callback that calls both: a trainer with two averaging callbacks raises."""
 
             def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
                 for callback in callbacks.values():
@@ -356,7 +356,7 @@ class Lightning(_Trained):
 
 
 class Transformers(_Trained):
-    """In the Trainer of transformers, which has none: a callback of one's own, and ours."""
+    """GPT-2 in transformers' Trainer, which has no average: a handwritten callback, and ours."""
 
     def build(self, which: str) -> Average:
         if which != OURS:

@@ -1,7 +1,7 @@
-"""timm, and its models, where torchvision is missing: its names are there, and nothing behind them.
+"""Import timm and its models without torchvision, by an empty stand-in for torchvision.
 
-timm asks for torchvision, of which a build for another torch breaks more than it gives. Its models
-and averages use nothing of it but the name of a class.
+timm imports torchvision, whose builds for another version of torch fail. timm's models and averages
+use only the name of one of its classes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["stand_in"]
 
 
 class _Enumeration(type):
-    """Of classes with a member for every name that is asked for."""
+    """A metaclass that gives its classes a member for every requested name."""
 
     def __getattr__(cls, name: str) -> str:
         if name.startswith("__"):
@@ -26,7 +26,7 @@ class _Enumeration(type):
 
 
 class _Names(ModuleType):
-    """Has a class for every name that is asked for."""
+    """A module with a class for every requested name."""
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
@@ -36,6 +36,8 @@ class _Names(ModuleType):
 
 
 class _Finder(MetaPathFinder, Loader):
+    """Finds and loads ``torchvision`` and its submodules as `_Names`."""
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
@@ -50,9 +52,10 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def stand_in() -> None:
-    """Let ``import timm`` pass without torchvision; where it is installed, nothing is done.
+    """Make ``import timm`` work without torchvision. Do nothing if torchvision is installed.
 
-    For processes that import nothing else that looks for torchvision, which they would find.
+    Use it only in processes where no other package checks for torchvision: it would find the
+    stand-in.
     """
     if find_spec("torchvision") is None:
         sys.meta_path.append(_Finder())

@@ -1,8 +1,9 @@
 """The ``fastema`` command: one module or package per subcommand, registered in `COMMANDS`.
 
-A command module imports argparse only, and the rest inside ``run``: ``fastema --help`` answers at
-once. It has ``SUMMARY``, one line for the help; ``EXTRA``, the extra of fastema that it needs;
-``NEEDS``, import name -> distribution of its packages; ``add_arguments(parser)`` and ``run(args)``.
+A command module imports only argparse at the top and everything else inside ``run``, so that
+``fastema --help`` answers at once. It defines ``SUMMARY``, one line for the help; ``EXTRA``, the
+extra of fastema that the command needs; ``NEEDS``, a mapping from the import names of required
+packages to their distributions; ``add_arguments(parser)``; and ``run(args)``.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ COMMANDS: dict[str, Any] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``fastema``; `argv` is ``sys.argv[1:]`` by default.
+    """Run the ``fastema`` command line and return its exit code.
 
-    Returns 0 for success, 2 for a usage error, an input that cannot be used or a package that is
-    missing, 130 after an interrupt; argparse raises SystemExit for ``--help`` and wrong arguments.
+    `argv` defaults to ``sys.argv[1:]``. The exit code is 0 on success, 2 for a usage error, an
+    unusable input or a missing package, and 130 after an interrupt. argparse raises SystemExit for
+    ``--help`` and for wrong arguments.
     """
     if sys.stdout is None:
         print("fastema: standard output is closed", file=sys.stderr)
@@ -52,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb = "is" if len(missing) == 1 else "are"
         names = " and ".join(filter(None, [", ".join(missing[:-1]), missing[-1]]))
         print(
-            f"fastema {args.command}: {names} {verb} not installed; get what this command "
-            f'needs with: pip install "fastema[{command.EXTRA}]"',
+            f"fastema {args.command}: {names} {verb} not installed; install what this "
+            f'command needs: pip install "fastema[{command.EXTRA}]"',
             file=sys.stderr,
         )
         return 2
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastema {args.command}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has seen enough. Python would complain once more at its end.
+        # The reader closed the pipe. Without a new stdout, Python would report that again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except FastemaError as error:
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser, and that of each command."""
+    """Return the main parser, and a mapping from each command's name to its parser."""
     parser = argparse.ArgumentParser(
         prog="fastema",
         description="In-place moving averages of model weights at the speed of memory.",
@@ -92,8 +94,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
 
 def _installed(module: str) -> bool:
-    """Return whether `module` can be found, without importing it."""
+    """Return whether `module` can be imported, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ImportError:  # an import hook that refuses the name
+    except ImportError:  # an import hook refused the name
         return False

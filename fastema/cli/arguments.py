@@ -1,4 +1,4 @@
-"""Arguments of several commands, checked while the command line is read."""
+"""Argument types that several commands share; argparse checks them before a command runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STANDARD = Path("-")  # standard input or output
 def number(
     kind: Callable[[str], _T], accepts: Callable[[_T], bool], expected: str
 ) -> Callable[[str], _T]:
-    """A parser for argparse that says what it expected."""
+    """Return an argparse type that parses an accepted number, or reports what was expected."""
 
     def parse(text: str) -> _T:
         with contextlib.suppress(ValueError):
@@ -34,25 +34,25 @@ count = number(int, lambda value: value >= 1, "a whole number of at least 1")
 
 
 def picture_path(text: str) -> Path:
-    """Path of a picture, refused before the work for it where it cannot be written."""
+    """Return the path of a picture; refuse an unwritable path or an unknown suffix up front."""
     path = Path(text)
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         raise argparse.ArgumentTypeError(
-            f"expected a name that ends in {', '.join(PICTURE_SUFFIXES)}, got {text}"
+            f"expected a name ending in {', '.join(PICTURE_SUFFIXES)}, got {text}"
         )
     return writable_path(text)
 
 
 def writable_path(text: str) -> Path:
-    """Path of a file, refused before the work for it where it cannot be written."""
+    """Return the path of an output file; refuse an unwritable path before any work is done."""
     path = Path(text)
     if path.is_symlink():
-        path = path.resolve()  # or the link would be replaced by the file, or taken away
+        path = path.resolve()  # so that the link itself is neither replaced nor removed
     existed = path.exists()
     if existed and not path.is_file() and not path.is_dir():
-        return path  # a pipe, whose reader takes its first end for the last
+        return path  # a pipe: closing it after a test would look like end of file to its reader
     try:
-        # Only opening the file tells: permission bits say nothing to root or of a read-only disk.
+        # Open the file: permission bits mean nothing to root, or on a read-only file system.
         with path.open("ab"):
             pass
     except OSError as error:

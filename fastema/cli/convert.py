@@ -1,4 +1,4 @@
-"""``fastema convert``: an average in the layout of another library."""
+"""``fastema convert``: write an average in the format of another library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastema.cli.arguments import decay
 
-SUMMARY = "Write an average in the layout of another library."
+SUMMARY = "Convert an average to the format of another library."
 EXTRA = "torch"
 NEEDS: dict[str, str] = {}
 
@@ -21,8 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  fastema convert lightning.ckpt weights.safetensors --to safetensors\n"
         "  fastema convert torch_ema.pt ema.safetensors --to fastema --names model.pt\n"
     )
-    parser.add_argument("src", type=Path, help="a file or folder; fastema inspect describes it")
-    parser.add_argument("dst", type=Path, help="the file that is written, or replaced")
+    parser.add_argument(
+        "src", type=Path, help="a file or folder to read; fastema inspect describes it"
+    )
+    parser.add_argument("dst", type=Path, help="the file to write or replace")
     parser.add_argument(
         "--to",
         required=True,
@@ -34,16 +36,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--names",
         type=Path,
         metavar="MODEL",
-        help="the model's state dict, a file of torch.save: names and order of its parameters, for "
-        "layouts that are lists or have no dots",
+        help="the model's state dict, saved by torch.save: gives the names and order of parameters "
+        "to formats that store a list, or names without dots",
     )
-    parser.add_argument("--decay", type=decay, help="of further updates, if the source has none")
-    parser.add_argument("--key", help="where the state is among other things, such as trainer.ema")
-    parser.add_argument("--index", type=int, default=0, help="which of several averages")
+    parser.add_argument(
+        "--decay", type=decay, help="decay for further updates, if the source stores none"
+    )
+    parser.add_argument(
+        "--key", help="key of the state inside a larger checkpoint, such as trainer.ema"
+    )
+    parser.add_argument(
+        "--index",
+        type=int,
+        default=0,
+        help="which average to take, if there are several (%(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, and say what was lost; the exit code."""
+    """Convert, print what could not be carried over, and return the exit code."""
     from fastema.checkpoint import convert
 
     options = {"names": args.names, "decay": args.decay, "key": args.key, "index": args.index}

@@ -1,4 +1,4 @@
-"""``fastema doctor``: what is installed, what works, and what an update costs here."""
+"""``fastema doctor``: report what is installed, what works, and what an update costs here."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ _EXTRAS = {
     "cupy": ("cupy", "CuPy arrays"),
     "lightning": ("lightning", "Lightning callbacks"),
     "transformers": ("transformers", "the Trainer's callbacks"),
-    "safetensors": ("posthoc", "reading our files in other programs"),
+    "safetensors": ("posthoc", "reading fastema's files in other programs"),
     "rich": ("posthoc", "progress bars"),
     "matplotlib": ("tracking", "pictures"),
     "tensorboard": ("tracking", "TensorBoard"),
 }
-"""Package to the extra that brings it, and what for."""
+"""Package -> (the extra that installs it, what it is used for)."""
 
 _BYTES = 96_000_000
-"""Bytes that the bandwidth test moves in a call: more than caches hold."""
+"""Bytes moved by one call of the bandwidth test: more than caches hold."""
 
 
 class _Check(NamedTuple):
-    """One kernel beside its reference."""
+    """The result of comparing one kernel with its reference."""
 
     name: str
-    error: str  # empty if it is right
+    error: str  # empty if the kernel is right
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``fastema doctor``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "examples:\n  fastema doctor\n  fastema doctor --json > doctor.json\n"
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what was found; 1 if a kernel is wrong."""
+    """Print the findings; return 1 if a kernel is wrong, 0 otherwise."""
     found = dict(_findings())
     failed = {check.name: check.error for check in found["checks"] if check.error}
     if args.json:
@@ -90,12 +90,14 @@ def _version(package: str) -> str | None:
         return None
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:  # of another name: tensorflow-cpu, cupy-cuda13x
+    except (
+        metadata.PackageNotFoundError
+    ):  # the distribution has another name: tensorflow-cpu, cupy-cuda13x
         names = metadata.packages_distributions().get(package)
         return metadata.version(names[0]) if names else "?"
 
 
-# -- kernels beside references -------------------------------------------------------------------
+# -- kernels against references -------------------------------------------------------------------
 
 
 def _checks() -> Iterator[_Check]:
@@ -136,7 +138,7 @@ def _plain(x: Any) -> Any:
 def _wrong_update(
     arrays: list[Any], shadow: str | None, tolerance: float, wide: Callable[[Any], Any]
 ) -> str:
-    """How an average differs from the definition, by more than rounding."""
+    """Return how an updated average differs from the formula; "" if within `tolerance`."""
     import numpy as np
 
     import fastema
@@ -151,7 +153,7 @@ def _wrong_update(
         found = wide(ema.shadow[str(number)])
         error = float(np.abs(found - expected).max() / np.abs(expected).max())
         if not error <= tolerance:
-            return f"off by {error:.2g} of the largest, expected at most {tolerance:.2g}"
+            return f"off by {error:.2g} of the largest value, expected at most {tolerance:.2g}"
     return ""
 
 
@@ -166,14 +168,14 @@ def _wrong_swap(model: Any, torch: Any) -> str:
     with ema.swapped():
         if not torch.equal(model.weight, average):
             return "the model does not hold the average"
-    return "" if torch.equal(model.weight, raw) else "the weights did not come back"
+    return "" if torch.equal(model.weight, raw) else "the weights were not restored"
 
 
 # -- speed ---------------------------------------------------------------------------------------
 
 
 def _bandwidth() -> float:
-    """GB/s of the better of two kernels that only move bytes."""
+    """Return the GB/s of the faster of two kernels that only move bytes."""
     from fastema.engine import limit
 
     best = 0.0
@@ -196,26 +198,26 @@ def _print(found: dict[str, Any]) -> None:
     print(f"machine    {found['machine']}; {threads} thread{'s' if threads > 1 else ''}")
     gpu = found["gpu"]
     if gpu["driver"]:
-        print(f"GPU        none that CUDA knows ({gpu['driver']})")
+        print(f"GPU        no CUDA device ({gpu['driver']})")
     else:
-        kernels = "came with the wheel" if gpu["shipped"] else "are compiled: fastema[cuda]"
-        print(f"GPU        compute capability {gpu['capability']}; its kernels {kernels}")
+        kernels = "ship with the wheel" if gpu["shipped"] else "need compilers: fastema[cuda]"
+        print(f"GPU        compute capability {gpu['capability']}; kernels {kernels}")
     folder, nbytes = found["cache"]["folder"], found["cache"]["bytes"]
-    place = folder or "no writable folder: each process compiles the kernels again"
+    place = folder or "no writable folder: every process compiles its kernels"
     print(f"cache      {place}, {size(nbytes)}")
     wrong = [check for check in found["checks"] if check.error]
     number = len(found["checks"])
     level = found["cpu"]["shipped"]
-    came = f", came with the wheel for {level}" if level else ", compiled here"
-    print(f"kernels    {number - len(wrong)} of {number} as their references{came}")
+    came = f", shipped for {level}" if level else ", compiled here"
+    print(f"kernels    {number - len(wrong)} of {number} match their references{came}")
     rate = found["GB/s"]
-    print(f"memory     {rate:.3g} GB/s, read and written by all threads")
+    print(f"memory     {rate:.3g} GB/s, read and written by all threads together")
     for name, nbytes in (("float32", 12), ("bfloat16 with a float32 average", 10)):
         costs = ", ".join(
-            f"{count:.0e} weights {1e3 * count * nbytes / rate / 1e9:.3g} ms".replace("e+0", "e")
+            f"{count:.0e} weights: {1e3 * count * nbytes / rate / 1e9:.3g} ms".replace("e+0", "e")
             for count in (1e7, 1e8, 1e9)
         )
-        print(f"an update  of {costs} ({name}, at that speed)")
+        print(f"update     {costs} ({name}, at that bandwidth)")
     for extra in dict.fromkeys(found["missing"].values()):
         names = [name for name, one in found["missing"].items() if one == extra]
         why = dict.fromkeys(_EXTRAS[name][1] for name in names)

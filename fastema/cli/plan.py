@@ -1,4 +1,4 @@
-"""``fastema plan``: what an average costs in memory and time, by arithmetic."""
+"""``fastema plan``: estimate the memory and time that an average costs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from fastema.cli.arguments import count, number
 
-SUMMARY = "Say what an average of a large model costs: bytes per rank, seconds per update."
+SUMMARY = "Estimate the cost of averaging a large model: bytes per rank, seconds per update."
 EXTRA = ""
 NEEDS: dict[str, str] = {}
 
@@ -18,7 +18,7 @@ _positive = number(float, lambda value: 0.0 < value < 1e30, "a number above 0")
 
 
 def _params(text: str) -> float:
-    """A number of weights, such as 7e9 or 7B."""
+    """Parse a number of weights, such as 7e9 or 7B."""
     scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper(), 0.0)
     return scale * _positive(text[:-1]) if scale else _positive(text)
 
@@ -32,47 +32,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  fastema plan --params 70e9 --dtype bf16 --world 64 --link 50 --step 2.5\n"
     )
     parser.add_argument(
-        "--params", type=_params, required=True, help="weights of the model, such as 7e9 or 7B"
+        "--params", type=_params, required=True, help="number of weights, such as 7e9 or 7B"
     )
     parser.add_argument(
-        "--dtype", choices=sorted(_BYTES), default="bf16", help="of the weights (%(default)s)"
+        "--dtype", choices=sorted(_BYTES), default="bf16", help="dtype of the weights (%(default)s)"
     )
-    parser.add_argument("--world", type=count, default=1, help="ranks that share the model")
+    parser.add_argument("--world", type=count, default=1, help="ranks that shard the model")
     parser.add_argument(
         "--hbm",
         type=_positive,
         default=3350.0,
-        help="GB/s of a GPU's memory (%(default)g, an H100's)",
+        help="memory bandwidth of a GPU in GB/s (%(default)g, an H100)",
     )
     parser.add_argument(
-        "--link", type=_positive, default=50.0, help="GB/s from a GPU to the host (%(default)g)"
+        "--link", type=_positive, default=50.0, help="GB/s from a GPU to its host (%(default)g)"
     )
     parser.add_argument(
-        "--host", type=_positive, default=100.0, help="GB/s of the host's memory (%(default)g)"
+        "--host",
+        type=_positive,
+        default=100.0,
+        help="memory bandwidth of a host in GB/s (%(default)g)",
     )
     parser.add_argument(
-        "--ranks-per-host", type=count, default=8, help="that share it (%(default)s)"
+        "--ranks-per-host",
+        type=count,
+        default=8,
+        help="ranks that share a host's memory bandwidth (%(default)s)",
     )
-    parser.add_argument("--every", type=count, default=10, metavar="K", help="update_every (10)")
-    parser.add_argument("--step", type=_positive, help="seconds of a training step, for shares")
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.add_argument(
+        "--every", type=count, default=10, metavar="K", help="update_every to estimate (10)"
+    )
+    parser.add_argument(
+        "--step", type=_positive, help="seconds per training step, to print the share of it"
+    )
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to keep an average."""
+    """One way to keep an average, and its cost."""
 
     name: str
     call: str
-    gpu_bytes: float  # per rank, beside the model
+    gpu_bytes: float  # per rank, in addition to the model
     host_bytes: float
-    moved: float  # bytes of memory read and written per update, on the device that computes
+    moved: float  # bytes read and written per update, on the device that computes
     link_bytes: float
-    seconds: float  # of an update, averaged over the steps
+    seconds: float  # per step: the time of an update, divided by update_every
 
 
 def ways(args: argparse.Namespace) -> list[Way]:
-    """Compute every way's cost."""
+    """Return the ways to keep an average that apply to these arguments, with their costs."""
     weights, size, world = args.params, _BYTES[args.dtype], args.world
     dtype = {4: "float32", 2: args.dtype}[size]
     part = weights / world
@@ -90,11 +100,11 @@ def ways(args: argparse.Namespace) -> list[Way]:
     if size == 2:
         found += [
             on_gpu(f"{where}, bf16+16", f'EMA({model}, shadow_dtype="bf16+16")', n, 4),
-            on_gpu(f"{where}, {dtype}, rounded at random", f"EMA({model})", n, 2),
+            on_gpu(f"{where}, {dtype}, stochastic rounding", f"EMA({model})", n, 2),
         ]
     call = f"EMA({model}, {precise}, update_every={args.every})"
     found.append(on_gpu(f"{where}, every {args.every} steps", call, n, 4, args.every))
-    moved = n * (size + size + 8)  # into a copy on the host, and from there into the average
+    moved = n * (size + size + 8)  # write the host copy, then read it to update the average
     crossing = n * size / args.link / 1e9
     computing = moved / (args.host / min(world, args.ranks_per_host)) / 1e9
     call = f"EMA(host_copy, {precise})"
@@ -108,7 +118,7 @@ def ways(args: argparse.Namespace) -> list[Way]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; the exit code."""
+    """Print the table and return the exit code."""
     found = ways(args)
     if args.json:
         print(json.dumps([asdict(way) for way in found], indent=2))
@@ -127,7 +137,9 @@ def run(args: argparse.Namespace) -> int:
         rows.append([cell if cell != "0 B" else "-" for cell in row])
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     ranks = f", {args.world} ranks" if args.world > 1 else ""
-    print(f"{args.params:,.0f} weights in {args.dtype}{ranks}; per rank, beside the model:\n")
+    print(
+        f"{args.params:,.0f} weights in {args.dtype}{ranks}; per rank, in addition to the model:\n"
+    )
     for row in [head, *rows]:
         cells = zip(row, widths, strict=True)
         line = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(cells)]
@@ -136,9 +148,9 @@ def run(args: argparse.Namespace) -> int:
     for way in found:
         print(f"  {way.name.ljust(widths[0])}  fastema.{way.call}")
     print(
-        f"\nArithmetic from {args.hbm:g} GB/s on the GPU, {args.link:g} GB/s over the link and "
-        f"{args.host:g} GB/s of the host,\nshared by {min(args.world, args.ranks_per_host)}: a "
-        "lower bound. On the host: copy the weights into host_copy, then update from there."
+        f"\nLower bounds, from {args.hbm:g} GB/s on a GPU, {args.link:g} GB/s over the link and "
+        f"{args.host:g} GB/s on a host,\nshared by {min(args.world, args.ranks_per_host)} rank(s). "
+        "On the host: copy the weights into host_copy, then update the average from it."
     )
     return 0
 

@@ -1,4 +1,4 @@
-"""Numbers, for people."""
+"""Format numbers for people to read."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ __all__ = ["figure", "size"]
 
 
 def figure(value: float) -> str:
-    """Write a number with three digits, without an exponent where it is large."""
+    """Format a number with three digits; a large number has all its digits, not an exponent."""
     return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def size(nbytes: float) -> str:
-    """Write a number of bytes with three digits and a unit."""
+    """Format a number of bytes with three digits and a unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.3g} {unit}"

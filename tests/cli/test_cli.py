@@ -149,7 +149,7 @@ def test_average_of_named_checkpoints_is_their_mean(run: Any, tmp_path: Path) ->
     lines = out.splitlines()
     assert lines[0].split() == ["checkpoint", "step", "size", "swa"]
     assert lines[1].split() == ["step-100.safetensors", "100", "32", "B", "0.5"]
-    assert "note: LoRA pairs" in out
+    assert "note: LoRA factors" in out
     assert lines[-1].startswith("mean.safetensors: 64 B read in ")
 
 

@@ -1,4 +1,4 @@
-"""``fastema average``: averages of finished checkpoints."""
+"""``fastema average``: average finished checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(one) for one in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers with commas, got {text}") from None
+        raise argparse.ArgumentTypeError(f"expected comma-separated numbers, got {text}") from None
 
 
 _width = number(float, lambda value: 0.0 < value < 0.289, "a number in (0, 0.288]")
@@ -32,34 +32,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  fastema average --dir runs/llama --window 40000 --swa --wsm 1-sqrt -o runs/merged\n"
     )
     parser.add_argument("paths", nargs="*", type=Path, help="checkpoints, oldest first")
-    parser.add_argument("--dir", type=Path, metavar="DIR", help="take those of a folder instead")
+    parser.add_argument(
+        "--dir", type=Path, metavar="DIR", help="take the checkpoints in a folder instead"
+    )
     parser.add_argument("--last", type=count, metavar="N", help="with --dir: the newest N")
     parser.add_argument(
         "--window",
         type=count,
         metavar="STEPS",
-        help="with --dir: those less than STEPS older than the newest",
+        help="with --dir: only checkpoints less than STEPS older than the newest",
     )
     parser.add_argument(
         "--min-spacing",
         type=count,
         metavar="STEPS",
-        help="with --dir: leave out those less than STEPS older than the one taken before",
+        help="with --dir: skip a checkpoint less than STEPS older than the one last taken",
     )
     parser.add_argument(
         "-o",
         "--out",
         type=Path,
-        help="a safetensors file, or a folder where the newest checkpoint is one; several averages "
-        "get names of their own: out-swa, out-ema0.99",
+        help="a safetensors file, or a folder if the newest checkpoint is one; several averages "
+        "are named out-swa, out-ema0.99, ...",
     )
-    parser.add_argument("--key", help="where the weights are in a checkpoint, such as trainer.ema")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
-    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
+    parser.add_argument("--key", help="key of the weights inside a checkpoint, such as trainer.ema")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     group = parser.add_argument_group(
-        "averages, all made in one pass of reading; --sma, --ema and --sigma-rel as often as wanted"
+        "averages, computed in one read; repeat --sma, --ema and --sigma-rel for several"
     )
-    group.add_argument("--swa", action="store_true", help="the mean of all (the default)")
+    group.add_argument(
+        "--swa", action="store_true", help="the mean of all checkpoints (the default)"
+    )
     group.add_argument(
         "--sma", type=count, action="append", metavar="N", help="the mean of the last N"
     )
@@ -68,32 +72,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=decay,
         action="append",
         metavar="DECAY",
-        help="an exponential average, by its decay per step: each checkpoint counts with the steps "
-        "since the one before",
+        help="an exponential average with this decay per step: each checkpoint stands for the "
+        "steps since the previous one",
     )
-    group.add_argument("--wma", action="store_true", help="the j-th counts j-fold")
+    group.add_argument("--wma", action="store_true", help="weight the j-th checkpoint by j")
     group.add_argument(
         "--wsm",
         choices=("linear", "cosine", "1-sqrt"),
-        help="as if the learning rate had decayed from the oldest to the newest",
+        help="merge as if the learning rate had decayed from the oldest to the newest",
     )
     group.add_argument(
         "--sigma-rel",
         type=_width,
         action="append",
         metavar="WIDTH",
-        help="the power-function average of this relative width, from snapshots of fastema.posthoc",
+        help="a power-function average of this relative width, from fastema.posthoc snapshots",
     )
     group.add_argument(
         "--weights",
         type=_numbers,
         metavar="W1,W2,...",
-        help="these weights, exactly (--weights=-1,2 where the first is negative)",
+        help="exactly these weights (write --weights=-1,2 if the first is negative)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Choose, check, average, write; the exit code."""
+    """Select, check, average and write checkpoints; return the exit code."""
     from fastema.cli.average import command
 
     command.run(args)

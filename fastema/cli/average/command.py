@@ -1,4 +1,4 @@
-"""The work of ``fastema average``."""
+"""Run ``fastema average``: select checkpoints, compute their weights, and write the averages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Average what was asked for, or say what would be done."""
+    """Write the requested averages, or print what a dry run would write."""
     made = prepare(_checkpoints(args))
     averages = _averages(args, made.checkpoints)
     if args.out is None and not args.dry_run:
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
 def _checkpoints(args: argparse.Namespace) -> list[Checkpoint]:
     if args.dir is not None:
         if args.paths:
-            raise ArgumentError("give checkpoints, or --dir, not both")
+            raise ArgumentError("give either checkpoints or --dir, not both")
         return select(
             args.dir,
             last=args.last,
@@ -71,7 +71,7 @@ def _checkpoints(args: argparse.Namespace) -> list[Checkpoint]:
             key=args.key,
         )
     if args.last or args.window or args.min_spacing:
-        raise ArgumentError("--last, --window and --min-spacing choose among those of --dir")
+        raise ArgumentError("--last, --window and --min-spacing need --dir")
     if not args.paths:
         raise ArgumentError("name checkpoints, or a folder of them: --dir DIR")
     return [open_weights(path, args.key) for path in args.paths]
@@ -80,7 +80,7 @@ def _checkpoints(args: argparse.Namespace) -> list[Checkpoint]:
 def _averages(
     args: argparse.Namespace, checkpoints: Sequence[Checkpoint]
 ) -> dict[str, list[float]]:
-    """The weights of every average that is asked for, by a name for its output."""
+    """Return a mapping from the name of each requested average to its checkpoint weights."""
     n = len(checkpoints)
     found: dict[str, list[float]] = {}
     if args.swa:
@@ -105,14 +105,14 @@ def _steps(checkpoints: Sequence[Checkpoint], option: str) -> list[int]:
     unknown = [one.path.name for one in checkpoints if one.step is None]
     if unknown:
         raise CheckpointError(
-            f"{option} needs the step of every checkpoint, from its name or its metadata; that of "
-            f"{unknown[0]} is not known"
+            f"{option} needs the step of every checkpoint, in its name or its metadata; "
+            f"{unknown[0]} has none"
         )
     return [one.step or 0 for one in checkpoints]
 
 
 def _of_width(checkpoints: Sequence[Checkpoint], width: float) -> list[float]:
-    """Weigh snapshots of power-function averages."""
+    """Return the weights of snapshots that synthesize a power-function average of `width`."""
     steps, gammas = [], []
     for one in checkpoints:
         try:
@@ -121,13 +121,13 @@ def _of_width(checkpoints: Sequence[Checkpoint], width: float) -> list[float]:
             gammas.append(float(one.metadata["gamma"]))
         except (KeyError, ValueError):
             raise CheckpointError(
-                f"--sigma-rel: {one.path} is no snapshot of a power-function average, as "
-                "fastema.posthoc.save_snapshot writes them"
+                f"--sigma-rel: {one.path} is no snapshot of a power-function average; "
+                "fastema.posthoc.save_snapshot writes these"
             ) from None
     found, error = weights.sigma_rel(steps, gammas, width)
     if error > 0.05:
         warnings.warn(
-            f"the profile is off by {error:.2g}: these snapshots cannot give this width",
+            f"the profile is off by {error:.2g}: these snapshots cannot produce this width",
             stacklevel=1,
         )
     return found
@@ -142,7 +142,7 @@ def _outputs(out: Path, names: Sequence[str], made: Merge) -> list[Path]:
 
 
 def _print_table(made: Merge, averages: dict[str, list[float]]) -> None:
-    """Print a line for every checkpoint, with its weights."""
+    """Print one line per checkpoint, with its weight in each average."""
     head = ["checkpoint", "step", "size", *averages]
     rows = [
         [
@@ -181,7 +181,7 @@ def _summary(
 
 @contextmanager
 def _progress(nbytes: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Show on a terminal how much was read, how fast, and how long it will take."""
+    """Show a progress bar on a terminal; yield a function that takes the bytes just read."""
     if quiet or not sys.stderr.isatty():
         yield lambda n: None
         return

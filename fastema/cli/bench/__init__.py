@@ -1,4 +1,4 @@
-"""``fastema bench``: the update of a model of your own, beside the ways that are installed here."""
+"""``fastema bench``: time an update of your own model against the installed libraries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from fastema.cli.arguments import number, picture_path
 from fastema.errors import ArgumentError
 
-SUMMARY = "Time an update of your own model's shapes, beside other libraries' averages."
+SUMMARY = "Time an update for your own model's shapes, against other libraries' averages."
 EXTRA = "torch"
 NEEDS = {"torch": "torch"}
 
@@ -33,30 +33,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--model",
         metavar="LIBRARY:NAME",
-        help="shapes of a model of timm or torchvision, or of a config class of transformers; "
-        "no weights are made or fetched",
+        help="shapes of a timm or torchvision model, or of a transformers config class; no weights "
+        "are created or downloaded",
     )
     source.add_argument("--checkpoint", metavar="PATH", help="shapes of a checkpoint's weights")
-    source.add_argument("--shapes", metavar="FILE", help="JSON: names and shapes, or shapes alone")
-    parser.add_argument(
-        "--dtype", choices=_DTYPES, default="bfloat16", help="of the weights (%(default)s)"
+    source.add_argument(
+        "--shapes",
+        metavar="FILE",
+        help="JSON file: a mapping of names to shapes, or a list of shapes",
     )
     parser.add_argument(
-        "--average", choices=_DTYPES, default="float32", help="of the average (%(default)s)"
+        "--dtype", choices=_DTYPES, default="bfloat16", help="dtype of the weights (%(default)s)"
     )
-    parser.add_argument("--device", default="cpu", help="where all of it lies (%(default)s)")
+    parser.add_argument(
+        "--average", choices=_DTYPES, default="float32", help="dtype of the average (%(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="torch device to run on (%(default)s)")
     parser.add_argument(
         "--seconds",
         type=number(float, lambda value: 0.0 < value < 1e6, "a number above 0"),
         default=3.0,
-        help="of timing for each library (%(default)g)",
+        help="seconds of timing per library (%(default)g)",
     )
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
-    parser.add_argument("-o", "--output", type=picture_path, help="a picture: .png, .svg or .pdf")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+    parser.add_argument(
+        "-o", "--output", type=picture_path, help="picture to write: .png, .svg or .pdf"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Race all ways, print the table, draw the picture."""
+    """Time all ways, print the table and draw the picture; return the exit code."""
     from fastema.cli.bench.race import races
     from fastema.cli.bench.shapes import shapes_of
 
@@ -67,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     for one in races(shapes, args):
         found.append(one)
         if sys.stderr.isatty():
-            print(f"\r{len(found)} of them timed", end="", file=sys.stderr, flush=True)
+            print(f"\r{len(found)} libraries timed", end="", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         print("\r", end="", file=sys.stderr)
     elements = sum(shape.numel() for shape in shapes)
@@ -113,6 +119,6 @@ def _print(head: dict[str, Any], found: list[Any]) -> None:
         if one.ms is None:
             print(f"{one.name.ljust(wide[0])}  {one.why}")
     print(
-        "\nMedians; each way was timed in turn with fastema. GB/s counts the bytes that an update "
-        "has to move,\nand plain memory is the best kernel that moves as many."
+        "\nMedians; each way was interleaved with fastema. GB/s counts the bytes that an update "
+        "must move.\nPlain memory is the fastest kernel that only moves as many bytes."
     )

@@ -1,4 +1,4 @@
-"""A bar for each way."""
+"""Draw the results as bars, one for each way."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def draw(head: dict[str, Any], found: list[Any], path: Path) -> None:
-    """Write a picture of the times of all ways that ran."""
+    """Draw the times of all ways that ran, and write the picture to `path`."""
     from matplotlib.figure import Figure
 
     from fastema.cli.sizes import figure as shown_as
@@ -24,7 +24,7 @@ def draw(head: dict[str, Any], found: list[Any], path: Path) -> None:
     axes.bar_label(bars, labels, padding=4)
     axes.margins(x=0.18)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("ms for an update of the average")
+    axes.set_xlabel("ms per update of the average")
     axes.set_title(
         f"{head['model']}: {head['elements'] / 1e6:,.3g} million weights, {head['weights']}, "
         f"average {head['average']}",

@@ -1,4 +1,4 @@
-"""Ways to update an average, each timed in turn with fastema."""
+"""Time ways to update an average, each interleaved with fastema."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DECAY = 0.999
 
 
 class Result(NamedTuple):
-    """What one way took; ``ms`` is None where it does not run, and ``why`` says why."""
+    """The timing of one way; if it does not run, ``ms`` is None and ``why`` has the reason."""
 
     name: str
     ms: float | None = None
@@ -37,7 +37,7 @@ Job = Callable[[], object]
 
 
 class Way(NamedTuple):
-    """A way at work on one model."""
+    """A way to update an average, set up for one model."""
 
     update: Job
     averages: Callable[[], Iterable[torch.Tensor]]  # in the order of the model's parameters
@@ -128,11 +128,11 @@ WAYS: dict[str, tuple[str, Setup]] = {
     "timm ModelEmaV3": ("timm", _timm),
     "diffusers EMAModel": ("diffusers", _diffusers),
 }
-"""By name: the package that it needs, and how it is set up."""
+"""Name -> (the package that the way needs, the function that sets it up)."""
 
 
 def races(shapes: Shapes, args: argparse.Namespace) -> Iterator[Result]:
-    """Time each way in turn with fastema and with the memory's limit; fastema comes first."""
+    """Yield the timing of fastema, then of each other way; each is interleaved with fastema."""
     dtype, average = getattr(torch, args.dtype), getattr(torch, args.average)
     try:
         made = [torch.randn(shape, dtype=dtype, device=args.device) for shape in shapes]
@@ -161,11 +161,11 @@ def races(shapes: Shapes, args: argparse.Namespace) -> Iterator[Result]:
             share = None if limit is None else plain / other
             yield Result(name, other * 1e3, other / same, nbytes / other / 1e9, share)
         theirs = None  # type: ignore[assignment]
-        gc.collect()  # memory for the next one
+        gc.collect()  # free memory for the next way
 
 
 def _limit(nbytes: int) -> Job:
-    """The better of two kernels that only move as many bytes."""
+    """Return the faster of two kernels that only move `nbytes` bytes."""
     from fastema.engine.limit import ReadReadWrite, StreamCopy
 
     kernels: list[Job] = [ReadReadWrite(nbytes), StreamCopy(nbytes)]
@@ -186,10 +186,10 @@ def _timed(job: Job) -> float:
 
 
 def _race(jobs: list[Job], args: argparse.Namespace) -> list[float]:
-    """Median seconds of each, called in turn; a second entry where there is one job alone."""
+    """Return the median seconds of each job, called in turn; pad a single result with 0.0."""
     times: list[list[float]] = [[] for _ in jobs]
     for job in jobs:
-        job()  # compiles, and fills caches of its own
+        job()  # compiles, and fills the job's caches
     end = time.perf_counter() + args.seconds
     while time.perf_counter() < end or len(times[-1]) < 3:
         for job, found in zip(jobs, times, strict=True):

@@ -1,4 +1,4 @@
-"""Where the shapes come from: a library's model, a checkpoint, a file, or GPT-2 small."""
+"""Get parameter shapes from a library's model, a checkpoint, a file, or GPT-2 small."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Shapes = list[torch.Size]
 
 
 def shapes_of(args: argparse.Namespace) -> tuple[str, Shapes]:
-    """Return a title, and the shapes of all parameters.
+    """Return a title for the model, and the shapes of all its parameters.
 
     Raises
     ------
     ArgumentError, CheckpointError
-        For a model that does not exist, a library that is missing, a file that has no shapes.
+        For a model that does not exist, a missing library, or a file without shapes.
     """
     if args.model:
         return args.model, _of_model(args.model)
@@ -69,11 +69,11 @@ def _of_model(given: str) -> Shapes:
     if find_spec(library) is None:
         raise ArgumentError(f"--model {given}: {library} is not installed: pip install {library}")
     try:
-        with torch.device("meta"):  # shapes alone: no memory, no numbers
+        with torch.device("meta"):  # shapes only: allocates nothing
             model = _LIBRARIES[library](name)
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ArgumentError(f"--model {given}: {library} cannot make it: {reason}") from None
+        raise ArgumentError(f"--model {given}: {library} cannot build it: {reason}") from None
     return [one.shape for one in model.parameters()]
 
 
@@ -87,7 +87,7 @@ def _of_checkpoint(path: str) -> Shapes:
         if one.kind.real is not None and name not in found.tied
     ]
     if not floats:
-        raise CheckpointError(f"{path} has no tensors of floats")
+        raise CheckpointError(f"{path} has no floating-point tensors")
     return [torch.Size(one.shape) for one in floats]
 
 
@@ -100,6 +100,6 @@ def _of_file(path: str) -> Shapes:
             raise ValueError
     except (ValueError, TypeError, RecursionError):
         raise ArgumentError(
-            f'{path}: expected JSON with shapes, {{"weight": [768, 768]}} or [[768, 768]]'
+            f'{path}: expected JSON with shapes, such as {{"weight": [768, 768]}} or [[768, 768]]'
         ) from None
     return shapes

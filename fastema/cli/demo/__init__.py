@@ -1,4 +1,4 @@
-"""``fastema demo``: train a small network on real digits and see what averaging its weights does.
+"""``fastema demo``: train a small network on real digits, with and without averaging.
 
 The data (1,797 handwritten digits of 8 x 8 pixels) ships with scikit-learn.
 """
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=decay,
         default=Recipe.decay,
         help="weight of the old average in each update, in [0, 1), warmed up: the n-th update "
-        "uses (1 + n)/(10 + n) where that is less (%(default)s)",
+        "uses (1 + n)/(10 + n) if that is smaller (%(default)s)",
     )
     parser.add_argument(
         "--epochs",
@@ -48,28 +48,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lr",
         type=number(float, lambda lr: 0.0 < lr < math.inf, "a number above 0"),
         default=Recipe.lr,
-        help="learning rate, the same in every step (%(default)s)",
+        help="learning rate, constant (%(default)s)",
     )
     parser.add_argument(
         "--seed",
-        # The range that scikit-learn and torch have in common.
+        # The range that both scikit-learn and torch accept.
         type=number(int, lambda seed: 0 <= seed < 2**32, "a whole number in [0, 2**32)"),
         default=Recipe.seed,
-        help="same seed, same losses and accuracies (%(default)s)",
+        help="random seed; it fixes all losses and accuracies (%(default)s)",
     )
     parser.add_argument(
         "--out",
         type=picture_path,
         default=Path("fastema-demo.png"),
-        help=f"where the picture goes: a {', '.join(PICTURE_SUFFIXES)} file (%(default)s)",
+        help=f"picture to write: a {', '.join(PICTURE_SUFFIXES)} file (%(default)s)",
     )
     parser.add_argument(
-        "--quiet", action="store_true", help="print the closing words only, not the table"
+        "--quiet", action="store_true", help="print the summary only, not the table"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, report, draw; returns the exit code 0."""
+    """Train, report and draw; return the exit code 0."""
     from fastema.cli.demo import picture, report, speed, train
 
     with train.reproducible():

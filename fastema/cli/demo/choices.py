@@ -1,9 +1,9 @@
-"""Choices of the demo's command line, known before anything heavy is imported."""
+"""The demo's settings, kept apart so that the command line imports nothing heavy."""
 
 from dataclasses import dataclass
 
 MODEL_NAMES = ("cnn", "resnet", "mlp")
-TRAIN_IMAGES = 898  # half of them: a large test set, so that 0.1 points of accuracy can be seen
+TRAIN_IMAGES = 898  # half of all images: a large test set resolves 0.1 points of accuracy
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The handwritten digits that ship with scikit-learn, split, normalised and lightly augmented."""
+"""The handwritten digits that ship with scikit-learn, split, normalized and lightly augmented."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from torch.nn import functional as F
 from fastema.cli.demo.choices import TRAIN_IMAGES
 
 SIDE = 8  # pixels
-NOISE = 0.3  # standard deviations of the pixels; with the shifts it keeps 898 images interesting
+NOISE = (
+    0.3  # in standard deviations of the pixels; with the shifts, it keeps 898 images hard enough
+)
 
 
 @dataclass(frozen=True)
 class Digits:
-    """One split of the data; pixels are normalised to mean 0, standard deviation 1."""
+    """One split of the data; pixels are normalized to mean 0, standard deviation 1."""
 
-    shifted: Tensor  # (9, train, 1, 8, 8) f32: every training image moved by -1, 0, 1 pixels
+    shifted: Tensor  # (9, train, 1, 8, 8) f32: every training image, shifted by -1, 0, 1 pixels
     labels: Tensor  # (train,) i64
     test_images: Tensor  # (test, 1, 8, 8) f32
     test_labels: Tensor  # (test,) i64
 
 
 def load(seed: int) -> Digits:
-    """Split the 1,797 digits into halves, stratified by class; `seed` chooses the split."""
+    """Load the 1,797 digits, split into halves stratified by class; `seed` selects the split."""
     bunch = load_digits()
     train_images, test_images, train_labels, test_labels = train_test_split(
         torch.from_numpy(bunch.images).float().numpy(),
@@ -39,7 +41,7 @@ def load(seed: int) -> Digits:
     )
     mean, std = float(train_images.mean()), float(train_images.std())
     train = (torch.from_numpy(train_images)[:, None] - mean) / std
-    background = -mean / std  # what a pixel of value 0 has become
+    background = -mean / std  # the normalized value of an empty pixel
     padded = F.pad(train, (1, 1, 1, 1), value=background)
     shifted = torch.stack(
         [padded[:, :, y : y + SIDE, x : x + SIDE] for y in range(3) for x in range(3)]
@@ -55,7 +57,7 @@ def load(seed: int) -> Digits:
 def batches(
     digits: Digits, batch_size: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of shuffled, shifted and noisy batches; the incomplete last one is left out."""
+    """Yield one epoch of shuffled, shifted, noisy batches; drop an incomplete last batch."""
     shifts, images = digits.shifted.shape[:2]
     order = torch.randperm(images, generator=generator)
     for start in range(0, images - batch_size + 1, batch_size):

@@ -1,7 +1,7 @@
 """Three small networks for 8 x 8 images in ten classes, in plain PyTorch.
 
-None of them has batch normalisation: its running statistics belong to the raw weights, and
-recomputing them for the averaged ones would be a second lesson in the same demo.
+None of them uses batch normalization: its running statistics belong to the raw weights, and
+recomputing them for the averaged weights would be a second lesson in the same demo.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ CLASSES = 10
 
 
 def mlp(width: int = 768) -> nn.Module:
-    """Three hidden layers of `width` units."""
+    """Return an MLP with three hidden layers of `width` units."""
     return nn.Sequential(
         nn.Flatten(),  # (batch, 64)
         nn.Linear(64, width),
@@ -26,7 +26,7 @@ def mlp(width: int = 768) -> nn.Module:
 
 
 def cnn(width: int = 32) -> nn.Module:
-    """Four 3 x 3 convolutions at two resolutions, then a wide hidden layer."""
+    """Return a CNN: four 3 x 3 convolutions at two resolutions, then a wide hidden layer."""
     return nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1),
         nn.ReLU(),
@@ -46,7 +46,7 @@ def cnn(width: int = 32) -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-    """``x + f(x)`` with two convolutions, each after a group normalisation and a ReLU."""
+    """``x + f(x)`` with two convolutions, each after a group normalization and a ReLU."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -60,13 +60,13 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, width, h, w)
-        """Apply the block; the shape stays."""
+        """Apply the block, which keeps the shape."""
         out: Tensor = x + self.body(x)
         return out
 
 
 def resnet(width: int = 48) -> nn.Module:
-    """Three residual blocks on 4 x 4 maps: fewer parameters than the `cnn`, in more tensors."""
+    """Return a ResNet of three blocks on 4 x 4 maps: fewer parameters than `cnn`, more tensors."""
     return nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1),
         nn.ReLU(),
@@ -83,5 +83,5 @@ def resnet(width: int = 48) -> nn.Module:
 
 
 def build(name: str) -> nn.Module:
-    """A freshly initialised ``cnn``, ``resnet`` or ``mlp``: 0.8, 0.5 and 1.2 million parameters."""
+    """Return a new ``cnn``, ``resnet`` or ``mlp``: 0.8, 0.5 and 1.2 million parameters."""
     return {"cnn": cnn, "resnet": resnet, "mlp": mlp}[name]()

@@ -73,7 +73,7 @@ def _loss(axes: Axes, history: History, seen: Tail) -> None:
 
 
 def _accuracy(axes: Axes, history: History, seen: Tail) -> None:
-    """Draw accuracy as errors on an inverted log scale: 98 and 99 % lie as far apart as 80 and 90."""
+    """Draw accuracy as errors on an inverted log scale: 98 to 99 % is as far as 80 to 90 %."""
     write_title(axes, "Test images read right", "log scale of the errors", fontsize=10, pad=12)
     least = 50.0 / len(history.raw_answers)  # half an image: zero has no logarithm
 

@@ -1,6 +1,6 @@
-"""The demo's output: an introduction, a progress bar, the table and the closing words.
+"""The demo's output: an introduction, a progress bar, a table and a summary.
 
-The text is plain ASCII, so that it survives whatever terminal, pipe or log it ends up in.
+The text is plain ASCII, so that it survives any terminal, pipe or log.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from fastema.cli.demo.train import MOMENTUM, Evaluation, History, Setup, Times
 
 
 class Reporter:
-    """Prints one run to standard output; if `quiet`, the closing words only."""
+    """Prints the report of one run to standard output; if `quiet`, only the summary."""
 
     def __init__(self, setup: Setup, machine: Machine, *, quiet: bool) -> None:
         self._setup, self._machine, self._quiet = setup, machine, quiet
         self._console = Console(highlight=False)
 
     def introduce(self) -> None:
-        """Say what is about to happen."""
+        """Print the settings of the run."""
         if self._quiet:
             return
         setup, recipe = self._setup, self._setup.recipe
@@ -41,12 +41,12 @@ class Reporter:
             f"{recipe.batch_size}, epochs {recipe.epochs}, seed {recipe.seed}. "
             f"EMA: decay {recipe.decay:g}, warmed up.\n"
             f"The average and its first update took {self._machine.start_s:.2f} s "
-            "(the kernel is compiled once, then kept on disk).\n"
+            "(the kernel is compiled once and cached on disk).\n"
         )
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Callable[[Evaluation], None]]:
-        """Show a progress bar, where there is a terminal, fed by the function given."""
+        """Show a progress bar on a terminal; yield the function that updates it."""
         progress = Progress(
             TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=None),
@@ -68,11 +68,11 @@ class Reporter:
             yield show
 
     def conclude(self, history: History, picture: Path) -> None:
-        """Print the table and say in words what was seen."""
+        """Print the table and the summary."""
         if not self._quiet:
             self._console.print(self._table(history))
         self._console.print(self._words(history))
-        # One line whatever its length, and no markup: a path is there to be copied.
+        # No wrapping and no markup: people copy the path.
         self._console.print(f"Picture: {picture}", soft_wrap=True, markup=False)
 
     def _table(self, history: History) -> Table:
@@ -105,7 +105,7 @@ class Reporter:
         epochs = "epoch" if seen.epochs == 1 else f"{seen.epochs} epochs"
         return (
             f"[bold]{summary.takeaway(seen)}.[/bold]\n"
-            f"Test images read right, mean and spread over the last {epochs}:\n"
+            f"Test accuracy, mean and standard deviation over the last {epochs}:\n"
             f"  raw weights  {seen.raw_accuracy.mean:5.1f} +/- {seen.raw_accuracy.std:.1f} %, "
             f"loss {seen.raw_loss.mean:.3f}; at the end {last.raw.accuracy:.1f} %, "
             f"best {best_raw:.1f} %\n"
@@ -114,10 +114,10 @@ class Reporter:
             f"best {best_ema:.1f} %\n"
             f"The EMA update takes {cost.update_s / cost.step_s:.1%} of a step: "
             f"{1e3 * cost.update_s:.3f} of {1e3 * cost.step_s:.2f} ms (medians); "
-            f"in all {sum(cost.updates_s):.2f} of {sum(cost.steps_s):.1f} s.\n"
-            f"It moves {machine.update_bytes / 1e6:.1f} MB, amid the training at "
-            f"{machine.gbps(cost.update_s):.0f} GB/s where a kernel that only moves as many bytes "
-            f"reaches {machine.gbps(cost.limit_s):.0f} (plain copying), and undisturbed at "
-            f"{machine.gbps(machine.update_s):.0f} GB/s against "
+            f"in total {sum(cost.updates_s):.2f} of {sum(cost.steps_s):.1f} s.\n"
+            f"It moves {machine.update_bytes / 1e6:.1f} MB. During training it reaches "
+            f"{machine.gbps(cost.update_s):.0f} GB/s; a kernel that only moves bytes reaches "
+            f"{machine.gbps(cost.limit_s):.0f} (plain copying). Undisturbed, it reaches "
+            f"{machine.gbps(machine.update_s):.0f} GB/s, and plain copying "
             f"{machine.gbps(machine.limit_s):.0f}."
         )

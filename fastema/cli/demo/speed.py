@@ -1,4 +1,4 @@
-"""Time of one EMA update on this machine, beside that of moving as many bytes."""
+"""Time one EMA update on this machine, and a plain move of as many bytes."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ import fastema
 from fastema.engine import limit
 
 ROUNDS = 10
-CALLS = 10  # per round and candidate; the first finds the caches full of another's bytes
-SETTLE_S = 0.01  # OpenMP threads keep their cores busy for some milliseconds after torch's work
+CALLS = 10  # per round and candidate; the first is not timed: the caches hold another's bytes
+SETTLE_S = 0.01  # after torch's work, OpenMP threads keep their cores busy for some milliseconds
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Cost of one update of a model on this machine when nothing else runs."""
+    """The cost of one update of a model on this machine when nothing else runs."""
 
     update_bytes: int  # read and written by one update
-    start_s: float  # until the first update is done: its kernel is compiled or loaded
+    start_s: (
+        float  # to build the average and finish its first update: the kernel is compiled or loaded
+    )
     update_s: float  # median of undisturbed updates
-    limit_s: float  # the same number of bytes by `yardstick`, median
-    yardstick: Callable[[], None]  # the faster of two kernels that only move bytes
+    limit_s: float  # median time of `yardstick`
+    yardstick: Callable[[], None]  # moves `update_bytes`: the faster of two kernels that only copy
 
     def gbps(self, seconds: float) -> float:
-        """Bandwidth, in GB/s, of moving `update_bytes` in that time."""
+        """Return the bandwidth, in GB/s, of moving `update_bytes` in `seconds`."""
         return self.update_bytes / seconds / 1e9
 
 
 def measure(model: nn.Module) -> Machine:
-    """Time updates of a throw-away average of `model` in turn with the bandwidth limit.
+    """Time updates of a throwaway average of `model`, interleaved with the bandwidth limit.
 
-    Each moves `update_bytes` per call over memory of its own, several times in a row: all of them
-    meet the caches in the same state.
+    Each candidate moves `update_bytes` per call in its own memory, several times in a row, so that
+    all candidates find the caches in the same state.
     """
     began = time.perf_counter()
     ema = fastema.EMA(model, decay=0.5)
@@ -57,7 +59,7 @@ def measure(model: nn.Module) -> Machine:
 
 
 def _race(candidates: list[Callable[[], object]]) -> list[float]:
-    """Median seconds per call of each candidate, measured in turn."""
+    """Return the median seconds per call of each candidate, measured in turn."""
     durations: list[list[float]] = [[] for _ in candidates]
     for _ in range(ROUNDS):
         for candidate, found in zip(candidates, durations, strict=True):

@@ -1,4 +1,4 @@
-"""Summary of a run in a few numbers and one sentence, for the report and the picture."""
+"""Summarize a run in a few numbers and one sentence, for the report and the picture."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from itertools import chain
 
 from fastema.cli.demo.train import Evaluation, History, Times
 
-LEVEL = 0.05  # relative differences in errors below this are called equal
+LEVEL = 0.05  # error rates that differ by less than this, relatively, count as equal
 
 
 @dataclass(frozen=True)
 class Level:
-    """Mean and standard deviation of a quantity over the last part of a run."""
+    """The mean and standard deviation of a quantity over the last part of a run."""
 
     mean: float
     std: float
@@ -22,7 +22,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Tail:
-    """The last third of a run, over all of its evaluations."""
+    """Statistics over all evaluations in the last third of a run."""
 
     epochs: int
     raw_loss: Level
@@ -32,12 +32,12 @@ class Tail:
 
     @property
     def finite(self) -> bool:
-        """Whether neither the raw nor the averaged loss ran away."""
+        """Whether both the raw and the averaged loss are finite."""
         return math.isfinite(self.raw_loss.mean) and math.isfinite(self.ema_loss.mean)
 
 
 def tail(history: History) -> Tail:
-    """Summarise the last third of a run, at least its last epoch."""
+    """Return statistics of the last third of a run, at least of its last epoch."""
     epochs = max(1, len(history.times) // 3)
     first = len(history.times) - epochs
     last = [seen for seen in history.evaluations if seen.epoch > first]
@@ -51,9 +51,9 @@ def tail(history: History) -> Tail:
 
 
 def takeaway(seen: Tail) -> str:
-    """The outcome in one sentence, whatever it is."""
+    """Return the outcome of the run in one sentence."""
     if not seen.finite:
-        return "The training diverged: its loss is no longer a finite number"
+        return "The training diverged: its loss is no longer finite"
     raw_errors = 100.0 - seen.raw_accuracy.mean
     ema_errors = 100.0 - seen.ema_accuracy.mean
     if math.isclose(raw_errors, ema_errors, rel_tol=LEVEL):
@@ -63,19 +63,19 @@ def takeaway(seen: Tail) -> str:
         return f"Averaging the weights removes {removed:.0f} % of the test errors"
     return (
         "The average has not caught up with the raw weights: "
-        f"{100.0 - ema_errors:.1f} % against {100.0 - raw_errors:.1f} % right"
+        f"{100.0 - ema_errors:.1f} % against {100.0 - raw_errors:.1f} % correct"
     )
 
 
 def best(evaluations: list[Evaluation]) -> tuple[float, float]:
-    """The highest raw and the highest averaged accuracy of any evaluation, percent."""
+    """Return the highest raw and the highest averaged accuracy of all evaluations, in percent."""
     scores = [(seen.raw.accuracy, seen.ema.accuracy) for seen in evaluations]
     raw, ema = map(max, zip(*scores, strict=True))
     return raw, ema
 
 
 def cost(history: History) -> Times:
-    """The times of the whole run."""
+    """Return the times of all epochs, concatenated."""
     columns = zip(*map(astuple, history.times), strict=True)
     return Times(*(list(chain.from_iterable(column)) for column in columns))
 

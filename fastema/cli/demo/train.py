@@ -1,7 +1,7 @@
-"""The training loop: plain PyTorch, and `fastema.EMA` as one would use it in one's own script.
+"""The training loop: plain PyTorch, and `fastema.EMA` as any script would use it.
 
-The recipe is a noisy one: small batches and a learning rate that stays high. The weights keep
-jumping around the minimum they cannot settle in, which is where averages help most.
+The recipe is noisy: small batches and a learning rate that stays high. The weights jump around a
+minimum in which they cannot settle, which is where averages help most.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ MOMENTUM = 0.9
 EVALUATIONS_PER_EPOCH = 2
 STEPS_PER_LIMIT = 4
 THREADS = 1
-"""Torch's threads. Steps this small gain little from more, lose tenfold where somebody else uses a
-core, and sums over several threads would depend on how many there are."""
+"""Number of torch threads. Steps this small gain little from more threads and become ten times
+slower if another process uses a core; and sums would depend on the number of threads."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Scores of one set of weights on the test images."""
+    """The scores of one set of weights on the test images."""
 
     loss: float  # mean cross-entropy, nats
     accuracy: float  # percent
@@ -39,40 +39,40 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Raw and averaged weights at one moment of the training."""
+    """The scores of raw and averaged weights at one point of the training."""
 
-    epoch: float  # passes over the data so far; whole numbers are ends of epochs
+    epoch: float  # passes over the data so far; a whole number is the end of an epoch
     raw: Score
     ema: Score
 
 
 @dataclass(frozen=True)
 class Times:
-    """Wall times within the training, evaluations left out."""
+    """Wall-clock times of the training, without evaluations."""
 
     steps_s: list[float]  # batch, forward, backward, optimizer and EMA update
-    updates_s: list[float]  # the EMA update alone, which is a part of the step
-    limits_s: list[float]  # the yardstick, run beside the steps; not a part of them
+    updates_s: list[float]  # the EMA update alone, a part of the step
+    limits_s: list[float]  # the yardstick, run between steps and not a part of them
 
     @property
     def step_s(self) -> float:
-        """Median step."""
+        """Median time of a step."""
         return statistics.median(self.steps_s)
 
     @property
     def update_s(self) -> float:
-        """Median EMA update."""
+        """Median time of an EMA update."""
         return statistics.median(self.updates_s)
 
     @property
     def limit_s(self) -> float:
-        """Median run of the yardstick."""
+        """Median time of the yardstick."""
         return statistics.median(self.limits_s)
 
 
 @dataclass
 class History:
-    """Everything recorded in a run, for the table, the text and the picture."""
+    """Everything recorded in a run, for the table, the summary and the picture."""
 
     evaluations: list[Evaluation] = field(default_factory=list)
     times: list[Times] = field(default_factory=list)  # one per epoch
@@ -81,13 +81,13 @@ class History:
 
     @property
     def epoch_ends(self) -> list[Evaluation]:
-        """The evaluation at the end of each epoch."""
+        """The evaluations at the ends of epochs."""
         return [evaluation for evaluation in self.evaluations if evaluation.epoch.is_integer()]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A recipe with its data and its freshly initialised model."""
+    """A recipe with its data and its newly initialized model."""
 
     recipe: Recipe
     digits: data.Digits
@@ -95,7 +95,7 @@ class Setup:
 
     @property
     def num_parameters(self) -> int:
-        """Elements of all parameters."""
+        """Number of elements of all parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
@@ -106,7 +106,7 @@ class Setup:
 
 @contextlib.contextmanager
 def reproducible() -> Iterator[None]:
-    """Torch settings under which one machine gives the same numbers again; undone on exit."""
+    """Make torch reproducible on one machine; restore its settings on exit."""
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(THREADS)
@@ -119,7 +119,7 @@ def reproducible() -> Iterator[None]:
 
 
 def prepare(recipe: Recipe) -> Setup:
-    """Load the data and initialise the model from the recipe's seed."""
+    """Load the data and initialize the model from the recipe's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = models.build(recipe.model)
@@ -129,10 +129,10 @@ def prepare(recipe: Recipe) -> Setup:
 def train(
     setup: Setup, yardstick: Callable[[], None], on_evaluation: Callable[[Evaluation], None]
 ) -> History:
-    """Train the model in place and evaluate raw and averaged weights as it goes.
+    """Train the model in place, evaluating raw and averaged weights along the way.
 
-    `yardstick`, which moves as many bytes as an EMA update, is timed after every few updates: it
-    meets the caches and the threads as the update does.
+    `yardstick` moves as many bytes as an EMA update. It is timed after every few updates, so that
+    it finds caches and threads in the same state as the update does.
     """
     recipe, digits, model = setup.recipe, setup.digits, setup.model
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -140,7 +140,7 @@ def train(
     ema = fastema.EMA(model, decay=fastema.rules.warmup(recipe.decay))
     history = History()
 
-    steps = len(digits.labels) // recipe.batch_size  # in an epoch
+    steps = len(digits.labels) // recipe.batch_size  # per epoch
     parts = range(1, EVALUATIONS_PER_EPOCH + 1)
     pauses = {math.ceil(steps * part / EVALUATIONS_PER_EPOCH) for part in parts}
     for epoch in range(recipe.epochs):
@@ -178,7 +178,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, digits: data.Digits) -> tuple[Score, Tensor]:
-    """Score of the model's present weights on the test images, and its answers, (test,) i64."""
+    """Return the score of the model's current weights, and its answers, (test,) i64."""
     logits = model(digits.test_images)  # (test, classes)
     answers = logits.argmax(dim=1)
     loss = F.cross_entropy(logits, digits.test_labels)

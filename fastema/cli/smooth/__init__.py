@@ -1,4 +1,4 @@
-"""``fastema smooth``: moving averages of the metrics in a log, as columns and a picture."""
+"""``fastema smooth``: write moving averages of a log's metrics as columns and as a picture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 SUMMARY = "Smooth the curves of a training log: CSV, JSON, or TensorBoard event files."
 EXTRA = "tracking"
-NEEDS: dict[str, str] = {}  # each of its packages is needed for some logs and options only
+NEEDS: dict[str, str] = {}  # each package is needed only for some logs and options
 
 DECAY = 0.9
 WINDOW_SIZE = 20
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "log",
         type=Path,
-        help="a CSV file with a line of names, JSON lines, JSON such as trainer_state.json, a "
+        help="a CSV file with a header line, JSON lines, JSON such as trainer_state.json, a "
         "TensorBoard event file or a folder of them, or - for standard input",
     )
     parser.add_argument(
@@ -50,78 +50,78 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         type=_comma_separated(decay),
         metavar="DECAY",
-        help="weight of the old average in an exponential moving average, in [0, 1); several "
-        f"with commas ({DECAY} and --sma {WINDOW_SIZE} where neither is given)",
+        help="weight of the old average in an exponential moving average, in [0, 1); "
+        f"comma-separated for several ({DECAY} and --sma {WINDOW_SIZE} if neither is given)",
     )
     parser.add_argument(
         "--sma",
         action="extend",
         type=_comma_separated(count),
         metavar="WINDOW",
-        help="values in a simple moving average; several with commas",
+        help="number of values in a simple moving average; comma-separated for several",
     )
     parser.add_argument(
         "-o",
         "--out",
         type=_out_path,
-        help="CSV file for the log with the new columns, loss_ema and loss_sma for loss; - for "
+        help="CSV file to write: the log plus new columns, such as loss_ema and loss_sma; - for "
         "standard output (the default, unless --plot is given)",
     )
     parser.add_argument(
         "--plot",
         type=picture_path,
         metavar="PICTURE",
-        help=f"draw them: a {', '.join(PICTURE_SUFFIXES)} file",
+        help=f"picture to draw: a {', '.join(PICTURE_SUFFIXES)} file",
     )
     parser.add_argument(
         "--metrics",
         action="extend",
         type=_comma_separated(str),
         metavar="NAME",
-        help="columns to smooth, with commas; patterns such as 'val_*' do, too (all that are not "
-        "steps, times or learning rates)",
+        help="columns to smooth, comma-separated; patterns such as 'val_*' work too (all columns "
+        "but steps, times and learning rates)",
     )
     parser.add_argument(
         "--weights",
         metavar="COLUMN",
-        help="column with the weight of each value beside the others, such as the batch size",
+        help="column with the weight of each row, such as the batch size",
     )
     parser.add_argument(
         "--step",
         metavar="COLUMN",
-        help="column that counts the steps (found by its name: step, global_step, batch, "
-        "iteration, epoch)",
+        help="column that counts the steps (by default the one named step, global_step, batch, "
+        "iteration or epoch)",
     )
     parser.add_argument(
         "--debias",
         action="store_true",
-        help="exponential averages start at nothing and are corrected for it, as in Adam, "
-        "rather than start at the first value",
+        help="start exponential averages at zero and correct the bias, as Adam does, instead of "
+        "starting at the first value",
     )
     parser.add_argument(
         "--on-nonfinite",
         choices=("show", "skip", "propagate", "raise"),
         default="show",
-        help="what a NaN or an infinity does: show it until the next number and average the "
-        "others, leave it out, spoil the average, or stop (%(default)s)",
+        help="what to do with a NaN or an infinity: show it until the next number but average only "
+        "the others, leave it out, let it spoil the average, or stop (%(default)s)",
     )
     parser.add_argument(
         "--raw",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="keep the metrics themselves beside their averages",
+        help="keep the metrics next to their averages",
     )
     parser.add_argument(
         "--log-scale",
         choices=("auto", "on", "off"),
         default="auto",
-        help="of the panels whose values span a factor of 30, of all, or of none (%(default)s)",
+        help="log scale for panels whose values span a factor of 30, all, or none (%(default)s)",
     )
     parser.add_argument("--quiet", action="store_true", help="print no summary")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, average, write, draw; the exit code."""
+    """Read, average, write and draw; return the exit code."""
     _run(args)
     return 0
 
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> None:
     _check_paths(args)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ArgumentError("--plot takes the matplotlib package: pip install matplotlib")
+        raise ArgumentError("--plot needs the matplotlib package: pip install matplotlib")
     asked_for = not (args.ema is args.sma is None)
     if not asked_for:
         args.ema, args.sma = [DECAY], [WINDOW_SIZE]
@@ -149,7 +149,9 @@ def _run(args: argparse.Namespace) -> None:
     out = args.out or (None if args.plot else STANDARD)
     if out == STANDARD:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8")  # as files are, whatever the terminal says
+            sys.stdout.reconfigure(
+                encoding="utf-8"
+            )  # like the files we write, whatever the terminal uses
         averages.write(sys.stdout, log, smoothed, raw=args.raw)
         sys.stdout.flush()
     elif out:
@@ -162,7 +164,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _standard_input() -> TextIO:
-    """Read as files are: in UTF-8, with or without a mark at its beginning."""
+    """Return standard input, decoded like a file: UTF-8 with or without a byte order mark."""
     if sys.stdin is None:
         raise ArgumentError("standard input is closed; name a file")
     buffer = getattr(sys.stdin, "buffer", None)
@@ -170,18 +172,18 @@ def _standard_input() -> TextIO:
 
 
 def _check_paths(args: argparse.Namespace) -> None:
-    """No file may be written over the log, or over the other."""
+    """Raise ArgumentError if an output would overwrite the log or the other output."""
     paths = {"--out": args.out, "--plot": args.plot}
     given = {name: path for name, path in paths.items() if path not in (None, STANDARD)}
     for name, path in given.items():
         if path.exists() and args.log.exists() and path.samefile(args.log):
-            raise ArgumentError(f"{name} {path} is the log itself, which is never written over")
+            raise ArgumentError(f"{name} {path} is the log itself, which is never overwritten")
     if len({path.resolve() for path in given.values()}) < len(given):
         raise ArgumentError(f"--out and --plot are the same file, {args.out}")
 
 
 def _comma_separated(parse: Callable[[str], _T]) -> Callable[[str], list[_T]]:
-    """A parser for argparse of what stands between commas."""
+    """Return an argparse type that applies `parse` to each comma-separated part."""
     return lambda text: [parse(part.strip()) for part in text.split(",")]
 
 

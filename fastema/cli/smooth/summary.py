@@ -1,4 +1,4 @@
-"""The closing words of ``fastema smooth``."""
+"""The summary that ``fastema smooth`` prints at the end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def summary(
     out: Path | None,
     picture: Path | None,
 ) -> str:
-    """The last values of each metric and its averages, and where they went."""
+    """Return a table of the last value of each metric and average, and the files written."""
     names = list(dict.fromkeys(one.metric for one in smoothed))
     rows = [["", "values", "last", *dict.fromkeys(one.average.label for one in smoothed)]]
     for name in names[:MOST_METRICS]:
@@ -35,7 +35,7 @@ def summary(
         lines.append(f"and {len(names) - MOST_METRICS} more")
     words = [name for name in log.cells if name not in log.numbers]
     if words:
-        lines.append(f"Left out, not all numbers: {', '.join(words)}")
+        lines.append(f"Left out, because not all values are numbers: {', '.join(words)}")
     if out not in (None, STANDARD):
         lines.append(f"Averages: {out}")
     if picture:
@@ -46,6 +46,6 @@ def summary(
 def _where(log: Table, step: str | None) -> str:
     rows = f"{log.source}: {log.num_rows:,} {'row' if log.num_rows == 1 else 'rows'}"
     if step is None:
-        return f"{rows}; no column that counts the steps of all metrics, so rows are counted"
+        return f"{rows}; no column counts the steps of all metrics, so steps are row numbers"
     steps = log.column(step).values
     return f"{rows}, {step} {steps[0]:.12g} to {steps[-1]:.12g}"
