@@ -111,7 +111,7 @@ def _peer_page(module: str, name: str) -> str:
     if module in generate.installable():
         lines.append(
             f"Or leave the script as it is, and call `fastema.compat.install({module!r})` before "
-            "it runs; [In place of what you use](../drop-in.md) says what that does.\n"
+            "it runs; [Replace what you use](../drop-in.md) says what that does.\n"
         )
     rows = generate.differences(module)
     if rows:

@@ -125,7 +125,7 @@ def test_a_drop_in_is_listed_wherever_drop_ins_are() -> None:
     assert listed - {"module"} == peers, "the table of docs/drop-in.md, What there is"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(?:fastema\.compat)?\.(\w+)`", readme))
-    assert named >= peers - {"tensorflow"}, "README.md, In place of what you use"
+    assert named >= peers - {"tensorflow"}, "README.md, Replace what you use"
     assert installation._KNOWN.keys() <= peers
     described = set(re.findall(r'``"(\w+)"``', installation.install.__doc__ or ""))
     assert installation._KNOWN.keys() == described - {"peer", "corrected"}, "install's docstring"
