@@ -1,4 +1,4 @@
-"""What tests share: numbers to compute with, guarded memory, and fresh interpreters."""
+"""Shared hooks and fixtures: test selection, memory reports, and new interpreters."""
 
 import ctypes
 import gc
@@ -22,27 +22,27 @@ from .support.matrix import reduced
 from .support.peak import overall_peak
 from .support.requirements import missing_packages
 
-# The first example of a kernel may take as long as compiling it. Where a change is judged, it is
-# judged by the same examples each time; new ones are for those who can look into them.
+# The first example of a kernel may take as long as compiling it. CI uses the same examples in
+# every run; new examples are for developers who can look into them.
 settings.register_profile("fastema", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("fastema")
 
-# The backend is chosen when Keras is imported: here, one that is there.
+# Keras chooses its backend when it is imported: choose one that is installed.
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
-# Tensors of a few numbers: where every core runs tests, PyTorch's threads wait for one another.
+# Tensors are tiny: with tests on every core, PyTorch's threads would wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(fastema.__file__).parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option that runs every case."""
+    """Add ``--full``, which runs every case."""
     parser.addoption("--full", action="store_true", help="every combination of wide matrices")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have TensorBoard do without TensorFlow, which takes seconds, where no test needs it."""
+    """Keep TensorBoard from importing TensorFlow, which takes seconds, if no test needs it."""
     if "not tensorflow" in config.option.markexpr:
         name = "tensorboard.compat.notf"  # what TensorBoard itself looks for
         sys.modules.setdefault(name, ModuleType(name))
@@ -50,14 +50,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """As many processes as this one may use cores."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
 
 
-# After -k and -m: a case that was asked for by its name is always run.
+# After -k and -m: a case that was selected by name always runs.
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what wide matrices say twice, and what is for full runs alone."""
+    """Deselect redundant cases of wide matrices, and tests for full runs only."""
     if config.option.full:
         return
     left_out = {id(item) for item in items if item.get_closest_marker("full")}
@@ -81,7 +81,7 @@ _resident = [0]
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
-    """Give the system back what tests have freed: JAX's compiled functions take hundreds of MB."""
+    """Return freed memory to the system: JAX's compiled functions take hundreds of MB."""
     if _PAGES.exists():
         now = int(_PAGES.read_text().split()[1])
         if now > _resident[0] + (1 << 14):  # 64 MB
@@ -92,23 +92,23 @@ def pytest_runtest_teardown() -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Spare the collector what is imported for good: trainers collect garbage again and again."""
+    """Exclude imported objects from garbage collection, which trainers run again and again."""
     gc.collect()
     gc.freeze()
 
 
 PEAKS: dict[str, int] = {}
-"""Most memory that each process has had, in MB."""
+"""The peak memory of each process, in MB."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Note what a worker says as it ends."""
+    """Record the peak memory that a worker reports as it ends."""
     PEAKS[node.gateway.id] = getattr(node, "workeroutput", {}).get("peak", 0)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Say, or as a worker hand on, how much memory the tests took."""
+    """Record the peak memory of the tests; a worker sends it to the controller."""
     megabytes = overall_peak() >> 20
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["peak"] = megabytes
@@ -117,7 +117,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the peaks, and which files were left out."""
+    """Print the memory peaks, and which files were not collected."""
     for path, missing in sorted(LACKING.items()):
         terminalreporter.write_line(f"not collected: {path}, which needs {', '.join(missing)}")
     peaks = ", ".join(f"{name} {peak:,} MB" for name, peak in sorted(PEAKS.items()))
@@ -125,7 +125,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 LACKING: dict[str, tuple[str, ...]] = {}
-"""Files that are not collected, and the packages that they need."""
+"""Files that are not collected, and the packages that they lack."""
 
 
 def _lacks_packages(path: Path) -> bool:
@@ -138,7 +138,7 @@ def _lacks_packages(path: Path) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out files without tests that are asked for: what they import takes memory and time."""
+    """Ignore files without selected tests: their imports take memory and time."""
     wanted = config.option.markexpr
     if "not tensorflow" in wanted and "tensorflow" in collection_path.name:
         return True
@@ -152,7 +152,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    """``set_num_threads`` for one test."""
+    """``set_num_threads``, undone after the test."""
     before = cpu.get_num_threads()
     yield cpu.set_num_threads
     cpu.set_num_threads(before)
@@ -160,12 +160,12 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Helpers are woken for a few kilobytes, so that small tensors are shared out too."""
+    """Wake helper threads for a few kilobytes, so that small tensors are split too."""
     monkeypatch.setattr(cpu, "BYTES_PER_THREAD", 1 << 12)
 
 
 def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
-    # The same fastema, whichever way this one was found.
+    # The child must import the same fastema, however this process found it.
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     wanted: dict[str, str | None] = {**os.environ, "PYTHONPATH": path, **changes}
     return {name: value for name, value in wanted.items() if value is not None}
@@ -173,10 +173,10 @@ def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def python() -> Callable[..., str]:
-    """``python(script, **environment)``: what a fresh interpreter prints; it must end well.
+    """``python(script, **environment)`` returns what a script prints in a new interpreter.
 
-    A hanging one is killed with everything it started, and fails the test. ``quiet`` asserts that
-    nothing was written to standard error. None removes a variable.
+    It must exit with status 0. If it hangs, it is killed with all its children and the test fails.
+    ``quiet`` asserts that nothing was written to standard error. None removes a variable.
     """
 
     def run(

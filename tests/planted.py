@@ -1,8 +1,8 @@
-"""Whether the tests catch faults: ``python tests/planted.py [--full] [ROOM or NAME ...]``.
+"""Check that the tests catch faults: ``python tests/planted.py [--full] [ROOM or NAME ...]``.
 
-Each fault is put into a copy of the checkout, and the tests of its room, as ``make test`` runs
-them, have to fail; with ``--full`` as ``make test-full`` does. The exit status is 1 if one is not
-caught. All of them take a quarter of an hour on two cores.
+Each fault is planted in a copy of the checkout. The tests of its room must then fail, run as by
+``make test``, or as by ``make test-full`` with ``--full``. The exit status is 1 if a fault is
+missed. All faults take a quarter of an hour on two cores.
 """
 
 import os
@@ -42,7 +42,7 @@ ROOMS = {
 
 
 class Fault(NamedTuple):
-    """``old``, which occurs once in the file, becomes ``new``."""
+    """A replacement of ``old``, which occurs once in the file, by ``new``."""
 
     room: str
     name: str
@@ -51,40 +51,40 @@ class Fault(NamedTuple):
     new: str
 
 
-# Room, file, name of the fault, and what becomes what.
+# By room, file and name of the fault: the old code and the new.
 PLANTED = {
     "binding": {
         "fastema/binding/swap.py": {
-            "undone before done": (
+            "failed way undone": (
                 "way.apply()\n                    self._applied_ways.append(way)",
                 "self._applied_ways.append(way)\n                    way.apply()",
             ),
-            "undone once": ("self._applied_ways.remove(way)", "self._applied_ways.clear()"),
+            "one undo clears all": ("self._applied_ways.remove(way)", "self._applied_ways.clear()"),
         },
         "fastema/binding/binding.py": {
-            "overlap later": ("if self.guard.may_overlap(dst, src):", "if self.guard is None:"),
-            "fixed kept": (
+            "overlap ignored": ("if self.guard.may_overlap(dst, src):", "if self.guard is None:"),
+            "immutable arrays kept": (
                 "pair._replace(src=pair.src.with_owner(None)) if pair.name in fixed else pair",
                 "pair",
             ),
             "used again": ("if kind is None and self._once", "if kind is None and not self._once"),
-            "loose for good": ("fits = bound.match in (match, self._match)", "fits = True"),
+            "old match kept": ("fits = bound.match in (match, self._match)", "fits = True"),
         },
         "fastema/binding/sides.py": {
-            "unfrozen": (" or (bool(trained) and _changed(trained))", ""),
-            "first looks": ("        self._full = 2 ", "        self._full = 0 "),
+            "unfreezing missed": (" or (bool(trained) and _changed(trained))", ""),
+            "first updates check a share": ("        self._full = 2 ", "        self._full = 0 "),
         },
-        "fastema/compat/averager.py": {"moved in a block": ("if self._moved():", "if False:")},
+        "fastema/compat/averager.py": {"block move missed": ("if self._moved():", "if False:")},
     },
     "native": {
         "fastema/engine/disk_cache.py": {
-            "damaged entries": ("if stored[:_HEAD] == _make_header(body) else", "if True else"),
-            "writable by a group": ("(stat.S_IWGRP | stat.S_IWOTH)", "stat.S_IWOTH"),
-            "two kernels, one entry": ("(name, SOURCE_STAMP, depends)", "(name, SOURCE_STAMP)"),
+            "bad entry loaded": ("if stored[:_HEAD] == _make_header(body) else", "if True else"),
+            "group-writable folder trusted": ("(stat.S_IWGRP | stat.S_IWOTH)", "stat.S_IWOTH"),
+            "two kernels share an entry": ("(name, SOURCE_STAMP, depends)", "(name, SOURCE_STAMP)"),
         },
         "fastema/engine/native.py": {
-            "another processor": ("if any(name in os.environ for name in SETTINGS):", "if False:"),
-            "the other level": ("if all(features.get(one)", "if any(features.get(one)"),
+            "settings ignored": ("if any(name in os.environ for name in SETTINGS):", "if False:"),
+            "one feature for a level": ("if all(features.get(one)", "if any(features.get(one)"),
         },
         "kernels/cpu_watch.py": {"strides": ("store(dim, at + 1, load(strides, d))", "pass")},
         "kernels/cpu_series.py": {
@@ -93,49 +93,49 @@ PLANTED = {
     },
     "gpu": {
         "fastema/engine/shipped.py": {
-            "any older code": ("if major == capability[0] and", "if major <= capability[0] and"),
-            "other sources": (" == _current_stamp()\n", ' != "  "\n'),
-            "next kernel": ("            at += size\n", "            at += size + 1\n"),
+            "older major code": ("if major == capability[0] and", "if major <= capability[0] and"),
+            "code of other sources": (" == _current_stamp()\n", ' != "  "\n'),
+            "next kernel misplaced": ("            at += size\n", "            at += size + 1\n"),
         },
         "fastema/engine/build_kernels.py": {
-            "fused products": ("(add|sub|mul|mad)", "(add|sub|mad)"),
-            "spilled registers": ("if made.spilled or made.stack:", "if made.stack:"),
+            "products may be fused": ("(add|sub|mul|mad)", "(add|sub|mad)"),
+            "spilled registers accepted": ("if made.spilled or made.stack:", "if made.stack:"),
         },
         "fastema/engine/driver.py": {"minor before major": ("= 75, 76\n", "= 76, 75\n")},
         "fastema/engine/cuda.py": {
-            "context kept": (
+            "foreign context kept": (
                 "if foreign:\n                    driver.pop()",
                 "if not foreign:\n                    driver.pop()",
             )
         },
-        "fastema/engine/cuda_group.py": {"first clock": ("= 8 * CLOCK_CELLS", "= 0 * CLOCK_CELLS")},
+        "fastema/engine/cuda_group.py": {"empty clock": ("= 8 * CLOCK_CELLS", "= 0 * CLOCK_CELLS")},
         "kernels/cuda.py": {
-            "guard when idle": ('return _all_rows if operation == "finite" else', "return"),
-            "products and sums": ("partial(compiled, fma=False)", "partial(compiled, fma=True)"),
+            "no guard when idle": ('return _all_rows if operation == "finite" else', "return"),
+            "fma everywhere": ("partial(compiled, fma=False)", "partial(compiled, fma=True)"),
         },
         "kernels/cuda_clock.py": {
             "idle steps skipped": ("skips = flagged and not idle", "skips = flagged"),
-            "flag for the last": ("load(cells, abi.TRIES) + 1)", "load(cells, abi.TRIES))"),
+            "flag of the last try": ("load(cells, abi.TRIES) + 1)", "load(cells, abi.TRIES))"),
         },
-        "kernels/variants.py": {"no copies of bits": ('        yield "copy", raw, raw\n', "")},
+        "kernels/variants.py": {"no bitwise copies": ('        yield "copy", raw, raw\n', "")},
     },
     "kernels": {
         "kernels/scalar.py": {
-            "ties": ("add32(bits, add32(odd, 0x7FFF)), 16", "add32(bits, 0x8000), 16"),
-            "weight one": ("return x if w == 1 else fma", "return fma"),
-            "largest half": ("(magnitude, 0x477FE000), beyond", "(magnitude, 0x477FEFFF), beyond"),
-            "seed": ("    key = xor32(mix32(key), high32(step))\n", ""),
+            "ties not to even": ("add32(bits, add32(odd, 0x7FFF)), 16", "add32(bits, 0x8000), 16"),
+            "weight one not exact": ("return x if w == 1 else fma", "return fma"),
+            "late overflow": ("(magnitude, 0x477FE000), beyond", "(magnitude, 0x477FEFFF), beyond"),
+            "step not in the seed": ("    key = xor32(mix32(key), high32(step))\n", ""),
         },
-        "kernels/steps.py": {"stood still": ("(1) if after == before", "(1) if after == x")},
+        "kernels/steps.py": {"stall miscounted": ("(1) if after == before", "(1) if after == x")},
     },
     "rules": {
-        "fastema/rules/rule.py": {"steps between": ("every * math.log(decay)", "math.log(decay)")},
+        "fastema/rules/rule.py": {"interval lost": ("every * math.log(decay)", "math.log(decay)")},
         "fastema/rules/schedule.py": {
-            "begins late": ("if m < 0 or not step:", "if m <= 0 or not step:"),
+            "start delayed by a step": ("if m < 0 or not step:", "if m <= 0 or not step:"),
             "due": ("// every - (counted - steps) // every", "// every - (counted - 1) // every"),
         },
         "fastema/rules/debias.py": {
-            "nothing left": ("(-weight), LOG_NEGLIGIBLE", "(-0.5 * weight), LOG_NEGLIGIBLE")
+            "half the bias": ("(-weight), LOG_NEGLIGIBLE", "(-0.5 * weight), LOG_NEGLIGIBLE")
         },
     },
     "layout": {
@@ -143,73 +143,73 @@ PLANTED = {
             "overlap": ("begin[1:] >= np.maximum.accumulate(end)", "begin[1:] >= end")
         },
         "fastema/layout/table.py": {
-            "merged axes": (" and self.src == n * inner.src", ""),
-            "half of an index": ("one_half = first // _HALF == reach // _HALF", "one_half = True"),
+            "axes merged by one stride": (" and self.src == n * inner.src", ""),
+            "one half assumed": ("one_half = first // _HALF == reach // _HALF", "one_half = True"),
         },
-        "fastema/layout/flat.py": {"aligned": ("+= -(-size // unit) * unit", "+= size")},
+        "fastema/layout/flat.py": {"not aligned": ("+= -(-size // unit) * unit", "+= size")},
     },
     "engine": {
-        "fastema/engine/watch.py": {"first share": ("(share == 0 and", "(share != 0 and")},
+        "fastema/engine/watch.py": {"first share missed": ("(share == 0 and", "(share != 0 and")},
         "fastema/engine/cpu.py": {
             "waits": ("if not future.cancel():\n                future.result()", "future.cancel()")
         },
         "fastema/engine/program.py": {
-            "all finite": ("return not any(np.any(group", "return not all(np.any(group"),
-            "of one average": (": len(results)] == index", ": len(results)] >= 0"),
+            "any group is enough": ("return not any(np.any(group", "return not all(np.any(group"),
+            "program of any average": (": len(results)] == index", ": len(results)] >= 0"),
         },
     },
     "shadow": {
         "fastema/shadow/updating.py": {
-            "counts the skipped": ("self._done = step\n            return\n", "return\n"),
-            "seed of a step": ("(weights, self._seed, step)", "(weights, self._seed, self._done)"),
-            "refused in a block": ('        self._refuse_applied("update")\n', ""),
+            "skipped step not counted": ("self._done = step\n            return\n", "return\n"),
+            "seed a step off": ("(weights, self._seed, step)", "(weights, self._seed, self._done)"),
+            "update allowed in a block": ('        self._refuse_applied("update")\n', ""),
         },
         "fastema/binding/swap.py": {
             "saved while applied": ('pair.src if way_of(pair) == "bits" else pair.dst', "pair.dst")
         },
         "fastema/shadow/entries.py": {
-            "tied": (
+            "last tied name kept": (
                 ".setdefault(_memory(leaf.spec), leaf.name)",
                 "[_memory(leaf.spec)] = leaf.name",
             )
         },
     },
     "plan": {
-        "fastema/binding/binding.py": {"as it was": ("binding._bound = self._before", "pass")},
+        "fastema/binding/binding.py": {"no rollback": ("binding._bound = self._before", "pass")},
         "fastema/plan.py": {
-            "calls": ("            self.calls += 1\n", ""),
-            "tells autograd": ("(0, 1) if swaps else (0,)", "(0,)"),
+            "calls not counted": ("            self.calls += 1\n", ""),
+            "swap hidden from autograd": ("(0, 1) if swaps else (0,)", "(0,)"),
         },
     },
     "state": {
         "fastema/checkpoint/state.py": {
-            "damage": ("sums.get(key) != zlib.crc32(bytes_of(array))", "key in sums and False")
+            "no checksum": ("sums.get(key) != zlib.crc32(bytes_of(array))", "key in sums and False")
         },
         "fastema/shadow/saving.py": {
-            "rounding": ('"stochastic" if self._format.random else "nearest"', '"nearest"')
+            "rounding lost": ('"stochastic" if self._format.random else "nearest"', '"nearest"')
         },
     },
     "bridges": {
         "fastema/bridges/torch.py": {
             "inference": ("tensors if not t.is_inference()])", "tensors if t.is_inference()])"),
-            "conjugate": ("not plain or tensor.is_conj() or", "not plain or"),
+            "conjugate bit ignored": ("not plain or tensor.is_conj() or", "not plain or"),
         },
         "fastema/bridges/numpy.py": {
             "strides": ("aligned or any(step % itemsize for step in strides):", "aligned:")
         },
         "fastema/bridges/moving.py": {
-            "used arrays": ("if self._used and all(map(_refers, self._used, arrays))", "if False")
+            "used accepted": ("if self._used and all(map(_refers, self._used, arrays))", "if False")
         },
     },
     "compat": {
-        "fastema/compat/torch_ema.py": {"decay grows": ("(1 + step) / (10", "(2 + step) / (11")},
+        "fastema/compat/torch_ema.py": {"decay too soon": ("(1 + step) / (10", "(2 + step) / (11")},
         "fastema/compat/diffusers.py": {
-            "after a step": ("self.update_after_step - 1)", "self.update_after_step)"),
-            "floor": ("max(min(grown, self.decay), self.min_decay)", "min(grown, self.decay)"),
+            "start a step late": ("self.update_after_step - 1)", "self.update_after_step)"),
+            "no minimum": ("max(min(grown, self.decay), self.min_decay)", "min(grown, self.decay)"),
         },
     },
     "tracking": {
-        "fastema/tracking/window.py": {"rest of a sum": (" + low + back_low[at]", " + low")},
+        "fastema/tracking/window.py": {"low part lost": (" + low + back_low[at]", " + low")},
         "fastema/tracking/scalar.py": {
             "no weight": ("            if not weight:\n                return self._reading\n", "")
         },
@@ -219,28 +219,28 @@ PLANTED = {
             "stale weights in a block": ("        if write:\n            reshard(container)\n", "")
         },
         "fastema/bridges/torch_parts.py": {
-            "part at the beginning": (
+            "offset of a part ignored": (
                 "(tuple(offset) if spec.size else (0,) * len(whole)) if is_part",
                 "(0,) * len(whole) if is_part",
             ),
             "even shards": ("Size(self.shape), self.strides", "Size(array.shape), array.stride()"),
-            "one storage": ("DTensor(from_dlpack(array.detach()),", "DTensor(array.detach(),"),
-            "slots divided": ("tuple(map(_with_axis_before, self.placements))", "self.placements"),
+            "storage shared": ("DTensor(from_dlpack(array.detach()),", "DTensor(array.detach(),"),
+            "slots sharded": ("tuple(map(_with_axis_before, self.placements))", "self.placements"),
         },
         "fastema/bridges/torch_ranks.py": {
             "ranks not asked": ("dist.all_reduce(value, dist.ReduceOp.MAX, group)", "pass"),
-            "one digest": (
+            "one digest compared": (
                 "if not all(torch.equal(one, found[0]) for one in found):",
                 "if not torch.equal(digest, found[0]):",
             ),
         },
-        "fastema/shadow/matching.py": {"any division": ("!= was", "!= was and name is None")},
-        "fastema/shadow/entries.py": {"last pattern": ("[matching[0]]", "[matching[-1]]")},
+        "fastema/shadow/matching.py": {"division unchecked": ("!= was", "!= was and name is None")},
+        "fastema/shadow/entries.py": {"last pattern decides": ("[matching[0]]", "[matching[-1]]")},
         "fastema/checkpoint/folder.py": {
-            "stretches": ("extents[axis - 1] ==", "extents[axis - 1] <=")
+            "partial extents merged": ("extents[axis - 1] ==", "extents[axis - 1] <=")
         },
         "fastema/checkpoint/dcp.py": {
-            "a path in a folder": ('if Path(name).name != name or "\\0" in name:', "if not name:")
+            "path out of a folder": ('if Path(name).name != name or "\\0" in name:', "if not name:")
         },
     },
 }
@@ -253,8 +253,8 @@ FAULTS = [
 ]
 
 
-def caught(fault: Fault, full: bool) -> tuple[bool, str]:
-    """Whether the room's tests fail, and what they say last."""
+def try_fault(fault: Fault, full: bool) -> tuple[bool, str]:
+    """Return whether the room's tests fail, and their first failure or last line."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__")
@@ -283,14 +283,14 @@ def main() -> int:
     wanted = {argument for argument in sys.argv[1:] if argument != "--full"}
     unknown = wanted.difference(*((fault.room, fault.name) for fault in FAULTS))
     if unknown:
-        print(f"{__doc__}\nno room and no fault: {', '.join(sorted(unknown))}", file=sys.stderr)
+        print(f"{__doc__}\nno such room or fault: {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
     missed = 0
     for fault in FAULTS:
         if wanted and not {fault.room, fault.name} & wanted:
             continue
         began = time.monotonic()
-        found, said = caught(fault, "--full" in sys.argv)
+        found, said = try_fault(fault, "--full" in sys.argv)
         missed += not found
         took = time.monotonic() - began
         verdict = "caught" if found else "MISSED"

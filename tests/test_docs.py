@@ -1,4 +1,4 @@
-"""What the documentation shows runs, its links lead somewhere, and what is generated is new."""
+"""The documentation: examples run, links resolve, and generated parts are up to date."""
 
 import doctest
 import importlib
@@ -32,7 +32,7 @@ def modules() -> Iterator[str]:
 MODULES = sorted(set(modules()))
 
 
-def imported(name: str) -> ModuleType:
+def import_or_skip(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -44,8 +44,8 @@ def imported(name: str) -> ModuleType:
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.tensorflow] * ("tensorflow" in n)) for n in MODULES]
 )
-def test_examples_of_a_module(name: str) -> None:
-    module = imported(name)
+def test_docstring_examples_run(name: str) -> None:
+    module = import_or_skip(name)
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(optionflags=FLAGS)
     lines: list[str] = []
     for example in finder.find(module, module.__name__):
@@ -55,7 +55,7 @@ def test_examples_of_a_module(name: str) -> None:
 
 
 FENCE = re.compile(r"^```(?:python|py)\b[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# That page is run on ranks, by tests/distributed.
+# tests/distributed runs sharded.md, on several ranks.
 WRITTEN = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 PAGES = [path for path in WRITTEN if path.name != "sharded.md"]
 LINK = re.compile(r"\]\((?!https?://)([^)#\s]+)")
@@ -65,12 +65,12 @@ in_a_checkout = pytest.mark.skipif(
 )
 
 
-def named(path: Path) -> str:
+def relative_name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def surroundings() -> dict[str, Any]:
-    """What a page may take for granted: a small model in training, and something to train it on."""
+def page_names() -> dict[str, Any]:
+    """Return the names that pages may use: a small model in training, and its data."""
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     nn = torch.nn
@@ -94,15 +94,15 @@ def surroundings() -> dict[str, Any]:
 
 
 @in_a_checkout
-# Of Keras' variables on PyTorch, which NumPy 2 finds fault with.
+# NumPy 2 warns about variables of Keras on PyTorch.
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
-@pytest.mark.parametrize("page", PAGES, ids=named)
-def test_python_blocks_of_a_page(
+@pytest.mark.parametrize("page", PAGES, ids=relative_name)
+def test_python_blocks_of_a_page_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In order, in one namespace, in an empty folder."""
+    """Blocks run in order, in one namespace and in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    names = surroundings()
+    names = page_names()
     text = page.read_text(encoding="utf-8")
     for number, found in enumerate(FENCE.finditer(text), 1):
         block = found[1]
@@ -117,14 +117,14 @@ def test_python_blocks_of_a_page(
             assert not runner.failures, "".join(lines)
             names.update(example.globs)
         else:
-            # Lines of the page, so that a traceback points into it.
+            # Keep the line numbers of the page, so that a traceback points into it.
             code = compile("\n" * line + block, str(page), "exec")
             if 'device="cuda"' not in block or names["torch"].cuda.is_available():
                 exec(code, names)
 
 
 @in_a_checkout
-@pytest.mark.parametrize("page", [*WRITTEN, ROOT / "CONTRIBUTING.md"], ids=named)
+@pytest.mark.parametrize("page", [*WRITTEN, ROOT / "CONTRIBUTING.md"], ids=relative_name)
 def test_links_and_named_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     missing = [link for link in LINK.findall(text) if not (page.parent / link).exists()]

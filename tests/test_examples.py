@@ -1,4 +1,4 @@
-"""The examples run, and what they say is so."""
+"""The examples run, and what they print is true."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ IMAGES = 1797
 
 
 @pytest.mark.slow
-def test_staircase(tmp_path: Path) -> None:
+def test_staircase_table_agrees_with_its_logs(tmp_path: Path) -> None:
     folder, out = tmp_path / "logs", tmp_path / "staircase.png"
     epochs, size = 3, 32
     given = ["--epochs", epochs, "--batch-size", size, "--logs", folder, "--out", out]
@@ -32,11 +32,11 @@ def test_staircase(tmp_path: Path) -> None:
     sizes = np.array([*[size] * (IMAGES // size), IMAGES % size])
     assert len(shown) == epochs * len(sizes)
     ends = np.arange(1, epochs + 1) * len(sizes) - 1
-    # What Keras says as an epoch ends is the mean of its batches.
+    # At the end of an epoch Keras reports the mean of its batches.
     for end in ends:
         mean = np.average(raw[end + 1 - len(sizes) : end + 1], weights=sizes)
         np.testing.assert_allclose(shown[end], mean, rtol=1e-5)
-    # The table: at the end of each epoch, and over its boundary.
+    # The table: losses at the end of each epoch, and jumps over its boundary.
     rows = re.findall(r"^ +\d+  (\S+) +(\S+) +(\S+)%(.*)$", done.stdout, re.MULTILINE)
     assert len(rows) == epochs
     for (now, last, excess, jumps), end in zip(rows[:-1], ends[:-1], strict=True):
@@ -45,7 +45,7 @@ def test_staircase(tmp_path: Path) -> None:
         curves = (shown, found["batch_loss_sma"], found["batch_loss_ema"])
         jumped = [curve[end + 1] - curve[end] for curve in curves]
         assert list(map(float, jumps.split())) == pytest.approx(jumped, abs=5.1e-4)
-    # The first epoch's mean is far above the loss by then, and falls down; its EMA does neither.
+    # The first epoch's mean ends far above the loss and then drops; the EMA does neither.
     *_, excess, jumps = rows[0]
     keras_jump, sma_jump, ema_jump = map(float, jumps.split())
     assert float(excess) > 20
@@ -53,14 +53,14 @@ def test_staircase(tmp_path: Path) -> None:
     assert max(abs(sma_jump), abs(ema_jump)) < 0.1
 
 
-# Example to the percent by which its average is better than its weights, at least.
+# By how many percent, at least, each example's average is better than its weights.
 LOOPS = ("pytorch_loop", "lightning_callback", "keras_callback", "jax_loop", "trainer_callback")
 EVERY = dict.fromkeys(LOOPS, 5) | {"average_checkpoints": 3}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
-def test_an_example_prints_what_it_says(name: str) -> None:
+def test_average_is_better_by_the_stated_percentage(name: str) -> None:
     done = run_python(EXAMPLES / f"{name}.py")
     assert done.returncode == 0, done.stderr
     ((weights, average),) = re.findall(r"weights ([\d.]+)%   average ([\d.]+)%", done.stdout)
@@ -68,7 +68,7 @@ def test_an_example_prints_what_it_says(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_sharded_training_on_two_ranks() -> None:
+def test_sharded_example_runs_on_two_ranks() -> None:
     start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = run_python(*start, EXAMPLES / "fsdp2.py")
     assert done.returncode == 0, done.stderr
@@ -78,7 +78,7 @@ def test_sharded_training_on_two_ranks() -> None:
 
 
 @pytest.mark.slow
-def test_examples_of_several_averages() -> None:
+def test_examples_of_several_averages_show_their_gains() -> None:
     done = run_python(EXAMPLES / "diffusion_posthoc.py")
     weights, *averages = map(float, re.findall(r"loss ([\d.]+)", done.stdout))
     assert len(averages) == 5

@@ -1,4 +1,4 @@
-"""What the package says it exports is there, and is documented."""
+"""Everything that the package exports exists and is documented."""
 
 import ast
 import builtins
@@ -21,14 +21,14 @@ in_a_checkout = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="belongs
 
 # An import of TensorFlow takes seconds and half a gigabyte.
 @pytest.mark.parametrize("tensorflow", [False, pytest.param(True, marks=pytest.mark.tensorflow)])
-def test_every_module_is_documented_and_has_what_it_exports(tensorflow: bool) -> None:
+def test_every_module_is_documented_and_defines_its_exports(tensorflow: bool) -> None:
     for info in pkgutil.walk_packages(fastema.__path__, "fastema."):
         left_out = info.name.startswith("fastema.kernels") or info.name.endswith("__main__")
         if left_out or ("tensorflow" in info.name) is not tensorflow:
             continue
         try:
             module = importlib.import_module(info.name)
-        except ModuleNotFoundError as error:  # a surface for a framework that is not installed
+        except ModuleNotFoundError as error:  # for a framework that is not installed
             if (error.name or "").startswith("fastema"):
                 raise
             continue
@@ -36,7 +36,7 @@ def test_every_module_is_documented_and_has_what_it_exports(tensorflow: bool) ->
         names = list(getattr(module, "__all__", []))
         assert len(names) == len(set(names)), f"{info.name}.__all__ repeats a name"
         missing = [name for name in names if not hasattr(module, name)]
-        assert missing == [], f"{info.name}.__all__ promises what is not there"
+        assert missing == [], f"{info.name}.__all__ lists missing names"
 
 
 @pytest.mark.parametrize("name", sorted(set(fastema.__all__) - {"__version__"}))
@@ -52,7 +52,7 @@ def test_exported_name_is_documented(name: str) -> None:
         assert [p for p in parameters if p[0] != "_" and p not in doc] == []
 
 
-def test_each_error_is_also_the_builtin_that_fits() -> None:
+def test_every_error_is_also_a_builtin_exception() -> None:
     found = [c for c in vars(errors).values() if inspect.isclass(c)]
     classes = [c for c in found if issubclass(c, Exception) and not issubclass(c, Warning)]
     standard = {value for value in vars(builtins).values() if inspect.isclass(value)}
@@ -89,7 +89,7 @@ WITHOUT_FRAMEWORKS = """
 
 
 @pytest.mark.parametrize("package", ["fastema", "fastema.compat", "fastema.tracking"])
-def test_packages_can_be_looked_into_where_frameworks_are_not_installed(
+def test_packages_can_be_inspected_without_frameworks(
     package: str, python: Callable[..., str]
 ) -> None:
     promised, missing, *said = python(WITHOUT_FRAMEWORKS, package).splitlines()
@@ -105,7 +105,7 @@ def test_packages_can_be_looked_into_where_frameworks_are_not_installed(
     assert known == set(module._HOMES)
 
 
-# What in fastema/compat is no peer's.
+# Modules of fastema/compat that belong to no peer.
 NO_PEERS = {
     *("__init__", "averager", "installation", "lists", "mirrored", "modules", "peer_horizon"),
     *("shares", "signatures"),
@@ -113,7 +113,7 @@ NO_PEERS = {
 
 
 @in_a_checkout
-def test_a_drop_in_is_listed_wherever_drop_ins_are() -> None:
+def test_drop_ins_are_in_every_list_of_drop_ins() -> None:
     from fastema.compat import _HOMES, __all__, installation
 
     peers = set(_HOMES) - set(__all__)

@@ -1,5 +1,5 @@
-"""Each package and module of fastema imports only what the table allows it, wherever the import
-stands: read with ast, also within functions, under TYPE_CHECKING and by `import_module`."""
+"""Modules of fastema import only what the table allows: imports inside functions, under
+TYPE_CHECKING and through `import_module` count too."""
 
 import ast
 import sys
@@ -28,10 +28,10 @@ CALLBACKS = (
 )
 MOVING = f"{LAYOUT} .bridges.registry .bridges.dlpack .bridges.moving .bridges.names numpy alone"
 
-# What may be imported besides the standard library and modules of the same package. The most
-# specific entry counts, and an entry may end in `_`. `.layout` is fastema's own; `lazy:` allows it
-# only where it does not run while the module is imported, `not:` forbids it although another entry
-# or the standard library has it; `alone`: modules of the same package need an entry too.
+# Allowed imports besides the standard library and modules of the same package. The most specific
+# key counts, and a key may end in `_`. `.layout` is fastema's own; `lazy:` allows an import only
+# where it does not run while the module is imported; `not:` forbids one that another entry or the
+# standard library allows; `alone`: modules of the same package need an entry too.
 TABLE = {
     "": f".lazy lazy:.fastema {' '.join(f'lazy:{name}' for name in BELOW_CLI.split())}"
     " lazy:numpy lazy:torch",
@@ -51,8 +51,8 @@ TABLE = {
     "engine": f"{LAYOUT} .kernels numpy",
     "engine.native": ".engine .kernels lazy:llvmlite",
     "engine.cuda": f"{LAYOUT} .kernels .engine numpy lazy:cuda",
-    # Bridges meet in the registry, which imports one when its framework is there, and do not
-    # know each other. New memory is asked of the bridge that an array has.
+    # Bridges do not import each other. The registry imports a bridge once its framework is
+    # imported. New memory comes from the bridge of an array.
     "bridges": f"{LAYOUT} alone",
     "bridges.registry": f"{LAYOUT} .bridges.names lazy:.bridges alone",
     "bridges.memory": f"{LAYOUT} .bridges.registry numpy alone",
@@ -88,10 +88,10 @@ TABLE = {
     "checkpoint": f"{LAYOUT} .shadow .engine .bridges .rules numpy",
     "checkpoint.conversion": f"{LAYOUT} .shadow .bridges .rules lazy:torch",
     "checkpoint.transfer": f"{LAYOUT} .shadow .bridges .rules torch",
-    # Where PyTorch runs no processes this one is alone: torch is never imported here.
+    # Never imports torch: a process without torch.distributed is the only rank.
     "distributed": f"{LAYOUT} .shadow .binding .checkpoint .bridges .rules numpy",
     "posthoc": f"{BELOW_AVERAGES} .shadow .checkpoint .plan .rules numpy lazy:rich",
-    # Found as fastema.torch also where PyTorch is missing, so the call imports PyTorch.
+    # fastema.torch is importable without PyTorch, so its functions import PyTorch.
     "torch": ".errors lazy:torch lazy:rich",
     "compat": f"{LAYOUT} .shadow .binding .rules .plan .bridges .checkpoint .posthoc .torch"
     f" .tensorflow .lightning .engine.blocks .engine.interrupts .lazy numpy {FRAMEWORKS}",
@@ -101,7 +101,7 @@ TABLE = {
     "compat.ema_pytorch": f"{LAYOUT} .compat .shadow .rules .plan .bridges .checkpoint .posthoc"
     " .engine.interrupts numpy torch",
     "compat.averager": f"{LAYOUT} .binding .plan .bridges .engine.blocks torch",
-    # test_light_import.py sees that what the extras bring is imported when a command runs.
+    # test_light_import.py checks that extras are imported only when a command runs.
     "cli": f".fastema {BELOW_CLI} numpy numba matplotlib rich sklearn psutil torchvision"
     f" {FRAMEWORKS}",
     "__main__": ".cli",
@@ -110,23 +110,23 @@ TABLE = {
 
 def _package_sources() -> dict[str, str]:
     package = Path(fastema.__file__).parent
-    # rglob does not go through the link that fastema/kernels is in a checkout.
+    # In a checkout fastema/kernels is a link, which rglob does not follow.
     kernels = (package / "kernels").resolve()
     files = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
     files |= {f"kernels/{p.relative_to(kernels).as_posix()}": p for p in kernels.rglob("*.py")}
     return {name: path.read_text(encoding="utf-8") for name, path in sorted(files.items())}
 
 
-def _module(path: str) -> str:
+def _module_name(path: str) -> str:
     """Return the dotted name of a path below fastema/, empty for fastema itself."""
     return path.removesuffix(".py").removesuffix("__init__").rstrip("/").replace("/", ".")
 
 
 SOURCES = _package_sources()
-MODULES = {_module(path) for path in SOURCES}
+MODULES = {_module_name(path) for path in SOURCES}
 
 
-def _nodes(node: ast.AST, lazy: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+def _walk(node: ast.AST, lazy: bool = False) -> Iterator[tuple[ast.AST, bool]]:
     """Yield each node, and whether it does not run while the module is imported."""
     yield node, lazy
     lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
@@ -135,11 +135,11 @@ def _nodes(node: ast.AST, lazy: bool = False) -> Iterator[tuple[ast.AST, bool]]:
     )
     body = node.body if isinstance(node, ast.If) else []
     for child in ast.iter_child_nodes(node):
-        yield from _nodes(child, lazy or (guard and child in body))
+        yield from _walk(child, lazy or (guard and child in body))
 
 
 def _literal(node: ast.expr) -> str:
-    """Return a string; of an f-string, the whole names that stand before the first brace."""
+    """Return a string, or the complete names before the first brace of an f-string."""
     if isinstance(node, ast.JoinedStr) and node.values:
         return _literal(node.values[0]).rpartition(".")[0]
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
@@ -147,7 +147,7 @@ def _literal(node: ast.expr) -> str:
 
 def imports(path: str, code: str) -> Iterator[tuple[str, bool, int]]:
     """Yield (dotted target, lazy, line) of each import; fastema's own begin with a dot."""
-    package = _module(path).split(".")
+    package = _module_name(path).split(".")
     if not path.endswith("__init__.py"):
         package.pop()
 
@@ -156,7 +156,7 @@ def imports(path: str, code: str) -> Iterator[tuple[str, bool, int]]:
             return name
         return ".".join(["fastema", *filter(None, package[: len(package) - level + 1]), name])
 
-    for node, lazy in _nodes(ast.parse(code, path)):
+    for node, lazy in _walk(ast.parse(code, path)):
         targets: list[str] = []
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
@@ -164,7 +164,7 @@ def imports(path: str, code: str) -> Iterator[tuple[str, bool, int]]:
             source = absolute(node.level, node.module or "").rstrip(".")
             for alias in node.names:
                 inner = f"{source}.{alias.name}"
-                # `from a import b` names the module a.b or something that a holds.
+                # `from a import b` names the module a.b or a member of a.
                 ours = source.split(".")[0] == "fastema"
                 is_module = inner.removeprefix("fastema.") in MODULES
                 targets.append(source if ours and not is_module else inner)
@@ -179,14 +179,14 @@ def imports(path: str, code: str) -> Iterator[tuple[str, bool, int]]:
             yield name if ours else target, lazy, getattr(node, "lineno", 0)
 
 
-def _entry(module: str) -> str | None:
+def _table_key(module: str) -> str | None:
     """Return the most specific key of the table for a module."""
     parts = tuple(f"{key}{'' if key.endswith('_') else '.'}" for key in TABLE if key)
     fits = [part for part in parts if f"{module}.".startswith(part)]
     return max(fits, key=len).removesuffix(".") if fits else module if module in TABLE else None
 
 
-def _allowed(target: str, lazy: bool, module: str, entry: str) -> bool:
+def _is_allowed(target: str, lazy: bool, module: str, entry: str) -> bool:
     tokens = entry.split()
     if module and "alone" not in tokens:
         tokens.append("." + module.split(".")[0])
@@ -201,31 +201,31 @@ def _allowed(target: str, lazy: bool, module: str, entry: str) -> bool:
 
 
 def violations(sources: Mapping[str, str]) -> list[str]:
-    """Return a line for each import that the table does not allow and each unlisted module."""
+    """Return a line for each forbidden import and for each module missing from the table."""
     problems = []
     for path, code in sources.items():
-        module = _module(path)
-        key = _entry(module)
+        module = _module_name(path)
+        key = _table_key(module)
         if key is None:
             problems.append(f"{path}: add it to the table and to CONTRIBUTING.md")
             continue
         for target, lazy, line in imports(path, code):
-            if not _allowed(target, lazy, module, TABLE[key]):
+            if not _is_allowed(target, lazy, module, TABLE[key]):
                 when = "" if lazy else " while it is imported"
                 problems.append(f"{path}:{line}: {key or 'fastema'} imports {target}{when}")
     return problems
 
 
 def assert_no_cycle(sources: Mapping[str, str]) -> None:
-    """Raise CycleError where modules import each other, wherever the imports stand."""
+    """Raise CycleError if modules import each other, wherever the imports stand."""
     targets = {
-        _module(path): {target[1:] for target, _, _ in imports(path, code) if target[0] == "."}
+        _module_name(path): {target[1:] for target, _, _ in imports(path, code) if target[0] == "."}
         for path, code in sources.items()
     }
     TopologicalSorter(targets).prepare()
 
 
-def test_modules_import_only_what_the_table_allows_and_never_each_other() -> None:
+def test_modules_import_only_what_the_table_allows_without_cycles() -> None:
     assert {"engine/cuda.py", "kernels/table.py", "shadow/average.py"} <= SOURCES.keys()
     assert violations(SOURCES) == []
     assert_no_cycle(SOURCES)

@@ -1,4 +1,4 @@
-"""`import fastema` is light: it brings in nothing but the standard library and itself."""
+"""`import fastema` is light: it imports only itself and the standard library."""
 
 import json
 import sys
@@ -16,13 +16,13 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 
 def _fresh_import(statement: str) -> set[str]:
-    """Run it in a new interpreter; return the modules it brought in."""
+    """Run a statement in a new interpreter, and return the modules that it imported."""
     done = run_python("-c", PROBE.format(statement=statement))
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout))
 
 
-def test_import_brings_in_a_handful_of_modules_and_nothing_heavy() -> None:
+def test_import_loads_few_modules_and_no_other_package() -> None:
     listed = _fresh_import("import fastema; dir(fastema); fastema.__all__")
     packages = {module.split(".")[0] for module in listed}
     assert packages - sys.stdlib_module_names == {"fastema"}
@@ -51,7 +51,7 @@ ABSENT = {
 
 
 @pytest.mark.parametrize("statement", ABSENT)
-def test_rooms_stay_light(statement: str) -> None:
+def test_subpackages_do_not_import_heavy_packages(statement: str) -> None:
     if statement == "import fastema.torch":
         pytest.importorskip("torch")
     packages = {module.split(".")[0] for module in _fresh_import(statement)}

@@ -1,4 +1,4 @@
-"""A model of many small tensors: the work of every call grows as their number."""
+"""Models of many small tensors: the work of every call is linear in their number."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +25,7 @@ WEIGHTS: dict[str, Callable[[int], Any]] = {
 }
 
 
-def ready(weights: Any, applied: bool = False) -> fastema.EMA:
+def make_ema(weights: Any, applied: bool = False) -> fastema.EMA:
     ema = fastema.EMA(weights, 0.9)
     ema.update()
     if applied:
@@ -35,18 +35,18 @@ def ready(weights: Any, applied: bool = False) -> fastema.EMA:
 
 CALLS: dict[str, Callable[[Any], Callable[[], Any]]] = {
     "build": lambda weights: lambda: fastema.EMA(weights, 0.9),
-    "update": lambda weights: ready(weights).update,
-    "state_dict applied": lambda weights: ready(weights, applied=True).state_dict,
+    "update": lambda weights: make_ema(weights).update,
+    "state_dict applied": lambda weights: make_ema(weights, applied=True).state_dict,
     "load_state_dict": lambda weights: partial(
-        ready(weights).load_state_dict, ready(weights).state_dict()
+        make_ema(weights).load_state_dict, make_ema(weights).state_dict()
     ),
-    "read": lambda weights: partial(dict, ready(weights).shadow),
-    "read applied": lambda weights: partial(dict, ready(weights, applied=True).shadow),
-    "apply_shadow": lambda weights: ready(weights).apply_shadow,
-    "restore": lambda weights: ready(weights, applied=True).restore,
-    "to": lambda weights: partial(ready(weights).to, dtype="float64"),
-    "copy_to": lambda weights: partial(ready(weights).copy_to, weights),
-    "plan": lambda weights: partial(fastema.swap_, dict(ready(weights).shadow), weights),
+    "read": lambda weights: partial(dict, make_ema(weights).shadow),
+    "read applied": lambda weights: partial(dict, make_ema(weights, applied=True).shadow),
+    "apply_shadow": lambda weights: make_ema(weights).apply_shadow,
+    "restore": lambda weights: make_ema(weights, applied=True).restore,
+    "to": lambda weights: partial(make_ema(weights).to, dtype="float64"),
+    "copy_to": lambda weights: partial(make_ema(weights).copy_to, weights),
+    "plan": lambda weights: partial(fastema.swap_, dict(make_ema(weights).shadow), weights),
 }
 
 

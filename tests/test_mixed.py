@@ -1,4 +1,4 @@
-"""The low-level interface and averages between frameworks, in every direction there is."""
+"""The low-level interface and averages between frameworks, in every direction."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +36,7 @@ MAKE: dict[str, Callable[[np.ndarray], Any]] = {
 }
 
 
-def made(kind: str, arrays: Arrays) -> dict[str, Any]:
+def make_arrays(kind: str, arrays: Arrays) -> dict[str, Any]:
     kinds = [*MAKE] if kind == "mixed" else [kind]
     return {n: MAKE[kinds[i % len(kinds)]](one) for i, (n, one) in enumerate(arrays.items())}
 
@@ -48,9 +48,9 @@ def arrays_of(raw: dict[str, bytes]) -> Arrays:
 @pytest.mark.parametrize("codes", PAIRS)
 @pytest.mark.parametrize("of", [*MAKE, "mixed"])
 @pytest.mark.parametrize("to", ["numpy", "torch"])
-def test_a_container_is_averaged_into_another(to: str, of: str, codes: tuple[str, str]) -> None:
+def test_lerp_and_copy_equal_the_reference(to: str, of: str, codes: tuple[str, str]) -> None:
     new = numbers(1, codes[1])
-    avg, x = made(to, numbers(0, codes[0])), made(of, new)
+    avg, x = make_arrays(to, numbers(0, codes[0])), make_arrays(of, new)
     fastema.lerp_(avg, x, 0.25)
     assert bits(avg) == lerped(numbers(0, codes[0]), new, 0.25, codes)
     fastema.copy_(avg, x)
@@ -60,15 +60,15 @@ def test_a_container_is_averaged_into_another(to: str, of: str, codes: tuple[str
 
 
 @given(st.lists(st.tuples(st.sampled_from([*MAKE]), st.booleans()), max_size=12))
-def test_a_plan_follows_whatever_it_is_given(steps: list[tuple[str, bool]]) -> None:
+def test_plan_takes_arrays_of_any_framework_in_turn(steps: list[tuple[str, bool]]) -> None:
     avg, truth = numbers(0), numbers(0)
-    plan = fastema.Plan(avg, made("jax", numbers(1)))
+    plan = fastema.Plan(avg, make_arrays("jax", numbers(1)))
     last, spent = numbers(1), False
     for n, (kind, give) in enumerate(steps):
         if give:
             last, spent = numbers(n + 10), kind == "jax"
-            plan.lerp_(0.25, made(kind, last))
-        elif spent:  # arrays that never change, and that were used
+            plan.lerp_(0.25, make_arrays(kind, last))
+        elif spent:  # immutable arrays that were already used
             with pytest.raises(ArgumentError, match=r"plan\.lerp_\(x="):
                 plan.lerp_(0.25)
             assert bits(avg) == bits(truth)
@@ -82,27 +82,27 @@ def test_a_plan_follows_whatever_it_is_given(steps: list[tuple[str, bool]]) -> N
 
 @pytest.mark.parametrize("later", MAKE)
 @pytest.mark.parametrize("first", MAKE)
-def test_an_average_and_its_state_go_on_in_another_framework(first: str, later: str) -> None:
-    ema = fastema.EMA(made(first, numbers(0)), 0.5)
+def test_average_and_state_continue_in_another_framework(first: str, later: str) -> None:
+    ema = fastema.EMA(make_arrays(first, numbers(0)), 0.5)
     loops = Loops(numbers(0), "f32", "f32")
     for seed in range(1, 5):
-        ema.update(made(later if seed % 2 else first, numbers(seed)))
+        ema.update(make_arrays(later if seed % 2 else first, numbers(seed)))
         loops.step(numbers(seed), 0.5)
     loops.check({name: plain(one) for name, one in ema.shadow.items()})
-    target = made("torch", numbers(9))
+    target = make_arrays("torch", numbers(9))
     ema.copy_to(target)
     assert bits(target) == bits({**ema.shadow})
-    other = fastema.EMA(made(later, numbers(5)), 0.5)
+    other = fastema.EMA(make_arrays(later, numbers(5)), 0.5)
     state = ema.state_dict()
     for kind in MAKE:
         held = {n: MAKE[kind](plain(one)) for n, one in state["shadow"][0].items()}
         other.load_state_dict({**state, "shadow": [held]})
         assert bits({**other.shadow}) == bits({**ema.shadow})
-        other.update(made(later, numbers(7)))
+        other.update(make_arrays(later, numbers(7)))
     assert bits(state["shadow"][0]) == bits({**ema.shadow})
 
 
-def test_a_plan_of_integers_copies_and_does_not_average() -> None:
+def test_plan_of_integers_copies_but_does_not_average() -> None:
     avg = [np.arange(5)]
     plan = fastema.Plan(avg, [np.arange(5) * 2])
     for x in (None, [np.arange(5) * 3]):

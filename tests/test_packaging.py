@@ -1,4 +1,4 @@
-"""What a user installs: the sdist, the wheel built from it, and the wheel put to work elsewhere."""
+"""What a user installs: the sdist, the wheel built from it, and that wheel at work elsewhere."""
 
 import email
 import os
@@ -18,7 +18,7 @@ from .support.requirements import require_packages
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {path.name for path in (ROOT / "kernels").glob("*.py")}
-# Run from an empty folder: a `build` folder beside pyproject.toml would be taken for the tool.
+# Run from an empty folder: a `build` folder beside pyproject.toml would shadow the tool.
 BUILD = (sys.executable, "-m", "build", "--no-isolation")
 
 if not (ROOT / "pyproject.toml").is_file():
@@ -39,8 +39,8 @@ def _run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the sdist and the wheel that was built from the sdist, not the tree."""
+def dist_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the sdist and a wheel built from the sdist rather than the tree."""
     require_packages("build", "hatchling")
     folder = tmp_path_factory.mktemp("dist")
     _run(*BUILD, "--outdir", folder, ROOT, cwd=tmp_path_factory.mktemp("empty"))
@@ -48,18 +48,18 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_sdist_is_the_tree_and_the_wheel_the_package_and_its_kernels(built: Path) -> None:
-    (path,) = built.glob("*.tar.gz")
+def test_sdist_holds_the_tree_and_the_wheel_package_and_kernels(dist_folder: Path) -> None:
+    (path,) = dist_folder.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         members = archive.getmembers()
     names = {member.name.partition("/")[2] for member in members}
     assert {f"kernels/{name}" for name in KERNELS} <= names
     assert {"pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE"} <= names
     assert "tests/test_packaging.py" in names
-    # A link in an archive is an error on systems without links, and a second copy is a trap.
+    # Links fail to unpack on some systems, and a second copy could be edited by mistake.
     assert not [m.name for m in members if m.islnk() or m.issym()]
     assert not [name for name in names if name.startswith("fastema/kernels")]
-    (wheel,) = built.glob("*.whl")
+    (wheel,) = dist_folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
@@ -77,7 +77,7 @@ def test_sdist_is_the_tree_and_the_wheel_the_package_and_its_kernels(built: Path
 
 
 @pytest.mark.slow
-def test_release_has_kernels_of_these_sources_or_fails(tmp_path: Path) -> None:
+def test_build_fails_without_kernels_of_these_sources(tmp_path: Path) -> None:
     require_packages("build", "hatchling")
     tree, out = tmp_path / "tree", tmp_path / "out"
     out.mkdir()
@@ -113,10 +113,10 @@ def test_release_has_kernels_of_these_sources_or_fails(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_installed_wheel_updates_an_average_and_has_its_command(
-    built: Path, tmp_path: Path
+    dist_folder: Path, tmp_path: Path
 ) -> None:
     require_packages("pip")
-    (wheel,) = built.glob("*.whl")
+    (wheel,) = dist_folder.glob("*.whl")
     site = tmp_path / "site"
     pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site)
     _run(*pip, wheel, cwd=tmp_path)
@@ -128,10 +128,10 @@ assert (avg[0] == 0.25).all(), avg[0]
 (script,) = importlib.metadata.distribution("fastema").entry_points.select(name="fastema")
 print(fastema.__file__, inspect.getfile(script.load()))
 """
-    # Ahead of every other fastema on the path.
+    # PYTHONPATH comes before every other fastema.
     output = _run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
     assert all(Path(file).is_relative_to(site) for file in output.split())
-    # Numba's cache of compiled kernels must lie elsewhere, or it outlives an uninstall.
+    # Numba's cache of compiled kernels must lie elsewhere, or an uninstall would leave it behind.
     assert not [p.name for p in site.rglob("*.nb[ci]")]
     command = (sys.executable, "-m", "fastema", "--version")
     assert fastema.__version__ in _run(*command, cwd=tmp_path, PYTHONPATH=str(site))

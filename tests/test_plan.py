@@ -1,4 +1,4 @@
-"""The low-level interface: what people call, on the containers they have."""
+"""The low-level interface, on the containers that users have."""
 
 import gc
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def assert_equal(got: Any, want: dict[str, Any]) -> None:
         assert torch.equal(now[name], tensor), name
 
 
-def test_swap_copy_and_tied_tensors() -> None:
+def test_swap_and_copy_exchange_values_and_tied_tensors_count_once() -> None:
     net = network(2)
     avg = averages(net)
     old, weights = snapshot(avg), snapshot(net)
@@ -58,7 +58,7 @@ def test_swap_copy_and_tied_tensors() -> None:
     assert_equal(net, weights)
     one, x = torch.full((5,), 4.0), torch.full((5,), 8.0)
     fastema.Plan({"a": one, "b": one}, {"a": x, "b": x}).lerp_(0.5)
-    assert torch.equal(one, torch.full((5,), 6.0))  # tied ones once
+    assert torch.equal(one, torch.full((5,), 6.0))  # tied tensors are averaged once
 
 
 def set_data(net: Any, one: Callable[[Any], Any]) -> None:
@@ -83,7 +83,7 @@ MOVES: dict[str, Callable[[Any], object]] = {
 
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
-def test_both_sides_are_found_again_where_they_moved(move: Callable[[Any], None]) -> None:
+def test_plan_follows_tensors_that_move_on_either_side(move: Callable[[Any], None]) -> None:
     net = network(5)
     avg, reversed_avg = averages(net), averages(net)
     plan, reversed_plan = fastema.Plan(avg, net), fastema.Plan(net, reversed_avg)
@@ -100,13 +100,13 @@ def test_both_sides_are_found_again_where_they_moved(move: Callable[[Any], None]
     assert_equal(
         net, {name: reversed_avg[name].to(one.dtype) for name, one in snapshot(net).items()}
     )
-    # What was there before is left alone.
+    # Abandoned memory must not be written.
     now = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
     for tensor, before in zip(left, kept, strict=True):
         assert tensor.untyped_storage().data_ptr() in now or torch.equal(tensor, before)
 
 
-def test_a_container_that_no_longer_fits_is_refused_until_it_does() -> None:
+def test_mismatched_container_is_refused_until_it_fits_again() -> None:
     avg, x = {"a": np.full(4, 2.0)}, {"a": np.full(4, 4.0)}
     plan = fastema.Plan(avg, x)
     good = x["a"]
@@ -121,7 +121,7 @@ def test_a_container_that_no_longer_fits_is_refused_until_it_does() -> None:
     np.testing.assert_array_equal(avg["a"], np.full(4, 3.0))
 
 
-def test_policy_averages_copies_and_skips_and_is_told_the_role() -> None:
+def test_policy_averages_copies_and_skips_by_name_and_role() -> None:
     def policy(name: str, role: str) -> Any:
         return {"skipped": "skip", "copied": "copy"}.get(name, "average")
 
@@ -142,7 +142,7 @@ def test_policy_averages_copies_and_skips_and_is_told_the_role() -> None:
     asked: dict[str, str] = {}
 
     def by_role(name: str, role: str) -> Any:
-        asked.setdefault(name, role)  # what it would be otherwise is asked as well
+        asked.setdefault(name, role)  # the plan may ask again with another role
         return "copy" if role == "buffer" else "average"
 
     fastema.Plan(mine, net, policy=by_role).lerp_(0.5)
@@ -172,7 +172,7 @@ def test_random_rounding_moves_a_bfloat16_average_by_the_exact_mean() -> None:
     assert not torch.equal(run(rounding="stochastic", seed=4), random)
 
 
-def test_options_without_a_valid_value() -> None:
+def test_invalid_options_are_refused() -> None:
     for options, message in (
         ({"rounding": "up"}, "rounding"),
         ({"seed": -1}, "seed"),

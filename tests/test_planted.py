@@ -1,4 +1,4 @@
-"""The faults of planted.py stand where the sources are now."""
+"""The faults of planted.py apply to the current sources."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from .planted import FAULTS, ROOT, Fault
 
 @pytest.mark.skipif(not (ROOT / "kernels").exists(), reason="needs a checkout")
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.room}, {fault.name}")
-def test_a_fault_has_one_place(fault: Fault) -> None:
+def test_fault_has_exactly_one_place(fault: Fault) -> None:
     text = (ROOT / fault.file).read_text(encoding="utf-8")
     assert text.count(fault.old) == 1
     assert fault.new not in (fault.old, None)

@@ -12,7 +12,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def sigint() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGINT, whatever this process was started with."""
+    """Raise KeyboardInterrupt on SIGINT, whatever handler this process has inherited."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -22,7 +22,7 @@ from fastema.layout.spec import Leaves
 LERP = {"all": "lerp"}
 
 
-def by_name(average: Leaves, model: Leaves) -> Match:
+def match_by_name(average: Leaves, model: Leaves) -> Match:
     found = {leaf.name: leaf.spec for leaf in model.items}
     pairs = [Pair(leaf.name, leaf.spec, found[leaf.name]) for leaf in average.items]
     return Match({"all": pairs}, average, model)
@@ -38,15 +38,15 @@ def sides(rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, Any]]:
     return tuple({name: rng.standard_normal(7) for name in "ab"} for _ in range(2))  # type: ignore[return-value]
 
 
-def replaced(x: dict[str, Any], rng: np.random.Generator) -> None:
+def replace_b(x: dict[str, Any], rng: np.random.Generator) -> None:
     x["b"] = rng.standard_normal(7)
 
 
-def test_a_block_that_raises_leaves_the_binding_with_the_model_before(
+def test_failed_block_keeps_the_previous_model(
     sides: tuple[dict[str, Any], dict[str, Any]], rng: np.random.Generator
 ) -> None:
     avg, x = sides
-    binding = Binding(avg, x, by_name)
+    binding = Binding(avg, x, match_by_name)
     other = {name: rng.standard_normal(7) for name in x}
     with pytest.raises(ZeroDivisionError), binding.current(other):
         raise ZeroDivisionError
@@ -55,11 +55,11 @@ def test_a_block_that_raises_leaves_the_binding_with_the_model_before(
     assert binding.container is other
 
 
-def test_a_model_that_does_not_match_changes_nothing(
+def test_mismatched_model_changes_nothing(
     sides: tuple[dict[str, Any], dict[str, Any]],
 ) -> None:
     avg, x = sides
-    binding = Binding(avg, x, by_name)
+    binding = Binding(avg, x, match_by_name)
     raw = {name: one.copy() for name, one in avg.items()}
     with pytest.raises(KeyError):
         run(binding, {"a": x["a"]})
@@ -68,31 +68,31 @@ def test_a_model_that_does_not_match_changes_nothing(
     run(binding)
 
 
-def test_what_is_made_for_the_pairs_is_made_again_when_they_are_others(
+def test_cached_value_is_rebuilt_when_pairs_change(
     sides: tuple[dict[str, Any], dict[str, Any]], rng: np.random.Generator
 ) -> None:
     avg, x = sides
-    binding, cached = Binding(avg, x, by_name), []
+    binding, cached = Binding(avg, x, match_by_name), []
     for _ in range(3):
         with binding.current():
             binding.cached("one", lambda: cached.append(1))
     assert len(cached) == 1
-    replaced(x, rng)
+    replace_b(x, rng)
     with binding.current():
         binding.cached("one", lambda: cached.append(1))
     assert len(cached) == 2
 
 
-def test_written_memory_that_overlaps_is_refused() -> None:
+def test_overlapping_memory_is_refused() -> None:
     memory = np.arange(12.0)
     with pytest.raises(LayoutError, match=r"average of a .* overlap"):
-        Binding({"a": memory[:8]}, {"a": memory[4:]}, by_name)
+        Binding({"a": memory[:8]}, {"a": memory[4:]}, match_by_name)
 
 
-def test_arrays_that_move_are_found_at_every_call_and_not_kept() -> None:
+def test_jax_arrays_are_located_at_every_call_and_not_kept() -> None:
     jnp = pytest.importorskip("jax.numpy")
     avg = {"a": np.zeros(5)}
-    binding = Binding(avg, {"a": jnp.ones(5)}, by_name)
+    binding = Binding(avg, {"a": jnp.ones(5)}, match_by_name)
     run(binding)
     run(binding, {"a": jnp.full(5, 3.0)})
     np.testing.assert_allclose(avg["a"], 0.5 * 0.5 + 1.5)
@@ -113,7 +113,7 @@ class Way:
         self.log.append(f"-{self.name}")
 
 
-def test_ways_are_undone_in_the_other_order_and_once() -> None:
+def test_ways_are_undone_once_in_reverse_order() -> None:
     log: list[str] = []
     swap = Swap(Way(log, "a"), Way(log, "b"))
     for call in (swap.apply, swap.apply, swap.restore, swap.restore):
@@ -122,7 +122,7 @@ def test_ways_are_undone_in_the_other_order_and_once() -> None:
     assert not swap.applied
 
 
-def test_a_way_that_fails_undoes_those_before() -> None:
+def test_failed_way_undoes_earlier_ways() -> None:
     log: list[str] = []
     swap = Swap(Way(log, "a"), Way(log, "b", fails=True), Way(log, "c"))
     with pytest.raises(ValueError, match="b"):
@@ -131,7 +131,7 @@ def test_a_way_that_fails_undoes_those_before() -> None:
     assert not swap.applied
 
 
-def test_a_restore_that_fails_can_be_called_again() -> None:
+def test_failed_restore_can_be_repeated() -> None:
     log, failures = [], [OSError("busy")]
 
     def restore() -> None:
@@ -151,7 +151,7 @@ def test_a_restore_that_fails_can_be_called_again() -> None:
 
 @pytest.mark.usefixtures("sigint")
 @pytest.mark.parametrize("when", ["apply", "restore"])
-def test_an_interrupt_waits_for_the_end_of_either(when: str) -> None:
+def test_interrupt_waits_for_the_end_of_apply_or_restore(when: str) -> None:
     log: list[str] = []
 
     def call(sign: str) -> None:
@@ -175,7 +175,7 @@ PAIRS = [("f4", "f4"), ("f8", "f4"), ("f4", "f8"), ("f2", "f4"), ("f4", "bf16"),
 
 
 @pytest.mark.parametrize(("avg_dtype", "x_dtype"), PAIRS)
-def test_memory_comes_back_to_the_bit(
+def test_swap_in_memory_restores_both_sides_to_the_bit(
     avg_dtype: str, x_dtype: str, rng: np.random.Generator
 ) -> None:
     bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
@@ -193,8 +193,8 @@ def test_memory_comes_back_to_the_bit(
     assert memory.has_copies == (avg_dtype != x_dtype and (avg_dtype, x_dtype) != ("f4", "bf16"))
 
 
-def fixed(kind: str, values: list[float]) -> object:
-    """Return an array that never changes."""
+def make_immutable(kind: str, values: list[float]) -> object:
+    """Return an immutable array."""
     if kind == "jax":
         return jnp.array(values, jnp.float32)
     array = np.array(values, np.float32)
@@ -203,8 +203,8 @@ def fixed(kind: str, values: list[float]) -> object:
 
 
 @pytest.mark.parametrize("kind", ["jax", "read-only"])
-def test_a_block_names_the_arrays_that_hold_the_average(kind: str) -> None:
-    ema = fastema.EMA({"w": fixed(kind, [1.0, 2.0])}, decay=0.5)
+def test_swapped_yields_the_arrays_that_hold_the_average(kind: str) -> None:
+    ema = fastema.EMA({"w": make_immutable(kind, [1.0, 2.0])}, decay=0.5)
     latest = {"w": np.array([3.0, 4.0], np.float32)}
     ema.update(latest)
     with ema.swapped() as weights:
@@ -213,7 +213,7 @@ def test_a_block_names_the_arrays_that_hold_the_average(kind: str) -> None:
     np.testing.assert_array_equal(latest["w"], [3.0, 4.0])
 
 
-def test_a_swap_with_arrays_that_never_change_says_so() -> None:
+def test_swap_with_immutable_arrays_is_refused() -> None:
     plan = fastema.Plan([np.full(2, 3.0, np.float32)], [jnp.array([1.0, 2.0])])
     plan.lerp_(0.5)
     with pytest.raises(LayoutError, match="read-only"):
@@ -222,9 +222,7 @@ def test_a_swap_with_arrays_that_never_change_says_so() -> None:
 
 @pytest.mark.torch
 @pytest.mark.parametrize("fails", ["run", "begin"])
-def test_a_swap_that_fails_half_way_takes_back_what_it_did(
-    fails: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_swap_that_fails_midway_is_rolled_back(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(3, 2)
     ema = fastema.EMA(model, decay=0.5)
     with torch.no_grad():
@@ -248,7 +246,7 @@ def test_a_swap_that_fails_half_way_takes_back_what_it_did(
     assert torch.equal(model.weight, raw)
 
 
-def test_a_way_that_fails_keeps_no_other_from_being_undone() -> None:
+def test_failed_restore_of_one_way_still_undoes_the_others() -> None:
     undone: list[str] = []
     broken = [True]
 
@@ -274,7 +272,7 @@ def test_a_way_that_fails_keeps_no_other_from_being_undone() -> None:
 
 
 @pytest.mark.torch
-def test_weights_come_back_though_averages_cannot_be_written_back() -> None:
+def test_weights_are_restored_even_if_averages_cannot_be() -> None:
     model = torch.nn.Linear(3, 2)
     averaged = torch.nn.Linear(3, 2)
     raw = model.weight.detach().double()

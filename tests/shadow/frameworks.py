@@ -17,13 +17,13 @@ DTYPES = [*FLOATS.values(), "complex64", "complex128"]
 
 
 def values(seed: int, dtype: str = "float32") -> dict[str, np.ndarray]:
-    """Normal numbers of some shapes: no zero among them."""
+    """Return normal random numbers in several shapes, none of them zero."""
     generator = np.random.default_rng(seed)
     return {n: np.asarray(generator.normal(size=s)).astype(dtype) for n, s in SHAPES.items()}
 
 
-def patterns(dtype: str, seed: int) -> np.ndarray:
-    """Every kind of bits: payloads of NaN, infinities, zeros of both signs, subnormals."""
+def bit_patterns(dtype: str, seed: int) -> np.ndarray:
+    """Return every kind of bit pattern: NaN payloads, infinities, signed zeros, subnormals."""
     kind = np.dtype(dtype)
     generator = np.random.default_rng([seed, kind.itemsize])
     found = generator.integers(0, 256, 900 * kind.itemsize, np.uint8).view(kind)
@@ -36,7 +36,7 @@ def patterns(dtype: str, seed: int) -> np.ndarray:
 
 
 class Framework:
-    """Makes arrays and reads them; ``kind`` is the class of those that an average shows."""
+    """Creates and reads arrays; ``kind`` is the class of arrays that an average returns."""
 
     kind: type = np.ndarray
 
@@ -47,7 +47,7 @@ class Framework:
         return np.asarray(one)
 
     def train(self, weights: dict[str, Any], new: dict[str, np.ndarray]) -> tuple[Any, ...]:
-        """Take a step, and return what ``update()`` is called with afterwards."""
+        """Take a training step, and return the arguments of the ``update()`` that follows."""
         for name, array in new.items():
             weights[name][...] = array
         return ()
@@ -58,12 +58,12 @@ class Framework:
     def wide(self, weights: Any) -> dict[str, np.ndarray]:
         return {name: self.read(one).astype(np.float64) for name, one in weights.items()}
 
-    def made(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    def make_all(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         return {name: self.make(array) for name, array in arrays.items()}
 
 
 class Jax(Framework):
-    """A step of training makes a new tree."""
+    """A framework whose training step builds a new tree."""
 
     def __init__(self) -> None:
         import jax
@@ -72,12 +72,12 @@ class Jax(Framework):
         self.make = jax.numpy.asarray
 
     def train(self, weights: dict[str, Any], new: dict[str, np.ndarray]) -> tuple[Any, ...]:
-        weights.update(self.made(new))
+        weights.update(self.make_all(new))
         return (dict(weights),)
 
 
 class TensorFlow(Framework):
-    """A step of training gives variables new tensors."""
+    """A framework whose training step assigns new tensors to variables."""
 
     def __init__(self) -> None:
         import tensorflow as tf
@@ -86,7 +86,7 @@ class TensorFlow(Framework):
         self.make = tf.Variable
 
     def read(self, one: Any) -> np.ndarray:
-        # NumPy alone cannot make an array of a bfloat16 scalar of TensorFlow.
+        # NumPy alone cannot convert a bfloat16 scalar of TensorFlow.
         return np.asarray(one.numpy() if hasattr(one, "numpy") else one)
 
     def train(self, weights: dict[str, Any], new: dict[str, np.ndarray]) -> tuple[Any, ...]:
@@ -96,8 +96,8 @@ class TensorFlow(Framework):
 
 
 @contextmanager
-def using(name: str) -> Iterator[Framework]:
-    """A framework, JAX with numbers of 64 bits."""
+def open_framework(name: str) -> Iterator[Framework]:
+    """Yield a framework; 64-bit numbers are enabled in JAX."""
     require_packages(name)
     if name != "jax":
         yield {"numpy": Framework, "tensorflow": TensorFlow}[name]()

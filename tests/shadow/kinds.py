@@ -1,4 +1,4 @@
-"""Averages of every kind, for what has to hold for all of them."""
+"""Averages of every kind, for tests that must hold for all of them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,25 +13,25 @@ Kind = Callable[..., Any]
 """``kind(weights, **options)`` builds an average."""
 
 
-three = partial(fastema.EMA, decay=(0.5, 0.75, 0.875))
+build_three = partial(fastema.EMA, decay=(0.5, 0.75, 0.875))
 
 KINDS: dict[str, Kind] = {
     "EMA": partial(fastema.EMA, decay=0.75),
-    "three": three,
+    "three": build_three,
     "SWA": fastema.SWA,
     "SMA": partial(fastema.SMA, window=3),
     "PowerEMA": fastema.PowerEMA,
     "split": partial(fastema.EMA, decay=0.75, shadow_dtype="bf16+16"),
-    "three split": partial(three, shadow_dtype="bf16+16"),
+    "three split": partial(build_three, shadow_dtype="bf16+16"),
     "random": partial(fastema.EMA, decay=0.75, shadow_dtype="bfloat16"),
 }
 
 VARIED = ("three", "SMA", "split", "three split", "random")
-"""Kinds that differ in how they lie in memory; the others are an EMA with another rule."""
+"""Kinds that differ in memory layout; the others are an EMA with another rule."""
 
 
-def trained_kind(kind: str, model: Any = None, updates: int = 5, **options: Any) -> Any:
-    """An average of a kind after some updates, of a `Net` unless a model is given."""
+def build_trained(kind: str, model: Any = None, updates: int = 5, **options: Any) -> Any:
+    """Return an average of a kind after some updates, by default of a new `Net`."""
     model = net() if model is None else model
     average = KINDS[kind](model, **options)
     train_(model, range(1, updates + 1), average)
@@ -43,18 +43,18 @@ PARTS = ("shadow", "residual", "ring")
 
 
 def which(average: Any) -> dict[str, int]:
-    """The argument that names the last of several averages; none where there is one."""
+    """Return the argument that selects the last of several averages; empty for a single one."""
     count = len(average.shadows)
     return {"which": count - 1} if count > 1 else {}
 
 
-def last(average: Any) -> dict[str, Tensor]:
-    """The tensors of that one."""
+def last_shadow(average: Any) -> dict[str, Tensor]:
+    """Return the tensors of the last average."""
     return dict(average.shadows[-1])
 
 
 def all_of(average: Any) -> dict[Any, Any]:
-    """All that an average holds, bit for bit: averages, companions, rings, counters, schedule."""
+    """Return all state of an average, to the bit: tensors, residuals, rings, counters, schedule."""
     state = average.state_dict(copy=False)
     parts = {part: state.pop(part) for part in PARTS if part in state}
     return state | {
@@ -66,8 +66,8 @@ def all_of(average: Any) -> dict[Any, Any]:
 
 
 @contextmanager
-def unchanged(weights: Any, *averages: Any) -> Iterator[None]:
-    """A block after which weights and averages are what they were, to the bit."""
+def assert_unchanged(weights: Any, *averages: Any) -> Iterator[None]:
+    """Assert that the block leaves weights and averages unchanged to the bit, and none applied."""
     raw, held = snapshot(weights), [all_of(one) for one in averages]
     yield
     assert_bits(weights, raw)

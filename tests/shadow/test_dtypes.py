@@ -1,4 +1,4 @@
-"""Dtypes of averages: given, by default, and converted."""
+"""Dtypes of averages: explicit, default, and converted."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 import fastema
 from fastema.errors import ArgumentError, DeviceError, DTypeError
 
-from .kinds import all_of, three, unchanged
+from .kinds import all_of, assert_unchanged, build_three
 from .truth import Loop, arithmetic_of
 from .weights import FLOATS, bits, net, refresh_, train_
 
@@ -32,7 +32,7 @@ KEPT += [(w, s, None) for w in COMPLEX for s in COMPLEX]
 
 
 @pytest.mark.parametrize(("weights", "stored", "rounding"), KEPT)
-def test_equals_a_float64_loop(weights: str, stored: str, rounding: str | None) -> None:
+def test_average_equals_a_float64_loop(weights: str, stored: str, rounding: str | None) -> None:
     dtypes, code = {**FLOATS, **COMPLEX}, REAL_PART.get(stored, stored)
     params = [torch.empty(shape, dtype=dtypes[weights]) for shape in SHAPES]
     refresh_(params, 0)
@@ -51,7 +51,7 @@ def test_equals_a_float64_loop(weights: str, stored: str, rounding: str | None) 
         loop.check(real(ema.shadow[name]), name)
 
 
-def test_random_bits_are_the_default_of_narrow_averages_and_of_no_others() -> None:
+def test_only_16_bit_averages_round_randomly_by_default() -> None:
     def bits_of(dtype: torch.dtype, **options: object) -> torch.Tensor:
         x = [torch.ones(500)]
         ema = fastema.EMA(x, 0.9, shadow_dtype=dtype, **options)
@@ -72,9 +72,9 @@ CHANGES += [("float64", "bf16+16"), ("bfloat16", "bf16+16"), ("bf16+16", "bf16+1
 
 
 @pytest.mark.parametrize(("old", "new"), CHANGES)
-@pytest.mark.parametrize("build", [fastema.EMA, three], ids=["EMA", "three"])
-def test_to_two_halves_and_back(build: object, old: str, new: str) -> None:
-    """Both together are converted, not the one that is seen; then the run goes on in the other."""
+@pytest.mark.parametrize("build", [fastema.EMA, build_three], ids=["EMA", "three"])
+def test_conversion_to_and_from_halves_is_exact(build: object, old: str, new: str) -> None:
+    """Both halves are converted together, and training continues in the new dtype."""
     model = net()
     average = build(model, shadow_dtype=old)
     train_(model, range(1, 6), average)
@@ -115,8 +115,8 @@ TO_FLOAT32: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("stored", ["bf16+16", "bfloat16", "float64"])
 @pytest.mark.parametrize("how", TO_FLOAT32)
-def test_a_dtype_in_any_place_converts_the_average(how: str, stored: str) -> None:
-    """Every spelling converts the values and what is known of them: the run goes on alike."""
+def test_to_accepts_every_spelling_of_a_dtype(how: str, stored: str) -> None:
+    """Every spelling converts values and state, so that training continues identically."""
     args, kwargs = TO_FLOAT32[how]
     model = net(0, torch.bfloat16)
     average, twin = (fastema.EMA(model, 0.99, shadow_dtype=stored) for _ in range(2))
@@ -145,9 +145,9 @@ REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]]
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_anything_else_is_refused_and_changes_nothing(what: str) -> None:
+def test_invalid_arguments_of_to_are_refused_and_change_nothing(what: str) -> None:
     args, kwargs, error, message = REFUSED[what]
     average = fastema.EMA(net(0, torch.bfloat16), 0.9, shadow_dtype="bf16+16")
-    with unchanged({}, average), pytest.raises(error, match=message):
+    with assert_unchanged({}, average), pytest.raises(error, match=message):
         average.to(*args, **kwargs)
     average.update()

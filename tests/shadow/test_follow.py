@@ -1,4 +1,4 @@
-"""Averages that follow optimizers by PyTorch's own hooks."""
+"""Averages that follow optimizers through PyTorch's own hooks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.torch
 
 
 def build(decay: Any = 0.9) -> tuple[nn.Module, torch.optim.Optimizer, fastema.EMA, fastema.EMA]:
-    """A model, its optimizer, an average that is to follow, and one to be updated by hand."""
+    """Return a model, its optimizer, an average to follow it, and one to update by hand."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
@@ -29,7 +29,7 @@ def backward(model: nn.Module, n: int = 0) -> None:
     model(torch.randn(5, 3, generator=generator)).square().mean().backward()
 
 
-def test_every_step_is_an_update_whatever_the_scheduler_does() -> None:
+def test_every_optimizer_step_is_one_update_beside_a_scheduler() -> None:
     model, optimizer, ema, other = build(Warmup(0.9))
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     ema.follow(optimizer)
@@ -43,7 +43,7 @@ def test_every_step_is_an_update_whatever_the_scheduler_does() -> None:
     assert ema.num_updates == 7
 
 
-def test_several_optimizers_are_one_step_when_all_have_stepped() -> None:
+def test_average_updates_once_all_followed_optimizers_have_stepped() -> None:
     model, _, ema, other = build(Warmup(0.9))
     first = torch.optim.SGD(model[0].parameters(), lr=0.1)
     second = torch.optim.Adam(model[2].parameters(), lr=0.1)
@@ -55,7 +55,7 @@ def test_several_optimizers_are_one_step_when_all_have_stepped() -> None:
         second.step()
         other.update()
         assert all_of(ema) == all_of(other)
-    for _ in range(5):  # as a critic that is trained more often
+    for _ in range(5):  # like a critic, which is trained more often
         first.step()
     assert ema.num_updates == 4
     second.step()
@@ -71,7 +71,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 @pytest.mark.parametrize("unscaled", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_steps_that_the_scaler_skips_do_not_count(name: str, unscaled: bool) -> None:
+def test_steps_skipped_by_the_grad_scaler_do_not_count(name: str, unscaled: bool) -> None:
     model, _, ema, other = build(Warmup(0.9))
     optimizer = OPTIMIZERS[name](model.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -92,7 +92,7 @@ def test_steps_that_the_scaler_skips_do_not_count(name: str, unscaled: bool) -> 
     assert ema.num_updates == 3
 
 
-def test_steps_that_are_not_wanted_count_in_the_next_that_is() -> None:
+def test_steps_declined_by_update_if_count_in_the_next_update() -> None:
     model, optimizer, ema, other = build(0.8)
     wanted = iter([True, False, False, True, False, True])
     ema.follow(optimizer, update_if=lambda: next(wanted))
@@ -105,7 +105,7 @@ def test_steps_that_are_not_wanted_count_in_the_next_that_is() -> None:
     assert ema.num_updates == 6
 
 
-def test_it_follows_no_longer() -> None:
+def test_unfollow_stops_updates_and_follow_resumes_them() -> None:
     _, optimizer, ema, _ = build()
     ema.unfollow()
     ema.follow(optimizer)
@@ -122,7 +122,7 @@ def test_it_follows_no_longer() -> None:
     assert ema.num_updates == 2
 
 
-def test_what_is_no_optimizer_is_refused() -> None:
+def test_follow_refuses_anything_but_distinct_optimizers() -> None:
     model, optimizer, ema, _ = build()
     for given, said in (
         ((), "was given 0 optimizers"),

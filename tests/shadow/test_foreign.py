@@ -1,4 +1,4 @@
-"""Files and states, of ours and of others."""
+"""State dicts of other libraries, and fastema's own files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,18 +21,18 @@ def network() -> Any:
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
 
 
-def updated(average: Any, *arguments: Any) -> Any:
+def update_and_save(average: Any, *arguments: Any) -> Any:
     average.update(*arguments)
     return average.state_dict()
 
 
-def of_averaged_model(model: Any) -> Any:
+def save_averaged_model(model: Any) -> Any:
     averaged = compat.swa_utils.AveragedModel(model)
     averaged.update_parameters(model)
     return averaged.state_dict()
 
 
-def of_mmengine(model: Any) -> Any:
+def save_mmengine(model: Any) -> Any:
     averaged = compat.mmengine.ExponentialMovingAverage(model)
     averaged.update_parameters(model)
     return averaged.state_dict()
@@ -40,17 +40,17 @@ def of_mmengine(model: Any) -> Any:
 
 FOREIGN: dict[str, tuple[Callable[[Any], Any], str]] = {
     "torch_ema": (
-        lambda m: updated(compat.torch_ema.ExponentialMovingAverage(m.parameters(), 0.9)),
+        lambda m: update_and_save(compat.torch_ema.ExponentialMovingAverage(m.parameters(), 0.9)),
         r"torch_ema\.ExponentialMovingAverage\.load_state_dict reads",
     ),
     "diffusers": (
         lambda m: compat.diffusers.EMAModel(m.parameters()).state_dict(),
         r"the state of diffusers' EMAModel, which fastema\.compat\.diffusers",
     ),
-    "torch": (of_averaged_model, r"torch's AveragedModel, which fastema\.compat\.swa_utils"),
-    "mmengine": (of_mmengine, r"an average of MMEngine, which fastema\.compat\.mmengine"),
+    "torch": (save_averaged_model, r"torch's AveragedModel, which fastema\.compat\.swa_utils"),
+    "mmengine": (save_mmengine, r"an average of MMEngine, which fastema\.compat\.mmengine"),
     "timm": (
-        lambda m: updated(compat.timm.ModelEmaV3(m), m),
+        lambda m: update_and_save(compat.timm.ModelEmaV3(m), m),
         "names of a wrapper: timm's ModelEmaV2 and ModelEmaV3, or DataParallel",
     ),
     "timm's checkpoint": (
@@ -58,7 +58,7 @@ FOREIGN: dict[str, tuple[Callable[[Any], Any], str]] = {
         r"a checkpoint of timm, which fastema\.compat\.timm\.ModelEma\(model, resume=path\)",
     ),
     "ema_pytorch": (
-        lambda m: updated(compat.ema_pytorch.EMA(m)),
+        lambda m: update_and_save(compat.ema_pytorch.EMA(m)),
         r"ema_pytorch's EMA, which fastema\.compat\.ema_pytorch\.EMA\.load_state_dict",
     ),
     "LitEma": (
@@ -96,7 +96,7 @@ FOREIGN: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("library", FOREIGN)
-def test_a_foreign_state_is_named_with_the_call_that_reads_it(library: str) -> None:
+def test_error_for_a_foreign_state_names_the_call_that_reads_it(library: str) -> None:
     make, said = FOREIGN[library]
     model = network()
     ema = fastema.EMA(model, 0.9)
@@ -104,7 +104,7 @@ def test_a_foreign_state_is_named_with_the_call_that_reads_it(library: str) -> N
         ema.load_state_dict(make(model))
 
 
-def averaged(seed: int) -> tuple[Any, Any]:
+def build_averaged(seed: int) -> tuple[Any, Any]:
     torch.manual_seed(seed)
     model = network()
     ema = fastema.EMA(model, [0.9, 0.5], shadow_dtype="bf16+16", update_every=2)
@@ -117,12 +117,12 @@ def averaged(seed: int) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("how", ["load_state", "load_file"])
-def test_a_file_is_read_by_both_to_the_bit(tmp_path: Path, how: str) -> None:
+def test_saved_file_loads_to_the_bit_through_either_reader(tmp_path: Path, how: str) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
-    model, ema = averaged(1)
+    model, ema = build_averaged(1)
     path = tmp_path / "ema.safetensors"
     write_state(path, ema.state_dict())
-    _, other = averaged(2)
+    _, other = build_averaged(2)
     state = (
         load_state(path, other.shadows[0]) if how == "load_state" else safetensors.load_file(path)
     )

@@ -1,4 +1,4 @@
-"""What holds for the arrays of every framework: NumPy, JAX, TensorFlow."""
+"""Averages of arrays of every framework: NumPy, JAX, TensorFlow."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import pytest
 import fastema
 from fastema.errors import NonFiniteError, StateError
 
-from .frameworks import FLOATS, FRAMEWORKS, Framework, using, values
+from .frameworks import FLOATS, FRAMEWORKS, Framework, open_framework, values
 from .truth import Loops, arithmetic_of
 
 NEEDS = ("ml_dtypes",)
@@ -18,14 +18,14 @@ DECAY = 0.9
 
 @pytest.fixture(params=FRAMEWORKS)
 def framework(request: pytest.FixtureRequest) -> Iterator[Framework]:
-    with using(request.param) as found:
+    with open_framework(request.param) as found:
         yield found
 
 
 @pytest.mark.parametrize("weights", FLOATS)
-def test_equals_a_float64_loop(framework: Framework, weights: str) -> None:
-    for stored in FLOATS:  # every pair, of each framework
-        held = framework.made(values(0, FLOATS[weights]))
+def test_every_dtype_pair_equals_a_float64_loop(framework: Framework, weights: str) -> None:
+    for stored in FLOATS:  # every pair of dtypes
+        held = framework.make_all(values(0, FLOATS[weights]))
         ema = fastema.EMA(held, DECAY, shadow_dtype=FLOATS[stored])
         random, arithmetic = stored in ("f16", "bf16"), arithmetic_of(weights, stored)
         loops = Loops(framework.wide(held), stored, arithmetic, random)
@@ -44,9 +44,9 @@ def test_equals_a_float64_loop(framework: Framework, weights: str) -> None:
 
 @pytest.mark.parametrize("framework", [FRAMEWORKS[0], FRAMEWORKS[2]], indirect=True)
 @pytest.mark.parametrize("stored", [*FLOATS.values(), "bf16+16"])
-def test_swaps_between_dtypes_come_back(framework: Framework, stored: str) -> None:
+def test_swap_between_dtypes_restores_both_sides(framework: Framework, stored: str) -> None:
     for weights in FLOATS.values():
-        held = framework.made(values(0, weights))
+        held = framework.make_all(values(0, weights))
         ema = fastema.EMA(held, 0.5, shadow_dtype=stored)
         for n in range(1, 4):
             ema.update(*framework.train(held, values(n, weights)))
@@ -69,9 +69,9 @@ def test_swaps_between_dtypes_come_back(framework: Framework, stored: str) -> No
             assert framework.bits(ema.shadow) == average
 
 
-def test_weights_that_are_not_finite(framework: Framework) -> None:
+def test_nonfinite_weights_are_skipped_or_raise(framework: Framework) -> None:
     good = {"w": np.full(90, 3.0, np.float32), "v": np.full(3, 3.0, np.float32)}
-    held = framework.made(good)
+    held = framework.make_all(good)
     skipping = fastema.EMA(held, 0.5, on_nonfinite="skip")
     raising = fastema.EMA(held, 0.5, on_nonfinite="raise")
     for place, bad in {70: np.nan, 0: np.inf, 89: -np.inf}.items():
@@ -90,8 +90,8 @@ def test_weights_that_are_not_finite(framework: Framework) -> None:
 
 
 @pytest.mark.parametrize("stored", [None, "bfloat16", "bf16+16"])
-def test_a_run_goes_on_to_the_bit(framework: Framework, stored: str | None) -> None:
-    held, later = framework.made(values(0)), framework.made(values(99))
+def test_resumed_run_equals_the_first_to_the_bit(framework: Framework, stored: str | None) -> None:
+    held, later = framework.make_all(values(0)), framework.make_all(values(99))
     ema = fastema.EMA(held, fastema.rules.warmup(0.99), shadow_dtype=stored, seed=3)
     for n in range(1, 5):
         ema.update(*framework.train(held, values(n)))

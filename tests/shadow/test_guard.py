@@ -1,4 +1,4 @@
-"""Weights that are not finite: averaged, left out or refused, all or nothing."""
+"""Non-finite weights: an update that skips or raises changes nothing."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ BAD = [float("nan"), float("inf"), float("-inf")]
 PLACES = {"first": 0, "last": -1, "in the middle": 301}
 
 
-def weights_of(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def make_weights(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     weights = {
         "a": torch.empty(700, dtype=dtype),
         "b": torch.empty(1400, dtype=dtype)[::2],
@@ -30,7 +30,7 @@ def weights_of(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def spoil(tensor: torch.Tensor, place: int, value: float) -> None:
-    """Write one element, counted in the order of memory."""
+    """Write one element, given its position in memory."""
     in_memory = tensor.t().reshape(-1) if tensor.dim() == 2 else tensor
     parts = torch.view_as_real(in_memory) if tensor.is_complex() else in_memory[:, None]
     parts[place, -1] = value
@@ -38,8 +38,8 @@ def spoil(tensor: torch.Tensor, place: int, value: float) -> None:
 
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("dtype", CODES, ids=CODES.values())
-def test_one_bad_element_leaves_everything_as_it_was(dtype: torch.dtype, place: int) -> None:
-    weights, clean = weights_of(dtype), weights_of(dtype)
+def test_one_nonfinite_weight_leaves_the_average_unchanged(dtype: torch.dtype, place: int) -> None:
+    weights, clean = make_weights(dtype), make_weights(dtype)
     skipping = fastema.EMA(weights, (0.5, 0.9), on_nonfinite="skip")
     raising = fastema.EMA(weights, (0.5, 0.9), on_nonfinite="raise")
     mirror = fastema.EMA(clean, (0.5, 0.9))
@@ -55,7 +55,7 @@ def test_one_bad_element_leaves_everything_as_it_was(dtype: torch.dtype, place: 
         skipping.update()
         assert all_of(skipping) == {**before, "num_skipped": count}
         assert all_of(raising) == before
-    # And it goes on as if those calls had not been.
+    # Later updates behave as if those calls had not happened.
     train_(weights, [99], skipping, raising)
     train_(clean, [99], mirror)
     assert all_of(raising) == all_of(mirror)
@@ -63,7 +63,7 @@ def test_one_bad_element_leaves_everything_as_it_was(dtype: torch.dtype, place: 
     assert (skipping.num_updates, skipping.num_skipped) == (2, len(cases))
 
 
-def test_the_error_names_every_bad_tensor_and_no_other() -> None:
+def test_error_names_every_nonfinite_tensor_and_no_other() -> None:
     model = net()
     ema = fastema.EMA(model, 0.9, on_nonfinite="raise")
     with torch.no_grad():
@@ -80,8 +80,8 @@ def test_the_error_names_every_bad_tensor_and_no_other() -> None:
 
 @pytest.mark.parametrize("buffers", ["copy", "average"])
 @pytest.mark.parametrize("bad", BAD)
-def test_bad_statistics_leave_everything_as_it_was(bad: float, buffers: Any) -> None:
-    """Counters and a mask of infinities, which is copied, are no reason to leave anything out."""
+def test_nonfinite_statistics_leave_the_average_unchanged(bad: float, buffers: Any) -> None:
+    """Counters and a copied mask of infinities do not count as non-finite."""
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(30))
     if buffers == "copy":
         model.register_buffer("mask", torch.full((5, 5), float("-inf")).triu(1))

@@ -1,4 +1,4 @@
-"""Averages of JAX pytrees: read where they lie, never written, never kept longer than a step."""
+"""Averages of JAX pytrees: read in place, never written, never kept longer than a step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ DECAY = 0.9
 
 
 def params(seed: int, dtype: str = "float32") -> dict[str, Any]:
-    """A nested tree of normal numbers, with what flax has: no zero among them."""
+    """Return a nested tree like those of flax, of nonzero normal numbers."""
     arrays = {name: jnp.asarray(array) for name, array in values(seed, dtype).items()}
     return {"params": {"Dense_0": {n: arrays[n] for n in "ab"}, "scale": arrays["c"]},
             "rest": (arrays["d"], [arrays["e"], None])}  # fmt: skip
@@ -48,7 +48,7 @@ STORED = [("float32", None), ("float32", "bfloat16"), ("float32", "bf16+16"), ("
 
 
 @pytest.mark.parametrize(("weights", "stored"), STORED)
-def test_a_new_tree_holds_the_average_and_nothing_else_changes(
+def test_swapped_yields_a_new_tree_and_changes_nothing_else(
     weights: str, stored: str | None
 ) -> None:
     tree = params(0, weights)
@@ -67,12 +67,12 @@ def test_a_new_tree_holds_the_average_and_nothing_else_changes(
             np.testing.assert_allclose(got.astype(np.float64), shadow, rtol=close, atol=1e-6)
             assert not got.size or not np.array_equal(got.astype(np.float64), x)
         assert bits({**ema.shadow}) == average
-        ema.update(held)  # it is not in the model: training may go on
+        ema.update(held)  # the model still has its weights: training may go on
     assert bits(tree) == raw
     assert ema.num_updates == 4
 
 
-def test_arrays_that_were_donated_are_not_read() -> None:
+def test_donated_arrays_are_refused() -> None:
     @jax.jit
     def fresh(n: Any) -> Any:
         return {"w": jnp.arange(70_000.0) + n, "v": jnp.ones(3) * n}
@@ -83,7 +83,7 @@ def test_arrays_that_were_donated_are_not_read() -> None:
     truth = Loop(np.asarray(tree["w"]).copy(), "f32", "f32")
     for _ in range(5):
         given_last, tree = tree, step(tree)
-        filled = [jnp.full(70_000, jnp.nan) for _ in range(5)]  # what was freed is used again
+        filled = [jnp.full(70_000, jnp.nan) for _ in range(5)]  # reuses freed memory
         with pytest.raises(BridgeError, match=r"donated.*update\(params\)"):
             ema.update()
         with pytest.raises(BridgeError, match="donated"):
@@ -96,7 +96,7 @@ def test_arrays_that_were_donated_are_not_read() -> None:
     tree["w"].delete()
     with pytest.raises(BridgeError, match="donated"):
         ema.update()
-    truth.check(np.asarray(ema.shadow["w"]))  # which needs no weights
+    truth.check(np.asarray(ema.shadow["w"]))  # needs no weights
     assert np.asarray(ema.averaged()["w"]).tobytes() == np.asarray(ema.shadow["w"]).tobytes()
 
 
@@ -110,7 +110,7 @@ KINDS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_update_without_the_new_tree_is_refused_and_counts_nothing(kind: str) -> None:
+def test_update_without_a_new_tree_is_refused_and_not_counted(kind: str) -> None:
     average = KINDS[kind](params(0))
     for n in range(1, 6):
         before = bits(average.averaged(**({"which": -1} if kind == "PowerEMA" else {})))
@@ -123,25 +123,25 @@ def test_update_without_the_new_tree_is_refused_and_counts_nothing(kind: str) ->
 
 
 class Network:
-    """A model that holds its arrays in attributes, as those of NNX do."""
+    """A model that holds its arrays in attributes, like models of NNX."""
 
     def __init__(self, seed: int) -> None:
         self.tree = params(seed)
 
 
-def alias_of(ema: Any) -> Any:
-    """A tree that borrows the average's memory; None where it does not lie as JAX wants it."""
+def borrow_memory(ema: Any) -> Any:
+    """Return a tree that borrows the average's memory; None if JAX copies it instead."""
     (name,) = ema.shadow
     memory = ema.state_dict(copy=False)["shadow"][0][name]
     borrowed = jax.device_put(memory)
     return [borrowed] if borrowed.unsafe_buffer_pointer() == memory.ctypes.data else None
 
 
-def test_the_averages_own_memory_is_refused() -> None:
+def test_memory_of_the_average_is_refused_as_weights() -> None:
     kept = []
     for size in range(1000, 1200):
         ema = fastema.EMA([jnp.arange(1.0, size)], 0.5)
-        borrowed = alias_of(ema)
+        borrowed = borrow_memory(ema)
         if borrowed is not None:
             break
         kept.append(ema)
@@ -153,7 +153,7 @@ def test_the_averages_own_memory_is_refused() -> None:
             ema.update(borrowed)
     assert ema.num_updates == 0
     with pytest.raises(ArgumentError):
-        ema.update()  # the weights given last are still those of before
+        ema.update()  # the refused weights were not stored
     ema.update([jnp.arange(1.0, size) + 2])
     np.testing.assert_array_equal(ema.shadow["0"], before + 1)
     with pytest.raises(LayoutError, match="overlap"):

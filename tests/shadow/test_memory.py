@@ -1,4 +1,4 @@
-"""What an average costs in memory, measured: one shadow, and nothing at update or evaluation."""
+"""The measured memory of an average: one shadow, and nothing for updates and evaluation."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +13,9 @@ from .weights import FLOATS
 
 pytestmark = pytest.mark.torch
 
-# Resident memory is measured by the kernel's own high-water mark, in a process that has imported
-# and compiled everything before. The allocator gives back at once what is freed, lest a heap that
-# has grown before hide the next call's temporaries.
+# Resident memory is the kernel's high-water mark, in a process that has already imported and
+# compiled everything. The allocator must return freed memory at once: a heap that has grown
+# before would hide the next call's temporaries.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 MEASURED = """
@@ -65,8 +65,8 @@ print(size, shadow, construction, peak(ema.state_dict), *costs)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_resident_memory(dtype: str, python: Callable[..., str]) -> None:
-    """A 200 MB model: construction and a saved state cost one shadow, all else less than 1 %."""
+def test_resident_memory_grows_by_one_shadow(dtype: str, python: Callable[..., str]) -> None:
+    """For a 200 MB model, construction and a saved state cost one shadow, all else under 1 %."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
@@ -83,7 +83,7 @@ def storages(tensors: Any) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
-# Bytes of each part for an element of a float32 model.
+# Bytes per element of a float32 model, by part.
 BYTES = {
     "EMA": {"shadow": 4},
     "three": {"shadow": 12},
@@ -101,7 +101,7 @@ OF_DTYPES += [("EMA", {"shadow_dtype": d}, {"shadow": d.itemsize}) for d in FLOA
 
 
 @pytest.mark.parametrize(("kind", "options", "expected"), OF_DTYPES)
-def test_every_part_takes_one_buffer_of_its_size(
+def test_every_part_of_a_state_is_one_buffer_of_its_size(
     kind: str, options: dict[str, Any], expected: dict[str, int]
 ) -> None:
     model = nn.Sequential(*(nn.Linear(40, 30) for _ in range(20)))
@@ -114,20 +114,20 @@ def test_every_part_takes_one_buffer_of_its_size(
     }
     assert taken.keys() == expected.keys()
     for part, held in taken.items():
-        # Each tensor begins at a cache line: at most 63 bytes more.
+        # Tensors begin at cache lines: at most 63 bytes of padding each.
         slots = 3 if part == "ring" else len(state[part])
         room = slots * 63 * 40
         assert len(held) <= len(state[part])
         assert 0 <= sum(held.values()) - expected[part] * elements <= room
 
 
-# Those whose averages change places with the weights of this dtype bit by bit.
+# Kinds whose averages trade places with weights of this dtype bit by bit.
 IN_PLACE = [("f32", kind) for kind in KINDS if kind != "random"]
 IN_PLACE += [("bf16", kind) for kind in KINDS if "split" not in kind]
 
 
 @pytest.mark.parametrize(("model_dtype", "kind"), IN_PLACE)
-def test_no_tensor_is_allocated_by_an_update_or_a_swap(model_dtype: str, kind: str) -> None:
+def test_update_and_swap_allocate_no_tensor(model_dtype: str, kind: str) -> None:
     params = [torch.randn(300, dtype=FLOATS[model_dtype]) for _ in range(5)]
     wide = kind not in ("random", "split", "three split")
     average = KINDS[kind](params, **({"shadow_dtype": torch.float32} if wide else {}))

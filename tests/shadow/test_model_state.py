@@ -1,4 +1,4 @@
-"""The average for others: its mapping, copies of it, a model's state with it."""
+"""Copies of the average: copy_to() and model_state_dict()."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 import fastema
 from fastema.errors import LayoutError, StateError
 
-from .kinds import KINDS, trained_kind, unchanged, which
+from .kinds import KINDS, assert_unchanged, build_trained, which
 from .weights import BUFFERS, Net, assert_bits, bits, net, refresh_, snapshot, values
 
 pytestmark = pytest.mark.torch
@@ -18,12 +18,12 @@ pytestmark = pytest.mark.torch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_copy_and_a_state_are_the_average_rounded_once(kind: str, dtype: torch.dtype) -> None:
-    """To nearest even, also where a swap does otherwise; of two halves the float32 they are."""
+def test_copy_to_and_model_state_dict_round_the_average_once(kind: str, dtype: torch.dtype) -> None:
+    """To nearest even, even where a swap rounds otherwise; a split average counts as float32."""
     model = net(0, dtype)
-    average = trained_kind(kind, model)
+    average = build_trained(kind, model)
     refresh_(model, 9)
-    with unchanged(model, average):
+    with assert_unchanged(model, average):
         for i, shadow in enumerate(average.shadows):
             wide = net(5, torch.float64)
             average.copy_to(wide, which=i)
@@ -48,7 +48,7 @@ def test_a_copy_and_a_state_are_the_average_rounded_once(kind: str, dtype: torch
 
 
 class Tied(nn.Module):
-    """Tied weights, a frozen layer, a buffer that is not saved, and state that is no tensor."""
+    """Tied weights, a frozen layer, a non-persistent buffer, and state that is not a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Tied(nn.Module):
         assert state == {"version": 3}
 
 
-def test_tied_frozen_and_further_state_is_all_there() -> None:
+def test_model_state_dict_has_tied_frozen_and_extra_state() -> None:
     model = Tied()
     ema = fastema.EMA(model, 0.5)
     refresh_(model, 1)
@@ -80,26 +80,26 @@ def test_tied_frozen_and_further_state_is_all_there() -> None:
     assert torch.equal(other.head.weight, ema.shadow["head.weight"])
 
 
-def test_it_is_refused_while_the_average_is_applied_and_for_a_model_of_other_shapes() -> None:
-    ema = trained_kind("EMA")
+def test_model_state_dict_is_refused_while_applied_or_for_other_shapes() -> None:
+    ema = build_trained("EMA")
     with ema.swapped(), pytest.raises(StateError, match="model_state_dict"):
         ema.model_state_dict()
     with pytest.raises(LayoutError, match=r"head\.weight: shapes differ"):
         ema.model_state_dict(Net(width=7))
 
 
-def lacking(model: nn.Module) -> None:
+def remove_tensors(model: nn.Module) -> None:
     del model.scale
     model.conv.bias = None
 
 
 UNFIT: dict[str, tuple[Callable[[Any], object], list[str]]] = {
-    "lacking": (lacking, ["'scale'", "'conv.bias'"]),
+    "lacking": (remove_tensors, ["'scale'", "'conv.bias'"]),
     "reshaped": (
         lambda model: setattr(model.hidden.bias, "data", torch.randn(13)),
         ["hidden.bias"],
     ),
-    "training more": (  # it would stay raw among averaged ones
+    "training more": (  # it would stay raw among averaged weights
         lambda model: setattr(model, "extra", nn.Parameter(torch.randn(3))),
         ["extra"],
     ),
@@ -107,7 +107,7 @@ UNFIT: dict[str, tuple[Callable[[Any], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("what", UNFIT)
-def test_copy_to_a_model_that_does_not_fit(what: str) -> None:
+def test_copy_to_refuses_a_model_that_does_not_fit(what: str) -> None:
     change, names = UNFIT[what]
     ema = fastema.EMA(net(), 0.5)
     target = net(1)

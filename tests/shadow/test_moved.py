@@ -1,6 +1,6 @@
-"""Weights that lie elsewhere than before are found again; what they left is neither read nor kept.
+"""Weights that moved are found again; the memory they left is neither read nor kept.
 
-The memory that a model had is filled with NaN, so that a stale read shows.
+Abandoned memory is filled with NaN, so that a stale read shows.
 """
 
 import copy
@@ -13,15 +13,15 @@ from torch import nn
 import fastema
 from fastema.errors import LayoutError
 
-from .kinds import KINDS, VARIED, all_of, unchanged, which
+from .kinds import KINDS, VARIED, all_of, assert_unchanged, which
 from .weights import Net, assert_bits, net, poison_, snapshot, tensors_of, train_, values
 
 pytestmark = pytest.mark.torch
 
 
 @pytest.fixture(params=["exchange", "attributes"], autouse=True)
-def kind_of_watch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch tensors are watched through DLPack; frameworks without it by their attributes."""
+def watch_method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Watch torch tensors through DLPack, or by attributes as in frameworks without it."""
     if request.param == "attributes":
         monkeypatch.setattr("fastema.bridges.torch.exchange_address", lambda tensor: 0)
 
@@ -29,8 +29,8 @@ def kind_of_watch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 Move = Callable[[Net], object]
 
 
-def poison_left(model: Net, move: str) -> None:
-    """Move a model's tensors, and poison all memory that it no longer uses."""
+def move_and_poison(model: Net, move: str) -> None:
+    """Move a model's tensors, and poison all memory that the model no longer uses."""
     before = [tensor.data for _, tensor in tensors_of(model)]
     returned = MOVES[move](model)
     before += returned if isinstance(returned, list) else []
@@ -38,25 +38,25 @@ def poison_left(model: Net, move: str) -> None:
     poison_(one for one in before if one.untyped_storage().data_ptr() not in used)
 
 
-def data_assigned(model: Net) -> None:
+def assign_data(model: Net) -> None:
     for _, tensor in tensors_of(model):
         tensor.data = tensor.data.clone()
 
 
-def data_of(path: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Move:
-    """One parameter gets memory that is made of what it had."""
+def change_data(path: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Move:
+    """Return a move that gives one parameter ``change(data)`` as its data."""
     return lambda model: setattr(
         model.get_parameter(path), "data", change(model.get_parameter(path).data)
     )
 
 
-def storage_set(model: Net) -> None:
+def set_storages(model: Net) -> None:
     with torch.no_grad():
         for _, tensor in tensors_of(model):
             tensor.set_(tensor.detach().clone())
 
 
-def converted(setting: str) -> Move:
+def convert_with(setting: str) -> Move:
     def move(model: Net) -> None:
         switch = getattr(torch.__future__, f"set_{setting}_module_params_on_conversion")
         switch(True)
@@ -68,67 +68,67 @@ def converted(setting: str) -> Move:
     return move
 
 
-def fresh(parameter: torch.Tensor) -> nn.Parameter:
+def renew(parameter: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(parameter.detach().clone())
 
 
-def tensors_replaced(model: Net) -> None:
-    model.head.weight = fresh(model.head.weight)
-    model.scale = fresh(model.scale)
+def replace_tensors(model: Net) -> None:
+    model.head.weight = renew(model.head.weight)
+    model.scale = renew(model.scale)
     model.norm.running_mean = model.norm.running_mean.clone()
     model.norm.num_batches_tracked = model.norm.num_batches_tracked + 0
 
 
-def one_big_storage(model: Net) -> None:
+def join_storages(model: Net) -> None:
     parameters = list(model.parameters())
     flat = torch.cat([p.detach().reshape(-1) for p in parameters])
     for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.data = piece.view(p.shape)
 
 
-def within_nan(tensor: torch.Tensor) -> torch.Tensor:
+def slice_within_nan(tensor: torch.Tensor) -> torch.Tensor:
     wide = torch.full((12, 20), float("nan"))
     wide[:, 3:9] = tensor
     return wide[:, 3:9]
 
 
-def called_functionally(model: Net) -> list[torch.Tensor]:
+def call_functionally(model: Net) -> list[torch.Tensor]:
     model.eval()  # BatchNorm would write the buffers
     swapped = {name: p.detach().clone() for name, p in model.named_parameters()}
     torch.func.functional_call(model, swapped, torch.randn(2, 3, 6, 6))
     return list(swapped.values())
 
 
-def dicts_replaced(model: Net) -> None:
+def replace_dicts(model: Net) -> None:
     for module in model.modules():
         module._parameters = {
-            name: None if one is None else fresh(one) for name, one in module._parameters.items()
+            name: None if one is None else renew(one) for name, one in module._parameters.items()
         }
         module._buffers = {name: one.clone() for name, one in module._buffers.items()}
 
 
 MOVES: dict[str, Move] = {
-    "data assigned": data_assigned,
-    "data of one": data_of("hidden.bias", torch.clone),
-    "storage set": storage_set,
+    "data assigned": assign_data,
+    "data of one": change_data("hidden.bias", torch.clone),
+    "storage set": set_storages,
     "applied to each": lambda model: model._apply(torch.clone),
-    "overwriting conversion": converted("overwrite"),
-    "swapping conversion": converted("swap"),
+    "overwriting conversion": convert_with("overwrite"),
+    "swapping conversion": convert_with("swap"),
     "state dict assigned": lambda model: model.load_state_dict(
         copy.deepcopy(model.state_dict()), assign=True
     ),
     "module replaced": lambda model: setattr(model, "hidden", copy.deepcopy(model.hidden)),
-    "tensors replaced": tensors_replaced,
+    "tensors replaced": replace_tensors,
     "tensors swapped": lambda model: torch.utils.swap_tensors(
-        model.conv.weight, fresh(model.conv.weight)
+        model.conv.weight, renew(model.conv.weight)
     ),
     "same storage, other memory": lambda model: model.share_memory(),
     "channels last": lambda model: model.to(memory_format=torch.channels_last),
-    "transposed": data_of("hidden.weight", lambda weight: weight.t().contiguous().t()),
-    "a slice": data_of("hidden.weight", within_nan),
-    "one big storage": one_big_storage,
-    "called functionally": called_functionally,
-    "dicts replaced": dicts_replaced,
+    "transposed": change_data("hidden.weight", lambda weight: weight.t().contiguous().t()),
+    "a slice": change_data("hidden.weight", slice_within_nan),
+    "one big storage": join_storages,
+    "called functionally": call_functionally,
+    "dicts replaced": replace_dicts,
     "dict of modules replaced": lambda model: setattr(
         model, "_modules", copy.deepcopy(model._modules)
     ),
@@ -140,25 +140,25 @@ OTHER_STRIDES = {"channels last", "transposed", "a slice"}
 
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("kind", ["EMA", *VARIED])
-def test_averages_of_every_kind_follow_the_weights(kind: str, move: str) -> None:
-    """As one does whose model stays where it is, to the bit; also into a swap and out of it."""
+def test_averages_of_every_kind_follow_weights_that_move(kind: str, move: str) -> None:
+    """Updates and swaps equal those of a model that stays in place, to the bit."""
     model, still = net(), net()
     average, twin = KINDS[kind](model), KINDS[kind](still)
     for n in range(1, 10):
         if n in (2, 5):
-            poison_left(model, move)
+            move_and_poison(model, move)
         train_(model, [n], average)
         train_(still, [n], twin)
         if n in (3, 6):
-            poison_left(model, move)
+            move_and_poison(model, move)
             both = average.swapped(**which(average)), twin.swapped(**which(twin))
-            with unchanged(model, average), both[0], both[1]:
+            with assert_unchanged(model, average), both[0], both[1]:
                 held, want = values(model), values(still)
             for name, tensor in held.items():
                 torch.testing.assert_close(tensor, want[name], rtol=2.0**-23, atol=2.0**-24)
         if kind == "SMA" and move in OTHER_STRIDES:
-            # When a piece of the mean is computed afresh depends on the pieces. It is the mean of
-            # the same weights then, with other errors, all below the last place.
+            # Chunks decide when a part of the mean is recomputed: other rounding errors, all below
+            # the last place, in means of the same weights.
             state, other = average.state_dict(), twin.state_dict()
             assert_bits(state["ring"][0], snapshot(other["ring"][0]))
         else:
@@ -173,26 +173,26 @@ KEPT = [(kind, {}) for kind in ("EMA", *VARIED)] + [
 
 @pytest.mark.parametrize(("kind", "options"), KEPT, ids=str)
 @pytest.mark.parametrize("move", MOVES)
-def test_move_while_applied(move: str, kind: str, options: dict[str, str]) -> None:
-    """The values stay what they are and lie elsewhere; nothing is lost on either side."""
+def test_weights_may_move_while_applied(move: str, kind: str, options: dict[str, str]) -> None:
+    """Weights and averages keep their values."""
     model = net()
     average = KINDS[kind](model, **options)
     train_(model, range(1, 6), average)
     train_(model, [7])
     held = all_of(average)
-    with unchanged(model, average), average.swapped(**which(average)):
-        poison_left(model, move)
+    with assert_unchanged(model, average), average.swapped(**which(average)):
+        move_and_poison(model, move)
         assert all_of(average) == held
     average.update()
 
 
-def test_a_tensor_that_came_in_a_block_is_refused_after_it() -> None:
-    """The end of a block accepts it, to give the weights back; the next update does not."""
+def test_parameter_added_while_applied_is_refused_afterwards() -> None:
+    """The end of the block accepts it, to restore the weights; the next update does not."""
     model = net()
     ema = fastema.EMA(model, 0.5)
     raw = snapshot(dict(model.named_parameters()))
     with ema.swapped():
-        model.head.weight.data = model.head.weight.data.clone()  # looked at again
+        model.head.weight.data = model.head.weight.data.clone()  # forces a new lookup
         model.head.scale = torch.nn.Parameter(torch.ones(3))
     assert_bits({name: x for name, x in model.named_parameters() if name in raw}, raw)
     for _ in range(2):

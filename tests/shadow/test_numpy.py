@@ -19,7 +19,7 @@ VIEWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_views(view: str) -> None:
+def test_views_are_averaged_and_swapped_in_place(view: str) -> None:
     whole = np.random.default_rng(0).normal(size=(30, 20)).astype(np.float32)
     weights = VIEWS[view](whole)
     ema = fastema.EMA([weights], 0.5)

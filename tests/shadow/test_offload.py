@@ -1,4 +1,4 @@
-"""Averages on the host, updated beside the training step."""
+"""Averages on the host, updated concurrently with the training step."""
 
 import os
 import threading
@@ -13,7 +13,7 @@ import fastema
 from fastema.errors import ArgumentError, BridgeError, LayoutError, NonFiniteError, StateError
 from fastema.shadow.offload import OffloadedEMA
 
-from .kinds import all_of, unchanged, which
+from .kinds import all_of, assert_unchanged, which
 from .weights import Net, assert_bits, net, refresh_, snapshot
 
 pytestmark = pytest.mark.torch
@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def build(dtype: torch.dtype | None = None, **options: Any) -> tuple[Net, Any, fastema.EMA]:
-    """A model with a frozen bias, its average on the host, and one beside the model."""
+    """Return a model with a frozen bias, its offloaded average, and an ordinary average."""
     model = net(0, dtype)
     model.conv.bias.requires_grad_(False)
     options = {"decay": 0.75, "offload": True, **options}
@@ -46,8 +46,8 @@ def train(model: Net, offloaded: Any, ema: fastema.EMA, steps: int = 5) -> None:
         ema.update()
 
 
-def held_up(ema: Any) -> tuple[threading.Event, list[str]]:
-    """The link waits before each tensor until told to go, and notes what it copies."""
+def block_link(ema: Any) -> tuple[threading.Event, list[str]]:
+    """Make the link wait for the returned event before each tensor, and record its copies."""
     go, events = threading.Event(), []
 
     def delay(number: int) -> None:
@@ -59,7 +59,7 @@ def held_up(ema: Any) -> tuple[threading.Event, list[str]]:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_it_is_the_average_to_the_bit_also_in_the_model(options: dict[str, Any]) -> None:
+def test_offloaded_average_equals_an_ordinary_one_to_the_bit(options: dict[str, Any]) -> None:
     model, offloaded, ema = build(**options)
     assert isinstance(offloaded, OffloadedEMA)
     assert isinstance(offloaded, fastema.EMA)
@@ -70,7 +70,7 @@ def test_it_is_the_average_to_the_bit_also_in_the_model(options: dict[str, Any])
     with ema.swapped(**which(ema)):
         wanted = snapshot(model)
     for _ in range(2):
-        with unchanged(model, offloaded), offloaded.swapped(**which(ema)) as held:
+        with assert_unchanged(model, offloaded), offloaded.swapped(**which(ema)) as held:
             assert held is model
             assert offloaded.applied
             assert_bits(model, wanted)
@@ -78,11 +78,11 @@ def test_it_is_the_average_to_the_bit_also_in_the_model(options: dict[str, Any])
     assert all_of(offloaded) == all_of(ema)
 
 
-def test_update_returns_before_the_weights_are_copied_and_a_step_waits_for_them() -> None:
+def test_update_returns_before_the_copy_and_the_next_step_waits_for_it() -> None:
     model, offloaded, ema = build()
     parameters = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1.0, foreach=True)
-    go, events = held_up(offloaded)
+    go, events = block_link(offloaded)
     refresh_(model, 1)
     ema.update()
     offloaded.update()
@@ -106,13 +106,13 @@ def test_update_returns_before_the_weights_are_copied_and_a_step_waits_for_them(
     assert events[-1] == "stepped"
 
 
-def test_updates_are_left_out_while_it_is_behind_and_the_horizon_is_kept() -> None:
+def test_updates_skipped_while_behind_count_in_the_next_update() -> None:
     model, offloaded, ema = build(offload="skip")
-    go, _events = held_up(offloaded)
+    go, _events = block_link(offloaded)
     refresh_(model, 1)
     offloaded.update()
     ema.update()
-    for n in (1, 2):  # these do not wait for the first
+    for n in (1, 2):  # do not wait for the first update
         offloaded.update(steps=n)
     assert offloaded.num_updates == 1
     assert offloaded.offload_stats.steps_skipped == 3
@@ -143,7 +143,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_on_the_host_is_refused(name: str) -> None:
+def test_unsupported_offload_is_refused(name: str) -> None:
     build_it, error, said = REFUSED[name]
     with pytest.raises(error, match=said):
         build_it()
@@ -159,7 +159,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_what_the_worker_raises_the_next_call_does(call: str) -> None:
+def test_error_in_the_worker_is_raised_by_the_next_call(call: str) -> None:
     model, offloaded, _ema = build(on_nonfinite="raise")
     before = all_of(offloaded)
     with torch.no_grad():
@@ -174,22 +174,22 @@ def test_what_the_worker_raises_the_next_call_does(call: str) -> None:
     assert offloaded.state_dict()["num_updates"] == 1
 
 
-def test_weights_written_while_it_is_applied_are_noticed_and_come_back() -> None:
+def test_weights_written_while_applied_raise_and_are_restored() -> None:
     model, offloaded, ema = build()
     train(model, offloaded, ema, 1)
-    with unchanged(model, offloaded):
+    with assert_unchanged(model, offloaded):
         with pytest.raises(StateError, match=r"'head\.weight'"), offloaded.swapped():
             model.head.weight.detach().add_(1)
         with pytest.raises(StateError, match="applied"), offloaded.swapped():
             offloaded.update()
 
 
-def test_restore_is_refused_where_it_cannot_be_done_and_loses_nothing() -> None:
+def test_refused_restore_loses_nothing() -> None:
     model = net()
     offloaded = fastema.EMA(model, 0.75, offload=True)
     refresh_(model, 1)
     offloaded.update()
-    with unchanged(model, offloaded):
+    with assert_unchanged(model, offloaded):
         offloaded.apply_shadow()
         with pytest.raises(StateError, match="applied to another model"):
             offloaded.restore(net())
@@ -202,11 +202,11 @@ def test_restore_is_refused_where_it_cannot_be_done_and_loses_nothing() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_fork_waits_for_what_is_under_way_and_both_go_on(python: Callable[..., str]) -> None:
+def test_fork_waits_for_an_update_and_both_processes_continue(python: Callable[..., str]) -> None:
     said = python(
         """
         import os, time, warnings, torch, fastema
-        warnings.simplefilter("ignore")  # that there are threads is what is tested
+        warnings.simplefilter("ignore")  # forking with threads is what is tested
         model = torch.nn.Linear(3, 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         ema = fastema.EMA(model, decay=0.5, offload="skip")
@@ -224,7 +224,7 @@ def test_a_fork_waits_for_what_is_under_way_and_both_go_on(python: Callable[...,
     assert said.splitlines() == ["2 0"] * 2
 
 
-def test_an_update_under_way_is_finished_at_exit(python: Callable[..., str]) -> None:
+def test_running_update_is_finished_at_exit(python: Callable[..., str]) -> None:
     said = python(
         """
         import time, torch, fastema

@@ -1,4 +1,4 @@
-"""What is averaged, by patterns of names; several modules as one model."""
+"""Policies given as patterns of names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Model(nn.Module):
         self.register_buffer("table", torch.ones(2), persistent=False)
 
 
-def moved(model: nn.Module) -> None:
+def shift_tensors(model: nn.Module) -> None:
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor += 1.0
@@ -38,7 +38,7 @@ def moved(model: nn.Module) -> None:
     ],
     ids=["EMA", "SWA", "SMA", "PowerEMA"],
 )
-def test_the_first_pattern_that_matches_decides(kind: Any) -> None:
+def test_first_matching_pattern_decides(kind: Any) -> None:
     model = Model()
     policy = {"*.bias": "copy", "text.*": "average", "visual.*": "skip", "frozen.w*": "average",
               "expert_*": "average"}  # fmt: skip
@@ -48,12 +48,12 @@ def test_the_first_pattern_that_matches_decides(kind: Any) -> None:
     assert set(ema.shadow) - ema.averaged_names == {"text.bias", "visual.bias", "frozen.bias"}
     begun = model.expert_bias.clone()
     for _ in range(3):
-        moved(model)
+        shift_tensors(model)
         ema.update()
     assert torch.equal(ema.shadow["text.bias"], model.text.bias)
     assert not torch.equal(ema.shadow["expert_bias"], model.expert_bias)
     assert not torch.equal(ema.shadow["expert_bias"], begun)
-    # What a pattern decides on may be frozen, or trained, later.
+    # Tensors that a pattern matches may be frozen or unfrozen later.
     model.visual.requires_grad_(False)
     model.frozen.requires_grad_(True)
     ema.update()
@@ -61,7 +61,7 @@ def test_the_first_pattern_that_matches_decides(kind: Any) -> None:
         pass
 
 
-def test_wrong_patterns_are_refused() -> None:
+def test_invalid_patterns_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"(?s)no name matches.*'expert'.*'text\.weight'"):
         fastema.EMA(Model(), policy={"*.bias": "copy", "expert": "average"})
     with pytest.raises(ArgumentError, match="never averaged"):
@@ -92,12 +92,12 @@ class Adapted(nn.Module):
         return self.base(x) + sum((x @ a.T @ b.T for a, b in adapters), torch.zeros(()))
 
 
-def test_adapters_that_a_pattern_skips_come_and_go() -> None:
+def test_adapters_that_a_pattern_skips_may_be_added_and_removed() -> None:
     model = Adapted()
     ema = fastema.EMA(model, decay=0.5, policy={"*.default": "average", "*": "skip"})
     assert set(ema.shadow) == {"lora_A.default", "lora_B.default"}
     model.add("other")
-    moved(model.lora_A)
+    shift_tensors(model.lora_A)
     ema.update()
     expected = model.lora_A["default"].detach() - 0.5
     torch.testing.assert_close(ema.shadow["lora_A.default"], expected)

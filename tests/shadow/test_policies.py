@@ -1,4 +1,4 @@
-"""What is averaged, copied and skipped; buffers that a state leaves out."""
+"""Averaged, copied and skipped tensors; non-persistent buffers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 import fastema
 from fastema.errors import DTypeError, LayoutError
 
-from .kinds import KINDS, VARIED, all_of, unchanged, which
+from .kinds import KINDS, VARIED, all_of, assert_unchanged, which
 from .weights import BUFFERS, Net, assert_bits, bits, net, refresh_, snapshot
 
 pytestmark = pytest.mark.torch
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.torch
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("buffers", ["copy", "average", "skip"])
-def test_buffers_of_every_kind(buffers: str, kind: str) -> None:
-    """Copied by the updates that do work, averaged as weights are, or left alone."""
+def test_buffers_are_copied_averaged_or_skipped(buffers: str, kind: str) -> None:
+    """Only updates that average also copy; averaged buffers behave like weights."""
     model = net()
     average = KINDS[kind](model, buffers=buffers, update_every=2)
     as_weights = KINDS[kind]({"norm.running_mean": model.norm.running_mean}, update_every=2)
@@ -39,7 +39,7 @@ def test_buffers_of_every_kind(buffers: str, kind: str) -> None:
             assert torch.equal(bits(held), bits(want))
 
 
-def test_weights_of_8_bits_are_refused_by_name() -> None:
+def test_8_bit_weights_are_refused_by_name() -> None:
     small = torch.ones(3).to(torch.float8_e4m3fn)
     with pytest.raises(DTypeError, match="small: f8e4m3fn is not averaged"):
         fastema.EMA({"w": torch.randn(3), "small": small})
@@ -55,8 +55,8 @@ def test_weights_of_8_bits_are_refused_by_name() -> None:
 Change = Callable[[Any], object]
 
 
-def cached(seed: int = 0) -> Net:
-    """A `Net` that also keeps tables; no kernel knows the dtype of one of them."""
+def net_with_tables(seed: int = 0) -> Net:
+    """Return a `Net` with non-persistent buffers, one in a dtype that no kernel supports."""
     model = net(seed)
     model.register_buffer("table", torch.randn(4), persistent=False)
     model.hidden.register_buffer("mask", None, persistent=False)
@@ -65,12 +65,12 @@ def cached(seed: int = 0) -> Net:
     return model
 
 
-def late(module: nn.Module) -> nn.Module:
+def register_late(module: nn.Module) -> nn.Module:
     module.register_buffer("places", torch.randn(3), persistent=False)
     return module
 
 
-# Of what a state leaves out.
+# Changes of non-persistent buffers.
 CHANGES: dict[str, Change] = {
     "grown": lambda model: setattr(model, "table", torch.randn(9)),
     "of another dtype": lambda model: setattr(model, "table", torch.arange(4)),
@@ -78,29 +78,29 @@ CHANGES: dict[str, Change] = {
     "gone": lambda model: setattr(model, "table", None),
     "deleted": lambda model: delattr(model, "table"),
     "made at last": lambda model: setattr(model.hidden, "mask", torch.randn(7)),
-    "registered late": lambda model: late(model.conv),
-    "in a new module": lambda model: setattr(model, "rotary", late(nn.Module())),
+    "registered late": lambda model: register_late(model.conv),
+    "in a new module": lambda model: setattr(model, "rotary", register_late(nn.Module())),
 }
 
 
 @pytest.mark.parametrize("kind", ["EMA", *VARIED])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_they_may_change_in_a_block_and_before_a_state_is_loaded(change: Change, kind: str) -> None:
-    model = cached()
+def test_unsaved_buffers_may_change_in_a_block_or_before_loading(change: Change, kind: str) -> None:
+    model = net_with_tables()
     average = KINDS[kind](model)
     for n in (1, 2):
         refresh_(dict(model.state_dict()), n)
         average.update()
     held = all_of(average)
-    with unchanged(dict(model.state_dict()), average), average.swapped(**which(average)):
+    with assert_unchanged(dict(model.state_dict()), average), average.swapped(**which(average)):
         change(model)
         assert all_of(average) == held
-    resumed = cached()
+    resumed = net_with_tables()
     change(resumed)
     other = KINDS[kind](resumed)
     other.load_state_dict(average.state_dict())
     assert all_of(other) == held
-    fresh = cached(5)
+    fresh = net_with_tables(5)
     other.copy_to(fresh, **which(average))
     with average.swapped(**which(average)):
         assert_bits(dict(fresh.state_dict()), snapshot(dict(model.state_dict())))
@@ -108,9 +108,7 @@ def test_they_may_change_in_a_block_and_before_a_state_is_loaded(change: Change,
 
 @pytest.mark.parametrize("value", [torch.ones(9), None], ids=["grown", "none"])
 @pytest.mark.parametrize("buffers", ["copy", "average"])
-def test_a_buffer_that_is_saved_may_not_change_and_the_error_says_what_to_do(
-    buffers: str, value: Any
-) -> None:
+def test_changed_persistent_buffer_is_refused_with_advice(buffers: str, value: Any) -> None:
     model = net()
     model.register_buffer("kept", torch.ones(3), persistent=True)
     model.register_buffer("table", torch.ones(3), persistent=False)

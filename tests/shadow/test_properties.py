@@ -1,4 +1,4 @@
-"""The algebra of averages, and other libraries' numbers."""
+"""Algebraic properties of averages."""
 
 from collections.abc import Iterator
 
@@ -21,7 +21,7 @@ small = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCh
 Weights = dict[str, torch.Tensor]
 
 
-def laid_out(shape: tuple[int, ...], code: str, layout: str) -> torch.Tensor:
+def lay_out(shape: tuple[int, ...], code: str, layout: str) -> torch.Tensor:
     dtype = MIXED[code]
     if layout == "transposed":
         return torch.zeros(shape[::-1], dtype=dtype).permute(tuple(range(len(shape)))[::-1])
@@ -39,10 +39,10 @@ layouts = st.sampled_from(["plain", "transposed", "spaced", "offset"])
 
 
 def tensors(codes: st.SearchStrategy[str]) -> st.SearchStrategy[torch.Tensor]:
-    return st.builds(laid_out, shapes, codes, layouts)
+    return st.builds(lay_out, shapes, codes, layouts)
 
 
-def weights_of(*codes: str) -> st.SearchStrategy[Weights]:
+def weight_dicts(*codes: str) -> st.SearchStrategy[Weights]:
     sets = st.lists(tensors(st.sampled_from(codes)), min_size=1, max_size=6)
     return sets.filter(lambda found: any(t.dtype != torch.int64 for t in found)).map(
         lambda found: {f"t{i}": tensor for i, tensor in enumerate(found)}
@@ -60,8 +60,8 @@ def run(weights: Weights, seed: int, updates: int, ema: fastema.EMA) -> Iterator
 
 
 @small
-@given(weights_of(*FLOATS), st.floats(0.0, 0.9), seeds, st.integers(1, 8))
-def test_the_average_stays_between_the_weights_it_has_seen(
+@given(weight_dicts(*FLOATS), st.floats(0.0, 0.9), seeds, st.integers(1, 8))
+def test_average_stays_within_the_range_of_its_weights(
     weights: Weights, decay: float, seed: int, updates: int
 ) -> None:
     refresh_(weights, seed)
@@ -72,24 +72,24 @@ def test_the_average_stays_between_the_weights_it_has_seen(
         for name, tensor in seen.items():
             low[name], high[name] = low[name].minimum(tensor), high[name].maximum(tensor)
     for name, average in ema.shadow.items():
-        # One rounding at each update may step out, by half a unit in the last place of the bounds.
+        # Each update may round past the bounds by half a unit in the last place.
         room = updates * torch.finfo(average.dtype).eps * high[name].abs().maximum(low[name].abs())
         assert (average >= low[name] - room).all()
         assert (average <= high[name] + room).all()
 
 
 @small
-@given(weights_of(*FLOATS), seeds, st.integers(1, 4), st.integers(0, 4))
-def test_update_every_and_start_after_only_choose_the_steps(
+@given(weight_dicts(*FLOATS), seeds, st.integers(1, 4), st.integers(0, 4))
+def test_update_every_and_start_after_only_choose_steps(
     weights: Weights, seed: int, every: int, start: int
 ) -> None:
-    """The same as calling ``update`` at those steps only, with the decay to the k-th power."""
+    """Equivalent to calling ``update`` at those steps only, with the decay to the k-th power."""
     refresh_(weights, seed)
 
     def averages() -> fastema.EMA:
         return fastema.EMA(weights, 0.5**every, rounding="nearest")
 
-    # To nearest: the steps that random bits depend on are others.
+    # Rounded to nearest: random bits depend on the step, which differs.
     ema = fastema.EMA(weights, 0.5, update_every=every, start_after=start, rounding="nearest")
     by_hand = averages()
     for n, _ in enumerate(run(weights, seed, 9, ema), 1):
@@ -98,6 +98,3 @@ def test_update_every_and_start_after_only_choose_the_steps(
         elif n > start and (n - start) % every == 0:
             by_hand.update()
     assert_bits(dict(ema.shadow), snapshot(dict(by_hand.shadow)))
-
-
-"""``peer(model)`` builds an average of a package: how to update it, and what it holds."""

@@ -1,4 +1,4 @@
-"""What an average says of itself: a report, its repr, its drift, and names of other libraries."""
+"""What an average reports: report(), repr, drift, and hints for names of other libraries."""
 
 import copy
 import pickle
@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
 }
 
 
-def after(kind: str, updates: int, **options: Any) -> Any:
+def average_after(kind: str, updates: int, **options: Any) -> Any:
     build, given, _ = KINDS[kind]
     average = build([np.ones(3)], **given, **options)
     for _ in range(updates):
@@ -43,8 +43,8 @@ def after(kind: str, updates: int, **options: Any) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("updates", [3, 9, 10, 57, 2003])
 @pytest.mark.parametrize("every", [1, 10])
-def test_the_numbers_are_those_of_the_rules(kind: str, updates: int, every: int) -> None:
-    average = after(kind, updates, update_every=every)
+def test_report_agrees_with_effective_steps(kind: str, updates: int, every: int) -> None:
+    average = average_after(kind, updates, update_every=every)
     _, *lines = average.report().split("\n")
     if updates < every:
         assert lines == ["nothing is averaged yet: it is the weights it was built from"]
@@ -64,7 +64,7 @@ def test_the_numbers_are_those_of_the_rules(kind: str, updates: int, every: int)
             assert float(share[1]) == pytest.approx(100 * reach.initial_share, rel=0.01)
 
 
-def test_what_was_skipped_is_reported() -> None:
+def test_report_counts_skipped_calls() -> None:
     x = np.ones(3)
     ema = fastema.EMA([x], 0.9, on_nonfinite="skip")
     for said in ([], ["1 call was skipped"], ["2 calls were skipped"]):
@@ -76,7 +76,7 @@ def test_what_was_skipped_is_reported() -> None:
         ema.update()
 
 
-def test_an_average_shows_that_it_is_applied_and_its_mapping_the_names() -> None:
+def test_repr_shows_applied_and_names_of_tensors() -> None:
     ema = fastema.EMA(net(), 0.9)
     with ema.swapped():
         assert "applied" in repr(ema)
@@ -94,7 +94,7 @@ def test_an_average_shows_that_it_is_applied_and_its_mapping_the_names() -> None
         ("shadow_params", r"ema\.shadow"),
     ],
 )
-def test_a_name_of_another_library_is_answered_with_ours(name: str, said: str) -> None:
+def test_attribute_of_another_library_raises_with_a_hint(name: str, said: str) -> None:
     with pytest.raises(AttributeError, match=f"'EMA' object has no attribute '{name}': .*{said}"):
         getattr(fastema.EMA([np.ones(3)]), name)
     for kind in (fastema.EMA, fastema.SWA, fastema.SMA, fastema.PowerEMA):
@@ -107,7 +107,7 @@ def test_an_average_is_neither_copied_nor_pickled() -> None:
             copied(fastema.EMA([np.ones(3)]))
 
 
-def test_drift_shows_an_average_that_stands_still() -> None:
+def test_drift_shows_an_average_that_rounding_stalls() -> None:
     start = torch.randn(5000).bfloat16()
     weights = {"w": start.clone(), "equal": torch.ones(5000)}
     nearest = fastema.EMA(weights, 0.999, rounding="nearest", drift=True)

@@ -1,4 +1,4 @@
-"""Random rounding of whole averages: by definition, wherever they run, and no stalls."""
+"""Random rounding of whole averages: as specified, whatever the threads and other tensors."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ import torch
 import fastema
 from fastema.kernels.table import CHUNK
 
-from .stored import Specified, same
+from .stored import ReferenceAverage, is_same
 from .weights import FLOATS, refresh_
 
 pytestmark = pytest.mark.torch
@@ -17,8 +17,8 @@ DECAY = 0.99
 NARROW = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
-def weights_of(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Odd sizes, odd beginnings, gaps and orders of axes."""
+def make_weights(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return tensors with odd sizes, odd offsets, gaps and permuted axes."""
     base = torch.empty(40_001, dtype=dtype)
     image = torch.empty(3, 5, 7, 9, dtype=dtype)
     weights = {
@@ -38,10 +38,10 @@ def weights_of(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("average", NARROW)
 @pytest.mark.parametrize("model", FLOATS)
 def test_every_tensor_is_rounded_as_specified(model: str, average: str) -> None:
-    weights = weights_of(FLOATS[model])
+    weights = make_weights(FLOATS[model])
     ema = fastema.EMA(weights, DECAY, shadow_dtype=NARROW[average], seed=2**35 + 3)
     specified = {
-        name: Specified(tensor, name, seed=2**35 + 3) for name, tensor in ema.shadow.items()
+        name: ReferenceAverage(tensor, name, seed=2**35 + 3) for name, tensor in ema.shadow.items()
     }
     for step in range(1, 5):
         refresh_(weights, step)
@@ -52,12 +52,12 @@ def test_every_tensor_is_rounded_as_specified(model: str, average: str) -> None:
 
 
 @pytest.mark.usefixtures("eager")
-def test_threads_and_company_do_not_matter(threads: Callable[[int], None]) -> None:
+def test_rounding_ignores_threads_and_other_tensors(threads: Callable[[int], None]) -> None:
     shapes = {"large": (3 * CHUNK + 5,), "matrix": (300, 700), "small": (9,)}
     weights = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
     start = {name: tensor.clone() for name, tensor in weights.items()}
 
-    def of(names: list[str], count: int, **options: object) -> dict[str, torch.Tensor]:
+    def shadow_of(names: list[str], count: int, **options: object) -> dict[str, torch.Tensor]:
         threads(count)
         for name, tensor in weights.items():
             tensor.copy_(start[name])
@@ -68,12 +68,12 @@ def test_threads_and_company_do_not_matter(threads: Callable[[int], None]) -> No
             ema.update()
         return dict(ema.shadows[0])
 
-    whole = of(list(shapes), 1)
-    assert same(of(list(shapes), 2), whole)
-    assert same(of(list(shapes), 4), whole)
-    several = of(list(shapes), 3, decay=(0.999, 0.9, 0.5))  # in chunks of another size
-    assert same(several, whole)
-    backwards = of(list(shapes)[::-1], 2)
+    whole = shadow_of(list(shapes), 1)
+    assert is_same(shadow_of(list(shapes), 2), whole)
+    assert is_same(shadow_of(list(shapes), 4), whole)
+    several = shadow_of(list(shapes), 3, decay=(0.999, 0.9, 0.5))  # with another chunk size
+    assert is_same(several, whole)
+    backwards = shadow_of(list(shapes)[::-1], 2)
     for name in shapes:
-        assert torch.equal(of([name], 2)[name], whole[name])
+        assert torch.equal(shadow_of([name], 2)[name], whole[name])
         assert torch.equal(backwards[name], whole[name])

@@ -1,4 +1,4 @@
-"""`watch="sample"`: a sixteenth of the tensors is looked at in each update."""
+"""`watch="sample"`: each update checks a sixteenth of the tensors."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def model() -> torch.nn.Sequential:
     return torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(32)))
 
 
-def test_one_moved_tensor_is_noticed_within_a_turn() -> None:
+def test_one_moved_tensor_is_noticed_within_a_round() -> None:
     net = model()
     ema = fastema.EMA(net, 0.5, watch="sample")
     ema.update()
@@ -23,14 +23,14 @@ def test_one_moved_tensor_is_noticed_within_a_turn() -> None:
     weight.data = old + 1.0
     for _ in range(SHARES):
         ema.update()
-    # However late it was noticed, the average has moved towards the new memory.
+    # However late the move was noticed, the average has followed the new memory.
     assert (ema.shadow["20.weight"] - start).abs().max() > 0.4
     for _ in range(60):
         ema.update()
     torch.testing.assert_close(ema.shadow["20.weight"], weight.detach())
 
 
-def test_what_moves_everything_is_noticed_at_once() -> None:
+def test_moving_all_tensors_is_noticed_at_once() -> None:
     net = model()
     ema = fastema.EMA(net, 0.5, watch="sample")
     for _ in range(3):
@@ -43,13 +43,13 @@ def test_what_moves_everything_is_noticed_at_once() -> None:
     torch.testing.assert_close(ema.shadow["7.bias"], before.lerp(net[7].bias.detach(), 0.5))
 
 
-def test_other_words_are_refused() -> None:
+def test_unknown_watch_is_refused() -> None:
     with pytest.raises(ArgumentError, match="watch='none'"):
         fastema.EMA(model(), watch="none")
 
 
-def test_moved_before_the_first_update() -> None:
-    """The first look is at all of them: memory that was freed meanwhile is never read."""
+def test_tensor_moved_before_the_first_update_is_noticed() -> None:
+    """The first update checks every tensor, so that freed memory is never read."""
     net = model()
     ema = fastema.EMA(net, 0.5, watch="sample")
     before = ema.shadow["31.bias"].clone()

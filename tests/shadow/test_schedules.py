@@ -1,4 +1,4 @@
-"""Averages by every rule, against loops in float64 with the weights of the formulas."""
+"""Averages by every rule, compared with float64 loops over the weights of its formula."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from .truth import Loop
 
 Decays = Callable[[int], float]
 
-# Each schedule beside its decay at step n, written out once more.
+# Each schedule with an independent formula for its decay at step n.
 PLAIN: dict[str, tuple[Any, Decays]] = {
     "number": (0.95, lambda n: 0.95),
     "slow": (0.9999, lambda n: 0.9999),
@@ -35,41 +35,41 @@ PLAIN: dict[str, tuple[Any, Decays]] = {
 DEBIASED = ("number", "slow", "zero", "warmup", "half-life")
 
 
-def by_decay(decay: Decays, every: int) -> Iterator[float]:
+def decay_weights(decay: Decays, every: int) -> Iterator[float]:
     return (1 - decay(n) ** every for n in count(every, every))
 
 
-def by_decay_from_zero(decay: Decays, every: int) -> Iterator[float]:
-    left = Fraction(1)  # a float64 would lose digits of what was seen
+def debiased_weights(decay: Decays, every: int) -> Iterator[float]:
+    left = Fraction(1)  # a float64 would lose digits of 1 - left
     for n in count(every, every):
         kept = Fraction(decay(n)) ** every
         left *= kept
         yield float((1 - kept) / (1 - left))
 
 
-def by_number(every: int) -> Iterator[float]:
+def mean_weights(every: int) -> Iterator[float]:
     return (1 / n for n in count(1))
 
 
-def by_power(every: int) -> Iterator[float]:
+def power_weights(every: int) -> Iterator[float]:
     return (1 - (1 - every / n) ** (rules.gamma_of(0.1) + 1) for n in count(every, every))
 
 
-# How each average is built, and the weight of each update of the memory, by their distance.
+# How to build each average, and its update weights for a given `update_every`.
 AVERAGES: dict[str, tuple[Callable[..., Any], Callable[[int], Iterator[float]]]] = {
     **{
-        name: (partial(fastema.EMA, decay=d), partial(by_decay, f))
+        name: (partial(fastema.EMA, decay=d), partial(decay_weights, f))
         for name, (d, f) in PLAIN.items()
     },
     **{
         f"{name}, debiased": (
             partial(fastema.EMA, decay=PLAIN[name][0], zero_debias=True),
-            partial(by_decay_from_zero, PLAIN[name][1]),
+            partial(debiased_weights, PLAIN[name][1]),
         )
         for name in DEBIASED
     },
-    "mean": (fastema.SWA, by_number),
-    "power": (partial(fastema.PowerEMA, sigma_rels=0.1), by_power),
+    "mean": (fastema.SWA, mean_weights),
+    "power": (partial(fastema.PowerEMA, sigma_rels=0.1), power_weights),
 }
 DTYPES = {"f32": np.float32, "f64": np.float64, "f16": np.float16, "c64": np.complex64}
 
@@ -82,7 +82,7 @@ def numbers(seed: int, dtype: Any = np.float32, size: int = 100) -> np.ndarray:
 @pytest.mark.parametrize("code", DTYPES)
 @pytest.mark.parametrize(("start", "every"), [(0, 1), (0, 5), (3, 1), (7, 2), (0, 10)])
 @pytest.mark.parametrize("kind", AVERAGES)
-def test_it_is_the_loop_with_the_weights_of_the_formula(
+def test_average_equals_a_loop_with_the_weights_of_its_formula(
     kind: str, start: int, every: int, code: str
 ) -> None:
     build, weights_of = AVERAGES[kind]
@@ -110,8 +110,8 @@ def test_it_is_the_loop_with_the_weights_of_the_formula(
         assert average.num_updates == step
 
 
-def test_a_power_average_has_the_width_that_was_asked_for() -> None:
-    """Weights that are 1 in one element after another show the share that each step has."""
+def test_power_average_has_the_requested_width() -> None:
+    """Step n sets element n alone to 1, so that the average holds the share of each step."""
     steps, widths = 400, (0.05, 0.10, 0.2)
     x = np.zeros(steps)
     average = fastema.PowerEMA([x], widths)
@@ -124,12 +124,12 @@ def test_a_power_average_has_the_width_that_was_asked_for() -> None:
         assert profile.sum() == pytest.approx(1, abs=1e-12)
         mean = (profile * ages).sum()
         std = math.sqrt((profile * (ages - mean) ** 2).sum())
-        assert std / steps == pytest.approx(width, abs=1 / steps)  # to the coarseness of the steps
+        assert std / steps == pytest.approx(width, abs=1 / steps)  # to the resolution of one step
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex64])
 @pytest.mark.parametrize(("m", "n"), [(1, 2), (10, 11), (40, 100), (99, 100)])
-def test_the_mean_of_any_window_from_two_means(m: int, n: int, dtype: Any) -> None:
+def test_mean_between_two_means_is_the_mean_of_their_window(m: int, n: int, dtype: Any) -> None:
     weights = {"a": numbers(0, dtype), "count": np.arange(3)}
     wide = np.complex128 if np.dtype(dtype).kind == "c" else np.float64
     swa = fastema.SWA(weights, shadow_dtype="float64")
@@ -145,7 +145,7 @@ def test_the_mean_of_any_window_from_two_means(m: int, n: int, dtype: Any) -> No
     assert set(got) == {"a"}
     assert got["a"].dtype == wide
     want = np.mean(seen[m:], axis=0)
-    # Some units in the last place of a float64, as many as the windows differ.
+    # Some float64 roundings, amplified by the ratio of the windows.
     np.testing.assert_allclose(got["a"], want, rtol=0, atol=8 * n / (n - m) * n * 2.0**-53)
 
 
@@ -153,7 +153,7 @@ CUTS = st.lists(st.integers(1, 30), min_size=1, max_size=15)
 
 
 @given(st.floats(0.3, 0.999), CUTS)
-def test_an_update_over_steps_is_decay_to_their_number(decay: float, cuts: list[int]) -> None:
+def test_update_over_k_steps_uses_decay_to_the_kth_power(decay: float, cuts: list[int]) -> None:
     x = numbers(0)
     ema = fastema.EMA([x], decay)
     truth = Loop(x, "f32", "f32")
@@ -166,7 +166,7 @@ def test_an_update_over_steps_is_decay_to_their_number(decay: float, cuts: list[
 
 
 @given(st.floats(0.02, 0.28), CUTS, st.integers(1, 5))
-def test_a_power_average_weighs_a_step_by_its_stretch_of_the_run(
+def test_power_average_weighs_an_update_by_the_steps_it_covers(
     width: float, cuts: list[int], every: int
 ) -> None:
     x = numbers(0, np.float64)

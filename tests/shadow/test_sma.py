@@ -1,4 +1,4 @@
-"""The windowed mean of weights: that of the window, at every step, for every dtype."""
+"""Windowed means of weights: correct at every step, in every dtype."""
 
 import tracemalloc
 
@@ -19,18 +19,18 @@ pytestmark = pytest.mark.torch
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
 
 
-def reals(tensor: torch.Tensor) -> np.ndarray:
-    """The float64 numbers of a tensor, a complex one's in pairs."""
+def to_reals(tensor: torch.Tensor) -> np.ndarray:
+    """Return a tensor's numbers as float64, complex ones as pairs."""
     return exact(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
 
 
-def check(got: np.ndarray, seen: list[np.ndarray], window: int, code: str) -> None:
-    """An average kept in a dtype is the mean of the last values, to the documented error."""
+def assert_windowed_mean(got: np.ndarray, seen: list[np.ndarray], window: int, code: str) -> None:
+    """Assert that an average is the mean of the last values, to its dtype's documented error."""
     narrow = code in ("f16", "bf16")
     want = reference.windowed_mean(np.array(seen[-window:]), window)
     u = unit_roundoff("f32" if narrow else code)
     once = (2 if narrow else 1) * cast_bound(np.abs(want).astype(float), code)
-    # As documented, and what rounding the remainder of a 16-bit mean costs.
+    # The documented bound, plus the rounding of the remainder of a 16-bit mean.
     largest = np.abs(seen[-2 * window :]).max()
     slack = 8 * window * u**2 * largest + 2.0**-62 * window * largest + 2 * window * u * once.max()
     np.testing.assert_array_less(np.abs(got - want).astype(float), once * (1 + 1e-3) + slack)
@@ -38,7 +38,7 @@ def check(got: np.ndarray, seen: list[np.ndarray], window: int, code: str) -> No
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 10, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: CODES[dtype])
-def test_it_is_the_mean_of_the_window(dtype: torch.dtype, window: int) -> None:
+def test_sma_equals_the_mean_of_the_window(dtype: torch.dtype, window: int) -> None:
     weights = {
         "odd": torch.empty(131, dtype=dtype),
         "matrix": torch.empty(40, 7, dtype=dtype).t(),
@@ -51,14 +51,14 @@ def test_it_is_the_mean_of_the_window(dtype: torch.dtype, window: int) -> None:
     for step in range(1, 2 * window + 6):
         train_(weights, [step], sma)
         for name, values in seen.items():
-            values.append(reals(weights[name]))
-            check(reals(sma.shadow[name]), values, window, code)
+            values.append(to_reals(weights[name]))
+            assert_windowed_mean(to_reals(sma.shadow[name]), values, window, code)
     assert sma.num_updates == 2 * window + 5
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_what_is_not_finite_is_forgotten_within_two_windows(dtype: torch.dtype, bad: float) -> None:
+def test_nonfinite_weights_are_forgotten_within_two_windows(dtype: torch.dtype, bad: float) -> None:
     window = 4
     weights, clean = ({"w": torch.empty(5000, dtype=dtype)} for _ in range(2))
     sma, mirror = (fastema.SMA(one, window, rounding="nearest") for one in (weights, clean))
@@ -78,9 +78,9 @@ def test_what_is_not_finite_is_forgotten_within_two_windows(dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("window", [3, 10])
-def test_memory_is_that_of_the_window_and_two_more(window: int) -> None:
+def test_sma_takes_the_memory_of_window_plus_two_models(window: int) -> None:
     arrays = [np.ones((500, 1000), np.float32), np.ones(300_000, np.float32)]
-    fastema.SMA([np.ones(10, np.float32)], window).update()  # the kernel is compiled before
+    fastema.SMA([np.ones(10, np.float32)], window).update()  # compiles the kernel
     nbytes = sum(array.nbytes for array in arrays)
     expected = (window + 2) * nbytes
     tracemalloc.start()

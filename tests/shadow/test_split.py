@@ -1,4 +1,4 @@
-"""Averages in two halves: a float32 run to the bit, of which one half is a bfloat16 checkpoint."""
+"""Averages split into two halves: float32 to the bit; the high half is a bfloat16 checkpoint."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 import fastema
 
 from ..support import reference
-from .kinds import KINDS, unchanged
+from .kinds import KINDS, assert_unchanged
 from .stored import exact, stored
 from .weights import FLOATS, assert_bits, net, snapshot, train_
 
@@ -19,7 +19,7 @@ SPLIT = "bf16+16"
 
 
 def assert_is_split(average: Any, wide: Any) -> None:
-    """The two halves are what a float32 average comes apart into."""
+    """Assert that the halves are the split of a float32 average."""
     residuals = average.state_dict()["residual"]
     for i, shadow in enumerate(average.shadows):
         for name in average.averaged_names:
@@ -32,26 +32,26 @@ def assert_is_split(average: Any, wide: Any) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kind", ["EMA", "three", "SWA", "PowerEMA"])
-def test_it_is_a_float32_run_to_the_bit(kind: str, dtype: str) -> None:
+def test_split_average_equals_a_float32_one_to_the_bit(kind: str, dtype: str) -> None:
     model = net(0, FLOATS[dtype])
     average, wide = (KINDS[kind](model, shadow_dtype=one) for one in (SPLIT, "float32"))
     for steps in (0, 200):
         train_(model, range(steps), average, wide)
         assert_is_split(average, wide)
-    # The half that is used alone is the nearest bfloat16: half a unit in the last place at most.
+    # The high half alone is within half a unit in the last place of a bfloat16.
     for shadow, other in zip(average.shadows, wide.shadows, strict=True):
         for name in average.averaged_names:
             high, value = exact(shadow[name]), exact(other[name])
             assert (np.abs(high - value) <= 2.0**-8 * np.abs(value)).all()
 
 
-def test_the_high_half_is_a_checkpoint_and_all_that_a_bfloat16_model_takes() -> None:
+def test_bfloat16_model_loads_and_swaps_only_the_high_half() -> None:
     model, ready = net(0, torch.bfloat16), net(9, torch.bfloat16)
     ema = fastema.EMA(model, 0.97, shadow_dtype=SPLIT)
     train_(model, range(5), ema)
     ready.load_state_dict(dict(ema.shadow))
     residuals = {n: e.parts["residual"][0] for n, e in ema._store.sets[0].items() if e.form}
     held = snapshot(residuals)
-    with unchanged(model, ema), ema.swapped():
+    with assert_unchanged(model, ema), ema.swapped():
         assert_bits(model, snapshot(ready))
         assert_bits(residuals, held)

@@ -1,4 +1,4 @@
-"""Saving and loading: strict, all or nothing, and a resumed run equal to the bit."""
+"""Saving and loading: strict, all or nothing; resumed runs are equal to the bit."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ from fastema import rules
 from fastema.errors import CheckpointError
 
 from ..support.damage import places
-from .kinds import KINDS, PARTS, Kind, all_of, trained_kind, unchanged, which
+from .kinds import KINDS, PARTS, Kind, all_of, assert_unchanged, build_trained, which
 from .weights import (
     FLOATS,
     Net,
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.torch
 State = dict[str, Any]
 
 
-def through_a_file(state: State) -> State:
+def save_and_load(state: State) -> State:
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -46,31 +46,31 @@ def through_a_file(state: State) -> State:
 
 
 @contextmanager
-def silence() -> Iterator[None]:
-    """A block in which any warning is an error."""
+def warnings_as_errors() -> Iterator[None]:
+    """Turn every warning in the block into an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
 
 
-def trained(updates: int = 3, dtype: torch.dtype | None = None, **options: Any) -> fastema.EMA:
+def train_ema(updates: int = 3, dtype: torch.dtype | None = None, **options: Any) -> fastema.EMA:
     model = net(0, dtype)
     ema = fastema.EMA(model, options.pop("decay", 0.9), **options)
     train_(model, range(1, updates + 1), ema)
     return ema
 
 
-def runs_of(**given: Any) -> Kind:
+def ema_builder(**given: Any) -> Kind:
     return lambda weights, **options: fastema.EMA(weights, **{**given, **options})
 
 
 RUNS: dict[str, Kind] = {
     **KINDS,
-    "warmup": runs_of(decay=rules.warmup(0.99)),
-    "inverse_gamma": runs_of(decay=rules.inverse_gamma(0.99, 3.0, 0.75, 0.05)),
-    "half_life": runs_of(decay=rules.half_life(11)),
-    "wide": runs_of(decay=0.9, shadow_dtype=torch.float64),
-    "policies": runs_of(decay=0.9, buffers="average", frozen="average"),
+    "warmup": ema_builder(decay=rules.warmup(0.99)),
+    "inverse_gamma": ema_builder(decay=rules.inverse_gamma(0.99, 3.0, 0.75, 0.05)),
+    "half_life": ema_builder(decay=rules.half_life(11)),
+    "wide": ema_builder(decay=0.9, shadow_dtype=torch.float64),
+    "policies": ema_builder(decay=0.9, buffers="average", frozen="average"),
 }
 TIMES = [{}, {"update_every": 3}, {"start_after": 9}, {"update_every": 2, "start_after": 3}]
 
@@ -95,14 +95,14 @@ def test_resumed_run_is_equal_to_the_bit(
     train_(first_model, range(1, cut + 1), first)
     raw = copy.deepcopy(first_model.state_dict())
     with first.swapped(**which(first)) if applied else nullcontext():
-        saved = through_a_file(first.state_dict())
+        saved = save_and_load(first.state_dict())
 
-    # It has the weights of its own beginning, another past, another seed.
+    # The second run has another history and another seed before it loads.
     second_model, second = build(seed=99, update_every=1)
     train_(second_model, range(20, 27), second)
     second_model.load_state_dict(raw)
     differs = second.schedule != first.schedule
-    with pytest.warns(UserWarning, match="schedule") if differs else silence():
+    with pytest.warns(UserWarning, match="schedule") if differs else warnings_as_errors():
         second.load_state_dict(saved)
     assert (second.decay, second.schedule) == (first.decay, first.schedule)
     assert all_of(second) == all_of(first)
@@ -119,9 +119,9 @@ SCHEDULES: dict[str, State] = {
 
 
 @pytest.mark.parametrize("what", SCHEDULES)
-def test_a_different_saved_schedule_counts_with_a_warning_that_names_both(what: str) -> None:
-    first = trained(5, **SCHEDULES[what])
-    saved = through_a_file(first.state_dict())
+def test_different_saved_schedule_wins_with_a_warning_that_names_both(what: str) -> None:
+    first = train_ema(5, **SCHEDULES[what])
+    saved = save_and_load(first.state_dict())
     ema = fastema.EMA(net(4), 0.5)
     mine = ema.schedule
     with pytest.warns(UserWarning, match="schedule='mine'") as caught:
@@ -135,13 +135,13 @@ def test_a_different_saved_schedule_counts_with_a_warning_that_names_both(what: 
 
 
 @pytest.mark.parametrize("what", SCHEDULES)
-def test_ones_own_schedule_is_kept_where_asked_for(what: str) -> None:
-    """In silence, and the run goes on with it: the decay is changed on purpose."""
-    saved = through_a_file(trained(8, **SCHEDULES[what]).state_dict())
+def test_schedule_mine_keeps_the_schedule_of_the_average(what: str) -> None:
+    """Training continues with it, without a warning: the change is deliberate."""
+    saved = save_and_load(train_ema(8, **SCHEDULES[what]).state_dict())
     model = net(4)
     ema = fastema.EMA(model, 0.25, update_every=3)
     mine = ema.schedule
-    with silence():
+    with warnings_as_errors():
         ema.load_state_dict(saved, schedule="mine")
     assert ema.schedule == mine
     assert ema.num_updates == 8
@@ -151,11 +151,11 @@ def test_ones_own_schedule_is_kept_where_asked_for(what: str) -> None:
     assert_average(ema, before, values(model), 1 - 0.25**3)
 
 
-def test_state_is_plain() -> None:
-    """Nothing but what ``weights_only=True`` loads, and the head fits into JSON."""
+def test_state_holds_plain_tensors_and_json() -> None:
+    """Tensors are plain, and everything else survives JSON."""
     for average in (
-        trained(3, decay=rules.inverse_gamma(0.99)),
-        *(trained_kind(kind) for kind in KINDS),
+        train_ema(3, decay=rules.inverse_gamma(0.99)),
+        *(build_trained(kind) for kind in KINDS),
     ):
         state = average.state_dict()
         parts = {key: state.pop(key) for key in PARTS if key in state}
@@ -165,9 +165,9 @@ def test_state_is_plain() -> None:
         assert json.loads(json.dumps(state)) == state
 
 
-def test_loading_copies_keeps_the_memory_of_the_average_and_leaves_the_model_alone() -> None:
+def test_loading_copies_in_place_and_leaves_the_model_alone() -> None:
     model = net(3)
-    ema, state = fastema.EMA(model), through_a_file(trained(6).state_dict())
+    ema, state = fastema.EMA(model), save_and_load(train_ema(6).state_dict())
     before = snapshot(model)
     places = {name: tensor.data_ptr() for name, tensor in ema.shadow.items()}
     ema.load_state_dict(state)
@@ -179,10 +179,10 @@ def test_loading_copies_keeps_the_memory_of_the_average_and_leaves_the_model_alo
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module.module."])
-def test_names_of_a_wrapped_model_load(prefix: str) -> None:
-    state = trained(6).state_dict()
+def test_state_with_names_of_a_wrapped_model_loads(prefix: str) -> None:
+    state = train_ema(6).state_dict()
     wrapped = {prefix + name: tensor for name, tensor in state["shadow"][0].items()}
-    ema = trained()
+    ema = train_ema()
     ema.load_state_dict({**state, "shadow": [wrapped]})
     assert_bits(dict(ema.shadow), snapshot(state["shadow"][0]))
 
@@ -194,7 +194,7 @@ def head(**changes: Any) -> Change:
     return lambda state: {**state, **changes}
 
 
-def without(key: str) -> Change:
+def drop_entry(key: str) -> Change:
     return lambda state: {k: v for k, v in state.items() if k != key}
 
 
@@ -210,7 +210,7 @@ def part(name: str, change: Callable[[list[State]], object]) -> Change:
     return lambda state: {**state, name: change(state[name])}
 
 
-def renamed(name: str, index: int = 0) -> Change:
+def rename_scale(name: str, index: int = 0) -> Change:
     def change(averages: list[State]) -> list[State]:
         averages[index]["gain"] = averages[index].pop("scale")
         return averages
@@ -218,11 +218,11 @@ def renamed(name: str, index: int = 0) -> Change:
     return part(name, change)
 
 
-def narrowed(name: str) -> Change:
+def narrow_scale(name: str) -> Change:
     return part(name, lambda found: [{**found[0], "scale": found[0]["scale"].half()}])
 
 
-def wrong_in_every_way(state: State) -> State:
+def break_everything(state: State) -> State:
     (shadow,) = state["shadow"]
     del shadow["scale"], shadow["conv.bias"]
     shadow["gain"], shadow["norm.weight"] = torch.ones(1), 3.0
@@ -243,18 +243,18 @@ WRONG: dict[str, tuple[Change, str]] = {
     "the averages": (lambda state: state["shadow"], NO_STATE),
     "format": (head(format="other"), NO_STATE),
     "version": (head(version=2), "version 2"),
-    "no version": (without("version"), "version None"),
+    "no version": (drop_entry("version"), "version None"),
     "kind": (head(kind="SWA"), "'SWA'"),
     "negative": (head(num_updates=-1), "num_updates is -1"),
     "fraction": (head(num_updates=2.5), "num_updates is 2.5"),
     "truth": (head(num_updates=True), "num_updates is True"),
-    "no count": (without("num_updates"), "num_updates is None"),
+    "no count": (drop_entry("num_updates"), "num_updates is None"),
     "huge": (head(num_updates=2**63), f"num_updates is {2**63}"),
-    "no skips": (without("num_skipped"), "num_skipped is None"),
-    "no seed": (without("seed"), "seed is None"),
+    "no skips": (drop_entry("num_skipped"), "num_skipped is None"),
+    "no seed": (drop_entry("seed"), "seed is None"),
     "seed": (head(seed=-1), "seed is -1"),
     "huge seed": (head(seed=2**63), f"seed is {2**63}"),
-    "no shadow": (without("shadow"), "shadow"),
+    "no shadow": (drop_entry("shadow"), "shadow"),
     "one shadow": (part("shadow", lambda found: found[0]), "shadow"),
     "shadow tensors": (part("shadow", lambda found: [*found[0].values()]), "shadow"),
     "no averages": (head(shadow=[]), "holds 0 averages, expected 1"),
@@ -263,7 +263,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "residual": (lambda s: {**s, "residual": s["shadow"]}, "'residual' is unexpected"),
     "ring": (lambda s: {**s, "ring": s["shadow"]}, "'ring' is unexpected"),
     "two rules": (lambda s: rule(*s["schedule"]["rules"] * 2)(s), "2 averages, not 1"),
-    "no schedule": (without("schedule"), "schedule"),
+    "no schedule": (drop_entry("schedule"), "schedule"),
     "schedule text": (head(schedule="constant"), "schedule"),
     "schedule none": (head(schedule=None), "schedule"),
     "no rules": (rule(), "schedule"),
@@ -282,7 +282,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "every": (schedule(update_every=0), "update_every=0"),
     "start": (schedule(start_after="x"), "start_after='x'"),
 }
-# Of averages of a kind; each message names all that is wrong.
+# By kind of average; each message must name everything that is wrong.
 WRONG_PARTS: dict[str, tuple[str, Change, list[str]]] = {
     **{name: ("EMA", change, [message]) for name, (change, message) in WRONG.items()},
     "all of a head": (
@@ -297,22 +297,22 @@ WRONG_PARTS: dict[str, tuple[str, Change, list[str]]] = {
     ),
     "every mismatch": (
         "EMA",
-        wrong_in_every_way,
+        break_everything,
         [
             *("'scale' is missing", "'conv.bias' is missing", "'gain' is unexpected"),
             *("[12, 7]", "[12, 6]", "'hidden.bias' is f64, expected f32"),
             *("'head.weight'", "'norm.weight'", "schedule", "1.5"),
         ],
     ),
-    "no residual": ("split", without("residual"), ["no 'residual'"]),
+    "no residual": ("split", drop_entry("residual"), ["no 'residual'"]),
     "residual names": (
         "split",
-        renamed("residual"),
+        rename_scale("residual"),
         ["'scale' is missing in residual[0]", "'gain' is unex"],
     ),
     "residual dtype": (
         "split",
-        narrowed("residual"),
+        narrow_scale("residual"),
         ["'scale' is f16, expected i16 in residual[0]"],
     ),
     "low of two": (
@@ -320,10 +320,10 @@ WRONG_PARTS: dict[str, tuple[str, Change, list[str]]] = {
         part("residual", lambda found: found[:2]),
         ["'residual' holds 2 averages, expected 3"],
     ),
-    "one of three": ("three", renamed("shadow", 1), ["'scale' is missing in shadow[1]"]),
-    "no ring": ("SMA", without("ring"), ["no 'ring'"]),
-    "ring dtype": ("SMA", narrowed("ring"), ["'scale' is f16, expected f32 in ring[0]"]),
-    "no remainder": ("SMA", without("residual"), ["no 'residual'"]),
+    "one of three": ("three", rename_scale("shadow", 1), ["'scale' is missing in shadow[1]"]),
+    "no ring": ("SMA", drop_entry("ring"), ["no 'ring'"]),
+    "ring dtype": ("SMA", narrow_scale("ring"), ["'scale' is f16, expected f32 in ring[0]"]),
+    "no remainder": ("SMA", drop_entry("residual"), ["no 'residual'"]),
     "a shorter window": (
         "SMA",
         part("ring", lambda found: [{n: t[:2] for n, t in found[0].items()}]),
@@ -335,13 +335,13 @@ WRONG_PARTS: dict[str, tuple[str, Change, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", WRONG_PARTS)
-def test_a_state_that_does_not_fit_is_refused_whole(case: str) -> None:
+def test_mismatched_state_is_refused_and_changes_nothing(case: str) -> None:
     kind, change, messages = WRONG_PARTS[case]
     model = net()
-    average = trained_kind(kind, model)
+    average = build_trained(kind, model)
     decay, schedule = average.decay, average.schedule
-    with unchanged(model, average), pytest.raises(CheckpointError) as caught:
-        average.load_state_dict(change(trained_kind(kind, updates=7).state_dict()))
+    with assert_unchanged(model, average), pytest.raises(CheckpointError) as caught:
+        average.load_state_dict(change(build_trained(kind, updates=7).state_dict()))
     assert [part for part in messages if part not in str(caught.value)] == []
     assert (average.decay, average.schedule) == (decay, schedule)
     average.update()
@@ -355,7 +355,7 @@ JUNK: list[Any] = [
 
 
 @pytest.mark.parametrize("value", JUNK, ids=lambda value: type(value).__name__)
-def test_whatever_is_in_a_place_of_a_state_it_fits_or_is_refused_in_words(value: Any) -> None:
+def test_junk_anywhere_in_a_state_loads_or_raises_checkpoint_error(value: Any) -> None:
     weights = {"a": np.ones(3, np.float32), "b": np.ones((2, 2))}
     rules_ = (rules.warmup(0.9), rules.inverse_gamma(0.9))
     count = len(list(places(fastema.EMA(weights, rules_, zero_debias=True).state_dict())))

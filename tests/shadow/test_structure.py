@@ -1,4 +1,4 @@
-"""Models of any structure: containers, ties, and tensors that come and go."""
+"""Models of any structure: containers, ties, and tensors that are added or removed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 import fastema
 from fastema.errors import LayoutError
 
-from .kinds import KINDS, PARTS, VARIED, all_of, last, trained_kind, unchanged, which
+from .kinds import KINDS, PARTS, VARIED, all_of, assert_unchanged, build_trained, last_shadow, which
 from .weights import Net, assert_bits, bits, net, refresh_, snapshot
 
 pytestmark = pytest.mark.torch
@@ -19,7 +19,7 @@ Change = Callable[[Any], object]
 
 
 class Shared(nn.Module):
-    """Two parameters in one memory, and one of its own that is frozen."""
+    """Two parameters that share memory, and a frozen one that does not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,27 +29,27 @@ class Shared(nn.Module):
         self.own = nn.Parameter(torch.randn(4))
 
 
-def added(model: Net) -> None:
+def add_parameter(model: Net) -> None:
     model.extra = nn.Parameter(torch.randn(3))
 
 
-def added_buffer(model: Net) -> None:
+def add_buffer(model: Net) -> None:
     model.register_buffer("mean", torch.randn(3))
 
 
-def renamed(model: Net) -> None:
+def rename_scale(model: Net) -> None:
     model.gain = model.scale
     del model.scale
 
 
-def tied(model: Net) -> None:
+def share_memory(model: Net) -> None:
     memory = torch.randn(72)
     model.hidden.weight.data = memory.view(12, 6)
     model.head.weight.data = memory[:60].view(5, 12)
 
 
-def given(path: str, value: Callable[[Any], Any]) -> Change:
-    """Give a model something made of what it has in that place."""
+def replace_attribute(path: str, value: Callable[[Any], Any]) -> Change:
+    """Return a change that replaces an attribute by ``value(attribute)``."""
     module, _, name = path.rpartition(".")
 
     def change(model: Net) -> None:
@@ -60,7 +60,7 @@ def given(path: str, value: Callable[[Any], Any]) -> Change:
 
 
 def data(path: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Change:
-    """Give a parameter of a model other memory."""
+    """Return a change that gives a parameter ``value(data)`` as its data."""
 
     def change(model: Net) -> None:
         parameter = model.get_parameter(path)
@@ -69,36 +69,36 @@ def data(path: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Change:
     return change
 
 
-# What the error has to say of each.
+# Each change, and what its error must contain.
 CHANGES: dict[str, tuple[Change, list[str]]] = {
-    "added": (added, ["'extra'"]),
+    "added": (add_parameter, ["'extra'"]),
     "added module": (
         lambda model: model.add_module("more", nn.Linear(2, 2)),
         ["'more.weight'", "'more.bias'"],
     ),
-    "added buffer": (added_buffer, ["'mean'"]),
+    "added buffer": (add_buffer, ["'mean'"]),
     "removed": (lambda model: delattr(model, "scale"), ["'scale'"]),
     "removed module": (
         lambda model: delattr(model, "hidden"),
         ["'hidden.weight'", "'hidden.bias'"],
     ),
-    "none": (given("conv.bias", lambda bias: None), ["'conv.bias'"]),
-    "renamed": (renamed, ["'scale'", "'gain'"]),
+    "none": (replace_attribute("conv.bias", lambda bias: None), ["'conv.bias'"]),
+    "renamed": (rename_scale, ["'scale'", "'gain'"]),
     "reshaped": (data("hidden.bias", lambda x: torch.randn(13)), ["'hidden.bias'", "[13]", "[12]"]),
     "flattened": (data("hidden.weight", torch.ravel), ["'hidden.weight'", "[72]", "[12, 6]"]),
     "grown axis": (data("scale", lambda x: x[None]), ["'scale'", "[1]", "[]"]),
     "emptied": (data("hidden.bias", lambda x: torch.empty(0)), ["'hidden.bias'", "[0]"]),
     "another shape": (
-        given("head", lambda head: nn.Linear(12, 6, bias=False)),
+        replace_attribute("head", lambda head: nn.Linear(12, 6, bias=False)),
         ["'head.weight'", "[6, 12]", "[5, 12]"],
     ),
     "parametrised": (
         lambda model: nn.utils.parametrizations.weight_norm(model.head),
         ["'head.weight'", "'head.parametrizations.weight.original0'"],
     ),
-    "tied": (tied, ["hidden.weight", "head.weight"]),
+    "tied": (share_memory, ["hidden.weight", "head.weight"]),
     "counter as int32": (
-        given("norm.num_batches_tracked", torch.Tensor.int),
+        replace_attribute("norm.num_batches_tracked", torch.Tensor.int),
         ["norm.num_batches_tracked", "i32", "i64"],
     ),
 }
@@ -116,10 +116,10 @@ CALLS = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_model_is_refused_by_name(change: str, call: str, kind: str) -> None:
     model = net()
-    average = trained_kind(kind, model)
+    average = build_trained(kind, model)
     make, parts = CHANGES[change]
     make(model)
-    with unchanged(model, average), pytest.raises((LayoutError, TypeError)) as caught:
+    with assert_unchanged(model, average), pytest.raises((LayoutError, TypeError)) as caught:
         CALLS[call](average, model)
     assert isinstance(caught.value, fastema.errors.FastemaError)
     assert [part for part in parts if part not in str(caught.value)] == []
@@ -127,20 +127,20 @@ def test_changed_model_is_refused_by_name(change: str, call: str, kind: str) -> 
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("frozen", ["skip", "copy"])
-def test_unfrozen_weights(call: str, frozen: str) -> None:
-    """A weight that trains must not be left out, or be copied raw, without a word."""
+def test_unfrozen_weight_is_refused(call: str, frozen: str) -> None:
+    """A weight that trains must not silently be left out or copied raw."""
     model = Shared()
     ema = fastema.EMA(model, 0.5, frozen=frozen)
     model.still.requires_grad_(True)
     refresh_(model, 1)
-    with unchanged(model, ema), pytest.raises(LayoutError, match="'still'"):
+    with assert_unchanged(model, ema), pytest.raises(LayoutError, match="'still'"):
         CALLS[call](ema, model)
     model.still.requires_grad_(False)
     ema.update()
 
 
-def test_a_model_without_memory_is_refused_not_read(python: Callable[..., str]) -> None:
-    """Sharding frees the storage under a parameter, or most of it, and leaves its shape."""
+def test_model_without_storage_is_refused(python: Callable[..., str]) -> None:
+    """Sharding frees a parameter's storage, or most of it, but keeps its shape."""
     out = python("""
         import torch, fastema
         for left in (0, 64):
@@ -180,7 +180,7 @@ TIES = ["parameter", "storage", "module"]
 OTHER_NAME = {"parameter": "head.weight", "storage": "head.weight", "module": "again.weight"}
 
 
-def train_(model: nn.Module, seed: int) -> None:
+def step_(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -189,16 +189,16 @@ def train_(model: nn.Module, seed: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tie", TIES)
-def test_swapped_once(tie: str, kind: str) -> None:
+def test_tied_weights_are_swapped_once(tie: str, kind: str) -> None:
     model = Lang(tie)
     average = KINDS[kind](model)
     for n in range(1, 6):
-        train_(model, n)
+        step_(model, n)
         average.update()
-    train_(model, 6)
+    step_(model, 6)
     held, whole = all_of(average), Lang("none")
     average.copy_to(whole, **which(average))
-    with unchanged(model, average), average.swapped(**which(average)):
+    with assert_unchanged(model, average), average.swapped(**which(average)):
         assert torch.equal(model.embed.weight, whole.embed.weight)
         if tie != "module":
             assert torch.equal(model.head.weight, whole.embed.weight)
@@ -207,9 +207,9 @@ def test_swapped_once(tie: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tie", TIES)
-def test_kept_once_under_the_first_name_and_found_under_both(tie: str, kind: str) -> None:
+def test_tied_weights_are_stored_once_and_found_under_both_names(tie: str, kind: str) -> None:
     average = KINDS[kind](Lang(tie))
-    names = list(last(average))
+    names = list(last_shadow(average))
     assert "embed.weight" in names
     assert OTHER_NAME[tie] not in names
     state = average.state_dict()
@@ -224,10 +224,10 @@ def test_kept_once_under_the_first_name_and_found_under_both(tie: str, kind: str
 
 @pytest.mark.parametrize("frozen", ["skip", "copy", "average"])
 @pytest.mark.parametrize("frozen_first", [True, False])
-def test_a_trained_weight_that_shares_the_memory_of_a_frozen_one(
+def test_trained_weight_in_the_memory_of_a_frozen_one_is_averaged(
     frozen: str, frozen_first: bool
 ) -> None:
-    """It trains, so it is averaged, whichever name comes first."""
+    """Whichever name comes first."""
     memory = torch.randn(70)
     model = nn.ParameterDict()
     for name in ("still", "live") if frozen_first else ("live", "still"):
@@ -240,7 +240,7 @@ def test_a_trained_weight_that_shares_the_memory_of_a_frozen_one(
     torch.testing.assert_close(ema.shadow["live"], old + 0.5)
 
 
-def test_partly_shared_memory_is_refused_by_name() -> None:
+def test_partly_overlapping_weights_are_refused_by_name() -> None:
     memory, square = torch.randn(10), torch.randn(3, 3)
     with pytest.raises(LayoutError, match=r"'?first'?(.|\n)*'?second'?"):
         fastema.EMA({"first": memory[:6], "second": memory[4:]})
@@ -254,18 +254,18 @@ def test_partly_shared_memory_is_refused_by_name() -> None:
 
 
 class Wrapper(nn.Module):
-    """What ``DataParallel`` and its kind do to names."""
+    """A wrapper that prefixes names like ``DataParallel``."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
 
-def compiled(model: nn.Module) -> nn.Module:
+def compile_model(model: nn.Module) -> nn.Module:
     return torch.compile(model, backend="eager")
 
 
-def compiled_inside(model: nn.Module) -> nn.Module:
+def compile_hidden(model: nn.Module) -> nn.Module:
     if not hasattr(model.hidden, "_orig_mod"):
         model.hidden = torch.compile(model.hidden, backend="eager")
     return model
@@ -273,17 +273,17 @@ def compiled_inside(model: nn.Module) -> nn.Module:
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "parallel": Wrapper,
-    "compiled": compiled,
-    "compiled parallel": lambda model: compiled(Wrapper(model)),
-    "parallel compiled": lambda model: Wrapper(compiled(model)),
-    "compiled inside": compiled_inside,
+    "compiled": compile_model,
+    "compiled parallel": lambda model: compile_model(Wrapper(model)),
+    "parallel compiled": lambda model: Wrapper(compile_model(model)),
+    "compiled inside": compile_hidden,
 }
 
 
 @pytest.mark.parametrize("kind", VARIED)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_wrappers_do_not_matter_to_any_kind(wrapper: str, kind: str) -> None:
-    """Neither does random rounding, which asks for the names of tensors, see them."""
+def test_wrappers_change_no_average(wrapper: str, kind: str) -> None:
+    """Not even random rounding, which depends on the names of tensors."""
     model, other = net(), net()
     average, twin = KINDS[kind](WRAPPERS[wrapper](model)), KINDS[kind](other)
     for n in range(1, 7):
@@ -318,8 +318,8 @@ LAYOUTS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
 }
 
 
-def laid_out(layout: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weights, the memory that they lie in, and where in it they do not."""
+def lay_out(layout: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return weights, the memory that contains them, and a mask of the memory outside them."""
     weights = LAYOUTS[layout](dtype)
     whole = weights if weights._base is None else weights._base
     inside = torch.zeros(whole.shape, dtype=torch.bool)
@@ -330,23 +330,23 @@ def laid_out(layout: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tenso
 
 @pytest.mark.parametrize("kind", VARIED)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_every_kind(layout: str, kind: str) -> None:
-    """As of weights that lie one after the other; nothing around them is touched."""
-    weights, whole, outside = laid_out(layout, torch.float32)
+def test_any_layout_gives_the_average_of_contiguous_weights(layout: str, kind: str) -> None:
+    """Memory around the weights must stay unchanged."""
+    weights, whole, outside = lay_out(layout, torch.float32)
     plain = weights.clone(memory_format=torch.contiguous_format)
-    # Random bits belong to places in memory.
+    # Random bits depend on positions in memory.
     options = {"rounding": "nearest"} if kind == "random" else {}
     average, twin = KINDS[kind]({"w": weights}, **options), KINDS[kind]({"w": plain}, **options)
     for n in range(1, 8):
         refresh_([whole], n)
         plain.copy_(weights)
-        with unchanged([whole]):
+        with assert_unchanged([whole]):
             average.update()
         twin.update()
         around = bits(whole[outside])
         both = average.swapped(**which(average)), twin.swapped(**which(twin))
-        with unchanged([whole], average), both[0], both[1]:
-            # When a mean is computed afresh depends on the layout: it may be off by a last place.
+        with assert_unchanged([whole], average), both[0], both[1]:
+            # The layout decides when a mean is recomputed: its last place may differ.
             torch.testing.assert_close(weights, plain, rtol=2.0**-23, atol=2.0**-24)
             if kind != "SMA":
                 assert torch.equal(weights, plain)

@@ -1,4 +1,4 @@
-"""The average in the model and back, to the bit; writes meanwhile."""
+"""Swapping the average into the model and back, to the bit; writes in between."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 import fastema
 from fastema.errors import StateError
 
-from .kinds import KINDS, all_of, trained_kind, unchanged, which
+from .kinds import KINDS, all_of, assert_unchanged, build_trained, which
 from .weights import (
     FLOATS,
     Net,
@@ -26,62 +26,62 @@ from .weights import (
 pytestmark = pytest.mark.torch
 
 AVERAGES = [*((kind, {}) for kind in KINDS), *(("EMA", {"shadow_dtype": d}) for d in FLOATS)]
-"""Every kind, and of an EMA every dtype."""
+"""Every kind, and an EMA in every dtype."""
 
 
-def ready(kind: str = "EMA", model_dtype: str = "f32", shadow_dtype: Any = None) -> tuple[Net, Any]:
-    """A model after some updates, its weights, average and first weights all different."""
+def build(kind: str = "EMA", model_dtype: str = "f32", shadow_dtype: Any = None) -> tuple[Net, Any]:
+    """Return a trained model, whose weights differ from the first ones, and its average."""
     model = net(0, FLOATS[model_dtype])
     options = {} if shadow_dtype is None else {"shadow_dtype": FLOATS[shadow_dtype]}
-    average = trained_kind(kind, model, **options)
+    average = build_trained(kind, model, **options)
     refresh_(model, 9)
     return model, average
 
 
 @pytest.mark.parametrize("model_dtype", FLOATS)
 @pytest.mark.parametrize(("kind", "options"), AVERAGES)
-def test_round_trip_is_exact(kind: str, options: dict[str, str], model_dtype: str) -> None:
-    """Whichever of several is applied, and also all that is beside the one that is seen."""
-    model, average = ready(kind, model_dtype, **options)
+def test_swap_round_trip_is_exact(kind: str, options: dict[str, str], model_dtype: str) -> None:
+    """For each of several averages, and including residuals and rings."""
+    model, average = build(kind, model_dtype, **options)
     raw, held = snapshot(model), all_of(average)
     for i, shadow in enumerate(average.shadows):
-        # In two halves it is a float32, which copy_to() puts together.
+        # copy_to() joins the halves of a split average into a float32.
         whole = net(3, torch.float32) if "split" in kind else net(3, shadow["scale"].dtype)
         average.copy_to(whole, which=i)
         as_held = values(dict(shadow))
         for _ in range(2):
-            with unchanged(model, average), average.swapped(which=i):
+            with assert_unchanged(model, average), average.swapped(which=i):
                 for name, parameter in model.named_parameters():
                     expected = whole.get_parameter(name).detach().to(parameter.dtype)
                     torch.testing.assert_close(parameter.detach(), expected, msg=name)
                     if "split" not in kind and as_held[name].dtype == parameter.dtype:
                         assert torch.equal(bits(parameter), bits(as_held[name]))
-                # Nothing of it is seen as changed, neither where it is nor beside it.
+                # Callers must see the average unchanged, with its residuals and rings.
                 assert all_of(average) == held
                 assert average.applied
                 assert not torch.equal(bits(model.conv.weight), raw["conv.weight"])
-        with unchanged(model, average):
+        with assert_unchanged(model, average):
             average.apply_shadow(which=i - len(average.shadows))
             average.restore()
     average.update()
 
 
-def every_float32() -> torch.Tensor:
-    """All upper halves of a float32, each with the lower halves at which rounding turns."""
+def float32_patterns() -> torch.Tensor:
+    """Return every upper half of a float32 with the lower halves at which rounding turns."""
     high = torch.arange(2**16, dtype=torch.int64)
     residual = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
     words = (high[:, None] << 16 | residual).reshape(-1)
     return (words - (words >> 31 << 32)).to(torch.int32).view(torch.float32)
 
 
-def quiet(values_: torch.Tensor) -> torch.Tensor:
-    """A signalling NaN that would be an infinity in 16 bits is a quiet one as a bfloat16."""
+def quiet_nans(values_: torch.Tensor) -> torch.Tensor:
+    """Make signaling NaNs quiet that would become an infinity when cut to 16 bits."""
     words = values_.view(torch.int32)
     return torch.where(values_.isnan() & (words & 0x7F0000 == 0), words | 0x400000, words)
 
 
-def test_every_bit_pattern_survives_in_a_float32_average_of_bfloat16_weights() -> None:
-    average = every_float32()
+def test_swap_keeps_every_bit_of_a_float32_average_of_bfloat16_weights() -> None:
+    average = float32_patterns()
     raw = torch.arange(2**16).repeat_interleave(6).flip(0).to(torch.uint16).view(torch.bfloat16)
     weights = torch.ones(len(average), dtype=torch.bfloat16)
     ema = fastema.EMA([weights], shadow_dtype=torch.float32)
@@ -92,28 +92,28 @@ def test_every_bit_pattern_survives_in_a_float32_average_of_bfloat16_weights() -
     held = weights.float()
     ema.restore()
     assert torch.equal(bits(weights), before)
-    assert torch.equal(ema.shadow["0"].view(torch.int32), quiet(average))
+    assert torch.equal(ema.shadow["0"].view(torch.int32), quiet_nans(average))
     finite = average.isfinite()
     assert torch.equal(held.isnan(), average.isnan())
     off = (held.double() - average.double()).abs()[finite & held.isfinite()]
     other = (average.bfloat16().double() - average.double()).abs()[finite & held.isfinite()]
-    assert torch.equal(off, other)  # as near as rounding to nearest even comes
+    assert torch.equal(off, other)  # as close as rounding to nearest even
     assert torch.equal(held.isinf(), average.bfloat16().isinf())
 
 
 @pytest.mark.parametrize("model_dtype", ["f32", "bf16"])
-def test_every_bit_pattern_survives_in_an_average_in_two_halves(model_dtype: str) -> None:
-    average = every_float32()
+def test_swap_keeps_every_bit_of_a_split_average(model_dtype: str) -> None:
+    average = float32_patterns()
     weights = average.clone()
     ema = fastema.EMA([weights], shadow_dtype="bf16+16")
-    # Of what a bfloat16 model has, the average was made as a float32 all the same.
+    # The average is built from float32 weights even if the model is bfloat16.
     model = [weights if model_dtype == "f32" else weights.bfloat16()]
     raw = average.flip(0) if model_dtype == "f32" else average.flip(0).bfloat16()
     model[0].copy_(raw)
     held, half = all_of(ema), ema.shadow["0"].clone()
     with ema.swapped(model):
         if model_dtype == "f32":
-            words = average.view(torch.int32)  # a NaN has become a quiet one
+            words = average.view(torch.int32)  # NaNs have become quiet
             words = torch.where(average.isnan(), words | 0x400000, words)
             assert torch.equal(model[0].view(torch.int32), words)
         else:
@@ -132,16 +132,16 @@ ERRORS = [ValueError, KeyboardInterrupt, SystemExit, Stop, GeneratorExit]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model_dtype", ["f32", "bf16", "f64"])
 @pytest.mark.parametrize("error", ERRORS)
-def test_raw_weights_come_back_after_an_exception(
+def test_raw_weights_are_restored_after_an_exception(
     kind: str, model_dtype: str, error: type[BaseException]
 ) -> None:
-    model, average = ready(kind, model_dtype)
+    model, average = build(kind, model_dtype)
 
     def body() -> None:
         with average.swapped(**which(average)):
             raise error
 
-    with unchanged(model, average), pytest.raises(error):
+    with assert_unchanged(model, average), pytest.raises(error):
         body()
     average.update()
 
@@ -161,9 +161,9 @@ CALLS: dict[str, Callable[[Any, Net], object]] = {
 
 @pytest.mark.parametrize("shadow_dtype", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("call", CALLS)
-def test_calls_refused_while_applied(call: str, shadow_dtype: str) -> None:
-    model, ema = ready(shadow_dtype=shadow_dtype)
-    with unchanged(model, ema), ema.swapped():
+def test_calls_are_refused_while_applied(call: str, shadow_dtype: str) -> None:
+    model, ema = build(shadow_dtype=shadow_dtype)
+    with assert_unchanged(model, ema), ema.swapped():
         held = snapshot(model)
         with pytest.raises(StateError, match=r"restore\(\)"):
             CALLS[call](ema, model)
@@ -174,7 +174,7 @@ def test_calls_refused_while_applied(call: str, shadow_dtype: str) -> None:
 Write = Callable[[Net], object]
 
 
-def trained(dtype: Any = None, shadow_dtype: Any = None) -> tuple[Net, fastema.EMA[Net]]:
+def train_ema(dtype: Any = None, shadow_dtype: Any = None) -> tuple[Net, fastema.EMA[Net]]:
     model = net(0, dtype)
     ema = fastema.EMA(model, 0.5, shadow_dtype=shadow_dtype)
     train_(model, (1, 2), ema)
@@ -183,7 +183,7 @@ def trained(dtype: Any = None, shadow_dtype: Any = None) -> tuple[Net, fastema.E
 
 
 def step(model: Net) -> None:
-    """One step of training."""
+    """Take one training step."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     dtype = model.conv.weight.dtype
     model(torch.randn(4, 3, 6, 6, dtype=dtype)).square().mean().backward()
@@ -223,25 +223,25 @@ def in_a_decorated_function(model: Net, ema: fastema.EMA[Net], what: str) -> Non
 @pytest.mark.parametrize("how", [in_a_block, between_calls, in_a_decorated_function])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("what", WRITES)
-def test_weights_written_meanwhile_raise_once_the_raw_ones_are_back(
+def test_writes_while_applied_raise_after_the_weights_are_restored(
     what: str, dtypes: tuple[str, str | None], how: Callable[..., None]
 ) -> None:
     dtype, shadow = dtypes
-    model, ema = trained(NAMES[dtype], shadow and NAMES[shadow])
+    model, ema = train_ema(NAMES[dtype], shadow and NAMES[shadow])
     now_holds = r"(?s)now holds the written values:.*'head\.weight'"
-    with unchanged(model), pytest.raises(StateError, match=now_holds):
+    with assert_unchanged(model), pytest.raises(StateError, match=now_holds):
         how(model, ema, what)
     assert not ema.applied
-    with unchanged(model, ema), ema.swapped():
+    with assert_unchanged(model, ema), ema.swapped():
         pass
     ema.update()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reading_and_moving_is_no_writing(kind: str) -> None:
+def test_reading_and_moving_weights_is_not_taken_for_writing(kind: str) -> None:
     model = net(0)
-    average = trained_kind(kind, model)
-    with unchanged(model, average), average.swapped(**which(average)):
+    average = build_trained(kind, model)
+    with assert_unchanged(model, average), average.swapped(**which(average)):
         model.eval()
         model(torch.randn(2, 3, 6, 6)).sum().backward()
         model.state_dict()
@@ -256,10 +256,10 @@ def output(model: Net, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_a_graph_from_before_the_block_goes_on_after_it(dtypes: tuple[str, str | None]) -> None:
-    """Also where statistics were written in the block."""
+def test_autograd_graph_from_before_a_swap_works_after_it(dtypes: tuple[str, str | None]) -> None:
+    """Even if the block has written BatchNorm statistics."""
     dtype, shadow = dtypes
-    model, ema = trained(NAMES[dtype], shadow and NAMES[shadow])
+    model, ema = train_ema(NAMES[dtype], shadow and NAMES[shadow])
     x = torch.randn(3, 12, dtype=NAMES[dtype], requires_grad=True)
     (expected,) = torch.autograd.grad(output(model, x), x)
     for statistics in (False, True):
@@ -274,9 +274,9 @@ def test_a_graph_from_before_the_block_goes_on_after_it(dtypes: tuple[str, str |
 
 
 @pytest.mark.parametrize("later", range(5))
-def test_a_graph_from_the_block_raises_after_it(later: int) -> None:
-    """Also once training has counted on: its counter never comes to where the block's was."""
-    model, ema = trained()
+def test_autograd_graph_from_within_a_swap_raises_after_it(later: int) -> None:
+    """Even after more training: version counters never return to their value in the block."""
+    model, ema = train_ema()
     x = torch.randn(3, 12, requires_grad=True)
     with ema.swapped():
         loss = output(model, x)

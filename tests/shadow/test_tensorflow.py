@@ -1,4 +1,4 @@
-"""Averages of TensorFlow variables: written in place, and nobody else's tensors changed."""
+"""Averages of TensorFlow variables: written in place, without changing tensors of others."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ import fastema
 from fastema.errors import BridgeError
 
 from ..support.requirements import require_packages
-from .frameworks import DTYPES, TensorFlow, patterns, values
+from .frameworks import DTYPES, TensorFlow, bit_patterns, values
 from .truth import Loops
 
 NEEDS = ("ml_dtypes",)
@@ -30,35 +30,35 @@ def variables(seed: int) -> dict[str, Any]:
 
 
 def assign(weights: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
-    """As an optimizer's step: every variable is given a new tensor."""
+    """Assign a new tensor to every variable, like an optimizer step."""
     new = values(seed)
     TensorFlow().train(weights, new)
     return new
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_swap_is_exact_to_the_bit(dtype: str) -> None:
-    variable = tf.Variable(patterns(dtype, 0))
+def test_swap_round_trip_is_exact_to_the_bit(dtype: str) -> None:
+    variable = tf.Variable(bit_patterns(dtype, 0))
     ema = fastema.EMA([variable], DECAY)
-    raw = patterns(dtype, 1)
+    raw = bit_patterns(dtype, 1)
     for n in range(4):
         variable.assign(raw)
         held = variable.value()
         ema.apply_shadow()
-        assert variable.numpy().tobytes() == patterns(dtype, 0).tobytes()
-        assert ema.shadow["0"].numpy().tobytes() == patterns(dtype, 0).tobytes()
-        assert ema.state_dict()["shadow"][0]["0"].tobytes() == patterns(dtype, 0).tobytes()
+        assert variable.numpy().tobytes() == bit_patterns(dtype, 0).tobytes()
+        assert ema.shadow["0"].numpy().tobytes() == bit_patterns(dtype, 0).tobytes()
+        assert ema.state_dict()["shadow"][0]["0"].tobytes() == bit_patterns(dtype, 0).tobytes()
         assert held.numpy().tobytes() == raw.tobytes()
         during = variable.value()
         ema.restore()
         assert variable.numpy().tobytes() == raw.tobytes(), n
-        assert during.numpy().tobytes() == patterns(dtype, 0).tobytes()
+        assert during.numpy().tobytes() == bit_patterns(dtype, 0).tobytes()
 
 
 @given(
     st.lists(st.sampled_from(["assign", "share", "hold", "update", "swap", "tape"]), max_size=14)
 )
-def test_tensors_that_somebody_holds_keep_their_values(steps: list[str]) -> None:
+def test_tensors_held_by_others_keep_their_values(steps: list[str]) -> None:
     held: list[tuple[Any, bytes]] = []
     weights = {name: tf.Variable(values(0)[name]) for name in "abe"}
     source = tf.constant(values(7)["a"])
@@ -92,8 +92,8 @@ def test_tensors_that_somebody_holds_keep_their_values(steps: list[str]) -> None
     loops.check(wide(ema.shadow))
 
 
-def test_steps_of_an_optimizer(python: Callable[..., str]) -> None:
-    require_packages("keras")  # whose backend is that of a whole process
+def test_average_follows_eager_and_traced_optimizer_steps(python: Callable[..., str]) -> None:
+    require_packages("keras")  # its backend holds for a whole process
     out = python(
         """
         import numpy as np, keras, tensorflow as tf, fastema
@@ -137,7 +137,7 @@ def test_steps_of_an_optimizer(python: Callable[..., str]) -> None:
     assert out.split() == ["False", "12", "True", "12"]
 
 
-def test_inside_functions() -> None:
+def test_calls_inside_tf_function_are_refused() -> None:
     w = tf.Variable([1.0, 2.0])
     ema = fastema.EMA([w], 0.5)
     for call in (ema.update, ema.apply_shadow, lambda: ema.update([w]), lambda: ema.copy_to([w])):
@@ -163,7 +163,7 @@ BAD: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_weights_that_are_refused_change_nothing(case: str) -> None:
+def test_refused_weights_change_nothing(case: str) -> None:
     weights, twin = variables(0), variables(0)
     ema, other = fastema.EMA(weights, 0.5), fastema.EMA(twin, 0.5)
     for n in range(1, 4):

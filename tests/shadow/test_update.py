@@ -1,4 +1,4 @@
-"""Updates: several averages in one, what leaves the model alone, arguments that are refused."""
+"""Updates: several averages in one, training unaffected, invalid arguments refused."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +10,8 @@ import fastema
 from fastema import rules
 from fastema.errors import ArgumentError
 
-from .kinds import KINDS, unchanged, which
-from .stored import same
+from .kinds import KINDS, assert_unchanged, which
+from .stored import is_same
 from .weights import Net, assert_same, net, refresh_, snapshot, train_
 
 pytestmark = pytest.mark.torch
@@ -32,7 +32,7 @@ def train(kind: str | None, **options: Any) -> tuple[list[float], dict[str, torc
         optimizer.step()
         losses.append(loss.item())
         if ema is not None:
-            with unchanged(model):
+            with assert_unchanged(model):
                 ema.update()
             with ema.swapped(**which(ema)), torch.no_grad():
                 model.eval()(torch.ones(2, 3, 6, 6))
@@ -42,7 +42,7 @@ def train(kind: str | None, **options: Any) -> tuple[list[float], dict[str, torc
 
 @pytest.mark.parametrize("options", [{}, {"on_nonfinite": "skip"}, {"start_after": 2}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_is_the_same_to_the_bit_with_and_without_an_average(
+def test_training_with_an_average_equals_training_without_to_the_bit(
     kind: str, options: dict[str, Any]
 ) -> None:
     with_losses, with_weights = train(kind, **options)
@@ -64,14 +64,14 @@ REFUSED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("arguments", REFUSED, ids=str)
-def test_arguments_without_a_valid_value(arguments: dict[str, object]) -> None:
+def test_invalid_arguments_are_refused_by_name(arguments: dict[str, object]) -> None:
     (name,) = arguments
     with pytest.raises(ArgumentError, match=name if arguments != WINDOW else "SMA"):
         fastema.EMA(net(), **arguments)
 
 
 @pytest.mark.parametrize("build", [fastema.EMA, fastema.SWA, fastema.SMA, fastema.PowerEMA])
-def test_arguments_that_nobody_knows(build: Callable[..., object]) -> None:
+def test_unknown_arguments_are_refused(build: Callable[..., object]) -> None:
     with pytest.raises(TypeError, match="update_evry"):
         build(net(), update_evry=3)
 
@@ -83,8 +83,8 @@ MIXED = (
 )
 
 
-def assorted() -> dict[str, torch.Tensor]:
-    """Dtypes, orders of axes and gaps that no one table holds."""
+def assorted_weights() -> dict[str, torch.Tensor]:
+    """Return tensors whose dtypes, axis orders and gaps do not fit into one table."""
     weights = {
         "f32": torch.empty(1001),
         "f32 transposed": torch.empty(30, 70).t(),
@@ -105,8 +105,8 @@ def assorted() -> dict[str, torch.Tensor]:
     "options", [{}, {"update_every": 3}, {"start_after": 4, "update_every": 2}], ids=str
 )
 @pytest.mark.parametrize("several", [DECAYS, MIXED], ids=["decays", "mixed"])
-def test_each_is_to_the_bit_what_it_is_alone(several: Any, options: dict[str, Any]) -> None:
-    weights = assorted()
+def test_several_averages_equal_one_run_each_bitwise(several: Any, options: dict[str, Any]) -> None:
+    weights = assorted_weights()
     together, *alone = (
         fastema.EMA(weights, one, rounding="nearest", **options) for one in (several, *several)
     )
@@ -114,4 +114,4 @@ def test_each_is_to_the_bit_what_it_is_alone(several: Any, options: dict[str, An
         train_(weights, [step], together, *alone)
         assert together.decay == tuple(one.decay for one in alone)
     for one, shadow in zip(alone, together.shadows, strict=True):
-        assert same(one.shadow, shadow)
+        assert is_same(one.shadow, shadow)

@@ -1,4 +1,4 @@
-"""An average as a float64 loop, and how far one that is computed and kept in floats may be off."""
+"""A float64 loop of an average, and a bound on the error of an average in other dtypes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,12 +14,12 @@ SMALLEST = {"f64": 0.0, "f32": 2.0**-150, "f16": 2.0**-25, "bf16": 2.0**-134}
 
 
 class Loop:
-    """The truth for one tensor and, beside it, a bound on the error of an average.
+    """The exact average of one tensor, with a bound on the error of a computed one.
 
-    With ``e`` the error so far, ``u`` the roundoff of the arithmetic and ``v`` that of the dtype
-    the average is kept in, one update ``avg + w * (x - avg)`` leaves at most
-    ``(1 - w) |e| + 3 u w |x - avg| + u |avg| + v |avg|``: three roundings in the product (of ``w``,
-    the difference and, in the fma, none, so this is generous), one in the sum and one in storing.
+    With ``e`` the error so far, ``u`` the roundoff of the arithmetic and ``v`` that of the
+    average's dtype, one update ``avg + w * (x - avg)`` leaves at most
+    ``(1 - w) |e| + 3 u w |x - avg| + u |avg| + v |avg|``: three roundings in the product (of ``w``
+    and of the difference; an fma adds none, so this is generous), one in the sum, one in storing.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Loop:
         self.error = self._v * np.abs(self.value) + self._least
 
     def step(self, weights: NDArray[Any], weight: float) -> None:
-        """Take in new weights."""
+        """Update the exact average with new weights."""
         change = weight * (np.asarray(weights, np.float64) - self.value)
         self.value = self.value + change
         self.error = (
@@ -45,7 +45,7 @@ class Loop:
 
     def check(self, average: NDArray[Any], name: str = "") -> None:
         """Assert that an average is within the bound everywhere."""
-        # The loop itself rounds to float64 at each step, by no more than the bound allows.
+        # Twice the bound, because the loop itself rounds to float64 at each step.
         off = np.abs(np.asarray(average, np.float64) - self.value)
         worst = np.max(off - 2 * self.error, initial=-1.0)
         assert np.isfinite(off).all(), f"{name}: not finite"
@@ -53,22 +53,22 @@ class Loop:
 
 
 class Loops:
-    """A :class:`Loop` for each of some named arrays of one dtype."""
+    """One :class:`Loop` for each of several named arrays of one dtype."""
 
     def __init__(self, weights: Mapping[str, NDArray[Any]], *options: Any) -> None:
-        self.of = {name: Loop(one, *options) for name, one in weights.items()}
+        self.loops = {name: Loop(one, *options) for name, one in weights.items()}
 
     def step(self, weights: Mapping[str, NDArray[Any]], weight: float) -> None:
-        """Take in new weights."""
-        for name, loop in self.of.items():
+        """Update the exact average with new weights."""
+        for name, loop in self.loops.items():
             loop.step(weights[name], weight)
 
     def check(self, average: Mapping[str, Any]) -> None:
         """Assert that every average is within its bound."""
-        for name, loop in self.of.items():
+        for name, loop in self.loops.items():
             loop.check(average[name], name)
 
 
 def arithmetic_of(weights: str, stored: str) -> str:
-    """float64 where either side is, float32 otherwise."""
+    """Return the code of the arithmetic: float64 if either side is, otherwise float32."""
     return "f64" if "f64" in (weights, stored) else "f32"

@@ -1,4 +1,4 @@
-"""Models with fresh random weights, and comparison of tensors bit by bit."""
+"""Models with new random weights, and bitwise comparison of tensors."""
 
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -10,7 +10,7 @@ FLOATS = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf1
 
 
 BUFFERS = frozenset({"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"})
-"""Those of a `Net`."""
+"""The buffers of a `Net`."""
 
 
 class Net(nn.Module):
@@ -30,14 +30,14 @@ class Net(nn.Module):
 
 
 def net(seed: int = 0, dtype: torch.dtype | None = None) -> Net:
-    """A `Net` no tensor of which is zero or constant."""
+    """Return a `Net` in which no tensor is zero or constant."""
     model = Net().to(dtype)
     refresh_(model, seed)
     return model
 
 
 def tensors_of(weights: Any) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers of a module, or the entries of a dict or a list."""
+    """Yield the parameters and buffers of a module, or the entries of a dict or a list."""
     if isinstance(weights, nn.Module):
         yield from weights.named_parameters(remove_duplicate=False)
         yield from weights.named_buffers(remove_duplicate=False)
@@ -48,7 +48,7 @@ def tensors_of(weights: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def refresh_(weights: Any, seed: int) -> None:
-    """Fill every tensor with fresh numbers, as if a training step had been done."""
+    """Fill every tensor with new numbers, like a training step."""
     generator = torch.Generator().manual_seed(seed)
     for _, tensor in tensors_of(weights):
         with torch.no_grad():
@@ -61,7 +61,7 @@ def refresh_(weights: Any, seed: int) -> None:
 
 
 def train_(weights: Any, steps: Iterable[int], *averages: Any) -> None:
-    """Give weights fresh numbers at each step, and update all averages."""
+    """Fill the weights with new numbers at each step, and update all averages."""
     for step in steps:
         refresh_(weights, step)
         for one in averages:
@@ -69,7 +69,7 @@ def train_(weights: Any, steps: Iterable[int], *averages: Any) -> None:
 
 
 def poison_(tensors: Iterable[Tensor]) -> None:
-    """Fill memory that nobody should read any more: NaN, and for integers the largest."""
+    """Fill memory that must no longer be read with NaN, or with the largest integer."""
     for tensor in tensors:
         if tensor.is_floating_point() or tensor.is_complex():
             value = float("nan")
@@ -79,28 +79,28 @@ def poison_(tensors: Iterable[Tensor]) -> None:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """A copy of a tensor's bytes, in the order of its indices."""
+    """Return a copy of a tensor's bytes, in index order."""
     copied = tensor.detach().clone(memory_format=torch.contiguous_format)
     return copied.reshape(-1).view(torch.uint8)
 
 
 def snapshot(weights: Any) -> dict[str, Tensor]:
-    """The bytes of every tensor, by name."""
+    """Return the bytes of every tensor, by name."""
     return {name: bits(tensor) for name, tensor in tensors_of(weights)}
 
 
 def values(weights: Any) -> dict[str, Tensor]:
-    """Copies of every tensor, by name."""
+    """Return a copy of every tensor, by name."""
     return {name: tensor.detach().clone() for name, tensor in tensors_of(weights)}
 
 
 def assert_bits(actual: Any, expected: dict[str, Tensor]) -> None:
-    """Every tensor has exactly the bytes that a snapshot holds."""
+    """Assert that every tensor has exactly the bytes of a snapshot."""
     assert_same(snapshot(actual), expected)
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Two snapshots are equal."""
+    """Assert that two snapshots are equal."""
     assert actual.keys() == expected.keys()
     differing = [name for name in actual if not torch.equal(actual[name], expected[name])]
     assert not differing
@@ -113,10 +113,10 @@ def assert_average(
     weight: float,
     copied: Collection[str] = BUFFERS,
 ) -> None:
-    """Tensors are ``old + weight * (new - old)`` within a few roundings, or copies of ``new``."""
+    """Assert ``old + weight * (new - old)`` within a few roundings, or copies of ``new``."""
     for name, tensor in ema.shadow.items():
         if name in copied or not tensor.is_floating_point():
-            assert torch.equal(tensor, new[name].to(tensor.dtype)), f"{name} is no copy"
+            assert torch.equal(tensor, new[name].to(tensor.dtype)), f"{name} is not a copy"
             continue
         expected = old[name].double().lerp(new[name].double(), weight)
         last_place = 4 * torch.finfo(tensor.dtype).eps
