@@ -214,7 +214,7 @@ def _bind_reads(
     return read
 
 
-class _Reader:
+class _VariableReader:
     """Reads a fixed list of variables, in blocks from the third call on."""
 
     def __init__(self, variables: Sequence[Any], write: bool) -> None:
@@ -253,7 +253,7 @@ class _Finder:
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         self._specs = [spec.with_owner(None) for spec in specs]
         self._known: list[Any] = []
-        self._readers: dict[bool, _Reader] = {}
+        self._readers: dict[bool, _VariableReader] = {}
         self._variables: dict[int, Any] = {}
         self._fixed: list[bool] = []
 
@@ -290,7 +290,7 @@ class _Finder:
         variables = list(self._variables.values())
         self._readers = {}
         if variables:
-            self._readers = {write: _Reader(variables, write) for write in (False, True)}
+            self._readers = {write: _VariableReader(variables, write) for write in (False, True)}
         # Do not keep tensors alive: every call brings new ones.
         self._known = list(arrays) if all(id(one) in self._variables for one in arrays) else []
         return True
