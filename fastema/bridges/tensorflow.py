@@ -247,7 +247,7 @@ class _VariableReader:
         return found
 
 
-class _Finder:
+class _VariableFinder:
     """Finder for tensors and variables; see :mod:`fastema.bridges.moving`."""
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
@@ -311,7 +311,7 @@ def _tensor(array: Any, values: Mapping[int, Any]) -> Any:
 
 def finder(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
     """Return a finder for arrays like these."""
-    return _Finder(specs)
+    return _VariableFinder(specs)
 
 
 def to_framework(memory: NDArray[Any]) -> Any:
