@@ -319,7 +319,7 @@ def to_framework(memory: NDArray[Any]) -> Any:
     return tf.constant(memory)
 
 
-class _Module:
+class _ModuleStructure:
     """Structure of a module: its variables by their paths."""
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -357,5 +357,5 @@ def walk(container: Any) -> Leaves | None:
         )
         for name, variable in _variables(container)
     ]
-    structure = _Module([leaf.name for leaf in items])
+    structure = _ModuleStructure([leaf.name for leaf in items])
     return Leaves(items, describe, structure=structure, moving=True)
