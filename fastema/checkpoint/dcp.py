@@ -221,10 +221,10 @@ def blocks_of(name: str, stored: ChunkedTensor) -> Iterator[Block]:
     """Yield the blocks of a tensor; each is read only when it is written."""
     for chunk in stored.chunks:
         if math.prod(chunk.shape):
-            yield Block(name, chunk.offset, chunk.shape, _Reader(name, stored.tensor, chunk))
+            yield Block(name, chunk.offset, chunk.shape, _BlockReader(name, stored.tensor, chunk))
 
 
-class _Reader:
+class _BlockReader:
     """Callable that reads a row-major piece of a block."""
 
     def __init__(self, name: str, tensor: StoredTensor, chunk: _Chunk) -> None:
@@ -347,7 +347,7 @@ def _stretches(name: str, tensor: StoredTensor, chunk: _Chunk, place: int) -> ND
     for extent, stride in zip(outer, strides, strict=False):
         there = there[..., None] + np.arange(extent, dtype=np.int64) * stride
     begins = there.reshape(-1)
-    begin = _Reader(name, tensor, chunk).data_offset()
+    begin = _BlockReader(name, tensor, chunk).data_offset()
     found = np.empty((len(begins), 3), np.int64)
     found[:, 0] = place
     found[:, 1] = begin + np.arange(len(begins), dtype=np.int64) * (math.prod(inner) * size)
