@@ -250,7 +250,7 @@ class _BlockReader:
             if not stat.S_ISREG(chunk.path.stat().st_mode):
                 raise CheckpointError(f"{chunk.path} is not a file")
             with chunk.path.open("rb") as file:
-                part = io.BufferedReader(_Part(file, chunk.begin, chunk.length))
+                part = io.BufferedReader(_FilePart(file, chunk.begin, chunk.length))
                 with zipfile.ZipFile(part) as archive:
                     return chunk.begin + self._in_archive(archive, part)
         except CheckpointError:
@@ -293,7 +293,7 @@ class _BlockReader:
         return begin
 
 
-class _Part(io.RawIOBase):
+class _FilePart(io.RawIOBase):
     """A byte range of a file as a read-only file."""
 
     def __init__(self, file: Any, begin: int, length: int) -> None:
