@@ -131,7 +131,7 @@ class ModelEma:
         self._averager.update(self.ema, model, self.decay)
 
 
-class _Module(nn.Module):
+class _AveragedCopy(nn.Module):
     """A module around the averaged copy of a model."""
 
     def __init__(
@@ -160,7 +160,7 @@ class _Module(nn.Module):
         return self.module(*args, **kwargs)
 
 
-class ModelEmaV2(_Module):
+class ModelEmaV2(_AveragedCopy):
     """timm's second class: a module around a copy of a model, with the average of its state dict.
 
     ``ema = decay * ema + (1 - decay) * x`` for floating-point parameters and persistent buffers;
@@ -205,7 +205,7 @@ class ModelEmaV2(_Module):
         return type(self)._update is not ModelEmaV2._update
 
 
-class ModelEmaV3(_Module):
+class ModelEmaV3(_AveragedCopy):
     """timm's third class: a module around a copy of a model, with the average of its state dict.
 
     ``ema += (1 - d) * (x - ema)`` for floating-point parameters and persistent buffers, in one
