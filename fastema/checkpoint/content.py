@@ -17,11 +17,11 @@ from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
 from fastema.checkpoint.stretches import Stretches
 from fastema.errors import CheckpointError
 
-__all__ = ["Content", "Leaf", "collect_tensors", "drop_tied_names", "open_content"]
+__all__ = ["Content", "StoredLeaf", "collect_tensors", "drop_tied_names", "open_content"]
 
 
 @dataclass(frozen=True)
-class Leaf:
+class StoredLeaf:
     """A tensor in a file, located but not read."""
 
     stored: StoredTensor
@@ -35,19 +35,19 @@ class Content(NamedTuple):
     mapping: Mapping[Any, Any]
     state: torch_file.TorchFile | None = None  # set for a file of torch.save
 
-    def find(self, name: str, one: Any) -> Leaf:
+    def find(self, name: str, one: Any) -> StoredLeaf:
         """Locate a tensor; raise a CheckpointError if its dtype or memory layout is unsupported."""
-        if isinstance(one, Leaf):
+        if isinstance(one, StoredLeaf):
             return one
         assert self.state is not None
         stored, offset = torch_file.locate_tensor(self.path, name, one, self.state)
-        return Leaf(stored, Stretches.whole(self.path, offset))
+        return StoredLeaf(stored, Stretches.whole(self.path, offset))
 
     def tensors(self, part: Any) -> dict[str, Any]:
         """Return the tensors of a part of the file by dotted key."""
-        return torch_file.tensors_in(part, Leaf if self.state is None else PickledTensor)
+        return torch_file.tensors_in(part, StoredLeaf if self.state is None else PickledTensor)
 
-    def checkpoint(self, tensors: Mapping[str, Leaf]) -> Checkpoint:
+    def checkpoint(self, tensors: Mapping[str, StoredLeaf]) -> Checkpoint:
         """Return a checkpoint that holds these tensors of the file under these names."""
         return Checkpoint(
             self.path,
@@ -60,7 +60,7 @@ class Content(NamedTuple):
 
     def number(self, found: Any, name: str) -> int | float:
         """Return a number that is stored as a plain value or as a tensor of one element."""
-        if isinstance(found, PickledTensor | Leaf):
+        if isinstance(found, PickledTensor | StoredLeaf):
             leaf = self.find(name, found)
             kind = _NUMBERS.get(leaf.stored.kind.code)
             if leaf.stored.size == 1 and kind is not None:
@@ -95,7 +95,7 @@ def open_content(path: Path, key: str | None) -> tuple[Content, Checkpoint | Non
         part = state.content if key is None else torch_file.part_of(state.content, key, path)
         return Content(path, part if isinstance(part, Mapping) else {"": part}, state), None
     whole = open_checkpoint(path, key)
-    leaves = {name: Leaf(one, whole.places[name]) for name, one in whole.tensors.items()}
+    leaves = {name: StoredLeaf(one, whole.places[name]) for name, one in whole.tensors.items()}
     return Content(path, leaves), whole
 
 
