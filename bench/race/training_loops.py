@@ -29,7 +29,7 @@ DECAY = 0.99
 Seconds = dict[str, list[float]]
 
 
-class Average(NamedTuple):
+class LoopAverage(NamedTuple):
     """The calls that a script makes to its average.
 
     Attributes
@@ -63,7 +63,7 @@ class Loop(ABC):
         torch.manual_seed(0)
         self.model = self.make_model(quick)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-3)
-        self.averages: dict[str, Average] = {}
+        self.averages: dict[str, LoopAverage] = {}
 
     @abstractmethod
     def make_model(self, quick: bool) -> nn.Module:
@@ -74,10 +74,10 @@ class Loop(ABC):
         """Return the loss of one batch."""
 
     @abstractmethod
-    def make_average(self) -> Average:
+    def make_average(self) -> LoopAverage:
         """Run the script's own lines, whose imports yield the peer's class or ours."""
 
-    def build(self, which: str) -> Average:
+    def build(self, which: str) -> LoopAverage:
         """Build and register an average with the peer's classes or with ours."""
         if which == OURS and self.peer:
             with fastema.compat.install(self.peer):
@@ -125,11 +125,11 @@ class Timm(Loop):
     def loss(self) -> Tensor:
         return nn.functional.cross_entropy(self.model(self.x), self.y)
 
-    def make_average(self) -> Average:
+    def make_average(self) -> LoopAverage:
         from timm.utils import ModelEmaV3
 
         ema = ModelEmaV3(self.model, decay=DECAY)
-        return Average(lambda: ema.update(self.model), lambda: list(ema.module.parameters()))
+        return LoopAverage(lambda: ema.update(self.model), lambda: list(ema.module.parameters()))
 
 
 class TimmSmall(Timm):
@@ -165,7 +165,7 @@ class Diffusers(Loop):
         predicted: Tensor = self.model(self.x, 17).sample
         return (predicted - self.x).square().mean()
 
-    def make_average(self) -> Average:
+    def make_average(self) -> LoopAverage:
         from diffusers.training_utils import EMAModel
 
         model = self.model
@@ -178,7 +178,7 @@ class Diffusers(Loop):
             ema.copy_to(model.parameters())
             ema.restore(model.parameters())
 
-        return Average(
+        return LoopAverage(
             lambda: ema.step(model.parameters()), lambda: list(ema.shadow_params), evaluate
         )
 
@@ -215,7 +215,7 @@ class TorchEma(Language):
 
     peer = "torch_ema"
 
-    def make_average(self) -> Average:
+    def make_average(self) -> LoopAverage:
         from torch_ema import ExponentialMovingAverage
 
         model = self.model
@@ -225,7 +225,7 @@ class TorchEma(Language):
             with ema.average_parameters():
                 pass
 
-        return Average(ema.update, lambda: list(ema.shadow_params), evaluate)
+        return LoopAverage(ema.update, lambda: list(ema.shadow_params), evaluate)
 
 
 class EmaPytorch(Language):
@@ -233,12 +233,12 @@ class EmaPytorch(Language):
 
     peer = "ema_pytorch"
 
-    def make_average(self) -> Average:
+    def make_average(self) -> LoopAverage:
         from ema_pytorch import EMA
 
         options = {"update_every": 1, "update_after_step": 0, "min_value": DECAY}
         ema = EMA(self.model, beta=DECAY, include_online_model=False, **options)
-        return Average(ema.update, lambda: list(ema.ema_model.parameters()))
+        return LoopAverage(ema.update, lambda: list(ema.ema_model.parameters()))
 
 
 class TorchAveraged(Language):
@@ -246,11 +246,11 @@ class TorchAveraged(Language):
 
     peer = "swa_utils"
 
-    def make_average(self) -> Average:
+    def make_average(self) -> LoopAverage:
         from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
         averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
-        return Average(
+        return LoopAverage(
             lambda: averaged.update_parameters(self.model),
             lambda: list(averaged.module.parameters()),
         )
@@ -289,7 +289,7 @@ class Lightning(_Trained):
 
     peer = "lightning"
 
-    def make_average(self) -> Average:
+    def make_average(self) -> LoopAverage:
         from lightning.pytorch.callbacks import EMAWeightAveraging
 
         callback = EMAWeightAveraging(decay=DECAY)
@@ -297,7 +297,7 @@ class Lightning(_Trained):
         def tensors() -> list[Tensor]:
             return list(callback._average_model.module.parameters())
 
-        return Average(lambda: callback, tensors)
+        return LoopAverage(lambda: callback, tensors)
 
     def fit(self, steps: int, note: Callable[[str, float], None]) -> None:
         import lightning.pytorch as pl
@@ -358,17 +358,17 @@ class Lightning(_Trained):
 class Transformers(_Trained):
     """GPT-2 in transformers' Trainer, which has no average: a handwritten callback, and ours."""
 
-    def build(self, which: str) -> Average:
+    def build(self, which: str) -> LoopAverage:
         if which != OURS:
             return super().build(which)
         from fastema.transformers import EMACallback
 
         callback = EMACallback(DECAY, at_end="raw")
-        average = Average(lambda: callback, lambda: list(callback.ema.shadow.values()))
+        average = LoopAverage(lambda: callback, lambda: list(callback.ema.shadow.values()))
         self.averages[which] = average
         return average
 
-    def make_average(self) -> Average:
+    def make_average(self) -> LoopAverage:
         from transformers import TrainerCallback
 
         model = self.model
@@ -380,7 +380,7 @@ class Transformers(_Trained):
                 averaged.update_parameters(model)
 
         callback = Averaging()
-        return Average(lambda: callback, lambda: list(averaged.module.parameters()))
+        return LoopAverage(lambda: callback, lambda: list(averaged.module.parameters()))
 
     def fit(self, steps: int, note: Callable[[str, float], None]) -> None:
         import tempfile
