@@ -40,7 +40,7 @@ BATCH = 16
 MB = 1e6
 
 
-class Block(nn.Module):
+class MlpBlock(nn.Module):
     """Two layers, as tensor parallel divides them."""
 
     def __init__(self, width: int) -> None:
@@ -54,7 +54,7 @@ class Block(nn.Module):
 
 def _model(width: int, depth: int) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(*(Block(width) for _ in range(depth)))
+    return nn.Sequential(*(MlpBlock(width) for _ in range(depth)))
 
 
 def _fsdp(model: nn.Sequential) -> nn.Module:
