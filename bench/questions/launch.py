@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class DeviceContext:
+class StubContext:
     """A device whose memory is the host's."""
 
     index, device, fallback_reason = 0, "cuda:0", None
@@ -65,7 +65,7 @@ def on_a_gpu() -> None:
     from fastema.engine import cuda
     from fastema.engine.cubins import Cubin
 
-    describe, zeros, context = bridge.describe, bridge.zeros, DeviceContext()
+    describe, zeros, context = bridge.describe, bridge.zeros, StubContext()
 
     def described(tensor: torch.Tensor) -> Any:
         return replace(describe(tensor), device=context.device, context=context)
