@@ -26,7 +26,7 @@ CLASSES = {OURS: ExponentialMovingAverage, THEIRS: tf.train.ExponentialMovingAve
 
 
 @dataclass(frozen=True)
-class Case:
+class VariableCase:
     """So many variables of one shape in float32."""
 
     count: int
@@ -43,8 +43,8 @@ class Case:
         return self.count * int(np.prod(self.shape))
 
 
-FULL = [Case(100, (64, 64)), Case(100, (512, 512)), Case(1, (5_000, 5_000))]
-QUICK = [Case(100, (64, 64)), Case(20, (512, 512)), Case(1, (2_000, 2_000))]
+FULL = [VariableCase(100, (64, 64)), VariableCase(100, (512, 512)), VariableCase(1, (5_000, 5_000))]
+QUICK = [VariableCase(100, (64, 64)), VariableCase(20, (512, 512)), VariableCase(1, (2_000, 2_000))]
 
 
 def _traced(ema: Any, weights: list[Any]) -> Callable[[], object]:
@@ -77,7 +77,7 @@ def _assert_agreement(
             assert error <= 4e-6, f"{name}: {error}"
 
 
-def race(case: Case, quick: bool) -> Iterator[Row]:
+def race(case: VariableCase, quick: bool) -> Iterator[Row]:
     """Check the entries against the formula, then race those that are called in one way."""
     weights = [tf.Variable(tf.random.normal(case.shape)) for _ in range(case.count)]
     for way, make in WAYS.items():
