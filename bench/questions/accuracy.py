@@ -40,7 +40,7 @@ Reals = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Amount:
+class AccuracySizes:
     """How much is run."""
 
     elements: int  # of the one-update table
@@ -49,8 +49,8 @@ class Amount:
     marks: tuple[int, ...]  # updates after which a long run is looked at
 
 
-FULL = Amount(elements=100_000, short=1_000, run_elements=4_096, marks=(10_000, 100_000))
-QUICK = Amount(elements=4_000, short=50, run_elements=512, marks=(50, 250))
+FULL = AccuracySizes(elements=100_000, short=1_000, run_elements=4_096, marks=(10_000, 100_000))
+QUICK = AccuracySizes(elements=4_000, short=50, run_elements=512, marks=(50, 250))
 
 
 # -- one update -----------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def many_updates(
     return root_mean_square(wide(avg) - exact) / root_mean_square(exact)
 
 
-def updates(amount: Amount) -> Iterator[Row]:
+def updates(amount: AccuracySizes) -> Iterator[Row]:
     """Yield one row for each pair of dtypes and way to round."""
     generator = torch.Generator().manual_seed(0)
     cases = [(*pair, "nearest") for pair in product(DTYPES, DTYPES)]
@@ -411,7 +411,9 @@ VIEWS = {
 """Title of a table -> what it shows of each average."""
 
 
-def long_run(decay: float, amount: Amount, subjects: dict[str, list[Subject]]) -> Iterator[Row]:
+def long_run(
+    decay: float, amount: AccuracySizes, subjects: dict[str, list[Subject]]
+) -> Iterator[Row]:
     """Yield how all averages stand at the marks of one run; `subjects` by dtype of the weights."""
     walk = Walk(amount.run_elements, horizon_of(decay))
     runs = [Run(weights, walk.start, decay, those) for weights, those in subjects.items()]
@@ -424,7 +426,7 @@ def long_run(decay: float, amount: Amount, subjects: dict[str, list[Subject]]) -
                 yield from run.rows()
 
 
-def long_runs(amount: Amount) -> Iterator[Row]:
+def long_runs(amount: AccuracySizes) -> Iterator[Row]:
     """Yield the rows of all runs, and what does not run with the reason."""
     reasons = {(w, subject): refusal(subject, w) for w in MODELS for subject in SUBJECTS}
     running = {w: [subject for subject in SUBJECTS if reasons[w, subject] is None] for w in MODELS}
