@@ -45,7 +45,7 @@ RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
-class Amount:
+class QualitySizes:
     """How much is run."""
 
     epochs: int
@@ -54,8 +54,8 @@ class Amount:
     rates: int  # of each task's, from the middle
 
 
-FULL = Amount(epochs=40, seeds=20, tuning_seeds=4, rates=5)
-QUICK = Amount(epochs=4, seeds=3, tuning_seeds=1, rates=2)
+FULL = QualitySizes(epochs=40, seeds=20, tuning_seeds=4, rates=5)
+QUICK = QualitySizes(epochs=4, seeds=3, tuning_seeds=1, rates=2)
 
 
 # -- data -----------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def reproducible() -> Iterator[None]:
 # -- choice of the learning rate ------------------------------------------------------------------
 
 
-def tune(task: Task, schedule: Schedule, amount: Amount) -> list[Scored]:
+def tune(task: Task, schedule: Schedule, amount: QualitySizes) -> list[Scored]:
     """The mean validation scores of all weights at each learning rate."""
     skipped = (len(task.rates) - amount.rates) // 2
     seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + amount.tuning_seeds)
@@ -380,7 +380,7 @@ def validation(tuned: list[Scored]) -> Iterator[Row]:
                     yield Row(title, f"{schedule}, {one['rate']:g}", figures, weights)
 
 
-def measure(amount: Amount) -> tuple[list[Scored], list[Scored]]:
+def measure(amount: QualitySizes) -> tuple[list[Scored], list[Scored]]:
     """Choose learning rates, and train on all seeds; return the choice and the runs."""
     tuned: list[Scored] = []
     runs: list[Scored] = []

@@ -16,7 +16,7 @@ NEEDS = ("matplotlib", "sklearn")
 pytestmark = pytest.mark.torch
 
 REGRESSION, _, CLASSIFIER = quality.TASKS
-SHORT = quality.Amount(epochs=1, seeds=2, tuning_seeds=1, rates=2)
+SHORT = quality.QualitySizes(epochs=1, seeds=2, tuning_seeds=1, rates=2)
 
 
 def record_results(function: Any, kept: list[Any]) -> Any:
