@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class Way:
+class PlanOption:
     """One way to keep an average, and its cost."""
 
     name: str
@@ -81,15 +81,15 @@ class Way:
     seconds: float  # per step: the time of an update, divided by update_every
 
 
-def ways(args: argparse.Namespace) -> list[Way]:
+def ways(args: argparse.Namespace) -> list[PlanOption]:
     """Return the ways to keep an average that apply to these arguments, with their costs."""
     weights, size, world = args.params, _BYTES[args.dtype], args.world
     dtype = {4: "float32", 2: args.dtype}[size]
     part = weights / world
 
-    def on_gpu(name: str, call: str, n: float, stored: float, every: int = 1) -> Way:
+    def on_gpu(name: str, call: str, n: float, stored: float, every: int = 1) -> PlanOption:
         moved = n * (size + 2 * stored)
-        return Way(name, call, n * stored, 0.0, moved, 0.0, moved / args.hbm / 1e9 / every)
+        return PlanOption(name, call, n * stored, 0.0, moved, 0.0, moved / args.hbm / 1e9 / every)
 
     precise = 'shadow_dtype="float32"'
     found = [on_gpu("on each GPU, float32", f"EMA(model, {precise})", weights, 4)]
@@ -109,7 +109,7 @@ def ways(args: argparse.Namespace) -> list[Way]:
     computing = moved / (args.host / min(world, args.ranks_per_host)) / 1e9
     call = f"EMA(host_copy, {precise})"
     found.append(
-        Way(
+        PlanOption(
             *("on the host, float32", call, 0.0, n * (size + 4), moved, n * size),
             max(crossing, computing),
         )
