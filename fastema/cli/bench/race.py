@@ -36,66 +36,66 @@ class Result(NamedTuple):
 Job = Callable[[], object]
 
 
-class Way(NamedTuple):
+class Contender(NamedTuple):
     """A way to update an average, set up for one model."""
 
     update: Job
     averages: Callable[[], Iterable[torch.Tensor]]  # in the order of the model's parameters
 
 
-Setup = Callable[[nn.Module, torch.dtype], Way]
+Setup = Callable[[nn.Module, torch.dtype], Contender]
 
 
 def _weights(model: nn.Module) -> list[torch.Tensor]:
     return [one.detach() for one in model.parameters()]
 
 
-def _ours(model: nn.Module, dtype: torch.dtype) -> Way:
+def _ours(model: nn.Module, dtype: torch.dtype) -> Contender:
     ema = fastema.EMA(model, DECAY, shadow_dtype=dtype)
-    return Way(ema.update, ema.shadow.values)
+    return Contender(ema.update, ema.shadow.values)
 
 
-def _loop(model: nn.Module, dtype: torch.dtype) -> Way:
+def _loop(model: nn.Module, dtype: torch.dtype) -> Contender:
     pairs = [(one.to(dtype, copy=True), one) for one in _weights(model)]
 
     def update() -> None:
         for average, weight in pairs:
             average.mul_(DECAY).add_(weight, alpha=1 - DECAY)
 
-    return Way(update, lambda: [average for average, _ in pairs])
+    return Contender(update, lambda: [average for average, _ in pairs])
 
 
-def _foreach(model: nn.Module, dtype: torch.dtype) -> Way:
+def _foreach(model: nn.Module, dtype: torch.dtype) -> Contender:
     weights = _weights(model)
     averages = [one.to(dtype, copy=True) for one in weights]
 
     def update() -> None:
         torch._foreach_lerp_(averages, [one.to(dtype) for one in weights], 1 - DECAY)
 
-    return Way(update, lambda: averages)
+    return Contender(update, lambda: averages)
 
 
-def _averaged_model(model: nn.Module, dtype: torch.dtype) -> Way:
+def _averaged_model(model: nn.Module, dtype: torch.dtype) -> Contender:
     swa = torch.optim.swa_utils
     averaged = swa.AveragedModel(model, multi_avg_fn=swa.get_ema_multi_avg_fn(DECAY))
     averaged.module.to(dtype)
     averaged.update_parameters(model)  # the first call only copies
-    return Way(lambda: averaged.update_parameters(model), averaged.module.parameters)
+    return Contender(lambda: averaged.update_parameters(model), averaged.module.parameters)
 
 
-def _torch_ema(model: nn.Module, dtype: torch.dtype) -> Way:
+def _torch_ema(model: nn.Module, dtype: torch.dtype) -> Contender:
     parameters = list(model.parameters())
     ema = import_module("torch_ema").ExponentialMovingAverage(parameters, DECAY, False)
     ema.to(dtype=dtype)
-    return Way(lambda: ema.update(parameters), lambda: ema.shadow_params)
+    return Contender(lambda: ema.update(parameters), lambda: ema.shadow_params)
 
 
-def _timm(model: nn.Module, dtype: torch.dtype) -> Way:
+def _timm(model: nn.Module, dtype: torch.dtype) -> Contender:
     ema = import_module("timm.utils").ModelEmaV3(model, decay=DECAY, dtype=dtype)
-    return Way(lambda: ema.update(model), ema.module.parameters)
+    return Contender(lambda: ema.update(model), ema.module.parameters)
 
 
-def _ema_pytorch(model: nn.Module, dtype: torch.dtype) -> Way:
+def _ema_pytorch(model: nn.Module, dtype: torch.dtype) -> Contender:
     ema = import_module("ema_pytorch").EMA(
         model,
         ema_model=copy.deepcopy(model).to(dtype),
@@ -106,17 +106,17 @@ def _ema_pytorch(model: nn.Module, dtype: torch.dtype) -> Way:
         coerce_dtype=True,
     )
     ema.update()  # the first call only copies
-    return Way(ema.update, ema.ema_model.parameters)
+    return Contender(ema.update, ema.ema_model.parameters)
 
 
-def _diffusers(model: nn.Module, dtype: torch.dtype) -> Way:
+def _diffusers(model: nn.Module, dtype: torch.dtype) -> Contender:
     parameters = list(model.parameters())
     ema = import_module("diffusers.training_utils").EMAModel(
         parameters, decay=DECAY, min_decay=DECAY, foreach=True
     )
     ema.to(dtype=dtype)
     ema.step(parameters)  # the first call only copies
-    return Way(lambda: ema.step(parameters), lambda: ema.shadow_params)
+    return Contender(lambda: ema.step(parameters), lambda: ema.shadow_params)
 
 
 WAYS: dict[str, tuple[str, Setup]] = {
