@@ -37,7 +37,7 @@ TOLERANCE = 2e-6
 
 
 @dataclass(frozen=True)
-class Entry:
+class Contender:
     """One way to do the work: ``setup(model)`` returns the call and how to see its result.
 
     `result` gives the average's tensors after a call, in the order of the parameters, or is None
@@ -56,7 +56,7 @@ class Work:
     title: str
     inventory: Callable[[], shapes.Inventory]
     dtype: str
-    entries: list[Entry]
+    entries: list[Contender]
 
 
 def _averages(average: Any, model: nn.Module, which: int = 0) -> Result:
@@ -66,12 +66,12 @@ def _averages(average: Any, model: nn.Module, which: int = 0) -> Result:
 
 def _ours(
     make: Callable[[nn.Module], Any], nbytes: float, name: str, shown: int | None = 0
-) -> Entry:
+) -> Contender:
     def setup(model: nn.Module) -> tuple[Job, Result | None]:
         average = make(model)
         return average.update, None if shown is None else _averages(average, model, shown)
 
-    return Entry(name, setup, nbytes)
+    return Contender(name, setup, nbytes)
 
 
 # -- several averages -----------------------------------------------------------------------------
@@ -114,9 +114,9 @@ def _three_averaged_models(model: nn.Module) -> tuple[Job, Result]:
 
 SEVERAL = [
     _ours(lambda m: fastema.EMA(m, DECAYS), 28, "fastema.EMA, three decays"),
-    Entry("three fastema.EMA", _three_passes, 36),
-    Entry("three torch._foreach_lerp_", _three_foreach, 36),
-    Entry("three AveragedModel multi_avg_fn", _three_averaged_models, 36),
+    Contender("three fastema.EMA", _three_passes, 36),
+    Contender("three torch._foreach_lerp_", _three_foreach, 36),
+    Contender("three AveragedModel multi_avg_fn", _three_averaged_models, 36),
 ]
 
 # -- the windowed mean ----------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def _full(size: int, model: nn.Module) -> fastema.SMA:
     return average
 
 
-def _window(size: int) -> Entry:
+def _window(size: int) -> Contender:
     name = f"fastema.SMA, window {size}"
     return _ours(partial(_full, size), 32, name, 0 if size == 10 else None)
 
@@ -170,8 +170,8 @@ def _again_loop(size: int, model: nn.Module) -> tuple[Job, Result]:
 
 WINDOWED = [
     _window(10),
-    Entry("copies of 10, re-averaged by foreach", partial(_again_foreach, 10), 8 + 12 * 10),
-    Entry("copies of 10, torch.stack().mean(0)", partial(_again_loop, 10), 8 + 12 * 10),
+    Contender("copies of 10, re-averaged by foreach", partial(_again_foreach, 10), 8 + 12 * 10),
+    Contender("copies of 10, torch.stack().mean(0)", partial(_again_loop, 10), 8 + 12 * 10),
 ]
 FLAT_IN_WINDOW = [_window(size) for size in (10, 2, 5, 20)]
 
@@ -183,7 +183,7 @@ def _timm(stochastic: bool, model: nn.Module) -> tuple[Job, None]:
     return (lambda: ema.update(model)), None
 
 
-def _stochastic(dtype: Any, nbytes: float, name: str, **options: Any) -> Entry:
+def _stochastic(dtype: Any, nbytes: float, name: str, **options: Any) -> Contender:
     return _ours(
         lambda m: fastema.EMA(m, 0.9, shadow_dtype=dtype, **options), nbytes, name, shown=None
     )
@@ -194,14 +194,14 @@ ROUNDED = [
     _stochastic("bfloat16", 6, "fastema.EMA, nearest", rounding="nearest"),
     _stochastic("bf16+16", 10, "fastema.EMA, bf16+16"),
     _stochastic("float32", 10, "fastema.EMA, float32"),
-    Entry("timm ModelEmaV3, stochastic", partial(_timm, True), 6),
-    Entry("timm ModelEmaV3, nearest", partial(_timm, False), 6),
+    Contender("timm ModelEmaV3, stochastic", partial(_timm, True), 6),
+    Contender("timm ModelEmaV3, nearest", partial(_timm, False), 6),
 ]
 
 # -- guards ---------------------------------------------------------------------------------------
 
 
-def _guarded(dtype: str, nbytes: float) -> list[Entry]:
+def _guarded(dtype: str, nbytes: float) -> list[Contender]:
     size = 4 if dtype == "f32" else 2
     make = partial(fastema.EMA, decay=0.9, shadow_dtype="float32")
     return [
@@ -223,7 +223,7 @@ def _averaged_equally(model: nn.Module) -> tuple[Job, Result]:
 MEANS = [
     _ours(fastema.SWA, 12, "fastema.SWA"),
     _ours(lambda m: fastema.PowerEMA(m), 20, "fastema.PowerEMA, two widths", None),
-    Entry("AveragedModel", _averaged_equally, 12),
+    Contender("AveragedModel", _averaged_equally, 12),
 ]
 
 
