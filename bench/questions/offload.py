@@ -27,7 +27,7 @@ def _nothing() -> None:
     pass
 
 
-class Entry:
+class LoopHooks:
     """What a training loop calls: ``wait`` before each optimizer step, ``update`` after it."""
 
     def __init__(
@@ -86,9 +86,9 @@ def _loop(delay: float, width: int, depth: int, rounds: int, turns: int = 5) -> 
             one._link.delay = lambda _: time.sleep(delay)  # type: ignore[attr-defined]
     plain = fastema.EMA(model, 0.999)
     entries = {
-        "no average": Entry(),
-        "on the device": Entry(plain.update),
-        "on the host, by hand": Entry(hand.update),
+        "no average": LoopHooks(),
+        "on the device": LoopHooks(plain.update),
+        "on the host, by hand": LoopHooks(hand.update),
         "offload=True": _entry(beside),
         'offload="skip"': _entry(skipping),
     }
@@ -116,12 +116,12 @@ def _loop(delay: float, width: int, depth: int, rounds: int, turns: int = 5) -> 
         yield Row(f"A step of training{slow}", name, figures)
 
 
-def _entry(ema: Any) -> Entry:
-    return Entry(ema.update, ema.wait)
+def _entry(ema: Any) -> LoopHooks:
+    return LoopHooks(ema.update, ema.wait)
 
 
 def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, entry: Entry
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, entry: LoopHooks
 ) -> tuple[float, float]:
     """Seconds of a step with its update, and those in which training was kept waiting."""
     began = time.perf_counter()
