@@ -270,11 +270,11 @@ def copy_applied_into(pairs: Sequence[Pair], into: Sequence[AppliedCopy]) -> Non
     for end, pair in enumerate(pairs, 1):
         nbytes += pair.src.nbytes
         if nbytes >= _COPY_BATCH_BYTES or end == len(pairs):
-            _recover(pairs[begin:end], into[begin:end])
+            _copy_applied_batch(pairs[begin:end], into[begin:end])
             begin, nbytes = end, 0
 
 
-def _recover(pairs: Sequence[Pair], into: Sequence[AppliedCopy]) -> None:
+def _copy_applied_batch(pairs: Sequence[Pair], into: Sequence[AppliedCopy]) -> None:
     parked = [(pair, to) for pair, to in zip(pairs, into, strict=True) if way_of(pair) == "park"]
     models = [spec for _, spec in allocate([(pair.src, pair.src.kind) for pair, _ in parked])]
     copies = [Pair(one.name, spec, one.src) for (one, _), spec in zip(parked, models, strict=True)]
