@@ -131,7 +131,7 @@ def way_of(pair: Pair) -> str:
     return "park" if pair.form != SPLIT and dtypes == ("f32", "bf16") else "spare"
 
 
-def _bare(pair: Pair) -> Pair:
+def _strip_pair(pair: Pair) -> Pair:
     """Return the pair of one average alone, with its residual if that is swapped too."""
     whole = pair.form == SPLIT and pair.dst.dtype != pair.src.dtype
     bare = Pair(pair.name, pair.dst, pair.src)
@@ -192,7 +192,7 @@ class InMemory:
 def _by_way(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
     found: dict[str, list[Pair]] = {}
     for pair in pairs:
-        found.setdefault(way_of(pair), []).append(_bare(pair))
+        found.setdefault(way_of(pair), []).append(_strip_pair(pair))
     return found
 
 
