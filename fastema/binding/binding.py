@@ -120,7 +120,7 @@ def _check_overlap(pairs: Sequence[Pair], labels: tuple[str, str]) -> None:
     )
 
 
-def _without_owner(pair: Pair, fixed: set[str]) -> Pair:
+def _drop_owner(pair: Pair, fixed: set[str]) -> Pair:
     """Drop the reference to an immutable tensor: together they would keep a copy of the model."""
     return pair._replace(src=pair.src.with_owner(None)) if pair.name in fixed else pair
 
@@ -216,7 +216,7 @@ class Binding:
         ]
         if src.moving:
             names = {*fixed}
-            tagged = {tag: [_without_owner(pair, names) for pair in tagged[tag]] for tag in tagged}
+            tagged = {tag: [_drop_owner(pair, names) for pair in tagged[tag]] for tag in tagged}
         pairs = [pair for members in tagged.values() for pair in members]
         _check_overlap(pairs, self._labels)
         sides: list[Side] = []
