@@ -29,7 +29,7 @@ from fastema.shadow.options import (
     Rounding,
     WatchMode,
     check_which,
-    options_in,
+    select_shared_options,
 )
 
 __all__ = ["EMAWeights"]
@@ -152,7 +152,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         capturable: bool = False,
         watch: WatchMode = "all",
     ) -> None:
-        options = options_in(locals()) | {"zero_debias": zero_debias}
+        options = select_shared_options(locals()) | {"zero_debias": zero_debias}
         super().__init__()
         self._which = check_which(which, decay)
         self._decay, self._options = decay, options

@@ -19,7 +19,7 @@ from fastema.shadow.options import (
     WatchMode,
     check_literal,
     check_which,
-    options_in,
+    select_shared_options,
 )
 
 __all__ = ["EMACallback"]
@@ -103,7 +103,7 @@ class EMACallback(Callback):  # type: ignore[misc]
         capturable: bool = False,
         watch: WatchMode = "all",
     ) -> None:
-        options = options_in(locals()) | {"zero_debias": zero_debias}
+        options = select_shared_options(locals()) | {"zero_debias": zero_debias}
         super().__init__()
         self.at_end: AtEnd = check_literal(at_end, "at_end", AtEnd)
         # Raise errors in options now, not when training begins; capturable needs a GPU to check.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from fastema.errors import ArgumentError
 from fastema.rules import Constant, Rule, Window, debiased
 from fastema.shadow.average import Average, Weights
-from fastema.shadow.options import OnNonFinite, Policy, Rounding, WatchMode, options_in
+from fastema.shadow.options import OnNonFinite, Policy, Rounding, WatchMode, select_shared_options
 
 __all__ = ["EMA"]
 
@@ -155,7 +155,7 @@ class EMA(Average[Weights]):
         watch: WatchMode = "all",
         offload: bool | Literal["skip"] = False,
     ) -> None:
-        options = options_in(locals())
+        options = select_shared_options(locals())
         if offload is not False:
             self._become_offloaded(weights, decay, zero_debias, offload, options)
             return

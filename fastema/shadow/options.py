@@ -21,9 +21,9 @@ __all__ = [
     "check_which",
     "dtype_of",
     "format_of",
-    "options_in",
     "parse_destination",
     "patterns_of",
+    "select_shared_options",
 ]
 
 OnNonFinite = Literal["propagate", "skip", "raise"]
@@ -54,7 +54,7 @@ def check_which(which: int | None, decay: Any) -> int | None:
     return which
 
 
-def options_in(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def select_shared_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the shared keyword arguments among the ``locals()`` of a constructor."""
     return {name: value for name, value in arguments.items() if name in _OPTIONS}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastema.rules import power
 from fastema.shadow.average import Average, Weights
-from fastema.shadow.options import OnNonFinite, Policy, Rounding, WatchMode, options_in
+from fastema.shadow.options import OnNonFinite, Policy, Rounding, WatchMode, select_shared_options
 
 __all__ = ["PowerEMA"]
 
@@ -81,6 +81,6 @@ class PowerEMA(Average[Weights]):
         capturable: bool = False,
         watch: WatchMode = "all",
     ) -> None:
-        options = options_in(locals())
+        options = select_shared_options(locals())
         several = sigma_rels if isinstance(sigma_rels, Sequence) else (sigma_rels,)
         super().__init__(weights, [power(sigma) for sigma in several], **options)

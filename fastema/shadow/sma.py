@@ -9,7 +9,7 @@ from fastema.errors import ArgumentError
 from fastema.layout.device_context import LaunchArgs
 from fastema.rules import Window
 from fastema.shadow.average import Average, Weights
-from fastema.shadow.options import OnNonFinite, Policy, Rounding, WatchMode, options_in
+from fastema.shadow.options import OnNonFinite, Policy, Rounding, WatchMode, select_shared_options
 
 __all__ = ["SMA"]
 
@@ -101,7 +101,7 @@ class SMA(Average[Weights]):
         capturable: bool = False,
         watch: WatchMode = "all",
     ) -> None:
-        options = options_in(locals())
+        options = select_shared_options(locals())
         if ring_device not in (None, "cpu"):
             raise ArgumentError(
                 f"ring_device={ring_device!r}: expected 'cpu', or None for the weights' device"

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastema.rules import CumulativeMean
 from fastema.shadow.average import Average, Weights
-from fastema.shadow.options import OnNonFinite, Policy, Rounding, WatchMode, options_in
+from fastema.shadow.options import OnNonFinite, Policy, Rounding, WatchMode, select_shared_options
 
 __all__ = ["SWA"]
 
@@ -74,5 +74,5 @@ class SWA(Average[Weights]):
         capturable: bool = False,
         watch: WatchMode = "all",
     ) -> None:
-        options = options_in(locals())
+        options = select_shared_options(locals())
         super().__init__(weights, CumulativeMean(), **options)

@@ -31,7 +31,7 @@ from fastema.shadow.options import (
     WatchMode,
     check_literal,
     check_which,
-    options_in,
+    select_shared_options,
 )
 
 __all__ = ["EMACallback"]
@@ -191,7 +191,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         capturable: bool = False,
         watch: WatchMode = "all",
     ) -> None:
-        options = options_in(locals()) | {"zero_debias": zero_debias}
+        options = select_shared_options(locals()) | {"zero_debias": zero_debias}
         self.at_end: AtEnd = check_literal(at_end, "at_end", AtEnd)
         self.on_missing: OnMissing = check_literal(on_missing, "on_missing", OnMissing)
         # Raise errors in options now, not when training begins; capturable needs a GPU to check.
