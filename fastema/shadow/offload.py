@@ -35,8 +35,8 @@ from fastema.shadow.options import (
     Policy,
     WhenBehind,
     check_literal,
+    check_patterns,
     parse_destination,
-    patterns_of,
 )
 from fastema.shadow.views import Shadow
 
@@ -122,7 +122,7 @@ class OffloadedEMA(EMA[Any]):
             check_literal(frozen, "frozen", Policy),
             check_literal(buffers, "buffers", Policy),
         )
-        chosen = select(leaves, *policies, patterns_of(policy))
+        chosen = select(leaves, *policies, check_patterns(policy))
         kept: dict[str, Policy] = {leaf.name: "average" for leaf in chosen.averaged}
         kept |= {leaf.name: "copy" for leaf in chosen.copied}
         if on_nonfinite != "propagate" and any(

@@ -18,11 +18,11 @@ __all__ = [
     "Rounding",
     "WatchMode",
     "check_literal",
+    "check_patterns",
     "check_which",
     "dtype_of",
     "format_of",
     "parse_destination",
-    "patterns_of",
     "select_shared_options",
 ]
 
@@ -59,7 +59,7 @@ def select_shared_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in _OPTIONS}
 
 
-def patterns_of(policy: Any) -> dict[str, Policy]:
+def check_patterns(policy: Any) -> dict[str, Policy]:
     """Return the policies by name pattern that a user passed; raise an ArgumentError if invalid."""
     if policy is None:
         return {}

@@ -26,9 +26,9 @@ from fastema.shadow.options import (
     Rounding,
     WatchMode,
     check_literal,
+    check_patterns,
     dtype_of,
     format_of,
-    patterns_of,
 )
 from fastema.shadow.reports import describe_rule
 from fastema.shadow.schedule_counter import ScheduleCounter
@@ -106,7 +106,7 @@ class UpdatableAverage(Generic[Weights]):
         container = list_iterators(weights)
         reshard(container)
         leaves = leaves_of(container)
-        selection = select(leaves, frozen, buffers, patterns_of(policy))
+        selection = select(leaves, frozen, buffers, check_patterns(policy))
         self._store = Store.of(selection, self._format)
         self._names = selection.names
         self._done = self._num_skipped = 0
