@@ -57,7 +57,7 @@ class Selection(NamedTuple):
     names: Names
 
 
-def by_pattern(leaves: Leaves, patterns: Mapping[str, Policy]) -> dict[str, Policy]:
+def match_patterns(leaves: Leaves, patterns: Mapping[str, Policy]) -> dict[str, Policy]:
     """Return the policy of every name that a pattern matches; the first matching pattern wins.
 
     Raises
@@ -108,7 +108,7 @@ def select(
         For a pattern that matches no name.
     """
     of_role: dict[Role, Policy] = {"weight": "average", "frozen": frozen, "buffer": buffers}
-    chosen = by_pattern(leaves, patterns or {})
+    chosen = match_patterns(leaves, patterns or {})
 
     def policy(one: Leaf | Opaque) -> Policy:
         return chosen.get(one.name, of_role[one.role])
