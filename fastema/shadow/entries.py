@@ -38,7 +38,7 @@ class Names:
     chosen: set[str]  # names whose policy comes from a pattern
     patterns: Mapping[str, Policy]  # the user's, in order
 
-    def may_come(self, name: str) -> bool:
+    def may_appear(self, name: str) -> bool:
         """Return whether a pattern skips a new tensor, for example an adapter added later."""
         matching = (policy for one, policy in self.patterns.items() if fnmatchcase(name, one))
         return next(matching, None) == "skip"

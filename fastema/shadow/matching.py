@@ -104,7 +104,7 @@ def _find_new_or_unfrozen(leaves: Leaves, entries: Mapping[str, Entry], names: N
     known = {*entries, *names.aliases, *names.skipped}
     present = [leaf.name for leaf in leaves.items if leaf.persistent]
     present += [one.name for one in leaves.opaque if one.persistent]
-    new = [name for name in present if name not in known and not names.may_come(name)]
+    new = [name for name in present if name not in known and not names.may_appear(name)]
     problems = [f"{name!r} is new in the model" for name in new]
     return problems + [
         f"{leaf.name!r} is trained now but was frozen when the average was built"
