@@ -47,11 +47,11 @@ class StepHooks:
             # With GradScaler, a fused optimizer decides on the device whether it steps.
             found_inf = getattr(optimizer, "found_inf", None)
             if found_inf is None or not float(found_inf):
-                self._stepped(number)
+                self._count_step(number)
 
         return stepped
 
-    def _stepped(self, number: int) -> None:
+    def _count_step(self, number: int) -> None:
         self._waiting.discard(number)
         if self._waiting:
             return
