@@ -115,9 +115,9 @@ class Average(SaveableAverage[Weights]):
             try:
                 return object.__getattribute__(self, name)
             except AttributeError as error:
-                from fastema.shadow.hints import hint
+                from fastema.shadow.hints import suggest_name
 
-                raise AttributeError(f"{error}{hint(name)}", name=name, obj=self) from None
+                raise AttributeError(f"{error}{suggest_name(name)}", name=name, obj=self) from None
 
     def report(self) -> str:
         """Return a description of what the average covers at this point of the run.

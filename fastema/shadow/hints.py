@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["hint"]
+__all__ = ["suggest_name"]
 
 _MODULE: Final = (
     "an average is not a module: swapped() puts it into the model, model_state_dict() is the "
@@ -30,6 +30,6 @@ _HINTS: Final = {
 }
 
 
-def hint(name: str) -> str:
+def suggest_name(name: str) -> str:
     """Return a suggestion for an attribute that averages lack; an empty string if there is none."""
     return f": {_HINTS[name]}" if name in _HINTS else ""
