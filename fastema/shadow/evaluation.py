@@ -17,7 +17,7 @@ from fastema.engine.program import Program
 from fastema.errors import BridgeError, StateError, format_problems
 from fastema.layout.group import check_pair, drop_repeated, refuse_overlap, refuse_unwritable
 from fastema.shadow.binding import ShadowSwap
-from fastema.shadow.matching import names_of_state, pairs_to, refuse_other_holder
+from fastema.shadow.matching import names_of_state, pair_with_model, refuse_other_holder
 from fastema.shadow.store import Entry
 from fastema.shadow.updating import UpdatableAverage, Weights
 from fastema.shadow.views import Shadow
@@ -298,7 +298,7 @@ class SwappableAverage(UpdatableAverage[Weights]):
             self._sync()
             container = list_iterators(model)
             reshard(container)
-            pairs = drop_repeated(pairs_to(leaves_of(container), entries, self._names))
+            pairs = drop_repeated(pair_with_model(leaves_of(container), entries, self._names))
             there = [pair for pair in pairs if not can_be_assigned(pair.src)]
             for pair in there:
                 check_pair(pair)

@@ -14,7 +14,7 @@ from fastema.shadow.store import Entry
 
 __all__ = [
     "names_of_state",
-    "pairs_to",
+    "pair_with_model",
     "refuse_divided_otherwise",
     "refuse_other_holder",
     "refuse_other_model",
@@ -155,7 +155,7 @@ def refuse_other_holder(container: Any, holder: Any, weights: Mapping[str, Tenso
         )
 
 
-def pairs_to(leaves: Leaves, entries: Mapping[str, Entry], names: Names) -> list[Pair]:
+def pair_with_model(leaves: Leaves, entries: Mapping[str, Entry], names: Names) -> list[Pair]:
     """Pair every name of an average with the tensor of a model that will receive it.
 
     Raises

@@ -26,7 +26,7 @@ from fastema.shadow.ema import EMA
 from fastema.shadow.entries import select
 from fastema.shadow.matching import (
     names_of_state,
-    pairs_to,
+    pair_with_model,
     refuse_other_holder,
     refuse_other_model,
 )
@@ -388,7 +388,7 @@ class OffloadedEMA(EMA[Any]):
             self._drain_and_sync()
             container = list_iterators(model)
             reshard(container)
-            pairs = pairs_to(leaves_of(container), self._store.sets[0], self._names)
+            pairs = pair_with_model(leaves_of(container), self._store.sets[0], self._names)
             tensors = {pair.name: pair.src.owner for pair in pairs}
             link = link_of(tensors)
             super().copy_to(link.staging, which=which)
