@@ -66,24 +66,24 @@ def _is_debiased(schedule: Schedule) -> bool:
     return any(isinstance(rule, Debiased) for rule in schedule.rules)
 
 
-def _is(found: Any, expected: str | int) -> bool:
+def _is_equal(found: Any, expected: str | int) -> bool:
     """Return whether type and value are equal; arrays, whose ``==`` is elementwise, never are."""
     return type(found) is type(expected) and found == expected
 
 
 def _check_head(state: Any, kind: str, expected: Tensors) -> list[str]:
-    if not isinstance(state, Mapping) or not _is(state.get("format"), FORMAT):
+    if not isinstance(state, Mapping) or not _is_equal(state.get("format"), FORMAT):
         return [explain_foreign_state(state)]
     problems = []
-    if not _is(state.get("version"), VERSION):
+    if not _is_equal(state.get("version"), VERSION):
         problems.append(f"version {state.get('version')!r} is not known, only {VERSION}")
-    if not _is(state.get("kind"), kind):
+    if not _is_equal(state.get("kind"), kind):
         problems.append(f"it was saved by {state.get('kind')!r}, not by {kind!r}")
     for name in COUNTERS:
         value = state.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
             problems.append(f"{name} is {value!r}")
-    if not any(_is(state.get("rounding"), known) for known in get_args(Rounding)):
+    if not any(_is_equal(state.get("rounding"), known) for known in get_args(Rounding)):
         problems.append(f"rounding is {state.get('rounding')!r}")
     for part in PARTS:
         problems += _check_part(state.get(part), part, len(expected.get(part, ())))
