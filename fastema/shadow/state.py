@@ -152,7 +152,7 @@ def _log_decays(found: Any, schedule: Schedule, which: SavedOrMine) -> tuple[flo
     return tuple(found)
 
 
-def _schedule(plain: Any, own: Schedule, which: SavedOrMine) -> Schedule:
+def _choose_schedule(plain: Any, own: Schedule, which: SavedOrMine) -> Schedule:
     # A user-defined rule cannot be rebuilt from its description, but compared with it.
     same = to_plain_value(plain, "it") == own.to_dict()
     if which == "mine" and not same and any(_windows(own)):
@@ -205,7 +205,7 @@ def unpack(
     tensors: Tensors = {}
     if not problems:
         try:
-            schedule = _schedule(state.get("schedule"), own, which)
+            schedule = _choose_schedule(state.get("schedule"), own, which)
         except ArgumentError as error:
             problems.append(f"schedule: {error}")
         else:
