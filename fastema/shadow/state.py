@@ -139,7 +139,9 @@ def _check_tensors(
             )
 
 
-def _log_decays(found: Any, schedule: Schedule, which: SavedOrMine) -> tuple[float, ...] | None:
+def _check_log_decays(
+    found: Any, schedule: Schedule, which: SavedOrMine
+) -> tuple[float, ...] | None:
     """Return a state's ``log_decays`` for a schedule; None if they do not fit the schedule."""
     if not _is_debiased(schedule):
         return schedule.log_decays(0) if found is None or which == "mine" else None
@@ -210,7 +212,7 @@ def unpack(
             problems.append(f"schedule: {error}")
         else:
             found = state.get(LOG_DECAYS)
-            log_decays = _log_decays(found, schedule, which)
+            log_decays = _check_log_decays(found, schedule, which)
             if log_decays is None:
                 problems.append(
                     f"{LOG_DECAYS} is {found!r}, expected one number from {LOG_NEGLIGIBLE} to 0 "
