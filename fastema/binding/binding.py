@@ -8,7 +8,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from fastema.binding.sides import NO_LEAVES, UNMOVED, FreezeState, Moving, Owned, Side, Watched
+from fastema.binding.sides import NO_LEAVES, UNMOVED, FreezeState, Moving, OwnedSide, Side, Watched
 from fastema.bridges.moving import Located
 from fastema.bridges.registry import bridge_of, leaves_of, list_iterators, reshard, write_listeners
 from fastema.engine.cuda import refuse_forked
@@ -225,7 +225,7 @@ class Binding:
             (containers[1], src, found.src, found.trained),
         ):
             if whole is NO_LEAVES:
-                sides.append(Owned())
+                sides.append(OwnedSide())
             elif whole.moving:
                 sides.append(Moving(whole, container))
             else:

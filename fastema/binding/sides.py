@@ -12,7 +12,16 @@ from fastema.bridges.registry import bridge_of
 from fastema.engine.watch import SHARES, watch
 from fastema.layout.spec import Leaves
 
-__all__ = ["NO_LEAVES", "UNMOVED", "FreezeState", "Moving", "Owned", "Sampled", "Side", "Watched"]
+__all__ = [
+    "NO_LEAVES",
+    "UNMOVED",
+    "FreezeState",
+    "Moving",
+    "OwnedSide",
+    "Sampled",
+    "Side",
+    "Watched",
+]
 
 NO_LEAVES: Final = Leaves([], lambda owner: owner)
 """Leaves of a side whose memory fastema owns: there is nothing to watch."""
@@ -46,7 +55,7 @@ class Side(Protocol):
         """Record that a call has used the arrays."""
 
 
-class Owned:
+class OwnedSide:
     """Tensors in fastema's own memory, which never move. Using them again is always fine."""
 
     leaves = NO_LEAVES
@@ -62,7 +71,7 @@ class Owned:
         """Do nothing: use is not recorded."""
 
 
-class Watched(Owned):
+class Watched(OwnedSide):
     """Tensors that stay in place until they are replaced (torch, NumPy).
 
     With ``transient``, non-persistent buffers are watched as well.
@@ -130,7 +139,7 @@ class Sampled(Watched):
         return UNMOVED if self._is_same_container(container) and not moved else None
 
 
-class Moving(Owned):
+class Moving(OwnedSide):
     """Tensors that move at every step and are located at every call (JAX, TensorFlow)."""
 
     def __init__(self, leaves: Leaves, container: Any) -> None:
