@@ -8,7 +8,15 @@ from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from fastema.binding.sides import NO_LEAVES, UNMOVED, FreezeState, Moving, OwnedSide, Side, Watched
+from fastema.binding.sides import (
+    NO_LEAVES,
+    UNMOVED,
+    FreezeState,
+    Moving,
+    OwnedSide,
+    Side,
+    WatchedSide,
+)
 from fastema.bridges.moving import Located
 from fastema.bridges.registry import bridge_of, leaves_of, list_iterators, reshard, write_listeners
 from fastema.engine.cuda import refuse_forked
@@ -177,7 +185,7 @@ class Binding:
         Selects the pairs; see :data:`Matcher`.
     labels : (str, str)
         Prefixes of tensor names of ``dst`` and ``src`` in errors.
-    watch : type of Watched
+    watch : type of WatchedSide
         How to watch tensors that stay in place: all at every call, or a sample.
     look : callable
         ``container -> Leaves``.
@@ -192,7 +200,7 @@ class Binding:
         match: Matcher,
         *,
         labels: tuple[str, str] = ("average of ", ""),
-        watch: type[Watched] = Watched,
+        watch: type[WatchedSide] = WatchedSide,
         look: Callable[[Any], Leaves] = leaves_of,
         leaves: Leaves | None = None,
     ) -> None:
@@ -305,7 +313,7 @@ class Binding:
 
     @property
     def watched(self) -> tuple[Leaves, Leaves]:
-        """Watched tensors of average and model, as described at the latest match."""
+        """WatchedSide tensors of average and model, as described at the latest match."""
         dst, src = self._bound.sides
         return dst.leaves, src.leaves
 

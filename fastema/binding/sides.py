@@ -20,7 +20,7 @@ __all__ = [
     "OwnedSide",
     "Sampled",
     "Side",
-    "Watched",
+    "WatchedSide",
 ]
 
 NO_LEAVES: Final = Leaves([], lambda owner: owner)
@@ -71,7 +71,7 @@ class OwnedSide:
         """Do nothing: use is not recorded."""
 
 
-class Watched(OwnedSide):
+class WatchedSide(OwnedSide):
     """Tensors that stay in place until they are replaced (torch, NumPy).
 
     With ``transient``, non-persistent buffers are watched as well.
@@ -115,8 +115,8 @@ def _changed(trained: Sequence[FreezeState]) -> bool:
     return any(one.requires_grad is not before for one, before in trained)
 
 
-class Sampled(Watched):
-    """Watched tensors of which each call checks one share of :data:`SHARES`, in turn."""
+class Sampled(WatchedSide):
+    """WatchedSide tensors of which each call checks one share of :data:`SHARES`, in turn."""
 
     def __init__(
         self, leaves: Leaves, container: Any, trained: Sequence[FreezeState], *, transient: bool

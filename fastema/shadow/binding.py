@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from fastema.binding.binding import Binding, Match
-from fastema.binding.sides import FreezeState, Watched
+from fastema.binding.sides import FreezeState, WatchedSide
 from fastema.binding.swap import InMemory, Swap, WatchedMemory, WriteWatch
 from fastema.bridges.registry import describe
 from fastema.engine.program import Program
@@ -75,7 +75,7 @@ class ShadowBinding(Binding):
         container: Any,
         store: Store,
         names: Names,
-        watch: type[Watched],
+        watch: type[WatchedSide],
         leaves: Leaves | None = None,
     ) -> None:
         matcher = _Matcher(store, names)
