@@ -18,7 +18,7 @@ __all__ = [
     "FreezeState",
     "Moving",
     "OwnedSide",
-    "Sampled",
+    "SampledSide",
     "Side",
     "WatchedSide",
 ]
@@ -115,7 +115,7 @@ def _changed(trained: Sequence[FreezeState]) -> bool:
     return any(one.requires_grad is not before for one, before in trained)
 
 
-class Sampled(WatchedSide):
+class SampledSide(WatchedSide):
     """WatchedSide tensors of which each call checks one share of :data:`SHARES`, in turn."""
 
     def __init__(

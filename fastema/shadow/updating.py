@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic
 
-from fastema.binding.sides import Sampled, WatchedSide
+from fastema.binding.sides import SampledSide, WatchedSide
 from fastema.bridges.registry import leaves_of, list_iterators, ranks_of, reshard, world_of
 from fastema.engine.collector import pause_gc
 from fastema.engine.interrupts import defer_signals
@@ -46,7 +46,7 @@ else:
     Weights = TypeVar("Weights")
 
 
-_WATCHES: Final[dict[WatchMode, type[WatchedSide]]] = {"all": WatchedSide, "sample": Sampled}
+_WATCHES: Final[dict[WatchMode, type[WatchedSide]]] = {"all": WatchedSide, "sample": SampledSide}
 
 _ONCE: Final = "ema.update(params)"
 """How to pass new immutable arrays; quoted in errors."""
