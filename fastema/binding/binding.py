@@ -12,7 +12,7 @@ from fastema.binding.sides import (
     NO_LEAVES,
     UNMOVED,
     FreezeState,
-    Moving,
+    MovingSide,
     OwnedSide,
     Side,
     WatchedSide,
@@ -235,7 +235,7 @@ class Binding:
             if whole is NO_LEAVES:
                 sides.append(OwnedSide())
             elif whole.moving:
-                sides.append(Moving(whole, container))
+                sides.append(MovingSide(whole, container))
             else:
                 sides.append(self._watch(watched, container, trained, transient=not owned))
         guard = None

@@ -16,7 +16,7 @@ __all__ = [
     "NO_LEAVES",
     "UNMOVED",
     "FreezeState",
-    "Moving",
+    "MovingSide",
     "OwnedSide",
     "SampledSide",
     "Side",
@@ -139,7 +139,7 @@ class SampledSide(WatchedSide):
         return UNMOVED if self._is_same_container(container) and not moved else None
 
 
-class Moving(OwnedSide):
+class MovingSide(OwnedSide):
     """Tensors that move at every step and are located at every call (JAX, TensorFlow)."""
 
     def __init__(self, leaves: Leaves, container: Any) -> None:
