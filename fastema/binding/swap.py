@@ -36,7 +36,7 @@ __all__ = [
     "SPLIT",
     "AppliedCopy",
     "CallableWay",
-    "InMemory",
+    "MemorySwap",
     "Swap",
     "WatchedMemory",
     "Way",
@@ -138,7 +138,7 @@ def _strip_pair(pair: Pair) -> Pair:
     return bare._replace(form=pair.form, residual=pair.residual) if whole else bare
 
 
-class InMemory:
+class MemorySwap:
     """Swaps averages and weights in each other's memory, or by assignment.
 
     The constructor copies raw weights that need a spare buffer; only :meth:`apply` writes averages
@@ -351,7 +351,7 @@ class WriteWatch:
 class WatchedMemory(NamedTuple):
     """Swap in memory, with detection of writes between apply and restore."""
 
-    memory: InMemory
+    memory: MemorySwap
     watch: WriteWatch
 
     def apply(self) -> None:

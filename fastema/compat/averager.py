@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from fastema.binding.swap import InMemory, Swap, copy_applied
+from fastema.binding.swap import MemorySwap, Swap, copy_applied
 from fastema.bridges.registry import leaves_of, list_iterators
 from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.errors import LayoutError, StateError, format_problems
@@ -171,7 +171,7 @@ class _InPlace:
             {name: alias(one) for name, one in _tensors(side).items()}
             for side in (averages, weights)
         )
-        self.memory = InMemory(self._pairs)
+        self.memory = MemorySwap(self._pairs)
 
     def averages(self) -> dict[str, Tensor]:
         """Return copies of the averages, which the model holds."""
@@ -356,7 +356,7 @@ class ModelAverager:
 
         They are restored exactly, also after an exception, and also into tensors that were moved,
         cast or replaced inside the block. Their values stay in the averages' memory if
-        :class:`InMemory` can swap them; otherwise, and on another device, they are copied. On exit,
+        :class:`MemorySwap` can swap them; otherwise, and on another device, they are copied. On exit,
         a LayoutError names tensors that are gone or reshaped; all others are restored.
         """
         return RestoringBlock(partial(self._swap_steps, model))

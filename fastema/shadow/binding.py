@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from fastema.binding.binding import Binding, Match
 from fastema.binding.sides import FreezeState, WatchedSide
-from fastema.binding.swap import InMemory, Swap, WatchedMemory, WriteWatch
+from fastema.binding.swap import MemorySwap, Swap, WatchedMemory, WriteWatch
 from fastema.bridges.registry import describe
 from fastema.engine.program import Program
 from fastema.errors import FastemaError, LayoutError, format_problems
@@ -26,7 +26,7 @@ SYNC: Final = {"averaged": "copy", "copied": "copy"}
 class ShadowSwap(Swap):
     """Swap of the average with number ``index`` into a model."""
 
-    def __init__(self, index: int, memory: InMemory, watch: WriteWatch, container: Any) -> None:
+    def __init__(self, index: int, memory: MemorySwap, watch: WriteWatch, container: Any) -> None:
         super().__init__(WatchedMemory(memory, watch))
         self.index, self.memory, self.watch, self.container = index, memory, watch, container
 
@@ -124,7 +124,7 @@ class ShadowBinding(Binding):
         roles = self.model.roles
         trained = {name for name in self._averaged if roles[name] != "buffer"}
         watch = self.cached("watch", lambda: WriteWatch(self.weights, trained))
-        return ShadowSwap(index, InMemory(self.of(index)), watch, self.container)
+        return ShadowSwap(index, MemorySwap(self.of(index)), watch, self.container)
 
     # -- NaN and infinity -------------------------------------------------------------------------
 

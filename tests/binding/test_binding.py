@@ -10,7 +10,7 @@ import torch
 
 import fastema
 from fastema.binding.binding import Binding, Match
-from fastema.binding.swap import CallableWay, InMemory, Swap, WriteWatch
+from fastema.binding.swap import CallableWay, MemorySwap, Swap, WriteWatch
 from fastema.bridges.registry import describe
 from fastema.compat.averager import ModelAverager
 from fastema.engine.program import Program
@@ -182,7 +182,7 @@ def test_swap_in_memory_restores_both_sides_to_the_bit(
     dtypes = [bfloat16 if code == "bf16" else np.dtype(code) for code in (avg_dtype, x_dtype)]
     avg, x = (rng.standard_normal(33).astype(dtype) for dtype in dtypes)
     raw = avg.tobytes(), x.tobytes()
-    memory = InMemory([Pair("w", describe(avg), describe(x))])
+    memory = MemorySwap([Pair("w", describe(avg), describe(x))])
     swap = Swap(memory)
     swap.apply()
     want: Any = np.frombuffer(raw[0], dtypes[0]).astype(np.float64)
