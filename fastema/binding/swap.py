@@ -38,7 +38,7 @@ __all__ = [
     "CallableWay",
     "MemorySwap",
     "Swap",
-    "WatchedMemory",
+    "WatchedSwap",
     "Way",
     "WriteWatch",
     "copy_applied",
@@ -348,7 +348,7 @@ class WriteWatch:
                 notify(arrays)
 
 
-class WatchedMemory(NamedTuple):
+class WatchedSwap(NamedTuple):
     """Swap in memory, with detection of writes between apply and restore."""
 
     memory: MemorySwap

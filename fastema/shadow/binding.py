@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from fastema.binding.binding import Binding, Match
 from fastema.binding.sides import FreezeState, WatchedSide
-from fastema.binding.swap import MemorySwap, Swap, WatchedMemory, WriteWatch
+from fastema.binding.swap import MemorySwap, Swap, WatchedSwap, WriteWatch
 from fastema.bridges.registry import describe
 from fastema.engine.program import Program
 from fastema.errors import FastemaError, LayoutError, format_problems
@@ -27,7 +27,7 @@ class ShadowSwap(Swap):
     """Swap of the average with number ``index`` into a model."""
 
     def __init__(self, index: int, memory: MemorySwap, watch: WriteWatch, container: Any) -> None:
-        super().__init__(WatchedMemory(memory, watch))
+        super().__init__(WatchedSwap(memory, watch))
         self.index, self.memory, self.watch, self.container = index, memory, watch, container
 
 
