@@ -79,7 +79,7 @@ class Outline(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Bound:
+class _BoundState:
     """Both sides as matched, and the addresses that the current call has located."""
 
     containers: tuple[Any, Any]
@@ -209,7 +209,7 @@ class Binding:
 
     def _bind(
         self, containers: tuple[Any, Any], match: Matcher, leaves: Leaves | None = None
-    ) -> _Bound:
+    ) -> _BoundState:
         """Describe the tensors of both sides and pair them."""
         owned = containers[0] is None
         dst = NO_LEAVES if owned else self._look(containers[0])
@@ -244,7 +244,7 @@ class Binding:
                 [(pair.name, pair.dst) for pair in pairs],
                 [(pair.name, pair.src) for pair in pairs if not pair.average_index],
             )
-        return _Bound(
+        return _BoundState(
             containers,
             match,
             tagged,
@@ -291,7 +291,7 @@ class Binding:
         """
         return _Current(self, src, write, once, match)
 
-    def _locate(self, src: Any, write: bool, match: Matcher | None) -> _Bound:
+    def _locate(self, src: Any, write: bool, match: Matcher | None) -> _BoundState:
         bound = self._bound
         match = match or self._match
         container = bound.containers[1]
