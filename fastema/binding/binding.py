@@ -133,7 +133,7 @@ def _drop_owner(pair: Pair, fixed: set[str]) -> Pair:
     return pair._replace(src=pair.src.with_owner(None)) if pair.name in fixed else pair
 
 
-class _Current:
+class _CurrentBlock:
     """Context manager that :meth:`Binding.current` returns."""
 
     __slots__ = ("_before", "_binding", "_match", "_once", "_src", "_write")
@@ -264,7 +264,7 @@ class Binding:
         write: bool = False,
         once: str = "",
         match: Matcher | None = None,
-    ) -> _Current:
+    ) -> _CurrentBlock:
         """Return a context manager that locates all tensors and yields the program for them.
 
         ``with binding.current(model) as program``: in the block the program runs at the current
@@ -289,7 +289,7 @@ class Binding:
         ArgumentError
             For immutable arrays that were used already.
         """
-        return _Current(self, src, write, once, match)
+        return _CurrentBlock(self, src, write, once, match)
 
     def _locate(self, src: Any, write: bool, match: Matcher | None) -> _BoundState:
         bound = self._bound
