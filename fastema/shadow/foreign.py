@@ -49,7 +49,7 @@ _PLAIN_TYPES: Final = (Mapping, list, str, int, float)
 """Types that are neither a tensor nor a placeholder for an unread one."""
 
 
-class _Layout(NamedTuple):
+class _ForeignFormat(NamedTuple):
     """The format in which a library saves an average."""
 
     library: str  # name of its module in fastema.compat; empty if the format holds no average
@@ -63,72 +63,74 @@ class _Layout(NamedTuple):
 _COMPAT: Final = "fastema.compat."
 
 _LAYOUTS: Final = (
-    _Layout(
+    _ForeignFormat(
         "torch_ema",
         "decay num_updates shadow_params",
         "the state of torch_ema's ExponentialMovingAverage",
         f"{_COMPAT}torch_ema.ExponentialMovingAverage.load_state_dict",
     ),
-    _Layout(
+    _ForeignFormat(
         "diffusers",
         "optimization_step shadow_params",
         "the state of diffusers' EMAModel",
         f"{_COMPAT}diffusers.EMAModel.load_state_dict",
     ),
-    _Layout(
+    _ForeignFormat(
         "lightning",
         "averaging_state current_model_state state_dict",
         "a checkpoint of Lightning with an average",
         f"Trainer.fit(ckpt_path=...) with {_COMPAT}lightning.WeightAveraging",
     ),
-    _Layout(
+    _ForeignFormat(
         "", "pytorch-lightning_version", "a checkpoint of Lightning", "Trainer.fit(ckpt_path=...)"
     ),
-    _Layout(
+    _ForeignFormat(
         "ema_pytorch",
         "initted step",
         "the state of ema_pytorch's EMA",
         f"{_COMPAT}ema_pytorch.EMA.load_state_dict",
     ),
-    _Layout(
+    _ForeignFormat(
         "swa_utils",
         "n_averaged",
         "the state of torch's AveragedModel",
         f"{_COMPAT}swa_utils.AveragedModel.load_state_dict",
         "module.",
     ),
-    _Layout(
+    _ForeignFormat(
         "mmengine",
         "steps",
         "the state of an average of MMEngine",
         f"{_COMPAT}mmengine.ExponentialMovingAverage.load_state_dict",
         "module.",
     ),
-    _Layout(
+    _ForeignFormat(
         "timm",
         "state_dict_ema",
         "a checkpoint of timm",
         f"{_COMPAT}timm.ModelEma(model, resume=path)",
     ),
-    _Layout(
+    _ForeignFormat(
         "nemo",
         "ema current_step every_n_steps",
         "a checkpoint of NeMo's EMAOptimizer",
         f"{_COMPAT}nemo.load",
     ),
-    _Layout(
+    _ForeignFormat(
         "ultralytics", "ema updates", "a checkpoint of Ultralytics", f"{_COMPAT}ultralytics.load"
     ),
-    _Layout("composer", "ema_model", "the state of Composer's EMA", f"{_COMPAT}composer.load"),
-    _Layout("d2go", "ema_state", "a checkpoint of D2Go", f"{_COMPAT}d2go.load"),
-    _Layout(
+    _ForeignFormat(
+        "composer", "ema_model", "the state of Composer's EMA", f"{_COMPAT}composer.load"
+    ),
+    _ForeignFormat("d2go", "ema_state", "a checkpoint of D2Go", f"{_COMPAT}d2go.load"),
+    _ForeignFormat(
         "litema",
         "decay num_updates",
         "the state of Stable Diffusion's LitEma",
         f"{_COMPAT}litema.LitEma.load_state_dict",
         flat=True,
     ),
-    _Layout(
+    _ForeignFormat(
         "timm",
         "",
         "a model's state with the names of a wrapper: timm's ModelEmaV2 and ModelEmaV3, or "
@@ -177,7 +179,7 @@ def _is_flat_tensor(name: str, value: Any) -> bool:
     return not name or ("." not in name and not isinstance(value, _PLAIN_TYPES))
 
 
-def _fits(state: Mapping[Any, Any], layout: _Layout) -> bool:
+def _fits(state: Mapping[Any, Any], layout: _ForeignFormat) -> bool:
     keys = layout.keys.split()
     others = [name for name in state if name not in keys]
     return (
