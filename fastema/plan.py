@@ -244,7 +244,7 @@ class Plan:
 
     def _inspect_lerp(self) -> tuple[list[str], bool]:
         """Return averaged tensors that are not floats, and whether rounding is stochastic."""
-        pairs = self.binding.tagged["averaged"]
+        pairs = self.binding.pairs_by_tag["averaged"]
         exact = [f"{one.name!r} is {one.dst.dtype}" for one in pairs if one.dst.kind.real is None]
         return exact, any(pair.form.endswith("~") for pair in pairs)
 

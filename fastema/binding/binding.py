@@ -84,7 +84,7 @@ class _BoundState:
 
     containers: tuple[Any, Any]
     match: Matcher
-    tagged: Mapping[str, Sequence[Pair]]
+    pairs_by_tag: Mapping[str, Sequence[Pair]]
     pairs: list[Pair]
     program: Program
     sides: tuple[Side, Side]
@@ -215,17 +215,20 @@ class Binding:
         dst = NO_LEAVES if owned else self._look(containers[0])
         src = self._look(containers[1]) if leaves is None else leaves
         found = match(dst, src)
-        tagged = found.pairs
+        pairs_by_tag = found.pairs
         fixed = [
             pair.name
-            for members in tagged.values()
+            for members in pairs_by_tag.values()
             for pair in members
             if not pair.average_index and is_immutable(pair.src)
         ]
         if src.moving:
             names = {*fixed}
-            tagged = {tag: [_drop_owner(pair, names) for pair in tagged[tag]] for tag in tagged}
-        pairs = [pair for members in tagged.values() for pair in members]
+            pairs_by_tag = {
+                tag: [_drop_owner(pair, names) for pair in pairs_by_tag[tag]]
+                for tag in pairs_by_tag
+            }
+        pairs = [pair for members in pairs_by_tag.values() for pair in members]
         _check_overlap(pairs, self._labels)
         sides: list[Side] = []
         for container, whole, watched, trained in (
@@ -247,9 +250,9 @@ class Binding:
         return _BoundState(
             containers,
             match,
-            tagged,
+            pairs_by_tag,
             pairs,
-            Program(tagged),
+            Program(pairs_by_tag),
             (sides[0], sides[1]),
             Outline(src.names, src.roles, src.structure, src.moving, fixed),
             self._labels,
@@ -348,9 +351,9 @@ class Binding:
         return _relocate_pair(self._bound.pairs[number], self._bound.located)
 
     @property
-    def tagged(self) -> Mapping[str, Sequence[Pair]]:
+    def pairs_by_tag(self) -> Mapping[str, Sequence[Pair]]:
         """Pairs by tag, as described at the latest match."""
-        return self._bound.tagged
+        return self._bound.pairs_by_tag
 
     @property
     def addresses(self) -> Mapping[str, int]:

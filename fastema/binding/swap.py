@@ -146,19 +146,19 @@ class MemorySwap:
     """
 
     def __init__(self, pairs: Iterable[Pair]) -> None:
-        tagged = _by_way(pairs)
-        outside = tagged.get("spare", [])
+        pairs_by_tag = _by_way(pairs)
+        outside = pairs_by_tag.get("spare", [])
         views = allocate([(pair.src, pair.src.kind) for pair in outside])
         self._kept = {pair.name: spec for pair, (_, spec) in zip(outside, views, strict=True)}
         if outside:
             save = [Pair(pair.name, self._kept[pair.name], pair.src) for pair in outside]
             Program({"save": save}).run({"save": "copy"})
-        self._assigned = _AssignmentSwap(tagged.get("assign", []))
-        self._program = self._build_program(tagged)
+        self._assigned = _AssignmentSwap(pairs_by_tag.get("assign", []))
+        self._program = self._build_program(pairs_by_tag)
 
-    def _build_program(self, tagged: Mapping[str, list[Pair]]) -> Program:
-        outside = tagged.get("spare", [])
-        parts = {tag: members for tag, members in tagged.items() if tag != "assign"}
+    def _build_program(self, pairs_by_tag: Mapping[str, list[Pair]]) -> Program:
+        outside = pairs_by_tag.get("spare", [])
+        parts = {tag: members for tag, members in pairs_by_tag.items() if tag != "assign"}
         parts["kept"] = [Pair(pair.name, pair.src, self._kept[pair.name]) for pair in outside]
         program = Program(parts)
         program.prepare(_APPLY)
