@@ -94,7 +94,7 @@ class UpdatableAverage(Generic[Weights]):
                 "capturable=True use 'skip', which leaves the update out"
             )
         self._seed = check_seed(seed)
-        self._measures = drift
+        self._measures_drift = drift
         averaged = "lerp_measured" if drift else self._operation
         self._operations = {"averaged": averaged, "copied": "copy"}
         self._format = format_of(shadow_dtype, rounding, len(self._schedule.rules))
@@ -410,7 +410,7 @@ class UpdatableAverage(Generic[Weights]):
             program.run(operations, args)
             self._done, self._log_decays = step, log_decays
             self._version += 1
-            self._drift_program = None if begins or not self._measures else program
+            self._drift_program = None if begins or not self._measures_drift else program
 
     def _update_by(self, count: ScheduleCounter, program: Program) -> None:
         """Update with the step and weights that the device reads, now and in replays."""
@@ -421,7 +421,7 @@ class UpdatableAverage(Generic[Weights]):
                 self._binding.flag_nonfinite(count.args)
             count.advance()
             program.run(self._operations, count.args)
-            self._drift_program = program if self._measures else None
+            self._drift_program = program if self._measures_drift else None
 
     def _launch_args(self, step: int, weights: tuple[float, ...]) -> LaunchArgs:
         return LaunchArgs(weights, self._seed, step)
