@@ -95,10 +95,10 @@ class SaveableAverage(SwappableAverage[Weights]):
                 contexts = binding.contexts
                 count = ScheduleCounter(contexts, self._schedule, self._seed, done, skipped)
                 self._warm_up(count, binding)
-            if self._captured:  # its replays write the old memory, which must not be reused
+            if self._was_captured:  # its replays write the old memory, which must not be reused
                 keep_for_graphs(self._store, self._count)
             self._binding, self._store, self._format = binding, store, stored_as
-            self._count, self._captured = count, False
+            self._count, self._was_captured = count, False
             return self
 
     def state_dict(self, *, copy: bool = True) -> dict[str, Any]:

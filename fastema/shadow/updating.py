@@ -130,7 +130,7 @@ class UpdatableAverage(Generic[Weights]):
         with self._binding.current(once=_ONCE) as program:
             program.run(SYNC)
         self._count: ScheduleCounter | None = None
-        self._captured = False
+        self._was_captured = False
         if capturable:
             self._refuse_several_deciders()
             self._count = ScheduleCounter(self._binding.contexts, self._schedule, self._seed)
@@ -415,7 +415,7 @@ class UpdatableAverage(Generic[Weights]):
     def _update_by(self, count: ScheduleCounter, program: Program) -> None:
         """Update with the step and weights that the device reads, now and in replays."""
         program.prepare(self._operations)
-        self._captured = self._captured or self._binding.capturing()
+        self._was_captured = self._was_captured or self._binding.capturing()
         with defer_signals():
             if self._on_nonfinite == "skip":
                 self._binding.flag_nonfinite(count.args)
