@@ -143,7 +143,7 @@ class OffloadedEMA(EMA[Any]):
         self._target: int | None = None  # number of updates after the running one
         self._waited, self._bytes_moved = 0.0, 0
         # Skipped steps that no update counts yet, and those that the running update counts.
-        self._behind, self._taken_behind = 0, 0
+        self._pending_steps, self._taken_behind = 0, 0
         self._skips_behind, self._num_behind = when_behind == "skip", 0
         self._writes: WriteWatch | None = None  # while the model holds the average
         self._link.fetch(tensors).complete()
@@ -213,7 +213,7 @@ class OffloadedEMA(EMA[Any]):
             job.result()
         except BaseException:
             if job.done():  # the steps skipped before it still count
-                self._behind += self._taken_behind
+                self._pending_steps += self._taken_behind
             raise
         finally:
             self._waited += time.perf_counter() - began
@@ -258,18 +258,20 @@ class OffloadedEMA(EMA[Any]):
     def _advance(self, model: Any, steps: int) -> None:
         with self._lock:
             self._refuse_applied("update")
-            steps = validate_int(steps, "steps", 1, MAX_STEPS - self.num_updates - self._behind)
+            steps = validate_int(
+                steps, "steps", 1, MAX_STEPS - self.num_updates - self._pending_steps
+            )
             if self._skips_behind and self._is_behind():
                 self._num_behind += steps
-                self._behind += steps
+                self._pending_steps += steps
                 return
             self._drain()
             tensors = self._tensors(model)
             with defer_signals():  # fetched weights must be averaged and counted
                 self._fetch = self._link.fetch(tensors)
-                self._submit(steps + self._behind)
+                self._submit(steps + self._pending_steps)
                 self._bytes_moved += self._link.nbytes
-                self._behind, self._taken_behind = 0, self._behind
+                self._pending_steps, self._taken_behind = 0, self._pending_steps
 
     def _is_behind(self) -> bool:
         """Return whether the previous update is still running, here or on any other rank."""
@@ -322,8 +324,8 @@ class OffloadedEMA(EMA[Any]):
             self._refuse_applied("update_from_host")
             found = {name: tensors[name] for name in self._kept if name in tensors}
             self._link.fetch(found).complete()
-            self._update_locked(None, 1 + self._behind)
-            self._behind = 0
+            self._update_locked(None, 1 + self._pending_steps)
+            self._pending_steps = 0
 
     # -- evaluation -------------------------------------------------------------------------------
 
