@@ -143,7 +143,7 @@ class OffloadedEMA(EMA[Any]):
         self._target: int | None = None  # number of updates after the running one
         self._waited, self._bytes_moved = 0.0, 0
         # Skipped steps that no update counts yet, and those that the running update counts.
-        self._pending_steps, self._taken_behind = 0, 0
+        self._pending_steps, self._submitted_pending_steps = 0, 0
         self._skips_behind, self._num_behind = when_behind == "skip", 0
         self._writes: WriteWatch | None = None  # while the model holds the average
         self._link.fetch(tensors).complete()
@@ -213,12 +213,12 @@ class OffloadedEMA(EMA[Any]):
             job.result()
         except BaseException:
             if job.done():  # the steps skipped before it still count
-                self._pending_steps += self._taken_behind
+                self._pending_steps += self._submitted_pending_steps
             raise
         finally:
             self._waited += time.perf_counter() - began
             if job.done():  # not after an interrupt: the next call waits again
-                self._job, self._fetch, self._taken_behind = None, None, 0
+                self._job, self._fetch, self._submitted_pending_steps = None, None, 0
 
     def _drain_and_sync(self) -> None:
         """Wait for the running update. Before start_after, copy the current weights."""
@@ -271,7 +271,7 @@ class OffloadedEMA(EMA[Any]):
                 self._fetch = self._link.fetch(tensors)
                 self._submit(steps + self._pending_steps)
                 self._bytes_moved += self._link.nbytes
-                self._pending_steps, self._taken_behind = 0, self._pending_steps
+                self._pending_steps, self._submitted_pending_steps = 0, self._pending_steps
 
     def _is_behind(self) -> bool:
         """Return whether the previous update is still running, here or on any other rank."""
