@@ -144,7 +144,7 @@ class OffloadedEMA(EMA[Any]):
         self._waited, self._bytes_moved = 0.0, 0
         # Skipped steps that no update counts yet, and those that the running update counts.
         self._pending_steps, self._submitted_pending_steps = 0, 0
-        self._skips_behind, self._num_behind = when_behind == "skip", 0
+        self._skips_behind, self._num_steps_skipped = when_behind == "skip", 0
         self._writes: WriteWatch | None = None  # while the model holds the average
         self._link.fetch(tensors).complete()
         exactly = {glob.escape(name): what for name, what in kept.items()}
@@ -251,7 +251,7 @@ class OffloadedEMA(EMA[Any]):
     def offload_stats(self) -> OffloadStats:
         """Costs so far, an :class:`OffloadStats`: queue, waits, bytes moved, skipped steps."""
         depth = int(self._job is not None and not self._job.done())
-        return OffloadStats(depth, self._waited, self._bytes_moved, self._num_behind)
+        return OffloadStats(depth, self._waited, self._bytes_moved, self._num_steps_skipped)
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -262,7 +262,7 @@ class OffloadedEMA(EMA[Any]):
                 steps, "steps", 1, MAX_STEPS - self.num_updates - self._pending_steps
             )
             if self._skips_behind and self._is_behind():
-                self._num_behind += steps
+                self._num_steps_skipped += steps
                 self._pending_steps += steps
                 return
             self._drain()
