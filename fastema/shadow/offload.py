@@ -144,7 +144,7 @@ class OffloadedEMA(EMA[Any]):
         self._waited, self._bytes_moved = 0.0, 0
         # Skipped steps that no update counts yet, and those that the running update counts.
         self._pending_steps, self._submitted_pending_steps = 0, 0
-        self._skips_behind, self._num_steps_skipped = when_behind == "skip", 0
+        self._skip_when_behind, self._num_steps_skipped = when_behind == "skip", 0
         self._writes: WriteWatch | None = None  # while the model holds the average
         self._link.fetch(tensors).complete()
         exactly = {glob.escape(name): what for name, what in kept.items()}
@@ -261,7 +261,7 @@ class OffloadedEMA(EMA[Any]):
             steps = validate_int(
                 steps, "steps", 1, MAX_STEPS - self.num_updates - self._pending_steps
             )
-            if self._skips_behind and self._is_behind():
+            if self._skip_when_behind and self._is_behind():
                 self._num_steps_skipped += steps
                 self._pending_steps += steps
                 return
