@@ -141,7 +141,7 @@ class OffloadedEMA(EMA[Any]):
         self._pool: ThreadPoolExecutor | None = None
         self._pid = os.getpid()
         self._target: int | None = None  # number of updates after the running one
-        self._waited, self._bytes_moved = 0.0, 0
+        self._seconds_waited, self._bytes_moved = 0.0, 0
         # Skipped steps that no update counts yet, and those that the running update counts.
         self._pending_steps, self._submitted_pending_steps = 0, 0
         self._skip_when_behind, self._num_steps_skipped = when_behind == "skip", 0
@@ -201,7 +201,7 @@ class OffloadedEMA(EMA[Any]):
         if self._fetch is not None:
             began = time.perf_counter()
             if self._fetch.fence():
-                self._waited += time.perf_counter() - began
+                self._seconds_waited += time.perf_counter() - began
 
     def _drain(self) -> None:
         """Wait for the running update; raise its error, if any."""
@@ -216,7 +216,7 @@ class OffloadedEMA(EMA[Any]):
                 self._pending_steps += self._submitted_pending_steps
             raise
         finally:
-            self._waited += time.perf_counter() - began
+            self._seconds_waited += time.perf_counter() - began
             if job.done():  # not after an interrupt: the next call waits again
                 self._job, self._fetch, self._submitted_pending_steps = None, None, 0
 
@@ -251,7 +251,7 @@ class OffloadedEMA(EMA[Any]):
     def offload_stats(self) -> OffloadStats:
         """Costs so far, an :class:`OffloadStats`: queue, waits, bytes moved, skipped steps."""
         depth = int(self._job is not None and not self._job.done())
-        return OffloadStats(depth, self._waited, self._bytes_moved, self._num_steps_skipped)
+        return OffloadStats(depth, self._seconds_waited, self._bytes_moved, self._num_steps_skipped)
 
     # -- training ---------------------------------------------------------------------------------
 
