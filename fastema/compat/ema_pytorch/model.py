@@ -17,7 +17,7 @@ from fastema.layout.spec import Role
 
 __all__ = ["NO_NAMES", "ModelAverage"]
 
-Done = Literal["average", "copy", "skip"]
+Action = Literal["average", "copy", "skip"]
 
 NO_NAMES: set[str] = set()
 """Default for parameters that are sets of names; each average replaces it with a new set."""
@@ -161,7 +161,7 @@ class ModelAverage(StepCountingModule):
 
     def _choose_action(
         self, back: bool, everything: bool, both: frozenset[str], plain: str, role: Role
-    ) -> Done:
+    ) -> Action:
         """Return whether to average, copy or skip a tensor.
 
         For tied tensors the first name counts, as in the peer.
