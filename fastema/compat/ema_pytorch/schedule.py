@@ -71,7 +71,7 @@ class StepCountingModule(nn.Module):
     def _has_begun(self) -> bool:
         return bool(self._started.read(self.initted))
 
-    def _begin(self) -> None:
+    def _mark_begun(self) -> None:
         self._started.write(self.initted, True)
 
     @contextmanager
@@ -99,7 +99,7 @@ class StepCountingModule(nn.Module):
         with self._next_step() as step:
             if self._is_copied(step):
                 self._copy_weights()
-                self._begin()
+                self._mark_begun()
             else:
                 self._update_if_due(step)
 
