@@ -177,9 +177,9 @@ class EMA(ScheduledDecayModule, ModelAverage):
     @torch.no_grad()
     def forward_eval(self, *args: Any, **kwargs: Any) -> Any:
         """Call the averaged model in evaluation mode without gradients, then restore its modes."""
-        modes = [(module, module.training) for module in self._average.modules()]
+        modes = [(module, module.training) for module in self._averaged_model.modules()]
         try:
-            return self._average.eval()(*args, **kwargs)
+            return self._averaged_model.eval()(*args, **kwargs)
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -205,8 +205,8 @@ class EMA(ScheduledDecayModule, ModelAverage):
         kept = self.update_model_with_ema_beta
         check_finite(kept, "update_model_with_ema_beta")
         if kept == 0.0 or not self.is_frozen:
-            averager = self._averager(self.model, self._average, everything=kept == 0.0)
-            averager.check(self._average)
+            averager = self._averager(self.model, self._averaged_model, everything=kept == 0.0)
+            averager.check(self._averaged_model)
 
     def update_moving_average(
         self, ma_model: nn.Module, current_model: nn.Module, current_decay: float | None = None
@@ -230,4 +230,4 @@ class EMA(ScheduledDecayModule, ModelAverage):
         if kept == 0.0:
             self.copy_params_from_ema_to_model()
         else:
-            self.update_moving_average(self.model, self._average, kept)
+            self.update_moving_average(self.model, self._averaged_model, kept)

@@ -86,7 +86,7 @@ class ModelAverage(StepCountingModule):
         self._averagers.clear()
 
     @property
-    def _average(self) -> nn.Module:
+    def _averaged_model(self) -> nn.Module:
         if self.ema_model is None:
             raise StateError("there is no average before the first update() (lazy_init_ema=True)")
         average: nn.Module = self.ema_model
@@ -94,15 +94,15 @@ class ModelAverage(StepCountingModule):
 
     def eval(self) -> Any:
         """Put only the averaged model in evaluation mode, and return it."""
-        return self._average.eval()
+        return self._averaged_model.eval()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the averaged model."""
-        return self._average(*args, **kwargs)
+        return self._averaged_model(*args, **kwargs)
 
     def restore_ema_model_device(self) -> None:
         """Move the averaged model to the device of this module's buffers."""
-        self._average.to(self.initted.device)
+        self._averaged_model.to(self.initted.device)
 
     def get_params_iter(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """Iterate over a model's float parameters, by name, that the averaged model also has."""
@@ -123,14 +123,14 @@ class ModelAverage(StepCountingModule):
 
         Raises the same errors as :meth:`update`.
         """
-        self._averager(self._average, self.model, everything=True).copy(self.model)
+        self._averager(self._averaged_model, self.model, everything=True).copy(self.model)
 
     def copy_params_from_ema_to_model(self) -> None:
         """Copy the average into the model in training, except integers and booleans.
 
         Raises the same errors as :meth:`update`.
         """
-        self._averager(self.model, self._average, everything=True).copy(self._average)
+        self._averager(self.model, self._averaged_model, everything=True).copy(self._averaged_model)
 
     def _copy_weights(self) -> None:
         self.copy_params_from_model_to_ema()
