@@ -205,7 +205,7 @@ class EMA(ScheduledDecayModule, ModelAverage):
         kept = self.update_model_with_ema_beta
         check_finite(kept, "update_model_with_ema_beta")
         if kept == 0.0 or not self.is_frozen:
-            averager = self._averager(self.model, self._averaged_model, everything=kept == 0.0)
+            averager = self._get_averager(self.model, self._averaged_model, everything=kept == 0.0)
             averager.check(self._averaged_model)
 
     def update_moving_average(

@@ -123,14 +123,16 @@ class ModelAverage(StepCountingModule):
 
         Raises the same errors as :meth:`update`.
         """
-        self._averager(self._averaged_model, self.model, everything=True).copy(self.model)
+        self._get_averager(self._averaged_model, self.model, everything=True).copy(self.model)
 
     def copy_params_from_ema_to_model(self) -> None:
         """Copy the average into the model in training, except integers and booleans.
 
         Raises the same errors as :meth:`update`.
         """
-        self._averager(self.model, self._averaged_model, everything=True).copy(self._averaged_model)
+        self._get_averager(self.model, self._averaged_model, everything=True).copy(
+            self._averaged_model
+        )
 
     def _copy_weights(self) -> None:
         self.copy_params_from_model_to_ema()
@@ -142,10 +144,12 @@ class ModelAverage(StepCountingModule):
         """Compute ``ma += weight * (current - ma)``; copy or skip tensors as the names require."""
         if self.move_ema_to_online_device and ma_model is self.ema_model:
             _follow_device(ma_model, current_model)
-        averager = self._averager(ma_model, current_model, everything=False)
+        averager = self._get_averager(ma_model, current_model, everything=False)
         averager.update(current_model, weight, self._num_steps)
 
-    def _averager(self, written: nn.Module, read: nn.Module, *, everything: bool) -> ModelAverager:
+    def _get_averager(
+        self, written: nn.Module, read: nn.Module, *, everything: bool
+    ) -> ModelAverager:
         """Return the averager that writes one model from the other, cached for these settings."""
         back = written is self.model and written is not self.ema_model
         names = self.param_or_buffer_names_no_ema, self.ignore_names, self.ignore_startswith_names
