@@ -112,7 +112,7 @@ class ModelAverage(StepCountingModule):
         """Iterate over a model's float buffers, by name, that the averaged model also has."""
         return (one for one in model.named_buffers() if one[0] in self.buffer_names)
 
-    def _ignored(self, name: str) -> bool:
+    def _is_ignored(self, name: str) -> bool:
         prefixes = self.ignore_startswith_names
         return name in self.ignore_names or any(name.startswith(prefix) for prefix in prefixes)
 
@@ -173,7 +173,7 @@ class ModelAverage(StepCountingModule):
         name = self._names.get(plain, plain)
         if back and name not in self.parameter_names and name not in self.buffer_names:
             return "skip"
-        if self._ignored(name) and not (everything and plain in both):
+        if self._is_ignored(name) and not (everything and plain in both):
             return "skip"
         if name in self.param_or_buffer_names_no_ema and not everything:
             return "copy"

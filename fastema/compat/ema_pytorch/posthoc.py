@@ -118,7 +118,9 @@ class KarrasEMA(ModelAverage):
         named = [*self.get_params_iter(self.ema_model), *self.get_buffers_iter(self.ema_model)]
         copied = self.param_or_buffer_names_no_ema
         return {
-            name: tensor for name, tensor in named if not self._ignored(name) and name not in copied
+            name: tensor
+            for name, tensor in named
+            if not self._is_ignored(name) and name not in copied
         }
 
     def _profile(self, gamma: float, step: int) -> PowerProfile:
