@@ -80,8 +80,8 @@ class ModelAverage(StepCountingModule):
         self.ema_model = ema_model() if not isinstance(ema_model, nn.Module) else ema_model
         for parameter in self.ema_model.parameters():
             parameter.detach_()
-        self.parameter_names = _inexact(self.ema_model.named_parameters())
-        self.buffer_names = _inexact(self.ema_model.named_buffers())
+        self.parameter_names = _find_inexact_names(self.ema_model.named_parameters())
+        self.buffer_names = _find_inexact_names(self.ema_model.named_buffers())
         self._names = _plain(self.ema_model)
         self._averagers.clear()
 
@@ -180,7 +180,7 @@ class ModelAverage(StepCountingModule):
         return "average"
 
 
-def _inexact(named: Iterator[tuple[str, Tensor]]) -> set[str]:
+def _find_inexact_names(named: Iterator[tuple[str, Tensor]]) -> set[str]:
     return {name for name, tensor in named if tensor.is_floating_point() or tensor.is_complex()}
 
 
