@@ -143,7 +143,7 @@ class ModelAverage(StepCountingModule):
     def _blend(self, ma_model: nn.Module, current_model: nn.Module, weight: float) -> None:
         """Compute ``ma += weight * (current - ma)``; copy or skip tensors as the names require."""
         if self.move_ema_to_online_device and ma_model is self.ema_model:
-            _follow_device(ma_model, current_model)
+            _move_to_device_of(ma_model, current_model)
         averager = self._get_averager(ma_model, current_model, everything=False)
         averager.update(current_model, weight, self._num_steps)
 
@@ -195,7 +195,7 @@ def _plain(model: nn.Module) -> dict[str, str]:
     return dict(zip(plain_names([name for name, _ in named]), names, strict=True))
 
 
-def _follow_device(model: nn.Module, other: nn.Module) -> None:
+def _move_to_device_of(model: nn.Module, other: nn.Module) -> None:
     """Move ``model`` to the device of ``other`` if the devices differ."""
     ours, theirs = (next(one.parameters(), None) for one in (model, other))
     if ours is not None and theirs is not None and ours.device != theirs.device:
