@@ -97,13 +97,13 @@ class StepCountingModule(nn.Module):
         written or counted in these cases.
         """
         with self._next_step() as step:
-            if self._is_copied(step):
+            if self._is_copy_step(step):
                 self._copy_weights()
                 self._mark_begun()
             else:
                 self._update_if_due(step)
 
-    def _is_copied(self, step: int) -> bool:
+    def _is_copy_step(self, step: int) -> bool:
         """Return whether a step copies the weights into the average."""
         return not self._has_begun and self._is_due(step)
 
@@ -176,7 +176,7 @@ class ScheduledDecayModule(StepCountingModule):
         decay = max(grown_to, self.min_value)
         return decay if self.beta is None else min(decay, self.beta)
 
-    def _is_copied(self, step: int) -> bool:
+    def _is_copy_step(self, step: int) -> bool:
         return not self._has_begun or (self._is_due(step) and step <= self.update_after_step)
 
     def _weight(self, decay: float | None) -> float:
