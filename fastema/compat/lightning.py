@@ -122,7 +122,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._steps_seen = self._batches_since = 0
         self._unwrap: Callable[[], None] | None = None
 
-    _as_peer: bool = False
+    _uses_peer_horizon: bool = False
     """Whether to update at the same steps, and with the same decay, as Lightning's callback."""
 
     @property
@@ -188,8 +188,8 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         seen, self._steps_seen = self._steps_seen, done
         self._batches_since += done > seen
         # Lightning asks about the last step only, again after each batch until an update.
-        asked = range(done - 1, done) if self._as_peer else range(seen, done)
-        if done <= (self._latest_update_step if self._as_peer else seen):
+        asked = range(done - 1, done) if self._uses_peer_horizon else range(seen, done)
+        if done <= (self._latest_update_step if self._uses_peer_horizon else seen):
             return
         if any(self.should_update(step_idx=step) for step in asked):
             self._update(pl_module, by_step=True)
@@ -464,7 +464,7 @@ class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
         self.update_starting_at_step = update_starting_at_step
         self.update_starting_at_epoch = update_starting_at_epoch
         self.peer_exact = peer_exact
-        self._as_peer |= peer_exact
+        self._uses_peer_horizon |= peer_exact
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Return whether the arguments of the constructor ask for an update now."""
@@ -479,7 +479,7 @@ class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
     def _update(self, pl_module: Any, *, by_step: bool) -> None:
         assert self._average_model is not None
         steps = 1
-        if by_step and not self._as_peer:
+        if by_step and not self._uses_peer_horizon:
             steps = max(1, min(self.update_every_n_steps, self._batches_since))
         decay = self.decay**steps
         if decay not in self._functions:

@@ -51,7 +51,7 @@ class StepCountingModule(nn.Module):
     _copy_weights: Callable[[], None]
     _update_average: Callable[[], None]
 
-    _as_peer: ClassVar[bool] = False
+    _uses_peer_horizon: ClassVar[bool] = False
     """Whether an update counts as one step, regardless of ``update_every``."""
 
     def __init__(self, *, peer_exact: bool) -> None:
@@ -117,7 +117,7 @@ class StepCountingModule(nn.Module):
     @property
     def _steps_per_update(self) -> int:
         every = whole_number(self.update_every, "update_every")
-        return 1 if self.peer_exact or self._as_peer else every
+        return 1 if self.peer_exact or self._uses_peer_horizon else every
 
     @property
     def _rounding(self) -> str:

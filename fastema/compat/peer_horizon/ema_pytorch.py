@@ -10,7 +10,7 @@ __all__ = ["EMA", "EMAPytree", "EMATensor", "KarrasEMA", "PostHocEMA"]
 class EMAPytree(ema_pytorch.EMAPytree):
     """See :class:`fastema.compat.ema_pytorch.EMAPytree`; ``decay`` is per update, not per step."""
 
-    _as_peer = True
+    _uses_peer_horizon = True
 
 
 EMATensor = EMAPytree
@@ -19,14 +19,14 @@ EMATensor = EMAPytree
 class EMA(ema_pytorch.EMA):
     """See :class:`fastema.compat.ema_pytorch.EMA`; ``decay`` is per update, not per step."""
 
-    _as_peer = True
+    _uses_peer_horizon = True
     _of_tensors = EMAPytree
 
 
 class KarrasEMA(ema_pytorch.KarrasEMA):
     """See :class:`fastema.compat.ema_pytorch.KarrasEMA`; an update counts as one step."""
 
-    _as_peer = True
+    _uses_peer_horizon = True
 
 
 class PostHocEMA(ema_pytorch.PostHocEMA):

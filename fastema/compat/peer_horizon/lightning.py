@@ -13,7 +13,7 @@ class WeightAveraging(lightning.WeightAveraging):
     As in Lightning, ``should_update`` is called only for the last step of a batch.
     """
 
-    _as_peer = True
+    _uses_peer_horizon = True
 
 
 class EMAWeightAveraging(lightning.EMAWeightAveraging, WeightAveraging):
