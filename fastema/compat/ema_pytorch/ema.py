@@ -92,7 +92,7 @@ class EMA(ScheduledDecayModule, ModelAverage):
     3.0
     """
 
-    _of_tensors: ClassVar[type[EMAPytree]] = EMAPytree
+    _tree_class: ClassVar[type[EMAPytree]] = EMAPytree
 
     def __new__(cls, model: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Return an EMA of a module, or an EMAPytree of anything else.
@@ -101,7 +101,7 @@ class EMA(ScheduledDecayModule, ModelAverage):
         """
         if model is None or isinstance(model, nn.Module):
             return super().__new__(cls)
-        return cls._of_tensors(model, *args, **kwargs)
+        return cls._tree_class(model, *args, **kwargs)
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ class EMA(ema_pytorch.EMA):
     """See :class:`fastema.compat.ema_pytorch.EMA`; ``decay`` is per update, not per step."""
 
     _uses_peer_horizon = True
-    _of_tensors = EMAPytree
+    _tree_class = EMAPytree
 
 
 class KarrasEMA(ema_pytorch.KarrasEMA):
