@@ -77,7 +77,7 @@ class EMAPytree(ScheduledDecayModule):
         if callable(ema_pytree) and not isinstance(ema_pytree, nn.Module):
             ema_pytree = ema_pytree()
         self.ema_pytree = _deepcopy_tree(pytree) if ema_pytree is None else ema_pytree
-        for tensor in _tensors(self.ema_pytree):
+        for tensor in _list_tensors(self.ema_pytree):
             tensor.detach_()
         self._cached_averager: tuple[list[Tensor], ModelAverager] | None = None
         self._register_counters()
@@ -142,11 +142,11 @@ class EMAPytree(ScheduledDecayModule):
 EMATensor = EMAPytree
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def _list_tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytrees.tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
 def _deepcopy_tree(tree: Any) -> Any:
     """Return a deep copy, also of results of operations, which ``deepcopy`` alone refuses."""
-    results = {id(leaf): leaf for leaf in _tensors(tree) if not leaf.is_leaf}
+    results = {id(leaf): leaf for leaf in _list_tensors(tree) if not leaf.is_leaf}
     return deepcopy(tree, {key: leaf.detach().clone() for key, leaf in results.items()})
