@@ -40,10 +40,10 @@ def write_snapshot(folder: Path, index: int, state: Mapping[str, Any], dtype: to
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is gone: create the folder again for {path.name}")
     with atomic_write_path(path) as partial:
-        torch.save({name: _stored(value, dtype) for name, value in state.items()}, partial)
+        torch.save({name: _prepare_value(value, dtype) for name, value in state.items()}, partial)
 
 
-def _stored(value: Any, dtype: torch.dtype) -> Any:
+def _prepare_value(value: Any, dtype: torch.dtype) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.to(device="cpu", dtype=dtype if value.is_floating_point() else None, copy=True)
