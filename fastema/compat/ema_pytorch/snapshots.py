@@ -90,7 +90,7 @@ def read_snapshot(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a snapshot: {error}") from error
 
 
-class _Mapped(File):
+class _MappedSnapshot(File):
     """A memory-mapped snapshot, as a file whose offsets are memory addresses."""
 
     rows: dict[str, Tensor]
@@ -105,7 +105,7 @@ class _Mapped(File):
         yield fill
 
 
-def _mapped(path: Path, names: Sequence[str]) -> _Mapped:
+def _mapped(path: Path, names: Sequence[str]) -> _MappedSnapshot:
     state, rows = read_snapshot(path), {}
     for name in names:
         value = state.get(name)
@@ -117,7 +117,7 @@ def _mapped(path: Path, names: Sequence[str]) -> _Mapped:
         name: StoredTensor(describe(row).kind, tuple(row.shape), row.data_ptr())
         for name, row in rows.items()
     }
-    file = _Mapped(path, tensors, {})
+    file = _MappedSnapshot(path, tensors, {})
     file.rows = rows
     return file
 
