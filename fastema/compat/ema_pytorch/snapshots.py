@@ -105,7 +105,7 @@ class _MappedSnapshot(File):
         yield fill
 
 
-def _mapped(path: Path, names: Sequence[str]) -> _MappedSnapshot:
+def _map_snapshot(path: Path, names: Sequence[str]) -> _MappedSnapshot:
     state, rows = read_snapshot(path), {}
     for name in names:
         value = state.get(name)
@@ -132,7 +132,7 @@ def sum_snapshots(
     dtype.
     """
     names = list(like)
-    files = [_mapped(path, names) for path in paths]
+    files = [_map_snapshot(path, names) for path in paths]
     problems = []
     for file in files:
         for name in names:
