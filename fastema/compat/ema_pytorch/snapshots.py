@@ -150,13 +150,13 @@ def sum_snapshots(
                 problems.append(f"{name!r} is {here.kind.code} in {file.path.name}, unlike later")
     if problems:
         raise CheckpointError("the snapshots do not fit the model:\n" + format_problems(problems))
-    result = {name: _wide(files[-1].tensors[name], tensor) for name, tensor in like.items()}
+    result = {name: _allocate_sum(files[-1].tensors[name], tensor) for name, tensor in like.items()}
     memory = {name: (array, describe(array)) for name, array in result.items()}
     weighted_sum(files, coefficients, memory, names)
     return {name: torch.from_numpy(array) for name, array in result.items()}
 
 
-def _wide(stored: StoredTensor, like: Tensor) -> NDArray[Any]:
+def _allocate_sum(stored: StoredTensor, like: Tensor) -> NDArray[Any]:
     """Return uninitialized memory for a sum: float64 where ``like`` is, otherwise float32."""
     dtype = "f8" if like.dtype in (torch.float64, torch.complex128) else "f4"
     return np.empty(stored.shape, np.result_type(dtype, "c8") if stored.kind.parts == 2 else dtype)
