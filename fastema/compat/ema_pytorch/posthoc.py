@@ -23,7 +23,7 @@ from fastema.rules.power import Power, gamma_of
 __all__ = ["KarrasEMA", "PostHocEMA"]
 
 
-def _gamma(gamma: float | None, sigma_rel: float | None) -> float:
+def _resolve_gamma(gamma: float | None, sigma_rel: float | None) -> float:
     """Return the exponent, given by exactly one of ``gamma`` and ``sigma_rel``."""
     _refuse_both("gamma", gamma, "sigma_rel", sigma_rel)
     return Power(gamma).gamma if gamma is not None else gamma_of(sigma_rel)  # type: ignore[arg-type]
@@ -86,7 +86,7 @@ class KarrasEMA(ModelAverage):
             move_ema_to_online_device=move_ema_to_online_device,
             peer_exact=peer_exact,
         )
-        self.gamma = _gamma(gamma, sigma_rel)
+        self.gamma = _resolve_gamma(gamma, sigma_rel)
         self.frozen = frozen
         self.update_every = whole_number(update_every, "update_every")
         self.online_model = [model]
@@ -301,7 +301,7 @@ class PostHocEMA(nn.Module):
         CheckpointError
             If there are no snapshots, or they do not match the model.
         """
-        gamma = _gamma(gamma, sigma_rel)
+        gamma = _resolve_gamma(gamma, sigma_rel)
         every = snapshots.find_snapshots(self.checkpoint_folder, self.num_ema_models)
         asked = every[-1].step if step is None else whole_number(step, "step", 0)
         if not every[0].step <= asked <= every[-1].step:
