@@ -112,9 +112,9 @@ class KarrasEMA(ModelAverage):
 
     def iter_all_ema_params_and_buffers(self) -> Iterator[Tensor]:
         """Return an iterator over the float tensors that are averaged."""
-        return iter(self._averaged().values())
+        return iter(self._get_averaged_tensors().values())
 
-    def _averaged(self) -> dict[str, Tensor]:
+    def _get_averaged_tensors(self) -> dict[str, Tensor]:
         named = [*self.get_params_iter(self.ema_model), *self.get_buffers_iter(self.ema_model)]
         copied = self.param_or_buffer_names_no_ema
         return {
@@ -349,7 +349,11 @@ class PostHocEMA(nn.Module):
         theirs = dict(zip(plain_names(list(newest)), newest, strict=True))
         plain = dict(zip(state, plain_names(list(state)), strict=True))
         files = {name: theirs.get(plain[name], name) for name in state}
-        like = {files[name]: one for name, one in target._averaged().items() if name in state}
+        like = {
+            files[name]: one
+            for name, one in target._get_averaged_tensors().items()
+            if name in state
+        }
         summed = snapshots.sum_snapshots([path for path, _ in used], [c for _, c in used], like)
         for name in state:
             # Only the first of tied tensors is summed; the others share its sum.
