@@ -320,7 +320,7 @@ class PostHocEMA(nn.Module):
         }
         newest = snapshots.read_snapshot(next(reversed(unique.values())))
         target = synthesized._profile(gamma, last)
-        found = solve(list(unique), target, noise=_noise(newest))
+        found = solve(list(unique), target, noise=_get_noise_penalty(newest))
         used = [(path, c) for path, c in zip(unique.values(), found.coefficients, strict=True) if c]
         self._fill(synthesized, newest, used)
         return synthesized
@@ -362,7 +362,7 @@ class PostHocEMA(nn.Module):
         model.load_state_dict(state)
 
 
-def _noise(state: dict[str, Any]) -> float:
+def _get_noise_penalty(state: dict[str, Any]) -> float:
     """Return the penalty on coefficients, since large ones amplify a snapshot's rounding."""
     floats = (one for one in state.values() if isinstance(one, Tensor) and one.is_floating_point())
     return 1e-2 if any(one.itemsize == 2 for one in floats) else 1e-4
