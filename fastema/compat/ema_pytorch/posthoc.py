@@ -311,7 +311,7 @@ class PostHocEMA(nn.Module):
         # Coefficients sum to 1, so a profile that ends later would be squeezed into the snapshots.
         last = max(one.step for one in every if one.step <= asked)
         synthesized = self._new_average(gamma)
-        exponents = [self._exponent(one) for one in self.gammas]
+        exponents = [self._get_effective_exponent(one) for one in self.gammas]
         # Snapshots between the same two updates are equal. Leave out those after `last`.
         unique = {
             synthesized._profile(exponents[one.average_index], one.step): one.path
@@ -325,7 +325,7 @@ class PostHocEMA(nn.Module):
         self._fill(synthesized, newest, used)
         return synthesized
 
-    def _exponent(self, gamma: float) -> float:
+    def _get_effective_exponent(self, gamma: float) -> float:
         """Return the exponent of an average's profile, which ``peer_exact`` changes."""
         first = self.ema_models[0]
         if not first.peer_exact:
