@@ -123,7 +123,7 @@ class KarrasEMA(ModelAverage):
             if not self._is_ignored(name) and name not in copied
         }
 
-    def _profile(self, gamma: float, step: int) -> PowerProfile:
+    def _get_profile(self, gamma: float, step: int) -> PowerProfile:
         """Return the profile of an average after ``step`` calls, in a run that began at time 0."""
         last = (step - 1) // self.update_every * self.update_every
         return PowerProfile(last + 2, gamma)
@@ -314,12 +314,12 @@ class PostHocEMA(nn.Module):
         exponents = [self._get_effective_exponent(one) for one in self.gammas]
         # Snapshots between the same two updates are equal. Leave out those after `last`.
         unique = {
-            synthesized._profile(exponents[one.average_index], one.step): one.path
+            synthesized._get_profile(exponents[one.average_index], one.step): one.path
             for one in every
             if one.step <= last
         }
         newest = snapshots.read_snapshot(next(reversed(unique.values())))
-        target = synthesized._profile(gamma, last)
+        target = synthesized._get_profile(gamma, last)
         found = solve(list(unique), target, noise=_get_noise_penalty(newest))
         used = [(path, c) for path, c in zip(unique.values(), found.coefficients, strict=True) if c]
         self._fill(synthesized, newest, used)
