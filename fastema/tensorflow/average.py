@@ -26,7 +26,7 @@ from fastema.errors import (
 from fastema.plan import Plan
 from fastema.tensorflow.names import name_of, stem_of
 from fastema.tensorflow.sources import DecaySource, checked_number, variable_of
-from fastema.tensorflow.state import Registry, State, VariableGroup
+from fastema.tensorflow.state import CheckpointState, Registry, VariableGroup
 from fastema.tensorflow.traced import TracedUpdate
 
 __all__ = ["ExponentialMovingAverage"]
@@ -138,7 +138,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         )
         self._zero_debias = bool(zero_debias)
         self._books = Registry()
-        self._state = State()
+        self._state = CheckpointState()
         self._unfinished: Swap | None = None
         self.shadow: Mapping[str, Any] = {}
 

@@ -12,10 +12,10 @@ import tensorflow as tf
 from fastema.errors import CheckpointError, StateError
 from fastema.plan import Plan
 
-__all__ = ["Registry", "State", "VariableGroup"]
+__all__ = ["CheckpointState", "Registry", "VariableGroup"]
 
 
-class State(tf.train.experimental.PythonState):  # type: ignore[misc]
+class CheckpointState(tf.train.experimental.PythonState):  # type: ignore[misc]
     """The saved state other than tensors; a child in TensorFlow's object graph."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class VariableGroup:
 
 @dataclass(eq=False)
 class Registry:
-    """State hidden from TensorFlow's attribute tracking, which would wrap and save it."""
+    """CheckpointState hidden from TensorFlow's attribute tracking, which would wrap and save it."""
 
     names: dict[Any, str] = field(default_factory=dict)  # by tf.Variable.ref(), oldest first
     entries: dict[Any, VariableGroup] = field(
