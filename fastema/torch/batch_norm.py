@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # fastema.update_bn can be imported without PyTorch
 __all__ = ["update_bn"]
 
 Forward: TypeAlias = Callable[[Any, Any], object]
-State: TypeAlias = "tuple[_BatchNorm, dict[str, torch.Tensor]]"
+SavedBuffers: TypeAlias = "tuple[_BatchNorm, dict[str, torch.Tensor]]"
 
 _INSIDE: Final = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Attributes in which wrappers hold the model: data parallel, averaged, compiled, sharded, ..."""
@@ -154,7 +154,7 @@ def _recompute_statistics(model: nn.Module, layers: list[_BatchNorm]) -> Iterato
             module.training = mode
 
 
-def _restore_buffers(states: list[State]) -> None:
+def _restore_buffers(states: list[SavedBuffers]) -> None:
     """Copy saved buffers into their layers, in place, since an average may share the memory."""
     for layer, buffers in states:
         for name, kept in buffers.items():
