@@ -185,7 +185,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         eager = tf.executing_eagerly()
         if not eager:
             self._refuse_graph()
-        entry, tensors = self._parted(var_list)
+        entry, tensors = self._split_variables(var_list)
         if not eager:
             return self._traced(entry, tensors)
         decay = self._decay_source.now()
@@ -323,7 +323,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             raise StateError("no variables are averaged yet: call apply() with a list of them")
         return [reference.deref() for reference in self._books.names]
 
-    def _parted(self, var_list: Any) -> tuple[VariableGroup | None, dict[str, Any]]:
+    def _split_variables(self, var_list: Any) -> tuple[VariableGroup | None, dict[str, Any]]:
         """Split the argument of apply() into an entry for its variables, and its tensors."""
         if var_list is None:
             return self._entry(self._variables()), {}
