@@ -261,7 +261,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
                 "there is no average of\n"
                 + format_problems(f"{name_of(variable_of(v))!r}" for v in strangers)
             )
-        plan = self._plan(self._entry(chosen))
+        plan = self._plan(self._get_group(chosen))
         swap = Swap(CallableWay(plan.swap_, plan.swap_))
 
         def apply() -> None:
@@ -326,9 +326,9 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
     def _split_variables(self, var_list: Any) -> tuple[VariableGroup | None, dict[str, Any]]:
         """Split the argument of apply() into an entry for its variables, and its tensors."""
         if var_list is None:
-            return self._entry(self._variables()), {}
+            return self._get_group(self._variables()), {}
         if not isinstance(var_list, Mapping):
-            return self._entry(self._listed(var_list)), {}
+            return self._get_group(self._listed(var_list)), {}
         strange = [name for name in var_list if not isinstance(name, str) or not name]
         if strange:
             raise ArgumentError(f"{strange[0]!r} is not a name: names of averages are strings")
@@ -336,7 +336,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         variables = {name: x for name, x in var_list.items() if name not in tensors}
         for name, tensor in tensors.items():
             self._check_tensor(name, tensor)
-        entry = self._entry(list(variables.values()), list(variables)) if variables else None
+        entry = self._get_group(list(variables.values()), list(variables)) if variables else None
         for name, tensor in tensors.items():
             if name not in self.shadow:
                 with tf.init_scope():
@@ -360,7 +360,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
                 f"{average.dtype.name} of shape {average.shape}"
             )
 
-    def _entry(self, given: list[Any], names: list[str] | None = None) -> VariableGroup:
+    def _get_group(self, given: list[Any], names: list[str] | None = None) -> VariableGroup:
         """Return the entry of a list of variables, cached by their identities and names."""
         key = (tuple(map(id, given)), names and tuple(names))
         entry = self._books.entries.get(key)

@@ -163,7 +163,7 @@ def test_an_interrupt_of_a_swap_leaves_the_weights(rng: Rng) -> None:
     for when in (0, 1):
         with ema.swapped():
             pass
-        plan = ema._plan(ema._entry(weights))
+        plan = ema._plan(ema._get_group(weights))
         swap, calls = plan.swap_, []
 
         def interrupted(swap: Any = swap, calls: list[int] = calls, when: int = when) -> None:
