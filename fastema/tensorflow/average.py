@@ -372,7 +372,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             self._check_names(wanted)
             new = [ref for ref in variables if ref not in self._books.names]
             self._check_variables([ref.deref() for ref in new])
-            self._create_averages(self._named([variables[ref] for ref in new], wanted))
+            self._create_averages(self._choose_names([variables[ref] for ref in new], wanted))
             keys = {self._books.names[ref]: ref.deref() for ref in variables}
             entry = VariableGroup(
                 given,
@@ -416,7 +416,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
                 "them, or call apply(), outside of it first."
             )
 
-    def _named(self, given: list[Any], wanted: dict[Any, str]) -> dict[Any, str]:
+    def _choose_names(self, given: list[Any], wanted: dict[Any, str]) -> dict[Any, str]:
         """Return names for new averages: the requested names, or unique names of variables."""
         stems = {self._reference(one): stem_of(one) for one in given}
         taken, names = {*self.shadow, *wanted.values()}, {}
