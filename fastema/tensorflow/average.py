@@ -341,7 +341,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             if name not in self.shadow:
                 with tf.init_scope():
                     zero = tf.zeros(tensor.shape, tensor.dtype)
-                    self._create(name, f"{name}/{self._title}", zero)
+                    self._create_variable(name, f"{name}/{self._title}", zero)
         return entry, tensors
 
     def _check_tensor(self, name: str, tensor: Any) -> None:
@@ -436,10 +436,10 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             variable = reference.deref()
             with tf.init_scope(), tf.device(variable.device):
                 title = f"{name_of(variable)}/{self._title}"
-                self._create(name, title, variable.read_value())
+                self._create_variable(name, title, variable.read_value())
             self._books.names[reference] = name
 
-    def _create(self, name: str, title: str, value: Any) -> None:
+    def _create_variable(self, name: str, title: str, value: Any) -> None:
         """Create an average that starts at a value, or at its value in a restored checkpoint."""
         unique, count = title, 0
         while unique in self._books.titles:
