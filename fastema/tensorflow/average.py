@@ -225,7 +225,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         Pass the result to a ``tf.compat.v1.train.Saver``; with ``tf.train.Checkpoint`` use
         :meth:`swapped`. By default, all averaged variables are returned.
         """
-        chosen = self._variables() if moving_avg_variables is None else moving_avg_variables
+        chosen = self._list_variables() if moving_avg_variables is None else moving_avg_variables
         return {self.average_name(variable): variable_of(variable) for variable in chosen}
 
     def swapped(self, var_list: Any = None) -> RestoringBlock[None]:
@@ -254,7 +254,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         self._refuse_swapped()
         if not tf.executing_eagerly():
             raise StateError("swapped() inside tf.function: use it around the call of the function")
-        chosen = self._variables() if var_list is None else self._listed(var_list)
+        chosen = self._list_variables() if var_list is None else self._listed(var_list)
         strangers = [v for v in chosen if self._reference(v) not in self._books.names]
         if strangers:
             raise ArgumentError(
@@ -318,7 +318,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             )
         return inner.ref()
 
-    def _variables(self) -> list[Any]:
+    def _list_variables(self) -> list[Any]:
         if not self._books.names:
             raise StateError("no variables are averaged yet: call apply() with a list of them")
         return [reference.deref() for reference in self._books.names]
@@ -326,7 +326,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
     def _split_variables(self, var_list: Any) -> tuple[VariableGroup | None, dict[str, Any]]:
         """Split the argument of apply() into an entry for its variables, and its tensors."""
         if var_list is None:
-            return self._get_group(self._variables()), {}
+            return self._get_group(self._list_variables()), {}
         if not isinstance(var_list, Mapping):
             return self._get_group(self._listed(var_list)), {}
         strange = [name for name in var_list if not isinstance(name, str) or not name]
