@@ -254,7 +254,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         self._refuse_swapped()
         if not tf.executing_eagerly():
             raise StateError("swapped() inside tf.function: use it around the call of the function")
-        chosen = self._list_variables() if var_list is None else self._listed(var_list)
+        chosen = self._list_variables() if var_list is None else self._as_list(var_list)
         strangers = [v for v in chosen if self._reference(v) not in self._books.names]
         if strangers:
             raise ArgumentError(
@@ -298,7 +298,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
     # -- variables, tensors and their names --------------------------------------------------------
 
     @staticmethod
-    def _listed(var_list: Any) -> list[Any]:
+    def _as_list(var_list: Any) -> list[Any]:
         single = isinstance(var_list, tf.Tensor | tf.Module) or variable_of(var_list) is not None
         if single or not isinstance(var_list, Iterable):
             raise BridgeError(
@@ -328,7 +328,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         if var_list is None:
             return self._get_group(self._list_variables()), {}
         if not isinstance(var_list, Mapping):
-            return self._get_group(self._listed(var_list)), {}
+            return self._get_group(self._as_list(var_list)), {}
         strange = [name for name in var_list if not isinstance(name, str) or not name]
         if strange:
             raise ArgumentError(f"{strange[0]!r} is not a name: names of averages are strings")
