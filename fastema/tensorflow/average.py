@@ -187,7 +187,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             self._refuse_graph()
         entry, tensors = self._split_variables(var_list)
         if not eager:
-            return self._traced(entry, tensors)
+            return self._trace_update(entry, tensors)
         decay = self._decay_source.now()
         if entry is not None:
             self._update(self._plan(entry), entry, decay)
@@ -487,7 +487,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             self._lerp(plan, [name], weight)
             self._state.remaining[name] = remaining
 
-    def _traced(self, entry: VariableGroup | None, tensors: dict[str, Any]) -> Any:
+    def _trace_update(self, entry: VariableGroup | None, tensors: dict[str, Any]) -> Any:
         """Return the update as an operation of the function being traced."""
         numbers, named = self._decay_source.symbolic(), [self.shadow[name] for name in tensors]
         averages = [] if entry is None else list(entry.averages.values())
