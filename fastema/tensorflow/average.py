@@ -461,7 +461,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             )
         return entry.plan
 
-    def _lerp(self, plan: Plan, names: Iterable[str], weight: float) -> None:
+    def _lerp_and_count(self, plan: Plan, names: Iterable[str], weight: float) -> None:
         """Update averages, with random bits of the step that checkpoints count."""
         steps = self._state.steps
         step = max(steps.get(name, 0) for name in names)
@@ -472,7 +472,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
 
     def _update(self, plan: Plan, entry: VariableGroup, decay: float) -> None:
         if entry.narrow:
-            self._lerp(plan, entry.averages, 1.0 - decay)
+            self._lerp_and_count(plan, entry.averages, 1.0 - decay)
         else:
             plan.lerp_(1.0 - decay)
 
@@ -484,7 +484,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             weight = min(weight / (1.0 - remaining), 1.0) if remaining < 1.0 else 1.0
         plan = Plan({name: average}, {name: tensor}, rounding=self._rounding, seed=self._seed)
         with defer_signals():
-            self._lerp(plan, [name], weight)
+            self._lerp_and_count(plan, [name], weight)
             self._state.remaining[name] = remaining
 
     def _trace_update(self, entry: VariableGroup | None, tensors: dict[str, Any]) -> Any:
