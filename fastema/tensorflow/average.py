@@ -137,7 +137,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             None if num_updates is None else checked_number(num_updates, "num_updates"),
         )
         self._zero_debias = bool(zero_debias)
-        self._books = Registry()
+        self._registry = Registry()
         self._state = CheckpointState()
         self._unfinished: Swap | None = None
         self.shadow: Mapping[str, Any] = {}
@@ -205,7 +205,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         var : variable or str
             An averaged variable, or a key that was passed to :meth:`apply`.
         """
-        name = var if isinstance(var, str) else self._books.names.get(self._reference(var))
+        name = var if isinstance(var, str) else self._registry.names.get(self._reference(var))
         return None if name is None else self.shadow.get(name)
 
     def average_name(self, var: Any) -> str:
@@ -255,7 +255,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         if not tf.executing_eagerly():
             raise StateError("swapped() inside tf.function: use it around the call of the function")
         chosen = self._list_variables() if var_list is None else self._as_list(var_list)
-        strangers = [v for v in chosen if self._reference(v) not in self._books.names]
+        strangers = [v for v in chosen if self._reference(v) not in self._registry.names]
         if strangers:
             raise ArgumentError(
                 "there is no average of\n"
@@ -319,9 +319,9 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         return inner.ref()
 
     def _list_variables(self) -> list[Any]:
-        if not self._books.names:
+        if not self._registry.names:
             raise StateError("no variables are averaged yet: call apply() with a list of them")
-        return [reference.deref() for reference in self._books.names]
+        return [reference.deref() for reference in self._registry.names]
 
     def _split_variables(self, var_list: Any) -> tuple[VariableGroup | None, dict[str, Any]]:
         """Split the argument of apply() into an entry for its variables, and its tensors."""
@@ -345,7 +345,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         return entry, tensors
 
     def _check_tensor(self, name: str, tensor: Any) -> None:
-        if name in self._books.names.values():
+        if name in self._registry.names.values():
             raise ArgumentError(f"{name!r} is the name of a variable's average; choose another")
         if tensor.dtype not in _FLOATS:
             raise DTypeError(f"{name!r} is {tensor.dtype.name}: expected a float of 16 to 64 bits")
@@ -363,29 +363,29 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
     def _get_group(self, given: list[Any], names: list[str] | None = None) -> VariableGroup:
         """Return the entry of a list of variables, cached by their identities and names."""
         key = (tuple(map(id, given)), names and tuple(names))
-        entry = self._books.entries.get(key)
+        entry = self._registry.entries.get(key)
         if entry is None:
             variables = {self._reference(one): one for one in given}  # without duplicates
             wanted = dict(zip(map(self._reference, given), names or [], strict=False))
             if names is not None and len(wanted) < len(names):
                 raise ArgumentError("var_list has one variable under several names")
             self._check_names(wanted)
-            new = [ref for ref in variables if ref not in self._books.names]
+            new = [ref for ref in variables if ref not in self._registry.names]
             self._check_variables([ref.deref() for ref in new])
             self._create_averages(self._choose_names([variables[ref] for ref in new], wanted))
-            keys = {self._books.names[ref]: ref.deref() for ref in variables}
+            keys = {self._registry.names[ref]: ref.deref() for ref in variables}
             entry = VariableGroup(
                 given,
                 {name: self.shadow[name] for name in keys},
                 keys,
                 self._rounding == "stochastic" and any(v.dtype.size == 2 for v in keys.values()),
             )
-            self._books.entries[key] = entry
+            self._registry.entries[key] = entry
         return entry
 
     def _check_names(self, wanted: dict[Any, str]) -> None:
         for reference, name in wanted.items():
-            has = self._books.names.get(reference)
+            has = self._registry.names.get(reference)
             if has is None and name in self.shadow:
                 raise ArgumentError(f"{name!r} is the name of another average; choose another")
             if has not in (None, name):
@@ -437,15 +437,15 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             with tf.init_scope(), tf.device(variable.device):
                 title = f"{name_of(variable)}/{self._title}"
                 self._create_variable(name, title, variable.read_value())
-            self._books.names[reference] = name
+            self._registry.names[reference] = name
 
     def _create_variable(self, name: str, title: str, value: Any) -> None:
         """Create an average that starts at a value, or at its value in a restored checkpoint."""
         unique, count = title, 0
-        while unique in self._books.titles:
+        while unique in self._registry.titles:
             count += 1
             unique = f"{title}_{count}"
-        self._books.titles.add(unique)
+        self._registry.titles.add(unique)
         # A scope that ends in a slash is absolute, independent of the caller's scope.
         scope, _, last = unique.rpartition("/")
         with tf.name_scope(f"{scope}/"):
