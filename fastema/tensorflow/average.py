@@ -131,7 +131,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         if not isinstance(name, str) or not name:
             raise ArgumentError(f"name={name!r}: expected a name for averages")
         Plan({}, {}, rounding=rounding, seed=seed)  # raises now for invalid options
-        self._title, self._rounding, self._seed = name, rounding, seed
+        self._suffix, self._rounding, self._seed = name, rounding, seed
         self._decay_source = DecaySource(
             checked_number(decay, "decay"),
             None if num_updates is None else checked_number(num_updates, "num_updates"),
@@ -145,7 +145,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
     @property
     def name(self) -> str:
         """The suffix of the averages' names."""
-        return self._title
+        return self._suffix
 
     @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
     def apply(self, var_list: Any = None) -> Any:
@@ -217,7 +217,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         average = self.average(var)
         if average is not None:
             return name_of(average)
-        return f"{var if isinstance(var, str) else name_of(variable_of(var))}/{self._title}"
+        return f"{var if isinstance(var, str) else name_of(variable_of(var))}/{self._suffix}"
 
     def variables_to_restore(self, moving_avg_variables: Any = None) -> dict[str, Any]:
         """Return variables by their averages' names, to restore averages into the variables.
@@ -341,7 +341,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             if name not in self.shadow:
                 with tf.init_scope():
                     zero = tf.zeros(tensor.shape, tensor.dtype)
-                    self._create_variable(name, f"{name}/{self._title}", zero)
+                    self._create_variable(name, f"{name}/{self._suffix}", zero)
         return entry, tensors
 
     def _check_tensor(self, name: str, tensor: Any) -> None:
@@ -435,7 +435,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         for reference, name in names.items():
             variable = reference.deref()
             with tf.init_scope(), tf.device(variable.device):
-                title = f"{name_of(variable)}/{self._title}"
+                title = f"{name_of(variable)}/{self._suffix}"
                 self._create_variable(name, title, variable.read_value())
             self._registry.names[reference] = name
 
@@ -518,4 +518,4 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             # order the call among all other uses of the variables.
             *(variable.handle for variable in (*named, *averages, *variables)),
         ]
-        return tf.py_function(update, inputs, [], name=re.sub(r"[^\w.]", "_", self._title))
+        return tf.py_function(update, inputs, [], name=re.sub(r"[^\w.]", "_", self._suffix))
