@@ -188,7 +188,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         entry, tensors = self._split_variables(var_list)
         if not eager:
             return self._trace_update(entry, tensors)
-        decay = self._decay_source.now()
+        decay = self._decay_source.read_decay()
         if entry is not None:
             self._update(self._plan(entry), entry, decay)
         for name, tensor in tensors.items():

@@ -67,7 +67,7 @@ class DecaySource:
         """Return the tensors and variables to read at run time, as float64 scalars."""
         return [tf.cast(tf.convert_to_tensor(one), tf.float64) for one in self._changing().values()]
 
-    def now(self) -> float:
+    def read_decay(self) -> float:
         """Return the decay, reading tensors and variables now."""
         return self.compute_decay([float(one.numpy()) for one in self._changing().values()])
 
