@@ -489,7 +489,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
 
     def _trace_update(self, entry: VariableGroup | None, tensors: dict[str, Any]) -> Any:
         """Return the update as an operation of the function being traced."""
-        numbers, named = self._decay_source.symbolic(), [self.shadow[name] for name in tensors]
+        numbers, named = self._decay_source.get_tensors(), [self.shadow[name] for name in tensors]
         averages = [] if entry is None else list(entry.averages.values())
         variables = [] if entry is None else list(entry.variables.values())
         call = None if entry is None else TracedUpdate(entry, self._rounding, self._seed)

@@ -63,7 +63,7 @@ class DecaySource:
         sources = {"decay": self.decay, "num_updates": self.num_updates}
         return {name: one for name, one in sources.items() if not isinstance(one, float | None)}
 
-    def symbolic(self) -> list[Any]:
+    def get_tensors(self) -> list[Any]:
         """Return the tensors and variables to read at run time, as float64 scalars."""
         return [tf.cast(tf.convert_to_tensor(one), tf.float64) for one in self._changing().values()]
 
@@ -72,7 +72,7 @@ class DecaySource:
         return self.compute_decay([float(one.numpy()) for one in self._changing().values()])
 
     def compute_decay(self, values: list[float]) -> float:
-        """Return the decay, given the values of :meth:`symbolic`."""
+        """Return the decay, given the values of :meth:`get_tensors`."""
         found = dict(zip(self._changing(), values, strict=True))
         for name, value in found.items():
             check_number(value, name)
