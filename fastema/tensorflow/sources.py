@@ -59,21 +59,26 @@ class DecaySource:
     decay: Any
     num_updates: Any
 
-    def _changing(self) -> dict[str, Any]:
+    def _get_changing_sources(self) -> dict[str, Any]:
         sources = {"decay": self.decay, "num_updates": self.num_updates}
         return {name: one for name, one in sources.items() if not isinstance(one, float | None)}
 
     def get_tensors(self) -> list[Any]:
         """Return the tensors and variables to read at run time, as float64 scalars."""
-        return [tf.cast(tf.convert_to_tensor(one), tf.float64) for one in self._changing().values()]
+        return [
+            tf.cast(tf.convert_to_tensor(one), tf.float64)
+            for one in self._get_changing_sources().values()
+        ]
 
     def read_decay(self) -> float:
         """Return the decay, reading tensors and variables now."""
-        return self.compute_decay([float(one.numpy()) for one in self._changing().values()])
+        return self.compute_decay(
+            [float(one.numpy()) for one in self._get_changing_sources().values()]
+        )
 
     def compute_decay(self, values: list[float]) -> float:
         """Return the decay, given the values of :meth:`get_tensors`."""
-        found = dict(zip(self._changing(), values, strict=True))
+        found = dict(zip(self._get_changing_sources(), values, strict=True))
         for name, value in found.items():
             check_number(value, name)
         decay: float = found.get("decay", self.decay)
