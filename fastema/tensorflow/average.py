@@ -471,7 +471,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             steps.update(dict.fromkeys(names, step + 1))
 
     def _update(self, plan: Plan, entry: VariableGroup, decay: float) -> None:
-        if entry.narrow:
+        if entry.rounds_stochastically:
             self._lerp_and_count(plan, entry.averages, 1.0 - decay)
         else:
             plan.lerp_(1.0 - decay)

@@ -55,7 +55,7 @@ class VariableGroup:
     objects: list[Any]  # kept alive, since the cache identifies objects by their addresses
     averages: dict[str, Any]  # by name in the checkpoint, without duplicates
     variables: dict[str, Any]
-    narrow: bool  # whether any variable is 16-bit and rounded stochastically
+    rounds_stochastically: bool  # whether any variable is 16-bit and rounded stochastically
     plan: Plan | None = None  # created at the first update: tracing has no memory
 
 
