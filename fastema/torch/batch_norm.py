@@ -108,7 +108,7 @@ def update_bn(
         raise BridgeError(
             "a lazy batch normalization has no shape yet; run the model once before update_bn()"
         )
-    run = forward or _caller(model)
+    run = forward or _make_caller(model)
     empty = True
     with (
         torch.no_grad(),
@@ -173,7 +173,7 @@ def _to_device(batch: Any, device: torch.device | str | int) -> Any:
     return batch
 
 
-def _caller(model: nn.Module) -> Forward:
+def _make_caller(model: nn.Module) -> Forward:
     """Return a function that calls the model with an input, or with a mapping as keywords."""
     names = _keywords(model)
 
