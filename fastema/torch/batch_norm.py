@@ -175,7 +175,7 @@ def _to_device(batch: Any, device: torch.device | str | int) -> Any:
 
 def _make_caller(model: nn.Module) -> Forward:
     """Return a function that calls the model with an input, or with a mapping as keywords."""
-    names = _keywords(model)
+    names = _find_keywords(model)
 
     def call(model: nn.Module, given: Any) -> object:
         if not isinstance(given, Mapping):
@@ -192,7 +192,7 @@ def _make_caller(model: nn.Module) -> Forward:
     return call
 
 
-def _keywords(model: nn.Module) -> frozenset[str] | None:
+def _find_keywords(model: nn.Module) -> frozenset[str] | None:
     """Return the keyword arguments that a possibly wrapped model takes; None if it takes any."""
     parameters = inspect.signature(model.forward).parameters.values()
     kinds = [parameter.kind for parameter in parameters]
@@ -204,7 +204,7 @@ def _keywords(model: nn.Module) -> frozenset[str] | None:
     if kinds[0] is inspect.Parameter.VAR_POSITIONAL and len(children) == 1:
         name, child = children[0]
         if name in _INSIDE:
-            return _keywords(child)
+            return _find_keywords(child)
     return None
 
 
