@@ -19,7 +19,12 @@ __all__ = ["update_bn"]
 Forward: TypeAlias = Callable[[Any, Any], object]
 SavedBuffers: TypeAlias = "tuple[_BatchNorm, dict[str, torch.Tensor]]"
 
-_INSIDE: Final = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_MODEL_ATTRIBUTES: Final = (
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+)
 """Attributes in which wrappers hold the model: data parallel, averaged, compiled, sharded, ..."""
 
 
@@ -203,7 +208,7 @@ def _find_keywords(model: nn.Module) -> frozenset[str] | None:
     children = list(model.named_children())
     if kinds[0] is inspect.Parameter.VAR_POSITIONAL and len(children) == 1:
         name, child = children[0]
-        if name in _INSIDE:
+        if name in _MODEL_ATTRIBUTES:
             return _find_keywords(child)
     return None
 
