@@ -107,7 +107,7 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
             window_size, decay, raw=raw, debias=debias, on_nonfinite=on_nonfinite, record=record
         )
         self._before: dict[str, torch.Tensor] = {}
-        self._fresh: dict[str, float] = {}  # averages that have not been logged
+        self._unlogged: dict[str, float] = {}  # averages that have not been logged
         self._missing = set(self.metrics or ())
 
     # -- Lightning's hooks -------------------------------------------------------------------------
@@ -121,7 +121,7 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
         """Reset the averages for a new run; Lightning loads a checkpoint after this."""
         if stage == "fit" and trainer.global_step == 0:
             self._smoother.reset()
-            self._fresh = {}
+            self._unlogged = {}
             self._missing = set(self.metrics or ())
 
     def on_train_batch_start(
@@ -145,11 +145,11 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
         averages = self._smoother.update(
             values, weight=self.batch_size(batch), step=trainer.fit_loop.total_batch_idx
         )
-        self._fresh |= {key: value for key, value in averages.items() if key not in _raw(logged)}
+        self._unlogged |= {key: value for key, value in averages.items() if key not in _raw(logged)}
         # Lightning's own callbacks read this private attribute too: there is no public one.
         if trainer._logger_connector.should_update_logs or trainer.is_last_batch:
-            self._log(trainer, pl_module, self._fresh)
-            self._fresh = {}
+            self._log(trainer, pl_module, self._unlogged)
+            self._unlogged = {}
         elif self.prog_bar and all(map(_on_host, values.values())):
             raw = _raw(values)
             self._log(trainer, pl_module, {k: v for k, v in averages.items() if k not in raw})
