@@ -106,7 +106,7 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
         self._smoother = MetricSmoother(
             window_size, decay, raw=raw, debias=debias, on_nonfinite=on_nonfinite, record=record
         )
-        self._before: dict[str, torch.Tensor] = {}
+        self._previous_metrics: dict[str, torch.Tensor] = {}
         self._unlogged: dict[str, float] = {}  # averages that have not been logged
         self._missing = set(self.metrics or ())
 
@@ -129,7 +129,7 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
     ) -> None:
         """Record the metrics logged so far, to tell new ones apart."""
         if self.metrics != ():
-            self._before = dict(trainer.callback_metrics)
+            self._previous_metrics = dict(trainer.callback_metrics)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -179,11 +179,11 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
 
         ``callback_metrics`` keeps every metric ever logged, at each batch in new tensor objects
         with the same memory. A metric logged in this batch has new memory, because
-        ``self._before`` still holds the old one.
+        ``self._previous_metrics`` still holds the old one.
         """
         if self.metrics == ():
             return {}
-        before, self._before = self._before, {}
+        before, self._previous_metrics = self._previous_metrics, {}
         found = {
             name: value
             for name, value in trainer.callback_metrics.items()
