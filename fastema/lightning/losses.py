@@ -139,7 +139,7 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
         values = dict(logged)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self.loss is not None and self.loss not in logged and loss is not None:
-            values[self.loss] = self._of_batch(loss, trainer)
+            values[self.loss] = self._get_batch_loss(loss, trainer)
         if not values:
             return
         averages = self._smoother.update(
@@ -197,7 +197,7 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
             found = {n: v for n, v in found.items() if n in self.metrics or n == self.loss}
         return found
 
-    def _of_batch(self, loss: Any, trainer: Any) -> Any:
+    def _get_batch_loss(self, loss: Any, trainer: Any) -> Any:
         """Return the loss as ``training_step`` returned it, or its mean over all processes."""
         parts = trainer.accumulate_grad_batches  # always 1 with manual optimization
         if parts != 1:
