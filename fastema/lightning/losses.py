@@ -145,13 +145,15 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
         averages = self._smoother.update(
             values, weight=self.batch_size(batch), step=trainer.fit_loop.total_batch_idx
         )
-        self._unlogged |= {key: value for key, value in averages.items() if key not in _raw(logged)}
+        self._unlogged |= {
+            key: value for key, value in averages.items() if key not in _raw_names(logged)
+        }
         # Lightning's own callbacks read this private attribute too: there is no public one.
         if trainer._logger_connector.should_update_logs or trainer.is_last_batch:
             self._log(trainer, pl_module, self._unlogged)
             self._unlogged = {}
         elif self.prog_bar and all(map(_on_host, values.values())):
-            raw = _raw(values)
+            raw = _raw_names(values)
             self._log(trainer, pl_module, {k: v for k, v in averages.items() if k not in raw})
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -209,7 +211,7 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
     def _log(self, trainer: Any, pl_module: Any, found: Mapping[str, float]) -> None:
         if trainer.barebones:  # such a trainer does not log, and warns about attempts
             return
-        raw = _raw([self.loss])
+        raw = _raw_names([self.loss])
         for name, value in found.items():
             pl_module.log(
                 name,
@@ -223,7 +225,7 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
             )
 
 
-def _raw(names: Iterable[str | None]) -> set[str]:
+def _raw_names(names: Iterable[str | None]) -> set[str]:
     return {f"{name}_raw" for name in names}
 
 
