@@ -152,7 +152,7 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
         if trainer._logger_connector.should_update_logs or trainer.is_last_batch:
             self._log(trainer, pl_module, self._unlogged)
             self._unlogged = {}
-        elif self.prog_bar and all(map(_on_host, values.values())):
+        elif self.prog_bar and all(map(_is_on_host, values.values())):
             raw = _raw_names(values)
             self._log(trainer, pl_module, {k: v for k, v in averages.items() if k not in raw})
 
@@ -229,7 +229,7 @@ def _raw_names(names: Iterable[str | None]) -> set[str]:
     return {f"{name}_raw" for name in names}
 
 
-def _on_host(value: Any) -> bool:
+def _is_on_host(value: Any) -> bool:
     return not isinstance(value, torch.Tensor) or value.device.type == "cpu"
 
 
