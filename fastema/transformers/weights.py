@@ -87,7 +87,7 @@ _OF_A_RUN: Final = (
     "_model",
     "_holds_final_weights",
     "_last_step",
-    "_is_ahead",
+    "_was_updated_early",
     "_saved_step",
     "_trainer",
 )
@@ -205,7 +205,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     _model: Any = None
     _holds_final_weights = False
     _last_step = 0  # the latest step whose weights are in the average
-    _is_ahead = False  # whether they were added before this callback's on_step_end
+    _was_updated_early = False  # whether they were added before this callback's on_step_end
     _saved_step: int | None = None  # the step whose checkpoint already has the average
     _trainer: Callable[[], Any] = staticmethod(lambda: None)
 
@@ -299,7 +299,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         step = trainer.state.global_step
         if step > self._last_step:  # a callback before this one triggered the save
             self._update_at(step, trainer.optimizer)
-            self._is_ahead = True
+            self._was_updated_early = True
         self._saved_step = None
         own, save_model = vars(trainer).get("save_model"), trainer.save_model
 
@@ -385,7 +385,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 "checkpoint: it looks for resume_from_checkpoint, an argument of train()"
             )
         self._ema = self._model = self._saved_step = None  # free the old average's memory first
-        self._holds_final_weights = self._is_ahead = False
+        self._holds_final_weights = self._was_updated_early = False
         if any(map(is_divided, model.parameters())):
             raise ArgumentError(_DIVIDED)
         ema = EMA(model, self._decay, **self._options)
@@ -426,9 +426,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Update the average if the optimizer has changed the weights."""
-        if not self._is_ahead:
+        if not self._was_updated_early:
             self._update_at(state.global_step, optimizer)
-        self._is_ahead = False
+        self._was_updated_early = False
 
     def _update_at(self, step: int, optimizer: Any) -> None:
         if not getattr(optimizer, "step_was_skipped", False):
