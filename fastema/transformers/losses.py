@@ -76,7 +76,7 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
             window_size, decay, raw=False, debias=debias, on_nonfinite=on_nonfinite
         )
         self._last_step = 0
-        self._is_ahead = False
+        self._is_attached = False
 
     @property
     def averages(self) -> dict[str, float]:
@@ -95,7 +95,7 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
             )
         others = [callback for callback in handler.callbacks if callback is not self]
         handler.callbacks[:] = [self, *others]
-        self._is_ahead = True
+        self._is_attached = True
         return self
 
     # -- the Trainer's events ----------------------------------------------------------------------
@@ -107,7 +107,7 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
         for entry in state.log_history:
             self._record(entry, entry.get("step", 0))
         self._last_step = state.global_step
-        if args.report_to and not self._is_ahead:
+        if args.report_to and not self._is_attached:
             warnings.warn(
                 f"the loggers of report_to={list(args.report_to)!r} are called before LossAverages "
                 "and will not show its averages: use LossAverages().attach(trainer) instead of "
