@@ -103,12 +103,12 @@ class _WrappedMethod:
     def __init__(self, callback: EMACallback, trainer: Any, name: str, around: str) -> None:
         self.callback = callback
         self._name, self._callback_method = name, around
-        self._own = vars(trainer).get(name)  # a replacement that somebody else installed
+        self._replacement = vars(trainer).get(name)  # a replacement that somebody else installed
         self._trainer = weakref.ref(trainer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer()
-        inner = self._own or partial(getattr(type(trainer), self._name), trainer)
+        inner = self._replacement or partial(getattr(type(trainer), self._name), trainer)
         return getattr(self.callback, self._callback_method)(trainer, inner, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
