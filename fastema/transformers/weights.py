@@ -82,7 +82,7 @@ def _clear_folder(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-_OF_A_RUN: Final = (
+_RUN_ATTRIBUTES: Final = (
     "_ema",
     "_model",
     "_holds_final_weights",
@@ -211,7 +211,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the average and the trainer, which belong to a run."""
-        return {name: value for name, value in vars(self).items() if name not in _OF_A_RUN}
+        return {name: value for name, value in vars(self).items() if name not in _RUN_ATTRIBUTES}
 
     @property
     def ema(self) -> EMA:
