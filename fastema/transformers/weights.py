@@ -122,7 +122,7 @@ class _WrappedMethod:
             self.callback._trainer = weakref.ref(trainer)
 
 
-_DIVIDED: Final = (
+_SHARDED_MESSAGE: Final = (
     "EMACallback saves whole weights, but the weights of this model are sharded (FSDP, tensor "
     "parallel or ZeRO-3). With FSDP2 keep fastema.EMA(model) in a callback of your own: update() "
     "in on_step_end, and its state_dict() in a folder of torch.distributed.checkpoint "
@@ -378,7 +378,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             )
         resumed = _find_resumed_checkpoint(trainer)
         if is_deepspeed_zero3_enabled() or getattr(trainer, "is_fsdp_enabled", False):
-            raise ArgumentError(_DIVIDED)
+            raise ArgumentError(_SHARDED_MESSAGE)
         if state.global_step and resumed is None:
             raise StateError(
                 f"training resumes at step {state.global_step}, but EMACallback cannot find the "
@@ -387,7 +387,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self._ema = self._model = self._saved_step = None  # free the old average's memory first
         self._holds_final_weights = self._was_updated_early = False
         if any(map(is_divided, model.parameters())):
-            raise ArgumentError(_DIVIDED)
+            raise ArgumentError(_SHARDED_MESSAGE)
         ema = EMA(model, self._decay, **self._options)
         if resumed is not None:
             self._resume(ema, resumed, state.global_step)
