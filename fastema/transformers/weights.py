@@ -50,7 +50,7 @@ _WEIGHTS: Final = (
 )
 """Patterns of the file names that the Trainer uses for weights."""
 
-_PIECE, _PIECES = 4096, 64
+_PIECE, _NUM_SAMPLES = 4096, 64
 """Bytes hashed per position in a file, and positions in addition to those of tensors."""
 
 
@@ -63,7 +63,7 @@ def _digests(folder: Path) -> dict[str, str]:
 def _digest(path: Path) -> str:
     """Return a hash of a file's size and of samples of each tensor: fast for files of any size."""
     size = path.stat().st_size
-    places = {size * i // _PIECES for i in range(_PIECES)} | {max(size - _PIECE, 0)}
+    places = {size * i // _NUM_SAMPLES for i in range(_NUM_SAMPLES)} | {max(size - _PIECE, 0)}
     with suppress(CheckpointError):  # another format, or dtypes that averages cannot have
         for one in files.read(path).tensors.values():
             last = one.offset + max(one.nbytes - _PIECE, 0)
