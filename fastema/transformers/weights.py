@@ -50,7 +50,7 @@ _WEIGHTS: Final = (
 )
 """Patterns of the file names that the Trainer uses for weights."""
 
-_PIECE, _NUM_SAMPLES = 4096, 64
+_SAMPLE_BYTES, _NUM_SAMPLES = 4096, 64
 """Bytes hashed per position in a file, and positions in addition to those of tensors."""
 
 
@@ -63,16 +63,18 @@ def _digests(folder: Path) -> dict[str, str]:
 def _digest(path: Path) -> str:
     """Return a hash of a file's size and of samples of each tensor: fast for files of any size."""
     size = path.stat().st_size
-    places = {size * i // _NUM_SAMPLES for i in range(_NUM_SAMPLES)} | {max(size - _PIECE, 0)}
+    places = {size * i // _NUM_SAMPLES for i in range(_NUM_SAMPLES)} | {
+        max(size - _SAMPLE_BYTES, 0)
+    }
     with suppress(CheckpointError):  # another format, or dtypes that averages cannot have
         for one in files.read(path).tensors.values():
-            last = one.offset + max(one.nbytes - _PIECE, 0)
+            last = one.offset + max(one.nbytes - _SAMPLE_BYTES, 0)
             places |= {one.offset, (one.offset + last) // 2, last}
     found = blake2b(str(size).encode(), digest_size=16)
     with path.open("rb") as opened:
         for place in sorted(places):
             opened.seek(place)
-            found.update(opened.read(_PIECE))
+            found.update(opened.read(_SAMPLE_BYTES))
     return found.hexdigest()
 
 
