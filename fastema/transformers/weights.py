@@ -324,10 +324,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 trainer.save_model = own
         if trainer.args.should_save and self._saved_step is None:
             trial = kwargs.get("trial", args[1] if len(args) > 1 else None)
-            self._write_below(Path(trainer._get_output_dir(trial)), step)
+            self._write_to_checkpoint(Path(trainer._get_output_dir(trial)), step)
         return found
 
-    def _write_below(self, output_dir: Path, step: int) -> None:
+    def _write_to_checkpoint(self, output_dir: Path, step: int) -> None:
         """Write the average into the folder of an existing checkpoint."""
         folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if not folder.is_dir():
@@ -443,7 +443,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if args.should_save and self._saved_step != state.global_step:
             trainer = self._trainer()
             folder = args.output_dir if trainer is None else trainer._get_output_dir(None)
-            self._write_below(Path(folder), state.global_step)
+            self._write_to_checkpoint(Path(folder), state.global_step)
 
     def _refuse_applied(self, what: str) -> None:
         if self._ema is not None and self._ema.applied:
