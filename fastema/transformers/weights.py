@@ -54,7 +54,7 @@ _SAMPLE_BYTES, _NUM_SAMPLES = 4096, 64
 """Bytes hashed per position in a file, and positions in addition to those of tensors."""
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def _hash_weight_files(folder: Path) -> dict[str, str]:
     """Return a digest of each weight file in a folder, by file name."""
     found = {path for pattern in _WEIGHTS for path in folder.glob(pattern)}
     return {path.name: _digest(path) for path in sorted(found)}
@@ -339,7 +339,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self._write(folder, step)
 
     def _write(self, folder: Path, step: int) -> None:
-        known = json.dumps(_digests(folder))
+        known = json.dumps(_hash_weight_files(folder))
         with self.ema.lock:  # block updates on other threads to write a consistent state
             state = self.ema.state_dict(copy=False)
             write_state(folder / _FILE, state, step=str(step), weights=known)
@@ -501,7 +501,7 @@ def _load(ema: EMA, found: files.File) -> None:
     """Load an average; raise a CheckpointError if it does not belong to the weights beside it."""
     known: dict[str, str] = json.loads(found.metadata.get("weights", "{}"))
     folder = found.path.parent
-    other = sorted(known.items() - _digests(folder).items())
+    other = sorted(known.items() - _hash_weight_files(folder).items())
     if other:
         raise CheckpointError(
             f"{found.path} is the average of other weights than those in {other[0][0]} beside it, "
