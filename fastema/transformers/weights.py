@@ -57,10 +57,10 @@ _SAMPLE_BYTES, _NUM_SAMPLES = 4096, 64
 def _hash_weight_files(folder: Path) -> dict[str, str]:
     """Return a digest of each weight file in a folder, by file name."""
     found = {path for pattern in _WEIGHTS for path in folder.glob(pattern)}
-    return {path.name: _digest(path) for path in sorted(found)}
+    return {path.name: _hash_file(path) for path in sorted(found)}
 
 
-def _digest(path: Path) -> str:
+def _hash_file(path: Path) -> str:
     """Return a hash of a file's size and of samples of each tensor: fast for files of any size."""
     size = path.stat().st_size
     places = {size * i // _NUM_SAMPLES for i in range(_NUM_SAMPLES)} | {
