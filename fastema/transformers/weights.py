@@ -258,7 +258,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def _find_trainer(self) -> Any:
         """Attach to the calling trainer and return it; the Trainer does not pass itself."""
-        for caller, _ in _callers():
+        for caller, _ in _iterate_callers():
             if self._is_trainer(caller):
                 self.attach(caller)
                 return caller
@@ -474,7 +474,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             self._holds_final_weights = True
 
 
-def _callers() -> Iterator[tuple[Any, Mapping[str, Any]]]:
+def _iterate_callers() -> Iterator[tuple[Any, Mapping[str, Any]]]:
     """Yield each ``self`` on the call stack with its method's variables, innermost first."""
     own = inspect.currentframe()
     # Reading f_locals keeps a frame's variables alive. Skip this frame, which would keep itself.
@@ -488,7 +488,7 @@ def _callers() -> Iterator[tuple[Any, Mapping[str, Any]]]:
 
 def _find_resumed_checkpoint(trainer: Any) -> Path | None:
     """Return the checkpoint that the calling ``trainer.train()`` resumes from."""
-    for caller, variables in _callers():
+    for caller, variables in _iterate_callers():
         if caller is trainer and "resume_from_checkpoint" in variables:
             found = variables["resume_from_checkpoint"]
             if found is True:
