@@ -411,7 +411,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 f"resumes at step {step}"
             )
         own = ema.schedule
-        _load(ema, found)
+        _load_average(ema, found)
         if ema.schedule != own:
             warnings.warn(
                 f"the average of {folder} continues with its saved schedule, "
@@ -458,7 +458,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if best is not None:
             path = Path(best) / _FILE
             try:
-                _load(self.ema, files.read(path))
+                _load_average(self.ema, files.read(path))
             except (FileNotFoundError, CheckpointError) as error:
                 lacks = isinstance(error, FileNotFoundError)
                 problem = f"has no {_FILE}" if lacks else f"has the wrong {_FILE} ({error})"
@@ -497,7 +497,7 @@ def _find_resumed_checkpoint(trainer: Any) -> Path | None:
     return None
 
 
-def _load(ema: EMA, found: files.File) -> None:
+def _load_average(ema: EMA, found: files.File) -> None:
     """Load an average; raise a CheckpointError if it does not belong to the weights beside it."""
     known: dict[str, str] = json.loads(found.metadata.get("weights", "{}"))
     folder = found.path.parent
