@@ -25,7 +25,7 @@ import keras
 from fastema.binding.swap import CallableWay, Swap, Way
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, BridgeError, DTypeError, StateError
-from fastema.keras.guards import ErrorGuard, UseGuard, WeightGuard, guard_use, is_running
+from fastema.keras.guards import ErrorGuard, MethodGuard, UseGuard, guard_use, is_running
 from fastema.keras.steps import unwrap_optimizers, whole_number
 from fastema.keras.ways import CopyingSwap, is_gone
 from fastema.plan import Plan
@@ -179,8 +179,8 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self.swap_on_epoch = swap_on_epoch
         self._hook: Hook | None = None
         self._swap: Swap | None = None
-        self._guards: list[WeightGuard] = []
-        self._fit_guards: list[WeightGuard] = []
+        self._guards: list[MethodGuard] = []
+        self._fit_guards: list[MethodGuard] = []
         self._model_owned: Any = None
         self._run: Any = None  # ``params`` of a Keras call, which its callbacks share
 

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 __all__ = [
     "ErrorGuard",
+    "MethodGuard",
     "UseGuard",
-    "WeightGuard",
     "guard_use",
     "is_end_of_data",
     "is_running",
@@ -48,7 +48,7 @@ def is_end_of_data(error: BaseException) -> bool:
     return isinstance(error, StopIteration) or type(error).__name__ == "OutOfRangeError"
 
 
-class WeightGuard:
+class MethodGuard:
     """Replaces a method of an object until :meth:`remove` is called."""
 
     def __init__(self, of: Any, name: str) -> None:
@@ -71,7 +71,7 @@ class WeightGuard:
             del vars(self._of)[self._name]
 
 
-class ErrorGuard(WeightGuard):
+class ErrorGuard(MethodGuard):
     """Restores the weights if the method raises."""
 
     def __init__(self, of: Any, name: str, restore: Callable[[], None]) -> None:
@@ -88,7 +88,7 @@ class ErrorGuard(WeightGuard):
             raise
 
 
-class UseGuard(WeightGuard):
+class UseGuard(MethodGuard):
     """Restores the weights before the method is called, except when ``unless()`` is true.
 
     ``restore`` also removes this guard, or raises.
@@ -112,7 +112,7 @@ class UseGuard(WeightGuard):
         return getattr(self._of, self._name)(*args, **kwargs)
 
 
-def guard_use(model: Any, restore: Callable[[], None]) -> list[WeightGuard]:
+def guard_use(model: Any, restore: Callable[[], None]) -> list[MethodGuard]:
     """Install guards that restore the weights if the model is used after a call that raised.
 
     Within the call that put the average into the model, other callbacks evaluate, save and write
@@ -123,7 +123,7 @@ def guard_use(model: Any, restore: Callable[[], None]) -> list[WeightGuard]:
     return [*training, *(UseGuard(model, name, restore, within) for name in _USES)]
 
 
-def refuse_writes(model: Any, refuse: Callable[[str], None]) -> list[WeightGuard]:
+def refuse_writes(model: Any, refuse: Callable[[str], None]) -> list[MethodGuard]:
     """Install guards on methods that train or overwrite the average; ``refuse(method)`` raises."""
     names = ("fit", "train_on_batch", "load_weights", "set_weights")
     return [UseGuard(model, name, partial(refuse, name)) for name in names]

@@ -18,7 +18,7 @@ from fastema.checkpoint import files, state
 from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, CheckpointError, StateError
-from fastema.keras.guards import ErrorGuard, WeightGuard, guard_use, refuse_writes
+from fastema.keras.guards import ErrorGuard, MethodGuard, guard_use, refuse_writes
 from fastema.keras.steps import OptimizerSteps, unwrap_optimizers
 from fastema.keras.ways import CopyingSwap, WriteAwareSwap
 from fastema.rules import Rule
@@ -168,8 +168,8 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._opening = self._in_batch = False
         self._swap: Swap | None = None
         self._hook: Hook | None = None
-        self._guards: list[WeightGuard] = []
-        self._fit_guard: WeightGuard | None = None
+        self._guards: list[MethodGuard] = []
+        self._fit_guard: MethodGuard | None = None
 
     # -- the average ------------------------------------------------------------------------------
 
