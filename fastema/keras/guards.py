@@ -53,7 +53,7 @@ class MethodGuard:
 
     def __init__(self, of: Any, name: str) -> None:
         self._of, self._name = of, name
-        self._own = name in vars(of)
+        self._was_replaced = name in vars(of)
         self._inner = getattr(of, name)
         vars(of)[name] = self  # bypasses Keras's __setattr__, which tracks attributes
 
@@ -65,7 +65,7 @@ class MethodGuard:
         """Restore the object's own method, unless something else has replaced it since."""
         if vars(self._of).get(self._name) is not self:
             return
-        if self._own:
+        if self._was_replaced:
             vars(self._of)[self._name] = self._inner
         else:
             del vars(self._of)[self._name]
