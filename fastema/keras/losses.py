@@ -207,7 +207,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         place = next((i for i, one in enumerate(callbacks) if one is self), None)
         self._chunk = 1
         if place is not None:
-            self._check_before(callbacks[:place])
+            self._check_earlier_callbacks(callbacks[:place])
             later = callbacks[place + 1 :]
             for other in later:
                 _set_direction(other)
@@ -314,7 +314,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
 
     # -- order -------------------------------------------------------------------------------------
 
-    def _check_before(self, callbacks: list[Any]) -> None:
+    def _check_earlier_callbacks(self, callbacks: list[Any]) -> None:
         for other in callbacks:
             if isinstance(other, LossAverages):
                 raise ArgumentError(
