@@ -217,7 +217,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         if self._sums is None or self._sums.model is not self.model:
             self._sums = BatchSums(self.model)
         self._sums.install()
-        self._begin()
+        self._begin_epoch()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Start recording the batch; batches trained outside of this run are not recorded."""
@@ -226,7 +226,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         if not sums.installed:  # a callback trained the model
             self._process_pending()
             sums.install()
-            self._begin()
+            self._begin_epoch()
         sums.start_recording()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -234,12 +234,12 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         assert self._sums is not None
         self._process_pending()
         self._sums.install()
-        self._begin()
+        self._begin_epoch()
         self._sums.dispatched = self.async_safe
         if self.async_safe:
             self._sums.start_recording()
 
-    def _begin(self) -> None:
+    def _begin_epoch(self) -> None:
         assert self._sums is not None
         self._sums.begin()
         self._batch_averages.clear()
