@@ -31,7 +31,7 @@ _CHUNK: Final = 256
 """Batches that are processed at once if no later callback reads the logs of single batches."""
 
 
-def _looks_at_batches(callback: Any) -> bool:
+def _reads_batch_logs(callback: Any) -> bool:
     if isinstance(callback, keras.callbacks.ProgbarLogger):
         return bool(callback.verbose == 1)
     return any(
@@ -212,7 +212,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
             for other in later:
                 _set_direction(other)
             # With "raise", an error must come at its batch.
-            if self._smoother.on_nonfinite != "raise" and not any(map(_looks_at_batches, later)):
+            if self._smoother.on_nonfinite != "raise" and not any(map(_reads_batch_logs, later)):
                 self._chunk = _CHUNK
         if self._sums is None or self._sums.model is not self.model:
             self._sums = BatchSums(self.model)
