@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-__all__ = ["OptimizerSteps", "in_flight", "unwrap_optimizers", "whole_number"]
+__all__ = ["OptimizerSteps", "is_in_flight", "unwrap_optimizers", "whole_number"]
 
 
 def unwrap_optimizers(optimizer: Any) -> list[Any]:
@@ -49,7 +49,7 @@ class OptimizerSteps:
         """Return the number of optimizer steps so far."""
         # Within an epoch on JAX, variables are empty, and the model's state has their values.
         state = getattr(self._model, "_jax_state", None) or {}
-        values = None if not in_flight(self._model) else state.get("optimizer_variables")
+        values = None if not is_in_flight(self._model) else state.get("optimizer_variables")
         done = 0
         for counter, place, k in self._counters:
             value = counter if values is None or place is None else values[place]
@@ -57,7 +57,7 @@ class OptimizerSteps:
         return done
 
 
-def in_flight(model: Any) -> bool:
+def is_in_flight(model: Any) -> bool:
     """Return whether the model's state is outside its variables, as within an epoch on JAX."""
     return bool(getattr(model, "_jax_state", None)) and not model._jax_state_synced
 
