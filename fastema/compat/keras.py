@@ -26,7 +26,7 @@ from fastema.binding.swap import CallableWay, Swap, Way
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, BridgeError, DTypeError, StateError
 from fastema.keras.guards import ErrorGuard, MethodGuard, UseGuard, guard_use, is_running
-from fastema.keras.steps import unwrap_optimizers, whole_number
+from fastema.keras.steps import to_int, unwrap_optimizers
 from fastema.keras.ways import CopyingSwap, is_gone
 from fastema.plan import Plan
 
@@ -74,7 +74,7 @@ def _unshare_averages(model: Any) -> None:
 
 
 def _read_step(optimizer: Any) -> int:
-    return whole_number(next(one for one in optimizer.variables if one.name == "iteration"))
+    return to_int(next(one for one in optimizer.variables if one.name == "iteration"))
 
 
 def _one_by_one(pairs: list[tuple[Any, Any]]) -> None:

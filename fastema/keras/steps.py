@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-__all__ = ["OptimizerSteps", "is_in_flight", "unwrap_optimizers", "whole_number"]
+__all__ = ["OptimizerSteps", "is_in_flight", "to_int", "unwrap_optimizers"]
 
 
 def unwrap_optimizers(optimizer: Any) -> list[Any]:
@@ -53,7 +53,7 @@ class OptimizerSteps:
         done = 0
         for counter, place, k in self._counters:
             value = counter if values is None or place is None else values[place]
-            done = max(done, whole_number(value) // k)
+            done = max(done, to_int(value) // k)
         return done
 
 
@@ -62,7 +62,7 @@ def is_in_flight(model: Any) -> bool:
     return bool(getattr(model, "_jax_state", None)) and not model._jax_state_synced
 
 
-def whole_number(value: Any) -> int:
+def to_int(value: Any) -> int:
     """Return the value of a variable or an array with one element, as an int."""
     try:
         return int(value)
