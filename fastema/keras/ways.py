@@ -32,7 +32,7 @@ class CopyingSwap:
         self._sync()
         averaged = {id(one) for one in self._variables}
         others = [one for one in self._model.variables if id(one) not in averaged]
-        self._raw = [(one, self._kept(one)) for one in self._variables]
+        self._raw = [(one, self._keep_value(one)) for one in self._variables]
         self._others = self._kept_beside(others)
         self._give()
 
@@ -41,7 +41,7 @@ class CopyingSwap:
             self._model.jax_state_sync()  # also the state that a failed evaluation left
 
     @staticmethod
-    def _kept(variable: Any) -> Any:
+    def _keep_value(variable: Any) -> Any:
         return variable.value
 
     def _kept_beside(self, others: list[Any]) -> list[tuple[Any, Any]]:
@@ -68,7 +68,7 @@ class WriteAwareSwap(CopyingSwap):
         self._sums = [_checksum(variable) for variable in self._variables]
 
     @staticmethod
-    def _kept(variable: Any) -> Any:
+    def _keep_value(variable: Any) -> Any:
         return variable.value if keras.backend.backend() == "jax" else copy_to_host(variable)
 
     def restore(self) -> None:
