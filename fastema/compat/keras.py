@@ -96,7 +96,7 @@ class _ArraySwap(CopyingSwap):
         self._pairs = pairs
         self._averages: list[Any] = []
 
-    def _kept_beside(self, others: list[Any]) -> list[tuple[Any, Any]]:
+    def _keep_others(self, others: list[Any]) -> list[tuple[Any, Any]]:
         return [(one, keras.ops.copy(one.value)) for one in others]
 
     def apply(self) -> None:

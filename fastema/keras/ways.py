@@ -33,7 +33,7 @@ class CopyingSwap:
         averaged = {id(one) for one in self._variables}
         others = [one for one in self._model.variables if id(one) not in averaged]
         self._raw = [(one, self._keep_value(one)) for one in self._variables]
-        self._others = self._kept_beside(others)
+        self._others = self._keep_others(others)
         self._give()
 
     def _sync(self) -> None:
@@ -44,7 +44,7 @@ class CopyingSwap:
     def _keep_value(variable: Any) -> Any:
         return variable.value
 
-    def _kept_beside(self, others: list[Any]) -> list[tuple[Any, Any]]:
+    def _keep_others(self, others: list[Any]) -> list[tuple[Any, Any]]:
         weights = {id(one) for one in self._model.weights}
         # Copy variables other than weights, such as random number states, which are small.
         return [(one, one.value if id(one) in weights else copy_to_host(one)) for one in others]
