@@ -19,11 +19,13 @@ class CopyingSwap:
 
     On JAX, arrays are immutable, so that weights are kept by reference. An evaluation that fails on
     JAX leaves variables without a value, or with donated arrays, but does not affect the values
-    kept here. ``give`` copies the averages into the model.
+    kept here. ``copy_averages`` copies the averages into the model.
     """
 
-    def __init__(self, model: Any, averaged: Iterable[Any], give: Callable[[], object]) -> None:
-        self._model, self._variables, self._give = model, list(averaged), give
+    def __init__(
+        self, model: Any, averaged: Iterable[Any], copy_averages: Callable[[], object]
+    ) -> None:
+        self._model, self._variables, self._give = model, list(averaged), copy_averages
         self._raw: list[tuple[Any, Any]] = []
         self._others: list[tuple[Any, Any]] = []
 
