@@ -25,7 +25,7 @@ class CopyingSwap:
     def __init__(
         self, model: Any, averaged: Iterable[Any], copy_averages: Callable[[], object]
     ) -> None:
-        self._model, self._variables, self._give = model, list(averaged), copy_averages
+        self._model, self._variables, self._copy_averages = model, list(averaged), copy_averages
         self._raw: list[tuple[Any, Any]] = []
         self._others: list[tuple[Any, Any]] = []
 
@@ -36,7 +36,7 @@ class CopyingSwap:
         others = [one for one in self._model.variables if id(one) not in averaged]
         self._raw = [(one, self._keep_value(one)) for one in self._variables]
         self._others = self._keep_others(others)
-        self._give()
+        self._copy_averages()
 
     def _sync(self) -> None:
         if keras.backend.backend() == "jax":
