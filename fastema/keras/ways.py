@@ -26,7 +26,7 @@ class CopyingSwap:
         self, model: Any, averaged: Iterable[Any], copy_averages: Callable[[], object]
     ) -> None:
         self._model, self._variables, self._copy_averages = model, list(averaged), copy_averages
-        self._raw: list[tuple[Any, Any]] = []
+        self._raw_values: list[tuple[Any, Any]] = []
         self._others: list[tuple[Any, Any]] = []
 
     def apply(self) -> None:
@@ -34,7 +34,7 @@ class CopyingSwap:
         self._sync()
         averaged = {id(one) for one in self._variables}
         others = [one for one in self._model.variables if id(one) not in averaged]
-        self._raw = [(one, self._keep_value(one)) for one in self._variables]
+        self._raw_values = [(one, self._keep_value(one)) for one in self._variables]
         self._others = self._keep_others(others)
         self._copy_averages()
 
@@ -54,7 +54,7 @@ class CopyingSwap:
     def restore(self) -> None:
         """Restore the model's own values."""
         self._sync()
-        for variable, value in self._raw:
+        for variable, value in self._raw_values:
             variable.assign(value)
         for variable, value in self._others:
             if is_gone(variable._value) and not is_gone(value):
@@ -75,7 +75,7 @@ class WriteAwareSwap(CopyingSwap):
 
     def restore(self) -> None:
         """Restore the model's own values, except weights that others wrote."""
-        for (variable, value), before in zip(self._raw, self._sums, strict=True):
+        for (variable, value), before in zip(self._raw_values, self._sums, strict=True):
             if _checksum(variable) == before:
                 variable.assign(value)
 
