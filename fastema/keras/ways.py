@@ -27,7 +27,7 @@ class CopyingSwap:
     ) -> None:
         self._model, self._variables, self._copy_averages = model, list(averaged), copy_averages
         self._raw_values: list[tuple[Any, Any]] = []
-        self._others: list[tuple[Any, Any]] = []
+        self._other_values: list[tuple[Any, Any]] = []
 
     def apply(self) -> None:
         """Keep the model's values, and copy the averages into the model."""
@@ -35,7 +35,7 @@ class CopyingSwap:
         averaged = {id(one) for one in self._variables}
         others = [one for one in self._model.variables if id(one) not in averaged]
         self._raw_values = [(one, self._keep_value(one)) for one in self._variables]
-        self._others = self._keep_others(others)
+        self._other_values = self._keep_others(others)
         self._copy_averages()
 
     def _sync(self) -> None:
@@ -56,7 +56,7 @@ class CopyingSwap:
         self._sync()
         for variable, value in self._raw_values:
             variable.assign(value)
-        for variable, value in self._others:
+        for variable, value in self._other_values:
             if is_gone(variable._value) and not is_gone(value):
                 variable.assign(value)
 
