@@ -67,7 +67,7 @@ class WriteAwareSwap(CopyingSwap):
     def apply(self) -> None:
         """Keep the model's values, copy the averages into it, and record their checksums."""
         super().apply()
-        self._sums = [_checksum(variable) for variable in self._variables]
+        self._checksums = [_checksum(variable) for variable in self._variables]
 
     @staticmethod
     def _keep_value(variable: Any) -> Any:
@@ -75,7 +75,7 @@ class WriteAwareSwap(CopyingSwap):
 
     def restore(self) -> None:
         """Restore the model's own values, except weights that others wrote."""
-        for (variable, value), before in zip(self._raw_values, self._sums, strict=True):
+        for (variable, value), before in zip(self._raw_values, self._checksums, strict=True):
             if _checksum(variable) == before:
                 variable.assign(value)
 
