@@ -80,7 +80,7 @@ class WriteAwareSwap(CopyingSwap):
                 variable.assign(value)
 
 
-def _on_host(variable: Any) -> Any:
+def _to_host(variable: Any) -> Any:
     """Return a variable's value in row-major host memory, possibly the variable's own."""
     value = variable.value
     # Keep PyTorch tensors: NumPy and PyTorch have no common bfloat16.
@@ -91,7 +91,7 @@ def _on_host(variable: Any) -> Any:
 
 def copy_to_host(variable: Any) -> Any:
     """Return a copy of a variable's value on the host."""
-    return deepcopy(_on_host(variable))
+    return deepcopy(_to_host(variable))
 
 
 def is_gone(array: Any) -> bool:
@@ -100,4 +100,4 @@ def is_gone(array: Any) -> bool:
 
 
 def _checksum(variable: Any) -> int:
-    return zlib.crc32(bytes_of(_on_host(variable)))
+    return zlib.crc32(bytes_of(_to_host(variable)))
