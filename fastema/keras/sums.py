@@ -69,10 +69,10 @@ def _is_library_step(model: Any) -> bool:
     )
 
 
-def _flat(logs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _flatten_logs(logs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in logs.items():
         if isinstance(value, dict):
-            yield from _flat(value)
+            yield from _flatten_logs(value)
         else:
             yield name, value
 
@@ -360,7 +360,7 @@ class BatchSums:
         """Return the logs of the model's own step, and match them with metrics by results."""
         assert self._step is not None
         if self._backend == "torch" and (self._sources or self.model.jit_compile):
-            logs = dict(_flat(self._step(*args)))
+            logs = dict(_flatten_logs(self._step(*args)))
             if not self._sources:  # a compiled step returns other result objects
                 self._find_by_name(logs)
             return logs
@@ -379,7 +379,7 @@ class BatchSums:
         if extra_outputs is not None:
             found, *others = found
             extra_outputs.extend(others)
-        logs = dict(_flat(found))
+        logs = dict(_flatten_logs(found))
         self._match_results(
             logs, {key: metric for key, (_, metric) in self._matched_results.items()}
         )
