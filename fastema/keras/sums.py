@@ -276,7 +276,7 @@ class BatchSums:
 
     def _run_unrecorded_step(self, data: Any) -> Any:
         """Run a step without recorders: compiled by PyTorch, or several replicas on TensorFlow."""
-        self._find(data)
+        self._update_metrics(data)
         sums = _list_sum_variables(self._metrics)
         before = [_read(one) for one in sums]
         if self._exact:
@@ -295,7 +295,7 @@ class BatchSums:
 
     def _record_step(self, data: Any) -> Any:
         """Run a step with recorders, on TensorFlow and PyTorch, where variables are written."""
-        self._find(data)
+        self._update_metrics(data)
         before = {i: _read(one) for i, one in self._silent.items()}
         for note in self._notes:
             note.begin()
@@ -317,7 +317,7 @@ class BatchSums:
 
     def _stateless(self, state: Any, data: Any) -> Any:
         """Run a step on JAX, where the sums are arguments and results."""
-        self._find(data)
+        self._update_metrics(data)
         *others, given = state
         places = {id(one): i for i, one in enumerate(self.model.metrics_variables)}
         where = [places[id(one)] for one in _list_sum_variables(self._metrics)]
@@ -341,7 +341,7 @@ class BatchSums:
         logs[_KEY] = _stacked(added)
         return logs, (*others, left)
 
-    def _find(self, data: Any) -> None:
+    def _update_metrics(self, data: Any) -> None:
         """Find the model's mean metrics."""
         model = self.model
         if self._metrics and self._backend == "torch":
