@@ -362,7 +362,7 @@ class BatchSums:
         if self._backend == "torch" and (self._sources or self.model.jit_compile):
             logs = dict(_flatten_logs(self._step(*args)))
             if not self._sources:  # a compiled step returns other result objects
-                self._find_by_name(logs)
+                self._match_by_name(logs)
             return logs
         # TensorFlow interleaves the traces of several replicas' steps.
         if not self._within:
@@ -384,10 +384,10 @@ class BatchSums:
             logs, {key: metric for key, (_, metric) in self._matched_results.items()}
         )
         if self._backend == "torch" and not self._sources:  # Keras before 3.13 logs plain floats
-            self._find_by_name(logs)
+            self._match_by_name(logs)
         return logs
 
-    def _find_by_name(self, logs: Mapping[str, Any]) -> None:
+    def _match_by_name(self, logs: Mapping[str, Any]) -> None:
         with _replace_result(self._metrics, lambda metric: metric):
             named = self.model.get_metrics_result()
         self._match_results(logs, {id(logs[name]): named[name] for name in named if name in logs})
