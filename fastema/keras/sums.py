@@ -368,7 +368,7 @@ class BatchSums:
         if not self._within:
             self._matched_results = {}
             self._unpatch = ExitStack()
-            self._unpatch.enter_context(_replace_result(self._metrics, self._result))
+            self._unpatch.enter_context(_replace_result(self._metrics, self._remember_result))
         self._within += 1
         try:
             found = self._step(*args)
@@ -392,7 +392,7 @@ class BatchSums:
             named = self.model.get_metrics_result()
         self._match_results(logs, {id(logs[name]): named[name] for name in named if name in logs})
 
-    def _result(self, metric: Any) -> Any:
+    def _remember_result(self, metric: Any) -> Any:
         value = type(metric).result(metric)
         self._matched_results[id(value)] = value, metric
         return value
