@@ -290,7 +290,7 @@ class BatchSums:
             logs.update((name, metric.result()) for name, metric in self._sources)
         else:
             added = [new - old for old, new in zip(before, added, strict=True)]
-        logs[_KEY] = self._summed(_stacked(added))
+        logs[_KEY] = self._sum_over_execution(_stacked(added))
         return logs
 
     def _record_step(self, data: Any) -> Any:
@@ -312,7 +312,7 @@ class BatchSums:
             self._silent = {i: one for i, one in self._silent.items() if not self._notes[i].heard}
             logs[_KEY] = [0.0 if one is None else one for one in added]
         else:
-            logs[_KEY] = self._summed(_stacked(added))
+            logs[_KEY] = self._sum_over_execution(_stacked(added))
         return logs
 
     def _stateless(self, state: Any, data: Any) -> Any:
@@ -410,7 +410,7 @@ class BatchSums:
             for name, one in self._sources
         ]
 
-    def _summed(self, added: Any) -> Any:
+    def _sum_over_execution(self, added: Any) -> Any:
         """Return sums over an execution's steps; TensorFlow keeps only the last step's logs."""
         if self.model.steps_per_execution == 1:
             return added
