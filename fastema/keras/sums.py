@@ -207,7 +207,10 @@ class BatchSums:
             "train_step": self._record_step if alone else self._run_unrecorded_step
         }
         if self._backend == "jax":
-            ours = {"train_step": self._stateless, "_make_function": self._record_each(model)}
+            ours = {
+                "train_step": self._run_stateless_step,
+                "_make_function": self._record_each(model),
+            }
         before = {name: vars(model)[name] for name in ours if name in vars(model)}
         vars(model).update(ours)
         try:
@@ -315,7 +318,7 @@ class BatchSums:
             logs[_KEY] = self._sum_over_execution(_stacked(added))
         return logs
 
-    def _stateless(self, state: Any, data: Any) -> Any:
+    def _run_stateless_step(self, state: Any, data: Any) -> Any:
         """Run a step on JAX, where the sums are arguments and results."""
         self._update_metrics(data)
         *others, given = state
