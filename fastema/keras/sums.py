@@ -293,7 +293,7 @@ class BatchSums:
             logs.update((name, metric.result()) for name, metric in self._sources)
         else:
             added = [new - old for old, new in zip(before, added, strict=True)]
-        logs[_KEY] = self._sum_over_execution(_stacked(added))
+        logs[_KEY] = self._sum_over_execution(_stack(added))
         return logs
 
     def _record_step(self, data: Any) -> Any:
@@ -315,7 +315,7 @@ class BatchSums:
             self._silent = {i: one for i, one in self._silent.items() if not self._notes[i].heard}
             logs[_KEY] = [0.0 if one is None else one for one in added]
         else:
-            logs[_KEY] = self._sum_over_execution(_stacked(added))
+            logs[_KEY] = self._sum_over_execution(_stack(added))
         return logs
 
     def _run_stateless_step(self, state: Any, data: Any) -> Any:
@@ -341,7 +341,7 @@ class BatchSums:
                 logs[name] = metric.stateless_result(own)
         else:
             added = [new - old for old, new in zip(before, added, strict=True)]
-        logs[_KEY] = _stacked(added)
+        logs[_KEY] = _stack(added)
         return logs, (*others, left)
 
     def _update_metrics(self, data: Any) -> None:
@@ -472,7 +472,7 @@ class BatchSums:
         return values
 
 
-def _stacked(sums: Sequence[Any]) -> Any:
+def _stack(sums: Sequence[Any]) -> Any:
     return keras.ops.stack(sums) if sums else keras.ops.zeros(0)
 
 
