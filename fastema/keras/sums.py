@@ -138,7 +138,7 @@ class BatchSums:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._backend = keras.backend.backend()
-        self._exact = _is_library_step(model)
+        self._starts_at_zero = _is_library_step(model)
         self._step: Callable[..., Any] | None = None
         self._function: Callable[..., Any] | None = None
         self._original_function: Callable[..., Any] | None = None
@@ -282,12 +282,12 @@ class BatchSums:
         self._update_metrics(data)
         sums = _list_sum_variables(self._metrics)
         before = [_read(one) for one in sums]
-        if self._exact:
+        if self._starts_at_zero:
             for one in sums:
                 _clear(one)
         logs = self._run_step(data)
         added = [_read(one) for one in sums]
-        if self._exact:
+        if self._starts_at_zero:
             for one, old, new in zip(sums, before, added, strict=True):
                 _write(one, old + new)
             logs.update((name, metric.result()) for name, metric in self._sources)
@@ -325,7 +325,7 @@ class BatchSums:
         places = {id(one): i for i, one in enumerate(self.model.metrics_variables)}
         where = [places[id(one)] for one in _list_sum_variables(self._metrics)]
         before, given = [given[i] for i in where], list(given)
-        if self._exact:
+        if self._starts_at_zero:
             for i in where:
                 given[i] = keras.ops.zeros_like(given[i])
         found: list[Any] = []
@@ -333,7 +333,7 @@ class BatchSums:
         *others, left = found[0]
         left = list(left)
         added = [left[i] for i in where]
-        if self._exact:
+        if self._starts_at_zero:
             for i, old, new in zip(where, before, added, strict=True):
                 left[i] = old + new
             for name, metric in self._sources:
