@@ -148,7 +148,7 @@ class BatchSums:
         self.means: list[str] = []  # names of mean metrics
         self._places: list[tuple[str, int, int, bool]] = []
         self._matched_results: dict[int, tuple[Any, Any]] = {}
-        self._within = 0
+        self._depth = 0
         self._unpatch = ExitStack()
         self._notes: list[_Recorder] = []
         self._silent: dict[int, Any] = {}  # variables that may change without a record
@@ -368,16 +368,16 @@ class BatchSums:
                 self._match_by_name(logs)
             return logs
         # TensorFlow interleaves the traces of several replicas' steps.
-        if not self._within:
+        if not self._depth:
             self._matched_results = {}
             self._unpatch = ExitStack()
             self._unpatch.enter_context(_replace_result(self._metrics, self._remember_result))
-        self._within += 1
+        self._depth += 1
         try:
             found = self._step(*args)
         finally:
-            self._within -= 1
-            if not self._within:
+            self._depth -= 1
+            if not self._depth:
                 self._unpatch.close()
         if extra_outputs is not None:
             found, *others = found
