@@ -150,7 +150,7 @@ class BatchSums:
         self._matched_results: dict[int, tuple[Any, Any]] = {}
         self._depth = 0
         self._unpatch = ExitStack()
-        self._notes: list[_Recorder] = []
+        self._recorders: list[_Recorder] = []
         self._silent: dict[int, Any] = {}  # variables that may change without a record
         self._recent: Any = None
         self._parts: list[Any] = []
@@ -300,19 +300,21 @@ class BatchSums:
         """Run a step with recorders, on TensorFlow and PyTorch, where variables are written."""
         self._update_metrics(data)
         before = {i: _read(one) for i, one in self._silent.items()}
-        for note in self._notes:
+        for note in self._recorders:
             note.begin()
         try:
             logs = self._run_step(data)
         finally:
-            for note in self._notes:
+            for note in self._recorders:
                 note.end()
-        added = [note.total() for note in self._notes]
+        added = [note.total() for note in self._recorders]
         for i, one in self._silent.items():
             if added[i] is None:
                 added[i] = _read(one) - before[i]
         if self._backend == "torch":
-            self._silent = {i: one for i, one in self._silent.items() if not self._notes[i].heard}
+            self._silent = {
+                i: one for i, one in self._silent.items() if not self._recorders[i].heard
+            }
             logs[_KEY] = [0.0 if one is None else one for one in added]
         else:
             logs[_KEY] = self._sum_over_execution(_stack(added))
@@ -356,7 +358,7 @@ class BatchSums:
         self._metrics = _find_means(model)
         if self._backend != "jax":
             sums = _list_sum_variables(self._metrics)
-            self._notes = [_Recorder(one) for one in sums]
+            self._recorders = [_Recorder(one) for one in sums]
             self._silent = dict(enumerate(sums))
 
     def _run_step(self, *args: Any, extra_outputs: list[Any] | None = None) -> dict[str, Any]:
