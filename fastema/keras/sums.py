@@ -151,7 +151,7 @@ class BatchSums:
         self._depth = 0
         self._unpatch = ExitStack()
         self._recorders: list[_Recorder] = []
-        self._silent: dict[int, Any] = {}  # variables that may change without a record
+        self._unheard: dict[int, Any] = {}  # variables that may change without a record
         self._recent: Any = None
         self._parts: list[Any] = []
         self.executed = 0  # executions of this epoch
@@ -299,7 +299,7 @@ class BatchSums:
     def _record_step(self, data: Any) -> Any:
         """Run a step with recorders, on TensorFlow and PyTorch, where variables are written."""
         self._update_metrics(data)
-        before = {i: _read(one) for i, one in self._silent.items()}
+        before = {i: _read(one) for i, one in self._unheard.items()}
         for note in self._recorders:
             note.begin()
         try:
@@ -308,12 +308,12 @@ class BatchSums:
             for note in self._recorders:
                 note.end()
         added = [note.total() for note in self._recorders]
-        for i, one in self._silent.items():
+        for i, one in self._unheard.items():
             if added[i] is None:
                 added[i] = _read(one) - before[i]
         if self._backend == "torch":
-            self._silent = {
-                i: one for i, one in self._silent.items() if not self._recorders[i].heard
+            self._unheard = {
+                i: one for i, one in self._unheard.items() if not self._recorders[i].heard
             }
             logs[_KEY] = [0.0 if one is None else one for one in added]
         else:
@@ -359,7 +359,7 @@ class BatchSums:
         if self._backend != "jax":
             sums = _list_sum_variables(self._metrics)
             self._recorders = [_Recorder(one) for one in sums]
-            self._silent = dict(enumerate(sums))
+            self._unheard = dict(enumerate(sums))
 
     def _run_step(self, *args: Any, extra_outputs: list[Any] | None = None) -> dict[str, Any]:
         """Return the logs of the model's own step, and match them with metrics by results."""
