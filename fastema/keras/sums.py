@@ -152,7 +152,7 @@ class BatchSums:
         self._unpatch = ExitStack()
         self._recorders: list[_Recorder] = []
         self._unheard: dict[int, Any] = {}  # variables that may change without a record
-        self._recent: Any = None
+        self._execution_sums: Any = None
         self._parts: list[Any] = []
         self.executed = 0  # executions of this epoch
         self._pending: deque[tuple[int, list[Any]]] = deque()
@@ -176,7 +176,7 @@ class BatchSums:
             self.model.train_function.remove()  # left by a run that failed
         theirs = self.model.train_function
         if self._function is None or theirs is not self._original_function:
-            self._metrics, self._sources, self._recent = [], [], None
+            self._metrics, self._sources, self._execution_sums = [], [], None
             self._function = self._wrap_train_function(theirs)
             self._original_function = theirs
         self.model.train_function = self
@@ -256,8 +256,8 @@ class BatchSums:
         self._is_recording = self.dispatched
         self._parts = []
         try:
-            if self._recent is not None:
-                _clear(self._recent)
+            if self._execution_sums is not None:
+                _clear(self._execution_sums)
             found = self._function(*args)
         except BaseException as error:
             if not is_end_of_data(error):
@@ -419,8 +419,8 @@ class BatchSums:
         """Return sums over an execution's steps; TensorFlow keeps only the last step's logs."""
         if self.model.steps_per_execution == 1:
             return added
-        if self._recent is None:
-            self._recent = keras.Variable(
+        if self._execution_sums is None:
+            self._execution_sums = keras.Variable(
                 np.zeros(len(self._metrics) * 2),
                 dtype=keras.backend.standardize_dtype(added.dtype),
                 trainable=False,
@@ -428,8 +428,8 @@ class BatchSums:
                 synchronization="on_read",
                 name="recent",
             )
-        self._recent.assign_add(added)
-        return _read(self._recent)
+        self._execution_sums.assign_add(added)
+        return _read(self._execution_sums)
 
     # -- for the callback --------------------------------------------------------------------------
 
