@@ -97,7 +97,7 @@ class _Recorder:
         self._methods = vars(variable)
         self._add = variable.assign_add
         self._added: list[Any] = []
-        self.heard = False  # whether anything was ever added
+        self.has_additions = False  # whether anything was ever added
 
     def begin(self) -> None:
         """Forget earlier additions, and start recording."""
@@ -110,7 +110,7 @@ class _Recorder:
 
     def __call__(self, value: Any) -> Any:
         """Record a value, and add it to the variable."""
-        self.heard = True
+        self.has_additions = True
         self._added.append(value.detach() if hasattr(value, "detach") else value)
         return self._add(value)
 
@@ -313,7 +313,7 @@ class BatchSums:
                 added[i] = _read(one) - before[i]
         if self._backend == "torch":
             self._unheard = {
-                i: one for i, one in self._unheard.items() if not self._recorders[i].heard
+                i: one for i, one in self._unheard.items() if not self._recorders[i].has_additions
             }
             logs[_KEY] = [0.0 if one is None else one for one in added]
         else:
