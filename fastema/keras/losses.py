@@ -250,14 +250,14 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         # Avoid self.model: on JAX that property fetches the epoch's state, which ends it.
         sums = self._sums
         assert sums is not None
-        if not sums.executed:
+        if not sums.num_executed:
             raise StateError(
                 "LossAverages has no record of this batch: call on_train_batch_begin before it "
                 "is trained, and train it with fit or train_on_batch"
             )
-        if self._chunk > 1 and sums.executed > 1 and sums.waiting < self._chunk:
+        if self._chunk > 1 and sums.num_executed > 1 and sums.waiting < self._chunk:
             return
-        last = sums.executed - 1
+        last = sums.num_executed - 1
         if threading.get_ident() != self._thread:
             # Each thread has its own batch, and threads arrive in any order: the first one
             # processes what the others need, too.

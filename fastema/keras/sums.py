@@ -154,7 +154,7 @@ class BatchSums:
         self._unheard: dict[int, Any] = {}  # variables that may change without a record
         self._execution_sums: Any = None
         self._parts: list[Any] = []
-        self.executed = 0  # executions of this epoch
+        self.num_executed = 0  # executions of this epoch
         self._pending: deque[tuple[int, list[Any]]] = deque()
         self._is_recording = False
         # Whether callbacks run asynchronously, and so cannot announce each execution.
@@ -268,8 +268,8 @@ class BatchSums:
             found = self._record_execution(logs), state
         else:
             found = self._record_execution(found)
-        self._pending.append((self.executed, self._parts))
-        self.executed += 1
+        self._pending.append((self.num_executed, self._parts))
+        self.num_executed += 1
         if len(self._pending) > _MOST_PENDING:
             self.remove()  # the callback is gone: an error in another one ended its run
             self._pending.clear()
@@ -441,7 +441,7 @@ class BatchSums:
     def begin(self) -> None:
         """Drop recorded executions, and count from 0 for a new epoch."""
         self._pending.clear()
-        self.executed = 0
+        self.num_executed = 0
 
     def take(self, last: int | None) -> Iterator[tuple[int, dict[str, float]]]:
         """Yield and drop recorded executions up to number ``last``, or all: numbers and means.
