@@ -235,7 +235,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         self._process_pending()
         self._sums.install()
         self._begin_epoch()
-        self._sums.dispatched = self.async_safe
+        self._sums.is_async = self.async_safe
         if self.async_safe:
             self._sums.start_recording()
 

@@ -158,7 +158,7 @@ class BatchSums:
         self._pending: deque[tuple[int, list[Any]]] = deque()
         self._is_recording = False
         # Whether callbacks run asynchronously, and so cannot announce each execution.
-        self.dispatched = False
+        self.is_async = False
 
     # -- in the model ------------------------------------------------------------------------------
 
@@ -253,7 +253,7 @@ class BatchSums:
             self.remove()
             assert self._original_function is not None
             return self._original_function(*args)
-        self._is_recording = self.dispatched
+        self._is_recording = self.is_async
         self._parts = []
         try:
             if self._execution_sums is not None:
