@@ -255,7 +255,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
                 "LossAverages has no record of this batch: call on_train_batch_begin before it "
                 "is trained, and train it with fit or train_on_batch"
             )
-        if self._chunk > 1 and sums.num_executed > 1 and sums.waiting < self._chunk:
+        if self._chunk > 1 and sums.num_executed > 1 and sums.num_pending < self._chunk:
             return
         last = sums.num_executed - 1
         if threading.get_ident() != self._thread:

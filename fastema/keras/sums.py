@@ -434,7 +434,7 @@ class BatchSums:
     # -- for the callback --------------------------------------------------------------------------
 
     @property
-    def waiting(self) -> int:
+    def num_pending(self) -> int:
         """Number of recorded executions that have not been taken."""
         return len(self._pending)
 
