@@ -161,7 +161,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._save_path = _path(save_path, "save_path", _WEIGHTS)
         self._ema: EMA | None = None
         self._deferred_error: StateError | None = None  # raised after the weights are restored
-        self._averaged: Any = None
+        self._averaged_model: Any = None
         self._pending: Mapping[str, Any] | None = None
         self._steps: OptimizerSteps | None = None
         self._last_step = 0
@@ -192,9 +192,9 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         model = getattr(self, "_model", None)
         if model is None:
             raise StateError("the callback has no model yet: fit() or set_model() sets it")
-        if self._averaged is not None and model is not self._averaged:
+        if self._averaged_model is not None and model is not self._averaged_model:
             raise StateError(
-                f"this EMAWeights averages another model, {self._averaged.name!r}: create one for "
+                f"this EMAWeights averages another model, {self._averaged_model.name!r}: create one for "
                 "each model (and call load_state_dict() to continue with a reloaded model)"
             )
         return model
@@ -207,7 +207,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             ema = EMA(model, self._decay, **self._options)
             if self._pending is not None:
                 ema.load_state_dict(self._pending)
-            self._ema, self._averaged, self._pending = ema, model, None
+            self._ema, self._averaged_model, self._pending = ema, model, None
         return True
 
     def _make_step_counter(self, model: Any) -> OptimizerSteps:
