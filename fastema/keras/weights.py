@@ -165,7 +165,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._pending: Mapping[str, Any] | None = None
         self._steps: OptimizerSteps | None = None
         self._last_step = 0
-        self._opening = self._in_batch = False
+        self._starts_training = self._in_batch = False
         self._swap: Swap | None = None
         self._hook: Hook | None = None
         self._guards: list[MethodGuard] = []
@@ -445,7 +445,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._end_fit()
         # fit() validates by self.evaluate: an attribute of the instance shadows the class's method.
         self._fit_guard = ErrorGuard(model, "evaluate", self.restore)
-        self._opening = True
+        self._starts_training = True
 
     def _end_fit(self) -> None:
         if self._fit_guard is not None:
@@ -459,9 +459,9 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _open(self) -> None:
         # Not in on_train_begin, where other callbacks load the weights of a resumed run.
-        if not self._opening:
+        if not self._starts_training:
             return
-        self._opening = False
+        self._starts_training = False
         model = self._checked_model()
         self._steps = self._make_step_counter(model)
         done = self._steps.count_steps()
