@@ -346,7 +346,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             After the weights are restored, if averaged weights were written meanwhile (on PyTorch).
         """
         self._restore_weights()
-        self._verify()
+        self._raise_deferred_error()
 
     def _restore_weights(self) -> None:
         with defer_signals():
@@ -357,7 +357,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 self._guards.pop().remove()
 
     def _restore_ema(self) -> None:
-        """Restore the weights; keep an error that is raised after that for :meth:`_verify`."""
+        """Restore the weights; keep an error that is raised after that for :meth:`_raise_deferred_error`."""
         try:
             if self.ema.applied:
                 self.ema.restore()
@@ -366,7 +366,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 raise
             self._deferred_error = error
 
-    def _verify(self) -> None:
+    def _raise_deferred_error(self) -> None:
         error, self._deferred_error = self._deferred_error, None
         if error is not None:
             raise error
@@ -391,7 +391,9 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         is_outermost = self._hook is None
         if not is_outermost:
             return BlockSteps(partial(self._apply, "block"), lambda: None)
-        return BlockSteps(partial(self._apply, "block"), self._restore_weights, self._verify)
+        return BlockSteps(
+            partial(self._apply, "block"), self._restore_weights, self._raise_deferred_error
+        )
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Write the average to a file in Keras's format for a model's weights.
