@@ -457,9 +457,9 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Restore the weights; in the first epoch, create the average or resume from the backup."""
         self._restore_after("epoch")
-        self._open()
+        self._start_average()
 
-    def _open(self) -> None:
+    def _start_average(self) -> None:
         # Not in on_train_begin, where other callbacks load the weights of a resumed run.
         if not self._starts_training:
             return
@@ -506,7 +506,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         """Restore the model's weights, and save the average."""
         self._restore_after("epoch")
         self._end_fit()
-        self._open()  # resuming a complete run starts no epoch
+        self._start_average()  # resuming a complete run starts no epoch
         if self._save_path is not None and self._ema is not None:
             self.save_weights(self._save_path)
 
