@@ -51,7 +51,7 @@ _applied_callbacks: weakref.WeakKeyDictionary[Any, weakref.ref[EMAWeights]] = (
 """Maps a model to the callback whose average it holds."""
 
 
-def _path(value: Any, name: str, suffix: str) -> Path | None:
+def _check_path(value: Any, name: str, suffix: str) -> Path | None:
     if value is None:
         return None
     path = Path(value)
@@ -157,8 +157,8 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._which = check_which(which, decay)
         self._decay, self._options = decay, options
         self._swap_on_epoch = swap_on_epoch
-        self._backup = _path(backup, "backup", _BACKUP)
-        self._save_path = _path(save_path, "save_path", _WEIGHTS)
+        self._backup = _check_path(backup, "backup", _BACKUP)
+        self._save_path = _check_path(save_path, "save_path", _WEIGHTS)
         self._ema: EMA | None = None
         self._deferred_error: StateError | None = None  # raised after the weights are restored
         self._averaged_model: Any = None
@@ -414,7 +414,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         StateError
             If there is no average yet.
         """
-        final = _path(path, "path", _WEIGHTS)
+        final = _check_path(path, "path", _WEIGHTS)
         assert final is not None
         with self.swapped(), files.atomic_write_path(final, _WEIGHTS) as partial:
             model = self._checked_model()
