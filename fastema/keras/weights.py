@@ -60,7 +60,7 @@ def _check_path(value: Any, name: str, suffix: str) -> Path | None:
     return path
 
 
-def _previous(path: Path) -> Path:
+def _get_previous_path(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(_BACKUP) + ".previous" + _BACKUP)
 
 
@@ -495,7 +495,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self._in_batch, self._last_step = False, self._steps.count_steps()
         if self._backup is not None and self._steps is not None:
             with suppress(FileNotFoundError):
-                os.replace(self._backup, _previous(self._backup))
+                os.replace(self._backup, _get_previous_path(self._backup))
             with self.ema.lock:
                 saved = self.ema.state_dict(copy=False)
                 state.write_state(self._backup, saved, steps=str(self._steps.count_steps()))
@@ -512,7 +512,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _resume(self, model: Any, backup: Path, done: int, *, must_fit: bool) -> None:
         """Load the backup of the model's step; raise if there is none and ``must_fit`` is true."""
-        found = [files.read(path) for path in (backup, _previous(backup)) if path.exists()]
+        found = [files.read(path) for path in (backup, _get_previous_path(backup)) if path.exists()]
         if found and self._ema is None:
             raise StateError(
                 f"the average in {backup} cannot be loaded: the model has no weights yet; give "
