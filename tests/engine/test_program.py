@@ -17,7 +17,7 @@ from fastema.layout.dtypes import DTYPES
 from fastema.layout.group import Pair
 
 from ..support import reference
-from ..support.arrays import Guarded, assert_same, guarded, numbers, spec_of
+from ..support.arrays import Guarded, assert_same, lay_out_guarded, numbers, spec_of
 
 REAL = [code for code, kind in DTYPES.items() if kind.real and kind.parts == 1]
 COMPLEX = [code for code, kind in DTYPES.items() if kind.parts == 2]
@@ -59,7 +59,10 @@ def test_every_pair_of_floats_matches_the_specification(
     threads(2)
     sizes = SIZES if dst in ("f32", "bf16", "c64") else [0, 1, 65, CHUNK + 1]
     sides = [
-        (guarded(numbers(n, dst, i), start=i % 3), guarded(numbers(n, src, 50 + i), start=8))
+        (
+            lay_out_guarded(numbers(n, dst, i), start=i % 3),
+            lay_out_guarded(numbers(n, src, 50 + i), start=8),
+        )
         for i, n in enumerate(sizes)
     ]
     want = [expected(operation, to.array, of.array, dst, src) for to, of in sides]
@@ -144,10 +147,10 @@ def test_several_averages_equal_one_run_each(
     pairs, sides = [], []
     for i, shape in enumerate(SHAPES):
         size = int(np.prod(shape))
-        x = guarded(numbers(size, src, i).reshape(shape), i % 3)
+        x = lay_out_guarded(numbers(size, src, i).reshape(shape), i % 3)
         for k in range(count):
             start = numbers(size, dst, 10 * i + k).reshape(shape)
-            to = guarded(start, k, SPREAD.get(shape))
+            to = lay_out_guarded(start, k, SPREAD.get(shape))
             ours, theirs = spec_of(to.array, dst), spec_of(x.array, src)
             pairs.append(Pair(f"t{i}", ours, theirs, form, average_index=k))
             key = reference.tensor_key(f"t{i}", k)
@@ -185,7 +188,7 @@ def test_moved_tensors_are_used_at_their_new_addresses(
         count = 1  # averages of one tensor share its name
 
     def put(values: Array, name: str, side: int, move: int) -> Guarded:
-        return guarded(values, start=move % 5, strides=RELOCATED[name][1 + side])
+        return lay_out_guarded(values, start=move % 5, strides=RELOCATED[name][1 + side])
 
     def fresh(side: int, code: str, seed: int) -> dict[str, Guarded]:
         return {

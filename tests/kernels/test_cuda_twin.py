@@ -11,7 +11,7 @@ from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
 
-from ..support.arrays import guarded, numbers, spec_of
+from ..support.arrays import lay_out_guarded, numbers, spec_of
 from ..support.stub_gpu import StubGpu, gpu
 
 __all__ = ["gpu"]
@@ -47,7 +47,7 @@ def assert_same_on_both(gpu: StubGpu, work: Callable[[Describe], list[Array]]) -
 
 
 def draw(size: int, code: str, seed: int, off: int = 0) -> Array:
-    return guarded(numbers(size, code, seed), off).array
+    return lay_out_guarded(numbers(size, code, seed), off).array
 
 
 def formats_of(dst: str, src: str, operation: str) -> list[str]:

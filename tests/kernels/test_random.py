@@ -14,7 +14,7 @@ import pytest
 from fastema.kernels.table import BLOCK
 
 from ..support import reference
-from ..support.arrays import assert_same, guarded, numbers
+from ..support.arrays import assert_same, lay_out_guarded, numbers
 from .rows import Row, run
 
 NARROW = ["bf16", "f16"]
@@ -41,8 +41,8 @@ def test_rows_of_any_size_and_place_match_the_specification(
     for i, (n, place) in enumerate(
         product(sizes, [0, 3, 65_536 * 7, 2**31 - 9, 2**32, 5 * 2**33 + 1])
     ):
-        to = guarded(numbers(n, dst, i), i % 3, (to_step,))
-        of = guarded(numbers(n, src, 99 + i), 8 - i % 3, (of_step,))
+        to = lay_out_guarded(numbers(n, dst, i), i % 3, (to_step,))
+        of = lay_out_guarded(numbers(n, src, 99 + i), 8 - i % 3, (of_step,))
         words = words_of(place, n, every=every)
         want.append(reference.lerp(to.array.copy(), of.array.copy(), 0.01, dst, src, words))
         row = Row(to.array, of.array, to_step, of_step, index=place, index_step=every, key=KEY)

@@ -8,7 +8,7 @@ import pytest
 from fastema.kernels.table import BLOCK
 
 from ..support import reference
-from ..support.arrays import assert_same, guarded, numbers
+from ..support.arrays import assert_same, lay_out_guarded, numbers
 from .rows import Row, run
 
 SPLIT = "bf16+16"
@@ -33,9 +33,9 @@ def test_split_updates_equal_float32_updates(src: str, kind: str, steps: tuple[i
     sizes = [0, 1, BLOCK - 1, BLOCK + 1, 3 * BLOCK + 7]
     for n, w in product(sizes, (1e-3, 0.3, 1.0, 0.0)):
         avg, x = numbers(n, "f32", n, kind), numbers(n, src, n + 1, kind)
-        halves = [guarded(half, n % 3, steps[:1]) for half in reference.split(avg)]
+        halves = [lay_out_guarded(half, n % 3, steps[:1]) for half in reference.split(avg)]
         high, residual = (one.array for one in halves)
-        of = guarded(x, 5, steps[1:])
+        of = lay_out_guarded(x, 5, steps[1:])
         row = Row(high, of.array, *steps, residual=residual)
         run("lerp", (SPLIT, src), [row], [w], layout=layout)
         want = reference.lerp(avg, x, w, "f32", src)

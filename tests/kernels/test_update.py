@@ -8,7 +8,7 @@ import pytest
 from fastema.kernels.table import BLOCK
 
 from ..support import reference
-from ..support.arrays import assert_same, guarded, numbers
+from ..support.arrays import assert_same, lay_out_guarded, numbers
 from .rows import Row, run
 
 # Stochastic formats are tested in test_random.py, split ones in test_split.py.
@@ -41,7 +41,7 @@ def check(
     watched, want = [], []
     for side in sides:
         row = zip(side, starts, steps or (1, 1), strict=True)
-        watched.append([guarded(array, start, (step,)) for array, start, step in row])
+        watched.append([lay_out_guarded(array, start, (step,)) for array, start, step in row])
         a, b = (one.array.copy() for one in watched[-1])  # read back: elements may overlap
         want.append(expected(operation, a, b, *formats, w))
     rows = [Row(to.array, of.array, *(steps or ())) for to, of in watched]
@@ -116,7 +116,7 @@ def test_strided_rows_match_the_specification(
 def test_raw_copies_and_swaps_keep_every_bit(operation: str, raw: str, layout: str) -> None:
     steps = (1, 1) if layout == "flat" else (2, 3)
     for n in SIZES:
-        to, of = (guarded(numbers(n, RAW[raw], k), k, steps[k : k + 1]) for k in (0, 1))
+        to, of = (lay_out_guarded(numbers(n, RAW[raw], k), k, steps[k : k + 1]) for k in (0, 1))
         a, b = to.array.copy(), of.array.copy()
         run(operation, (raw, raw), [Row(to.array, of.array, *steps)], layout=layout)
         np.testing.assert_array_equal(to.array, b)
@@ -153,7 +153,7 @@ def test_parking_an_average_in_the_weights_loses_no_bit(kind: int | str, layout:
         nearest = reference.cast(values, "f32", "bf16")
     for size in (1, BLOCK + 1, pattern.size):
         weight = numbers(size, "u16", 2, "bits")
-        avg, model = (guarded(one[:size], 1, (step,)) for one in (pattern, weight))
+        avg, model = (lay_out_guarded(one[:size], 1, (step,)) for one in (pattern, weight))
         rows = [Row(avg.array, model.array, step, step)]
         run("park", ("raw4", "raw2"), rows, layout=layout)
         held, plain = model.array, (~nan & ~tie)[:size]

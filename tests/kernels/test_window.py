@@ -10,7 +10,7 @@ from fastema.kernels import table as abi
 from fastema.kernels.table import BLOCK
 
 from ..support import reference
-from ..support.arrays import Guarded, bits, guarded, numbers
+from ..support.arrays import Guarded, bits, lay_out_guarded, numbers
 from ..support.tolerance import cast_bound, unit_roundoff
 from .rows import Row, run
 
@@ -56,9 +56,9 @@ def make_mean(
     n = x.size
     dst, _, ring_format, rest_format = (code.strip("~") for code in formats)
     sevens = [np.full(n, 7, reference.FLOATS[code].storage) for code in (dst, rest_format)]
-    watched = [guarded(seven, 1, (step,)) for seven in sevens]
+    watched = [lay_out_guarded(seven, 1, (step,)) for seven in sevens]
     slots = np.full((window, n), 7, reference.FLOATS[ring_format].storage)
-    watched.append(guarded(slots, 2, (step * n + 5, step)))
+    watched.append(lay_out_guarded(slots, 2, (step * n + 5, step)))
     mean, rest, ring = (one.array for one in watched)
     cuts = [slice(i * n // rows, (i + 1) * n // rows) for i in range(rows)]
     places = [(mean[c], x[c], rest[c], ring[0, c], c.start) for c in cuts]
@@ -115,7 +115,7 @@ def test_mean_and_remainder_equal_the_mean_of_the_ring(
 @pytest.mark.parametrize("formats", FAST, ids="-".join)
 def test_strided_means_equal_dense_ones_to_the_bit(formats: tuple[str, ...]) -> None:
     n = 70
-    of = guarded(numbers(n, formats[1], 1), 0, (2,))
+    of = lay_out_guarded(numbers(n, formats[1], 1), 0, (2,))
     spaced = make_mean(formats, of.array, 3, 1, step=3, of_step=2)
     x = of.array.copy()
     dense = make_mean(formats, x, 3, 1)

@@ -102,7 +102,9 @@ class Guarded:
         np.testing.assert_array_equal(self._memory, self._before)
 
 
-def guarded(values: Array, start: int = 0, strides: tuple[int, ...] | None = None) -> Guarded:
+def lay_out_guarded(
+    values: Array, start: int = 0, strides: tuple[int, ...] | None = None
+) -> Guarded:
     """Copy values into guarded memory, with strides given in elements."""
     size = values.itemsize
     if strides is None:
