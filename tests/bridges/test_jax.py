@@ -20,7 +20,7 @@ from fastema.errors import BridgeError
 from fastema.layout.dtypes import NAMES
 from fastema.layout.spec import TensorSpec
 
-from ..support.arrays import random_bits
+from ..support.arrays import draw_bits
 
 
 @contextmanager
@@ -61,13 +61,13 @@ def assert_read(array: Any) -> None:
 def test_every_dtype_is_read_in_place_and_returned_as_a_copy(name: str) -> None:
     narrowed = name in ("float64", "int64", "uint64", "complex128")  # by JAX without x64
     for i, shape in enumerate([(), (1,), (3, 5), (2, 3, 4), (0,), (4, 0), (129,), (4096,)]):
-        values = random_bits(shape, name, i)
+        values = draw_bits(shape, name, i)
         before = values.tobytes()
         narrow = bridge.to_framework(values)
         with all_widths():
             array, wide = jnp.asarray(values.copy()), bridge.to_framework(values)
             assert_read(array)
-        values[...] = random_bits(shape, name, i + 20)
+        values[...] = draw_bits(shape, name, i + 20)
         assert isinstance(narrow, np.ndarray if narrowed else jax.Array)
         assert isinstance(wide, jax.Array)
         for one in (array, narrow, wide):

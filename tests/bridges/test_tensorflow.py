@@ -10,7 +10,7 @@ from fastema.bridges import tensorflow as bridge
 from fastema.errors import ArgumentError, BridgeError, DTypeError
 from fastema.layout.dtypes import NAMES
 
-from ..support.arrays import random_bits
+from ..support.arrays import draw_bits
 
 pytestmark = pytest.mark.tensorflow
 
@@ -26,7 +26,7 @@ def read_bytes(address: int, like: np.ndarray) -> bytes:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_dtype_is_read_in_place_and_returned_as_a_copy(name: str) -> None:
     for i, shape in enumerate(SHAPES):
-        values = random_bits(shape, name, i)
+        values = draw_bits(shape, name, i)
         before = values.tobytes()
         for array, writable in ((tf.Variable(values), True), (tf.constant(values), False)):
             spec = bridge.describe(array)
@@ -38,14 +38,14 @@ def test_every_dtype_is_read_in_place_and_returned_as_a_copy(name: str) -> None:
             assert array.numpy().tobytes() == before
         shown = bridge.to_framework(values)
         assert (type(shown), shown.dtype.name) == (type(tf.constant(1)), name)
-        values[...] = random_bits(shape, name, i + 1)
+        values[...] = draw_bits(shape, name, i + 1)
         assert shown.numpy().tobytes() == before
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_writes_change_only_the_variable_itself(name: str) -> None:
     for i, shape in enumerate(SHAPES):
-        old, new, newer = (random_bits(shape, name, 10 * i + j) for j in range(3))
+        old, new, newer = (draw_bits(shape, name, 10 * i + j) for j in range(3))
         given = tf.constant(old)
         one, other = tf.Variable(given), tf.Variable(given)
         one.assign(given)

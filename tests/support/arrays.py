@@ -66,7 +66,7 @@ def numbers(size: int, code: str, seed: int = 0, kind: str = "weights") -> Array
     return values.astype(np.empty(0, storage).real.dtype).view(storage)
 
 
-def random_bits(shape: tuple[int, ...], name: str, seed: int = 0) -> Array:
+def draw_bits(shape: tuple[int, ...], name: str, seed: int = 0) -> Array:
     """Draw random bits, NaN and infinities included, as an array of the named dtype."""
     import ml_dtypes
 
