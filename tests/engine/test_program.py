@@ -17,7 +17,7 @@ from fastema.layout.dtypes import DTYPES
 from fastema.layout.group import Pair
 
 from ..support import reference
-from ..support.arrays import Guarded, assert_same, lay_out_guarded, numbers, spec_of
+from ..support.arrays import GuardedArray, assert_same, lay_out_guarded, numbers, spec_of
 
 REAL = [code for code, kind in DTYPES.items() if kind.real and kind.parts == 1]
 COMPLEX = [code for code, kind in DTYPES.items() if kind.parts == 2]
@@ -187,10 +187,10 @@ def test_moved_tensors_are_used_at_their_new_addresses(
     if sides != "src":
         count = 1  # averages of one tensor share its name
 
-    def put(values: Array, name: str, side: int, move: int) -> Guarded:
+    def put(values: Array, name: str, side: int, move: int) -> GuardedArray:
         return lay_out_guarded(values, start=move % 5, strides=RELOCATED[name][1 + side])
 
-    def fresh(side: int, code: str, seed: int) -> dict[str, Guarded]:
+    def fresh(side: int, code: str, seed: int) -> dict[str, GuardedArray]:
         return {
             name: put(numbers(int(np.prod(shape)), code, seed + i).reshape(shape), name, side, seed)
             for i, (name, (shape, *_)) in enumerate(RELOCATED.items())
@@ -215,7 +215,7 @@ def test_moved_tensors_are_used_at_their_new_addresses(
                 assert_same(avg[n].array, after[n], dst)
                 avg[n].assert_rest_untouched()
                 x[n].assert_untouched()
-        left: dict[str, dict[str, Guarded]] = {}
+        left: dict[str, dict[str, GuardedArray]] = {}
         if sides != "src":  # averages keep their values
             left["dst"] = averages[0]
             averages[0] = {

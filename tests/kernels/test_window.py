@@ -10,7 +10,7 @@ from fastema.kernels import table as abi
 from fastema.kernels.table import BLOCK
 
 from ..support import reference
-from ..support.arrays import Guarded, bits, lay_out_guarded, numbers
+from ..support.arrays import GuardedArray, bits, lay_out_guarded, numbers
 from ..support.tolerance import cast_bound, unit_roundoff
 from .rows import Row, run
 
@@ -39,7 +39,7 @@ class Mean(NamedTuple):
     ring: Array  # (window, size)
     rows: list[Row]
     formats: tuple[str, ...]
-    watched: list[Guarded]
+    watched: list[GuardedArray]
 
     def step(self, turn: int) -> None:
         window = len(self.ring)

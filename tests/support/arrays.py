@@ -78,7 +78,7 @@ def draw_bits(shape: tuple[int, ...], name: str, seed: int = 0) -> Array:
     return generator.integers(0, 256, size, np.uint8).view(dtype).reshape(shape)
 
 
-class Guarded:
+class GuardedArray:
     """An array in poisoned memory that detects writes around and between its elements."""
 
     def __init__(self, array: Array, memory: Array, owned: Array) -> None:
@@ -104,7 +104,7 @@ class Guarded:
 
 def lay_out_guarded(
     values: Array, start: int = 0, strides: tuple[int, ...] | None = None
-) -> Guarded:
+) -> GuardedArray:
     """Copy values into guarded memory, with strides given in elements."""
     size = values.itemsize
     if strides is None:
@@ -125,7 +125,7 @@ def lay_out_guarded(
             values.shape, np.int64, places, first * 8, tuple(step * 8 for step in steps)
         )
         owned[(index.reshape(-1, 1) + np.arange(size)).reshape(-1)] = True
-    return Guarded(array, raw, owned)
+    return GuardedArray(array, raw, owned)
 
 
 def spec_of(array: Array, code: str, device: str = "cpu", **more: Any) -> TensorSpec:
