@@ -16,7 +16,7 @@ from fastema.checkpoint import files, inspect, load_into, save, saving, wait
 from fastema.checkpoint.state import read_state, write_state
 from fastema.errors import CheckpointError, StorageError
 
-from ..support.damage import damaged_header, header_of, with_header
+from ..support.damage import damage_header, header_of, with_header
 
 NEEDS = ("safetensors", "torch")
 
@@ -153,11 +153,11 @@ def test_damaged_state_raises_checkpoint_error_and_changes_nothing(seed: int, in
     whole = path.read_bytes()
     header = header_of(whole)
     if seed % 2:  # damage the non-tensor values
-        inner = damaged_header(json.loads(header["__metadata__"]["state"]), seed)
+        inner = damage_header(json.loads(header["__metadata__"]["state"]), seed)
         header["__metadata__"]["state"] = inner.decode(errors="surrogateescape")
         damaged = json.dumps(header).encode()
     else:
-        damaged = damaged_header(header, seed)
+        damaged = damage_header(header, seed)
     path.write_bytes(with_header(whole, damaged))
     other = average(2)
     before = [dict(one) for one in other.state_dict()["shadow"]]

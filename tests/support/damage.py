@@ -46,7 +46,7 @@ def places(tree: Any) -> Iterator[tuple[Any, Any]]:
             yield from places(value)
 
 
-def damaged_header(header: dict[str, Any], seed: int) -> bytes:
+def damage_header(header: dict[str, Any], seed: int) -> bytes:
     """Return a JSON header with one or two entries replaced, deleted or duplicated."""
     chance = random.Random(seed)
     found = copy.deepcopy(header)
