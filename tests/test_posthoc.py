@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 import fastema
 from fastema import errors, posthoc, rules
 
-from .support.damage import damage_header, header_of, with_header
+from .support.damage import damage_header, header_of, replace_header
 
 STEPS, EVERY = 600, 50
 WIDTHS = (0.05, 0.10)
@@ -155,7 +155,7 @@ def test_snapshot_files_agree_while_another_thread_updates(
 def test_malformed_snapshot_is_refused_or_gives_finite_numbers(seed: int, tmp_path: Path) -> None:
     (path,) = posthoc.save_snapshot(updated_average(), tmp_path)
     whole = path.read_bytes()
-    path.write_bytes(with_header(whole, damage_header(header_of(whole), seed)))
+    path.write_bytes(replace_header(whole, damage_header(header_of(whole), seed)))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the profile of the synthesized average")
         for wanted in ({"sigma_rel": 0.07}, {"half_life": 3.0}):

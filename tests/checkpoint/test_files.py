@@ -16,7 +16,7 @@ from fastema.checkpoint import files, sums
 from fastema.errors import CheckpointError, StorageError
 from fastema.layout.dtypes import dtype
 
-from ..support.damage import header_of, with_header
+from ..support.damage import header_of, replace_header
 from .conftest import files_up_to
 
 NEEDS = ("safetensors",)
@@ -85,7 +85,7 @@ def test_damaged_header_is_detected_on_reading(kind: str, tmp_path: Path) -> Non
     text = json.dumps(header)
     if kind == "twice":
         text = text.replace("layer.weight", "layer.bias")
-    damaged = whole[: CUTS[kind]] if kind in CUTS else with_header(whole, text.encode())
+    damaged = whole[: CUTS[kind]] if kind in CUTS else replace_header(whole, text.encode())
     path.write_bytes(damaged)
     with pytest.raises(CheckpointError, match=r"a\.safetensors"):
         files.read(path)

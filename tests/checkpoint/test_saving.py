@@ -16,7 +16,7 @@ from fastema.checkpoint import files, inspect, load_into, save, saving, wait
 from fastema.checkpoint.state import read_state, write_state
 from fastema.errors import CheckpointError, StorageError
 
-from ..support.damage import damage_header, header_of, with_header
+from ..support.damage import damage_header, header_of, replace_header
 
 NEEDS = ("safetensors", "torch")
 
@@ -158,7 +158,7 @@ def test_damaged_state_raises_checkpoint_error_and_changes_nothing(seed: int, in
         damaged = json.dumps(header).encode()
     else:
         damaged = damage_header(header, seed)
-    path.write_bytes(with_header(whole, damaged))
+    path.write_bytes(replace_header(whole, damaged))
     other = average(2)
     before = [dict(one) for one in other.state_dict()["shadow"]]
     try:

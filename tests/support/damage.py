@@ -69,7 +69,7 @@ def damage_header(header: dict[str, Any], seed: int) -> bytes:
     return text
 
 
-def with_header(whole: bytes, text: bytes) -> bytes:
+def replace_header(whole: bytes, text: bytes) -> bytes:
     """Return a safetensors file with its header replaced."""
     length = int.from_bytes(whole[:8], "little")
     return len(text).to_bytes(8, "little") + text + whole[8 + length :]
