@@ -18,7 +18,7 @@ from hypothesis import settings
 import fastema
 from fastema.engine import cpu
 
-from .support.matrix import reduced
+from .support.matrix import reduce_cases
 from .support.peak import overall_peak
 from .support.requirements import missing_packages
 
@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item, (test, _) in zip(cases, specs, strict=True)
         if item.get_closest_marker("each_value")
     }
-    kept = reduced([(test, spec.params) for test, spec in specs], thin)
+    kept = reduce_cases([(test, spec.params) for test, spec in specs], thin)
     left_out |= {id(item) for number, item in enumerate(cases) if number not in kept}
     config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
     items[:] = [item for item in items if id(item) not in left_out]

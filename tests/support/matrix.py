@@ -11,7 +11,9 @@ WIDE: Final = 24
 Value = tuple[str, Hashable]
 
 
-def reduced(cases: Sequence[tuple[str, Mapping[str, Any]]], thin: Container[str] = ()) -> set[int]:
+def reduce_cases(
+    cases: Sequence[tuple[str, Mapping[str, Any]]], thin: Container[str] = ()
+) -> set[int]:
     """Return the indices of the cases to run.
 
     For a test with three or more arguments, they cover every pair of values that occurs in some
