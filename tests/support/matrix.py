@@ -33,11 +33,11 @@ def reduce_cases(
             )
         else:
             needs = [set(combinations(v, 2)) or set(v) for v in values]
-        chosen.update(numbers[i] for i in covering(needs))
+        chosen.update(numbers[i] for i in cover(needs))
     return chosen
 
 
-def covering(needs: Sequence[Iterable[Hashable]]) -> list[int]:
+def cover(needs: Sequence[Iterable[Hashable]]) -> list[int]:
     """Return the indices of a few sets that cover the union of all sets, chosen greedily."""
     left = [set(one) for one in needs]
     found = []
