@@ -15,7 +15,7 @@ from fastema.errors import ArgumentError, DTypeError
 
 from .shadow.truth import Loops
 from .support import reference
-from .support.mixed import PAIRS, SHAPES, Arrays, bits, lerped, numbers, plain, stored, to_torch
+from .support.mixed import PAIRS, SHAPES, Arrays, bits, lerped, numbers, stored, to_numpy, to_torch
 
 NEEDS = ("ml_dtypes",)
 
@@ -88,14 +88,14 @@ def test_average_and_state_continue_in_another_framework(first: str, later: str)
     for seed in range(1, 5):
         ema.update(make_arrays(later if seed % 2 else first, numbers(seed)))
         loops.step(numbers(seed), 0.5)
-    loops.check({name: plain(one) for name, one in ema.shadow.items()})
+    loops.check({name: to_numpy(one) for name, one in ema.shadow.items()})
     target = make_arrays("torch", numbers(9))
     ema.copy_to(target)
     assert bits(target) == bits({**ema.shadow})
     other = fastema.EMA(make_arrays(later, numbers(5)), 0.5)
     state = ema.state_dict()
     for kind in MAKE:
-        held = {n: MAKE[kind](plain(one)) for n, one in state["shadow"][0].items()}
+        held = {n: MAKE[kind](to_numpy(one)) for n, one in state["shadow"][0].items()}
         other.load_state_dict({**state, "shadow": [held]})
         assert bits({**other.shadow}) == bits({**ema.shadow})
         other.update(make_arrays(later, numbers(7)))

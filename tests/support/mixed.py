@@ -21,7 +21,7 @@ def to_torch(array: np.ndarray) -> Any:
     return torch.from_numpy(array.copy())
 
 
-def plain(one: Any) -> np.ndarray:
+def to_numpy(one: Any) -> np.ndarray:
     """Convert an array or variable of any framework to NumPy."""
     if isinstance(one, torch.Tensor):
         one = one.detach().contiguous()
@@ -31,7 +31,7 @@ def plain(one: Any) -> np.ndarray:
 
 
 def bits(container: Any) -> dict[str, bytes]:
-    return {name: plain(one).tobytes() for name, one in container.items()}
+    return {name: to_numpy(one).tobytes() for name, one in container.items()}
 
 
 def numbers(seed: int, code: str = "f32") -> Arrays:
