@@ -15,7 +15,17 @@ from fastema.errors import ArgumentError, DTypeError
 
 from .shadow.truth import Loops
 from .support import reference
-from .support.mixed import PAIRS, SHAPES, Arrays, bits, lerped, numbers, stored, to_numpy, to_torch
+from .support.mixed import (
+    PAIRS,
+    SHAPES,
+    Arrays,
+    bytes_by_name,
+    lerped,
+    numbers,
+    stored,
+    to_numpy,
+    to_torch,
+)
 
 NEEDS = ("ml_dtypes",)
 
@@ -52,11 +62,11 @@ def test_lerp_and_copy_equal_the_reference(to: str, of: str, codes: tuple[str, s
     new = numbers(1, codes[1])
     avg, x = make_arrays(to, numbers(0, codes[0])), make_arrays(of, new)
     fastema.lerp_(avg, x, 0.25)
-    assert bits(avg) == lerped(numbers(0, codes[0]), new, 0.25, codes)
+    assert bytes_by_name(avg) == lerped(numbers(0, codes[0]), new, 0.25, codes)
     fastema.copy_(avg, x)
     copied = {n: reference.cast(stored(one), codes[1], codes[0]) for n, one in new.items()}
-    assert bits(avg) == {n: one.tobytes() for n, one in copied.items()}
-    assert bits(x) == bits(new)
+    assert bytes_by_name(avg) == {n: one.tobytes() for n, one in copied.items()}
+    assert bytes_by_name(x) == bytes_by_name(new)
 
 
 @given(st.lists(st.tuples(st.sampled_from([*MAKE]), st.booleans()), max_size=12))
@@ -71,13 +81,13 @@ def test_plan_takes_arrays_of_any_framework_in_turn(steps: list[tuple[str, bool]
         elif spent:  # immutable arrays that were already used
             with pytest.raises(ArgumentError, match=r"plan\.lerp_\(x="):
                 plan.lerp_(0.25)
-            assert bits(avg) == bits(truth)
+            assert bytes_by_name(avg) == bytes_by_name(truth)
             continue
         else:
             plan.lerp_(0.25)
             spent = not any(given for _, given in steps[:n])
         truth = arrays_of(lerped(truth, last, 0.25, ("f32", "f32")))
-        assert bits(avg) == bits(truth)
+        assert bytes_by_name(avg) == bytes_by_name(truth)
 
 
 @pytest.mark.parametrize("later", MAKE)
@@ -91,15 +101,15 @@ def test_average_and_state_continue_in_another_framework(first: str, later: str)
     loops.check({name: to_numpy(one) for name, one in ema.shadow.items()})
     target = make_arrays("torch", numbers(9))
     ema.copy_to(target)
-    assert bits(target) == bits({**ema.shadow})
+    assert bytes_by_name(target) == bytes_by_name({**ema.shadow})
     other = fastema.EMA(make_arrays(later, numbers(5)), 0.5)
     state = ema.state_dict()
     for kind in MAKE:
         held = {n: MAKE[kind](to_numpy(one)) for n, one in state["shadow"][0].items()}
         other.load_state_dict({**state, "shadow": [held]})
-        assert bits({**other.shadow}) == bits({**ema.shadow})
+        assert bytes_by_name({**other.shadow}) == bytes_by_name({**ema.shadow})
         other.update(make_arrays(later, numbers(7)))
-    assert bits(state["shadow"][0]) == bits({**ema.shadow})
+    assert bytes_by_name(state["shadow"][0]) == bytes_by_name({**ema.shadow})
 
 
 def test_plan_of_integers_copies_but_does_not_average() -> None:

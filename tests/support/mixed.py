@@ -30,7 +30,7 @@ def to_numpy(one: Any) -> np.ndarray:
     return np.asarray(one.numpy() if hasattr(one, "numpy") else one)
 
 
-def bits(container: Any) -> dict[str, bytes]:
+def bytes_by_name(container: Any) -> dict[str, bytes]:
     return {name: to_numpy(one).tobytes() for name, one in container.items()}
 
 
