@@ -20,8 +20,8 @@ from .support.mixed import (
     SHAPES,
     Arrays,
     bytes_by_name,
+    draw_arrays,
     lerped,
-    numbers,
     stored,
     to_numpy,
     to_torch,
@@ -59,10 +59,10 @@ def arrays_of(raw: dict[str, bytes]) -> Arrays:
 @pytest.mark.parametrize("of", [*MAKE, "mixed"])
 @pytest.mark.parametrize("to", ["numpy", "torch"])
 def test_lerp_and_copy_equal_the_reference(to: str, of: str, codes: tuple[str, str]) -> None:
-    new = numbers(1, codes[1])
-    avg, x = make_arrays(to, numbers(0, codes[0])), make_arrays(of, new)
+    new = draw_arrays(1, codes[1])
+    avg, x = make_arrays(to, draw_arrays(0, codes[0])), make_arrays(of, new)
     fastema.lerp_(avg, x, 0.25)
-    assert bytes_by_name(avg) == lerped(numbers(0, codes[0]), new, 0.25, codes)
+    assert bytes_by_name(avg) == lerped(draw_arrays(0, codes[0]), new, 0.25, codes)
     fastema.copy_(avg, x)
     copied = {n: reference.cast(stored(one), codes[1], codes[0]) for n, one in new.items()}
     assert bytes_by_name(avg) == {n: one.tobytes() for n, one in copied.items()}
@@ -71,12 +71,12 @@ def test_lerp_and_copy_equal_the_reference(to: str, of: str, codes: tuple[str, s
 
 @given(st.lists(st.tuples(st.sampled_from([*MAKE]), st.booleans()), max_size=12))
 def test_plan_takes_arrays_of_any_framework_in_turn(steps: list[tuple[str, bool]]) -> None:
-    avg, truth = numbers(0), numbers(0)
-    plan = fastema.Plan(avg, make_arrays("jax", numbers(1)))
-    last, spent = numbers(1), False
+    avg, truth = draw_arrays(0), draw_arrays(0)
+    plan = fastema.Plan(avg, make_arrays("jax", draw_arrays(1)))
+    last, spent = draw_arrays(1), False
     for n, (kind, give) in enumerate(steps):
         if give:
-            last, spent = numbers(n + 10), kind == "jax"
+            last, spent = draw_arrays(n + 10), kind == "jax"
             plan.lerp_(0.25, make_arrays(kind, last))
         elif spent:  # immutable arrays that were already used
             with pytest.raises(ArgumentError, match=r"plan\.lerp_\(x="):
@@ -93,22 +93,22 @@ def test_plan_takes_arrays_of_any_framework_in_turn(steps: list[tuple[str, bool]
 @pytest.mark.parametrize("later", MAKE)
 @pytest.mark.parametrize("first", MAKE)
 def test_average_and_state_continue_in_another_framework(first: str, later: str) -> None:
-    ema = fastema.EMA(make_arrays(first, numbers(0)), 0.5)
-    loops = Loops(numbers(0), "f32", "f32")
+    ema = fastema.EMA(make_arrays(first, draw_arrays(0)), 0.5)
+    loops = Loops(draw_arrays(0), "f32", "f32")
     for seed in range(1, 5):
-        ema.update(make_arrays(later if seed % 2 else first, numbers(seed)))
-        loops.step(numbers(seed), 0.5)
+        ema.update(make_arrays(later if seed % 2 else first, draw_arrays(seed)))
+        loops.step(draw_arrays(seed), 0.5)
     loops.check({name: to_numpy(one) for name, one in ema.shadow.items()})
-    target = make_arrays("torch", numbers(9))
+    target = make_arrays("torch", draw_arrays(9))
     ema.copy_to(target)
     assert bytes_by_name(target) == bytes_by_name({**ema.shadow})
-    other = fastema.EMA(make_arrays(later, numbers(5)), 0.5)
+    other = fastema.EMA(make_arrays(later, draw_arrays(5)), 0.5)
     state = ema.state_dict()
     for kind in MAKE:
         held = {n: MAKE[kind](to_numpy(one)) for n, one in state["shadow"][0].items()}
         other.load_state_dict({**state, "shadow": [held]})
         assert bytes_by_name({**other.shadow}) == bytes_by_name({**ema.shadow})
-        other.update(make_arrays(later, numbers(7)))
+        other.update(make_arrays(later, draw_arrays(7)))
     assert bytes_by_name(state["shadow"][0]) == bytes_by_name({**ema.shadow})
 
 

@@ -10,7 +10,7 @@ from fastema.bridges import registry
 from fastema.errors import BridgeError, DTypeError
 
 from ..shadow.truth import Loop
-from ..support.mixed import CODES, numbers
+from ..support.mixed import CODES, draw_arrays
 from ..support.stub_cupy import Device, Stream, array, cupy, ndarray
 from ..support.stub_gpu import StubDriver
 
@@ -48,11 +48,11 @@ def test_views_are_read_in_place_and_unusable_arrays_are_named() -> None:
 @pytest.mark.parametrize("stored", ["f32", "bf16"])
 @pytest.mark.parametrize("weights", ["f32", "bf16"])
 def test_average_equals_a_float64_loop_and_swaps_are_exact(weights: str, stored: str) -> None:
-    held = to_gpu(numbers(0, weights))
+    held = to_gpu(draw_arrays(0, weights))
     ema = fastema.EMA(held, 0.9, shadow_dtype=CODES[stored])
     loops = {n: Loop(x.there, stored, "f32", stored == "bf16") for n, x in held.items()}
     for n in range(1, 6):
-        new = numbers(n, weights)
+        new = draw_arrays(n, weights)
         if n == 3:
             held.update(to_gpu(new))  # replaced arrays are found
         for name, one in held.items():

@@ -34,7 +34,7 @@ def bytes_by_name(container: Any) -> dict[str, bytes]:
     return {name: to_numpy(one).tobytes() for name, one in container.items()}
 
 
-def numbers(seed: int, code: str = "f32") -> Arrays:
+def draw_arrays(seed: int, code: str = "f32") -> Arrays:
     generator = np.random.default_rng(seed)
     return {n: np.asarray(generator.normal(size=s)).astype(CODES[code]) for n, s in SHAPES.items()}
 
