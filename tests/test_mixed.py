@@ -21,7 +21,7 @@ from .support.mixed import (
     Arrays,
     bytes_by_name,
     draw_arrays,
-    lerped,
+    lerp_bytes,
     stored,
     to_numpy,
     to_torch,
@@ -62,7 +62,7 @@ def test_lerp_and_copy_equal_the_reference(to: str, of: str, codes: tuple[str, s
     new = draw_arrays(1, codes[1])
     avg, x = make_arrays(to, draw_arrays(0, codes[0])), make_arrays(of, new)
     fastema.lerp_(avg, x, 0.25)
-    assert bytes_by_name(avg) == lerped(draw_arrays(0, codes[0]), new, 0.25, codes)
+    assert bytes_by_name(avg) == lerp_bytes(draw_arrays(0, codes[0]), new, 0.25, codes)
     fastema.copy_(avg, x)
     copied = {n: reference.cast(stored(one), codes[1], codes[0]) for n, one in new.items()}
     assert bytes_by_name(avg) == {n: one.tobytes() for n, one in copied.items()}
@@ -86,7 +86,7 @@ def test_plan_takes_arrays_of_any_framework_in_turn(steps: list[tuple[str, bool]
         else:
             plan.lerp_(0.25)
             spent = not any(given for _, given in steps[:n])
-        truth = arrays_of(lerped(truth, last, 0.25, ("f32", "f32")))
+        truth = arrays_of(lerp_bytes(truth, last, 0.25, ("f32", "f32")))
         assert bytes_by_name(avg) == bytes_by_name(truth)
 
 

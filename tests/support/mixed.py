@@ -45,7 +45,7 @@ def stored(array: np.ndarray) -> np.ndarray:
     return flat.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else flat
 
 
-def lerped(avg: Arrays, x: Arrays, weight: float, codes: tuple[str, str]) -> dict[str, bytes]:
+def lerp_bytes(avg: Arrays, x: Arrays, weight: float, codes: tuple[str, str]) -> dict[str, bytes]:
     """Return the bytes of the averages after one update by the reference."""
     return {
         n: reference.lerp(stored(avg[n]), stored(x[n]), weight, *codes).tobytes() for n in SHAPES
