@@ -22,8 +22,8 @@ from .support.mixed import (
     bytes_by_name,
     draw_arrays,
     lerp_bytes,
-    stored,
     to_numpy,
+    to_storage,
     to_torch,
 )
 
@@ -64,7 +64,7 @@ def test_lerp_and_copy_equal_the_reference(to: str, of: str, codes: tuple[str, s
     fastema.lerp_(avg, x, 0.25)
     assert bytes_by_name(avg) == lerp_bytes(draw_arrays(0, codes[0]), new, 0.25, codes)
     fastema.copy_(avg, x)
-    copied = {n: reference.cast(stored(one), codes[1], codes[0]) for n, one in new.items()}
+    copied = {n: reference.cast(to_storage(one), codes[1], codes[0]) for n, one in new.items()}
     assert bytes_by_name(avg) == {n: one.tobytes() for n, one in copied.items()}
     assert bytes_by_name(x) == bytes_by_name(new)
 

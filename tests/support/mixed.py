@@ -39,7 +39,7 @@ def draw_arrays(seed: int, code: str = "f32") -> Arrays:
     return {n: np.asarray(generator.normal(size=s)).astype(CODES[code]) for n, s in SHAPES.items()}
 
 
-def stored(array: np.ndarray) -> np.ndarray:
+def to_storage(array: np.ndarray) -> np.ndarray:
     """Convert an array to the flat storage that the reference takes."""
     flat = np.ascontiguousarray(array).reshape(-1)
     return flat.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else flat
@@ -48,5 +48,6 @@ def stored(array: np.ndarray) -> np.ndarray:
 def lerp_bytes(avg: Arrays, x: Arrays, weight: float, codes: tuple[str, str]) -> dict[str, bytes]:
     """Return the bytes of the averages after one update by the reference."""
     return {
-        n: reference.lerp(stored(avg[n]), stored(x[n]), weight, *codes).tobytes() for n in SHAPES
+        n: reference.lerp(to_storage(avg[n]), to_storage(x[n]), weight, *codes).tobytes()
+        for n in SHAPES
     }
