@@ -9,7 +9,7 @@ KILOBYTE = 1024
 _forgotten = [0]
 
 
-def forget_peak() -> int:
+def reset_peak() -> int:
     """Reset the peak, where Linux allows it; return the number of resident bytes."""
     _forgotten[0] = overall_peak()
     with suppress(OSError):
@@ -18,7 +18,7 @@ def forget_peak() -> int:
 
 
 def peak() -> int:
-    """Return the largest number of resident bytes since :func:`forget_peak`."""
+    """Return the largest number of resident bytes since :func:`reset_peak`."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
