@@ -14,7 +14,7 @@ from fastema import EMA
 from fastema.errors import CheckpointError
 
 from ..shadow.truth import Loop, arithmetic_of
-from ..support.peers import is_float, tensors
+from ..support.peers import is_float, named_tensors
 
 CODES = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -92,7 +92,7 @@ def array(tensor: Tensor) -> Any:
 def bits(model: nn.Module | dict[str, Tensor]) -> dict[str, bytes]:
     return {
         name: tensor.detach().clone().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        for name, tensor in tensors(model).items()
+        for name, tensor in named_tensors(model).items()
         if tensor.numel()
     }
 
@@ -107,8 +107,8 @@ class Truth:
         which: Callable[[str, Tensor], bool] = is_float,
         random: bool = True,
     ) -> None:
-        weights, self.loops = tensors(model), dict[str, Loop]()
-        for name, tensor in tensors(averaged).items():
+        weights, self.loops = named_tensors(model), dict[str, Loop]()
+        for name, tensor in named_tensors(averaged).items():
             if which(name, weights[name]) and tensor.is_floating_point():
                 stored = CODES[tensor.dtype]
                 arithmetic = arithmetic_of(CODES[weights[name].dtype], stored)
@@ -116,7 +116,7 @@ class Truth:
                 self.loops[name] = Loop(array(tensor), stored, arithmetic, random and narrow)
 
     def step(self, model: nn.Module, weight: float) -> None:
-        for name, tensor in tensors(model).items():
+        for name, tensor in named_tensors(model).items():
             if name in self.loops:
                 self.loops[name].step(array(tensor), weight)
 
@@ -136,8 +136,8 @@ class Truth:
     def check(self, averaged: nn.Module | dict[str, Tensor], model: nn.Module) -> None:
         """Averages within their bounds; the rest as in the model, but what ``cache`` may be."""
         assert self.loops
-        weights = tensors(model)
-        for name, tensor in tensors(averaged).items():
+        weights = named_tensors(model)
+        for name, tensor in named_tensors(averaged).items():
             if name in self.loops:
                 self.loops[name].check(array(tensor), name)
             elif name != "cache":

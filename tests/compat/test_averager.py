@@ -9,7 +9,7 @@ import torch
 from fastema.compat.averager import ModelAverager
 from fastema.errors import LayoutError, StateError
 
-from ..support.peers import is_float, tensors
+from ..support.peers import is_float, named_tensors
 from .network import Network, Truth, bits, refused
 
 nn = torch.nn
@@ -27,12 +27,12 @@ def made(
 
 
 def copied(model: Any) -> dict[str, Any]:
-    return {name: tensor.detach().clone() for name, tensor in tensors(model).items()}
+    return {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
 
 
 def assert_back(model: Any, before: dict[str, Any]) -> None:
     """The values of before, in whatever dtypes they are now."""
-    now = tensors(model)
+    now = named_tensors(model)
     assert now.keys() == before.keys()
     for name, tensor in before.items():
         assert torch.equal(now[name].to(tensor.dtype), tensor), name
@@ -106,7 +106,7 @@ def test_swapped_is_exact_and_shows_the_averages(dtype: Any, weights: Any) -> No
     versions = [p._version for p in net.parameters()]
 
     def evaluate() -> None:
-        for name, tensor in tensors(net).items():
+        for name, tensor in named_tensors(net).items():
             given = old[name].to(tensor.dtype)
             torch.testing.assert_close(tensor.detach(), given, rtol=0.008, atol=1e-30)
         shown = averager.averages()

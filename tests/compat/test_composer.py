@@ -8,7 +8,7 @@ import fastema
 from fastema.compat import composer
 from fastema.errors import CheckpointError
 
-from ..support.peers import tensors
+from ..support.peers import named_tensors
 from .network import Network, load_refused, numbers, torch, trained
 
 nn = torch.nn
@@ -33,7 +33,7 @@ class EMAParameters:
         return {**self.named_parameters_dict, **self.named_buffers_dict}
 
     def step(self, model: Any, smoothing: float) -> None:
-        current = tensors(model)
+        current = named_tensors(model)
         for name, avg in self.all().items():
             avg.copy_(avg * smoothing + current[name].data * (1.0 - smoothing))
 
@@ -51,7 +51,7 @@ def test_compute_ema_of_parameters() -> None:
         if one.is_floating_point():
             torch.testing.assert_close(one, theirs.all()[name], rtol=1e-5, atol=1e-5)
         else:
-            assert torch.equal(one, tensors(model)[name])
+            assert torch.equal(one, named_tensors(model)[name])
             assert not torch.equal(one, theirs.all()[name]) or one.dtype == torch.bool
     assert "frozen" not in ours.all()
 
@@ -152,7 +152,7 @@ def test_both_directions() -> None:
 def test_checkpoints_of_a_trainer(active: bool) -> None:
     model = Network(1)
     peer = run(model, numbers(3), 6)
-    raw = {name: one.detach().clone() for name, one in tensors(model).items()}
+    raw = {name: one.detach().clone() for name, one in named_tensors(model).items()}
     averages = {name: one.clone() for name, one in peer.all().items()}
     state = {**raw, **averages} if active else raw
     if active:  # as it saves while it trains: in each other's places

@@ -10,7 +10,7 @@ from torch import nn
 from fastema.compat.signatures import compare_interfaces
 from fastema.errors import FastemaError, LayoutError
 
-from ..support.peers import PEERS, Peer, tensors
+from ..support.peers import PEERS, Peer, named_tensors
 from .network import Network, bits, repointed, through_a_file
 from .runs import Run, first_schedule
 
@@ -89,7 +89,7 @@ def test_attributes_and_states_are_those_of_the_peer(peer: str) -> None:
         yours = case.averages(other, model)[name]
         assert (tensor.dtype, tensor.stride()) == (yours.dtype, yours.stride())
         assert tensor.requires_grad is yours.requires_grad
-        assert tensor.data_ptr() != tensors(model)[name].data_ptr() or not tensor.numel()
+        assert tensor.data_ptr() != named_tensors(model)[name].data_ptr() or not tensor.numel()
     for ours, yours in zip(modules(case, one), modules(case, other), strict=True):
         assert ours.training is yours.training
 

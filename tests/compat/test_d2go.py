@@ -9,7 +9,7 @@ from fastema.compat import d2go
 from fastema.errors import ArgumentError
 from fastema.rules import rule_from_dict
 
-from ..support.peers import tensors
+from ..support.peers import named_tensors
 from .network import Network, load_refused, numbers, torch, trained
 
 pytestmark = pytest.mark.torch
@@ -24,14 +24,14 @@ class Peer:
 
     def __init__(self, model: Any, decay: float, factor: float) -> None:
         self.decay, self.factor, self.n = decay, factor, 0
-        self.state = {name: one.detach().clone() for name, one in tensors(model).items()}
+        self.state = {name: one.detach().clone() for name, one in named_tensors(model).items()}
 
     def update(self, model: Any) -> None:
         decay = self.decay
         if self.factor >= 0:
             self.n += 1
             decay = min(decay, (1 + self.n) / (self.factor + self.n))
-        for name, one in tensors(model).items():
+        for name, one in named_tensors(model).items():
             avg = self.state[name]
             avg.copy_(avg * decay + one * (1 - decay))  # integers are cut off
 
@@ -85,7 +85,7 @@ def test_numbers_and_both_directions(factor: float) -> None:
 
 
 def changed(**others: Any) -> dict[str, Any]:
-    state = {name: one.detach().clone() for name, one in tensors(Network(1)).items()}
+    state = {name: one.detach().clone() for name, one in named_tensors(Network(1)).items()}
     state |= others
     return {name: one for name, one in state.items() if one is not None}
 

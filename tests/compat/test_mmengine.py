@@ -14,7 +14,7 @@ from fastema.compat.mmengine import (
 )
 from fastema.errors import CheckpointError
 
-from ..support.peers import is_parameter, is_saved_float, tensors
+from ..support.peers import is_parameter, is_saved_float, named_tensors
 from .network import Network, Truth, bits, numbers, refused, torch, trained
 
 pytestmark = pytest.mark.torch
@@ -48,8 +48,10 @@ def test_numbers_at_intervals_are_the_peers(kind: str, update_buffers: bool, dty
     average = make(model, interval=3, update_buffers=update_buffers, **peer_exact(kind))
     trained(model, generator)
     average.update_parameters(model)
-    for name, one in tensors(average.module).items():
-        assert name == "cache" or torch.equal(one, tensors(model)[name]), name  # a copy, at first
+    for name, one in named_tensors(average.module).items():
+        assert name == "cache" or torch.equal(one, named_tensors(model)[name]), (
+            name
+        )  # a copy, at first
     truth = Truth(average.module, model, WHICH[update_buffers])
     for n in range(1, 20):
         trained(model, generator)

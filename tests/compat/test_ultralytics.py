@@ -6,7 +6,7 @@ import pytest
 
 from fastema.compat.ultralytics import ModelEMA, export, load
 
-from ..support.peers import tensors
+from ..support.peers import named_tensors
 from .network import Network, numbers, through_a_file, torch, trained
 
 pytestmark = pytest.mark.torch
@@ -26,8 +26,8 @@ def test_checkpoint_goes_round() -> None:
     other = ModelEMA(Network(9, torch.float32), 0.9, 50)
     load(other, checkpoint)
     assert other.updates == 7
-    for name, one in tensors(other.ema).items():
-        want = tensors(ema.ema)[name]
+    for name, one in named_tensors(other.ema).items():
+        want = named_tensors(ema.ema)[name]
         assert one.dtype == want.dtype
         if name != "cache":
             assert torch.equal(one, want.half().float() if want.is_floating_point() else want)

@@ -21,7 +21,7 @@ from torch.optim import swa_utils
 Options = dict[str, Any]
 
 
-def tensors(model: Any) -> dict[str, Tensor]:
+def named_tensors(model: Any) -> dict[str, Tensor]:
     """Return a model's parameters and buffers by name, each once."""
     if isinstance(model, dict):
         return model
@@ -111,7 +111,7 @@ class Peer:
         if hasattr(average, "m_name2s_name"):
             stored = average.m_name2s_name.items()
             return {name: average.get_buffer(short) for name, short in stored}
-        return tensors(self.averaged_module(average))
+        return named_tensors(self.averaged_module(average))
 
     def averaged_module(self, average: Any) -> Any:
         return getattr(average, self.inside) if self.inside else average
