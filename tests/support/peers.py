@@ -133,7 +133,7 @@ class Peer:
             average.to(dtype)
 
 
-def counted_weight(n: int, decay: float, use_num_updates: bool = True) -> float:
+def weight_by_count(n: int, decay: float, use_num_updates: bool = True) -> float:
     return 1.0 - (min(decay, (2 + n) / (11 + n)) if use_num_updates else decay)
 
 
@@ -200,7 +200,7 @@ def karras_weight(n: int, gamma: float, update_every: int = 1) -> float:
 
 
 def litema_weight(n: int, decay: float, use_num_upates: bool = True) -> float:
-    return counted_weight(n, float(np.float32(decay)), use_num_upates)
+    return weight_by_count(n, float(np.float32(decay)), use_num_upates)
 
 
 def mmengine_weight(n: int, kind: str, momentum: float = 0.1, **others: Any) -> float:
@@ -263,7 +263,7 @@ PEERS: dict[str, Peer] = {
         ours="torch_ema",
         home="torch_ema",
         make=_of("ExponentialMovingAverage", lists=True),
-        weight=counted_weight,
+        weight=weight_by_count,
         schedules={
             f"{'counted' if counted else 'constant'} {decay}": {
                 "decay": decay,
