@@ -30,7 +30,7 @@ from bench.race.contest import Job, contest
 from bench.race.flat_module import build, randomise_
 from bench.race.question import Question, Settings
 from bench.race.report import Figure, Row, Rows, span
-from tests.support.peers import timm_averages
+from tests.support.peers import import_timm_averages
 
 Result = Callable[[], list[Tensor]]
 TOLERANCE = 2e-6
@@ -179,7 +179,7 @@ FLAT_IN_WINDOW = [_window(size) for size in (10, 2, 5, 20)]
 
 
 def _timm(stochastic: bool, model: nn.Module) -> tuple[Job, None]:
-    ema = timm_averages().ModelEmaV3(model, decay=0.9, stochastic_rounding=stochastic)
+    ema = import_timm_averages().ModelEmaV3(model, decay=0.9, stochastic_rounding=stochastic)
     return (lambda: ema.update(model)), None
 
 

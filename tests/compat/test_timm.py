@@ -19,7 +19,7 @@ from torch import nn
 
 from fastema.compat import timm as ours
 
-from ..support.peers import is_saved_float, timm_averages
+from ..support.peers import import_timm_averages, is_saved_float
 from .network import Network, Truth, numbers, trained
 
 NEEDS = ("timm",)
@@ -27,7 +27,7 @@ NEEDS = ("timm",)
 pytestmark = pytest.mark.torch
 
 
-theirs = timm_averages()
+theirs = import_timm_averages()
 
 
 def without_timm() -> dict[str, ModuleType]:

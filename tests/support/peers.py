@@ -46,7 +46,7 @@ def is_trained(name: str, tensor: Tensor) -> bool:
 
 
 @cache
-def timm_averages() -> Any:
+def import_timm_averages() -> Any:
     """Import timm's module of averages alone: the package requires torchvision."""
     package = find_spec("timm")
     assert package is not None
@@ -96,7 +96,7 @@ class Peer:
             return import_module(f"fastema.compat.{self.ours}")
         assert self.home is not None
         if self.home == "timm.utils.model_ema":
-            return timm_averages()
+            return import_timm_averages()
         return import_module(self.home)
 
     @property
