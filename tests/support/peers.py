@@ -245,7 +245,7 @@ def _composer(module: Any, model: Any, decay: float) -> Any:
     return average
 
 
-def _of(name: str, lists: bool = False) -> Callable[..., Any]:
+def _factory_of(name: str, lists: bool = False) -> Callable[..., Any]:
     """Return a factory for a class that takes the model, or a list of its parameters."""
 
     def make(module: Any, model: Any, **options: Any) -> Any:
@@ -262,7 +262,7 @@ PEERS: dict[str, Peer] = {
     "torch_ema": Peer(
         ours="torch_ema",
         home="torch_ema",
-        make=_of("ExponentialMovingAverage", lists=True),
+        make=_factory_of("ExponentialMovingAverage", lists=True),
         weight=weight_by_count,
         schedules={
             f"{'counted' if counted else 'constant'} {decay}": {
@@ -280,7 +280,7 @@ PEERS: dict[str, Peer] = {
     "diffusers": Peer(
         ours="diffusers",
         home="diffusers.training_utils",
-        make=_of("EMAModel", lists=True),
+        make=_factory_of("EMAModel", lists=True),
         weight=diffusers_weight,
         schedules={
             "all": {
@@ -351,7 +351,7 @@ PEERS: dict[str, Peer] = {
     "timm ModelEma": Peer(
         ours="timm",
         home="timm.utils.model_ema",
-        make=_of("ModelEma"),
+        make=_factory_of("ModelEma"),
         weight=constant_weight,
         schedules=DECAYS,
         slow={"decay": 0.9998},
@@ -361,7 +361,7 @@ PEERS: dict[str, Peer] = {
     "timm ModelEmaV2": Peer(
         ours="timm",
         home="timm.utils.model_ema",
-        make=_of("ModelEmaV2"),
+        make=_factory_of("ModelEmaV2"),
         weight=constant_weight,
         schedules=DECAYS,
         slow={"decay": 0.9998},
@@ -370,7 +370,7 @@ PEERS: dict[str, Peer] = {
     "timm ModelEmaV3": Peer(
         ours="timm",
         home="timm.utils.model_ema",
-        make=_of("ModelEmaV3"),
+        make=_factory_of("ModelEmaV3"),
         weight=constant_weight,
         schedules=DECAYS,
         slow={"decay": 0.9998},
@@ -379,7 +379,7 @@ PEERS: dict[str, Peer] = {
     "timm ModelEmaV3 by step": Peer(
         ours="timm",
         home="timm.utils.model_ema",
-        make=_of("ModelEmaV3"),
+        make=_factory_of("ModelEmaV3"),
         weight=timm_weight,
         schedules={
             "warmup": {"decay": 0.95, "use_warmup": True},
@@ -401,7 +401,7 @@ PEERS: dict[str, Peer] = {
     "timm ModelEmaV3 of parameters": Peer(
         ours="timm",
         home="timm.utils.model_ema",
-        make=_of("ModelEmaV3"),
+        make=_factory_of("ModelEmaV3"),
         weight=timm_weight,
         schedules={
             "plain": {"decay": 0.95, "exclude_buffers": True},
@@ -462,7 +462,7 @@ PEERS: dict[str, Peer] = {
     },
     "ultralytics": Peer(
         ours="ultralytics",
-        make=_of("ModelEMA"),
+        make=_factory_of("ModelEMA"),
         weight=lambda n, decay=0.9999, tau=2000: 1 - decay * (1 - math.exp(-(n + 1) / tau)),
         schedules={"ramp": {"decay": 0.95, "tau": 6}, "default": {}},
         slow={"decay": 0.9998, "tau": 1e-3},
@@ -471,7 +471,7 @@ PEERS: dict[str, Peer] = {
     ),
     "litema": Peer(
         ours="litema",
-        make=_of("LitEma"),
+        make=_factory_of("LitEma"),
         weight=litema_weight,
         schedules={
             f"{'counted' if counted else 'constant'} {decay}": {
