@@ -233,7 +233,7 @@ def _function_in_torchs_class(
     return swa_utils.AveragedModel(model, use_buffers=use_buffers, **function)
 
 
-def _mmengine(module: Any, model: Any, kind: str, **options: Any) -> Any:
+def _make_mmengine(module: Any, model: Any, kind: str, **options: Any) -> Any:
     gamma = {"gamma": 3} if kind == "MomentumAnnealingEMA" else {}
     return getattr(module, kind)(model, **{**options, **gamma})
 
@@ -442,7 +442,7 @@ PEERS: dict[str, Peer] = {
     **{
         f"mmengine {kind}{' of buffers' if buffers else ''}": Peer(
             ours="mmengine",
-            make=_mmengine,
+            make=_make_mmengine,
             weight=mmengine_weight,
             schedules={
                 "momentum": {
