@@ -238,7 +238,7 @@ def _make_mmengine(module: Any, model: Any, kind: str, **options: Any) -> Any:
     return getattr(module, kind)(model, **{**options, **gamma})
 
 
-def _composer(module: Any, model: Any, decay: float) -> Any:
+def _make_composer(module: Any, model: Any, decay: float) -> Any:
     """Return a copy of the model that carries the function that updates it."""
     average = copy.deepcopy(model)
     average.compute = partial(module.compute_ema, smoothing=decay)
@@ -488,7 +488,7 @@ PEERS: dict[str, Peer] = {
     ),
     "composer": Peer(
         ours="composer",
-        make=_composer,
+        make=_make_composer,
         weight=constant_weight,
         schedules={f"smoothing {decay}": {"decay": decay} for decay in (0.7, 0.0, 1.0)},
         inside="",
