@@ -219,7 +219,7 @@ def swa_function(module: Any, kind: str, decay: float = 0.9, **options: Any) -> 
     return {"multi_avg_fn" if multi else "avg_fn": made}
 
 
-def _averaged_model(
+def _make_averaged_model(
     module: Any, model: Any, kind: str, decay: float = 0.9, use_buffers: bool = False
 ) -> Any:
     function = swa_function(module, kind, decay)
@@ -310,7 +310,7 @@ PEERS: dict[str, Peer] = {
         f"swa_utils {kind}": Peer(
             ours="swa_utils",
             home="torch.optim.swa_utils",
-            make=_averaged_model,
+            make=_make_averaged_model,
             weight=swa_weight,
             schedules={"weights": {"kind": kind}},
             slow={"kind": kind, "decay": 0.9998} if kind.startswith("ema") else None,
@@ -325,7 +325,7 @@ PEERS: dict[str, Peer] = {
         f"swa_utils {kind} of buffers": Peer(
             ours="swa_utils",
             home="torch.optim.swa_utils",
-            make=_averaged_model,
+            make=_make_averaged_model,
             weight=swa_weight,
             schedules={"buffers": {"kind": kind, "use_buffers": True}},
             update=_update_parameters,
