@@ -226,7 +226,7 @@ def _make_averaged_model(
     return module.AveragedModel(model, use_buffers=use_buffers, **function)
 
 
-def _function_in_torchs_class(
+def _make_torch_model(
     module: Any, model: Any, kind: str, decay: float = 0.9, use_buffers: bool = False
 ) -> Any:
     function = swa_function(module, kind, decay)
@@ -336,7 +336,7 @@ PEERS: dict[str, Peer] = {
     **{
         f"swa_utils {kind} inside torch{' of buffers' if buffers else ''}": Peer(
             ours="swa_utils",
-            make=_function_in_torchs_class,
+            make=_make_torch_model,
             weight=swa_weight,
             schedules={"only": {"kind": kind, "use_buffers": buffers}},
             slow={"kind": kind, "decay": 0.9998} if kind.startswith("ema") else None,
