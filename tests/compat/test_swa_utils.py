@@ -11,7 +11,7 @@ from fastema.compat import swa_utils as ours
 from fastema.errors import LayoutError
 
 from ..support.peers import SWA_KINDS, is_parameter, swa_weight
-from ..support.peers import swa_function as function
+from ..support.peers import swa_arguments as function
 from .network import Network, Truth, bits, numbers, trained
 
 pytestmark = pytest.mark.torch

@@ -209,7 +209,7 @@ def mmengine_weight(n: int, kind: str, momentum: float = 0.1, **others: Any) -> 
     return momentum if kind == "ExponentialMovingAverage" else max(momentum, 3 / (3 + n))
 
 
-def swa_function(module: Any, kind: str, decay: float = 0.9, **options: Any) -> Options:
+def swa_arguments(module: Any, kind: str, decay: float = 0.9, **options: Any) -> Options:
     """Return the arguments that give an AveragedModel one of a module's functions."""
     name, _, multi = kind.partition(" ")
     if name == "default":
@@ -222,14 +222,14 @@ def swa_function(module: Any, kind: str, decay: float = 0.9, **options: Any) -> 
 def _make_averaged_model(
     module: Any, model: Any, kind: str, decay: float = 0.9, use_buffers: bool = False
 ) -> Any:
-    function = swa_function(module, kind, decay)
+    function = swa_arguments(module, kind, decay)
     return module.AveragedModel(model, use_buffers=use_buffers, **function)
 
 
 def _make_torch_model(
     module: Any, model: Any, kind: str, decay: float = 0.9, use_buffers: bool = False
 ) -> Any:
-    function = swa_function(module, kind, decay)
+    function = swa_arguments(module, kind, decay)
     return swa_utils.AveragedModel(model, use_buffers=use_buffers, **function)
 
 
