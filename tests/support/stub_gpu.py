@@ -36,7 +36,7 @@ SIGNATURE = types.void(*(types.int64,) * 4, *(types.float64,) * 8, *(types.int64
 
 
 @cache
-def twin(operation: str, formats: tuple[str, ...], layout: str) -> Any:
+def compile_on_host(operation: str, formats: tuple[str, ...], layout: str) -> Any:
     """Compile a GPU kernel for the host; its blocks and threads run one after another."""
     body, measures = cuda.make_body(operation, formats, layout), OPERATIONS[operation].measures
     number_of, moment_of, rows_of = cuda._number, cuda._launch_args, cuda.rows_to_do(operation)
@@ -136,7 +136,7 @@ class StubDriver:
         else:
             values = read(parameters, PARAMETERS)
             assert blocks == values[1]
-            job = self.bound(twin(key.operation, key.formats, key.layout), values)
+            job = self.bound(compile_on_host(key.operation, key.formats, key.layout), values)
         if self.pending is None:
             job()
         else:
