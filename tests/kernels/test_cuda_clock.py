@@ -43,7 +43,7 @@ from fastema.rules import (
 )
 from fastema.shadow.schedule_counter import tables_for
 
-from ..support.stub_gpu import StubGpu, clock_twin, gpu
+from ..support.stub_gpu import StubGpu, compile_clock_on_host, gpu
 
 __all__ = ["gpu"]
 
@@ -152,7 +152,7 @@ class Clock:
             written += [abi.SLOT, abi.TURN]
         self.cells[written] = POISON
         calls = int(self.cells[abi.TRIES])
-        run(self.address) if run else clock_twin()(self.address, 1)
+        run(self.address) if run else compile_clock_on_host()(self.address, 1)
         assert self.cells[abi.DONE] == self.cells[abi.STEP] == done + 1
         assert self.cells[abi.TRIES] == calls + 1
         assert self.cells[abi.IDLE] in (0, 1)
@@ -189,14 +189,14 @@ def test_a_flagged_update_is_skipped_and_counted(window: int) -> None:
         idle = not expected_weights(schedule, step + 1)
         if flagged and not idle:
             before = clock.cells.copy()
-            clock_twin()(clock.address, 1)
+            compile_clock_on_host()(clock.address, 1)
             skipped += 1
             same = np.ones(CLOCK_CELLS, bool)
             same[[abi.TRIES, abi.IDLE, abi.SKIPPED]] = False
             assert np.array_equal(clock.cells[same], before[same])
             assert clock.cells[abi.IDLE]
         else:
-            clock_twin()(clock.address, 1)
+            compile_clock_on_host()(clock.address, 1)
             step += 1
             assert clock.cells[abi.IDLE] == idle
         assert clock.cells[[abi.DONE, abi.SKIPPED]].tolist() == [step, skipped]

@@ -67,7 +67,7 @@ def compile_on_host(operation: str, formats: tuple[str, ...], layout: str) -> An
 
 
 @cache
-def clock_twin() -> Any:
+def compile_clock_on_host() -> Any:
     """Compile the kernel that advances clocks for the host; the last clock comes first."""
     read, advance = cuda_clock.read, cuda_clock.advance
 
@@ -132,7 +132,7 @@ class StubDriver:
             raise DriverError("CUDA_ERROR_LAUNCH_FAILED")
         self.launches.append((key.operation, blocks, stream))
         if key.operation == CLOCK:
-            job = self.bound(clock_twin(), [*read(parameters, [ctypes.c_int64]), blocks])
+            job = self.bound(compile_clock_on_host(), [*read(parameters, [ctypes.c_int64]), blocks])
         else:
             values = read(parameters, PARAMETERS)
             assert blocks == values[1]
