@@ -19,7 +19,7 @@ from fastema.bridges import registry
 from fastema.engine import cuda as engine
 from fastema.engine import cuda_group
 
-from .stub_gpu import StubDriver, compiled
+from .stub_gpu import StubDriver, stub_cubin
 
 _current = [0]
 
@@ -142,7 +142,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
         patch.delitem(sys.modules, forgotten, raising=False)
         patch.setattr(engine, "_driver", lambda: driver)
         patch.setattr(engine, "_devices", {})
-        patch.setattr(engine, "cubin", compiled)
+        patch.setattr(engine, "cubin", stub_cubin)
         patch.setattr(cuda_group, "_warned", set())
         patch.setattr(Stream, "driver", driver)
         patch.setattr(Stream, "waits", 0)

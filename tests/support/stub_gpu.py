@@ -161,7 +161,7 @@ class StubDriver:
 KEYS: dict[str, Key] = {}
 
 
-def compiled(key: Key) -> Cubin:
+def stub_cubin(key: Key) -> Cubin:
     """Return the kernel's name in place of machine code."""
     name = repr(key)
     KEYS[name] = key
@@ -297,6 +297,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> StubGpu:
     monkeypatch.setattr(bridge, "transfer", transfer)
     monkeypatch.setattr(engine, "_driver", lambda: driver)
     monkeypatch.setattr(engine, "_devices", {})
-    monkeypatch.setattr(engine, "cubin", compiled)
+    monkeypatch.setattr(engine, "cubin", stub_cubin)
     monkeypatch.setattr(cuda_group, "_warned", set())
     return stub
