@@ -14,7 +14,7 @@ from fastema.engine.driver import DriverError
 from fastema.errors import ArgumentError, DeviceError, StateError
 from fastema.rules import inverse_gamma, power, warmup
 
-from ..support.stub_gpu import StubGpu, assert_equal, gpu, move, no_kernels, shadow
+from ..support.stub_gpu import StubGpu, assert_equal, gpu, move, raise_unavailable, shadow
 
 __all__ = ["gpu"]
 
@@ -197,7 +197,7 @@ def test_averages_without_kernels_match_the_cpu_up_to_rounding(
     gpu: StubGpu, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     kind, options = WITHOUT_KERNELS[case]
-    monkeypatch.setattr(engine, "cubin", no_kernels)
+    monkeypatch.setattr(engine, "cubin", raise_unavailable)
     torch.manual_seed(5)
     start = [torch.randn(61, 9), torch.randn(0), torch.randn(9, 14)[:, ::2], torch.tensor(7)]
     found = []

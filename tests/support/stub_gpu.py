@@ -168,7 +168,7 @@ def stub_cubin(key: Key) -> Cubin:
     return Cubin(name, name.encode())
 
 
-def no_kernels(key: Key) -> NoReturn:
+def raise_unavailable(key: Key) -> NoReturn:
     """Raise as :func:`fastema.engine.cubins.cubin` does where there is no compiler."""
     raise Unavailable("no compiler: pip install 'fastema[cuda]'")
 
