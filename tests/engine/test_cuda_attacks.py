@@ -12,7 +12,7 @@ import torch
 import fastema
 from fastema.rules import warmup
 
-from ..support.stub_gpu import assert_equal, gpu, move, shadow
+from ..support.stub_gpu import assert_equal, change_weights, gpu, shadow
 from .late_device import MAIN, SIDE, THIRD, LateGpu, late
 
 __all__ = ["gpu", "late"]
@@ -127,7 +127,7 @@ def test_swapped_weights_may_be_restored_on_another_stream(
     """One dtype swaps, one parks, and one uses a spare buffer that is dropped at once."""
     weights = {"w": late.tensor(torch.randn(300).to(dtype))}
     ema = fastema.EMA(weights, 0.5, shadow_dtype="float32")
-    move(weights.values())
+    change_weights(weights.values())
     ema.update()
     raw, average = weights["w"].clone(), shadow(ema)
     late.driver.late = True

@@ -13,7 +13,7 @@ import fastema
 from fastema.errors import StateError
 from fastema.rules import constant, power, warmup
 
-from ..support.stub_gpu import assert_equal, gpu, move, shadow
+from ..support.stub_gpu import assert_equal, change_weights, gpu, shadow
 from .late_device import SIDE, LateGpu, late
 
 __all__ = ["gpu", "late"]
@@ -57,7 +57,7 @@ def test_replays_skip_nonfinite_updates_as_the_cpu_does(late: LateGpu) -> None:
     late.context.calls.clear()
     generator = np.random.default_rng(4)
     for _ in range(40):
-        move(model.parameters())
+        change_weights(model.parameters())
         if generator.random() < 0.6:
             model[int(generator.integers(2))].data.view(-1)[3] = generator.choice([np.nan, np.inf])
         there.load_state_dict(model.state_dict())
@@ -139,7 +139,7 @@ def test_replays_equal_cpu_updates_to_the_bit(late: LateGpu, options: dict[str, 
     with late.capture() as graph:
         ema.update()
     for step in range(1, 201):
-        move(weights)
+        change_weights(weights)
         others[0].copy_(weights[0])
         late.replay(graph)
         late.stub.place = lambda tensor: None

@@ -14,7 +14,7 @@ from fastema.engine.driver import DriverError
 from fastema.errors import ArgumentError, DeviceError, StateError
 from fastema.rules import inverse_gamma, power, warmup
 
-from ..support.stub_gpu import StubGpu, assert_equal, gpu, move, raise_unavailable, shadow
+from ..support.stub_gpu import StubGpu, assert_equal, change_weights, gpu, raise_unavailable, shadow
 
 __all__ = ["gpu"]
 
@@ -75,7 +75,7 @@ def test_gpu_averages_equal_cpu_averages(
             assert [entry.parts[part][1].device for part in ("ring", "shadow")] == ["cpu", "cuda:0"]
         torch.manual_seed(9)
         for _ in range(12):
-            move(model.parameters())
+            change_weights(model.parameters())
             average.update()
         found.append(([dict(one) for one in average.shadows], average.num_updates))
     assert found[0][1] == found[1][1]
@@ -100,7 +100,7 @@ def test_a_run_resumes_on_the_other_device_to_the_bit(gpu: StubGpu, there: bool)
             state = resumed.state_dict()
             resumed = make_ema(not there)
             resumed.load_state_dict(state)
-        move(weights)
+        change_weights(weights)
         gpu.place = lambda tensor: None
         reference.update()
         gpu.place = lambda tensor, step=step: 0 if there == (step < 7) else None
@@ -123,7 +123,7 @@ def test_an_update_is_one_launch_per_group_and_no_other_call(
     gpu.driver.calls.clear()
     gpu.context.calls.clear()
     for _ in range(5):
-        move(model.values())
+        change_weights(model.values())
         ema.update()
     launches = [("advance", 1, 77)] * capturable + [("lerp", 1000, 77), ("copy", 1, 77)]
     assert gpu.driver.take() == launches * 5
@@ -209,7 +209,7 @@ def test_averages_without_kernels_match_the_cpu_up_to_rounding(
             average = kind(weights, **options)
         torch.manual_seed(6)
         for step in range(9):
-            move(weights[:3])
+            change_weights(weights[:3])
             if case == "guarded" and step == 4:
                 weights[0][2, 2], kept = torch.inf, weights[0][2, 2].clone()
                 average.update()
@@ -242,7 +242,7 @@ def test_a_model_on_two_devices_launches_on_both(gpu: StubGpu) -> None:
     gpu.contexts[1].handle = 78
     plan = fastema.Plan(averages, weights)
     before = [a.clone() for a in averages]
-    move(weights)
+    change_weights(weights)
     plan.lerp_(0.25)
     assert {stream for _, _, stream in gpu.driver.take()} == {77, 78}
     assert gpu.driver.calls["push"] == gpu.driver.calls["pop"] > 0

@@ -185,7 +185,7 @@ def assert_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tens
         assert torch.equal(one[name], other[name]), name
 
 
-def move(tensors: Iterable[torch.Tensor]) -> None:
+def change_weights(tensors: Iterable[torch.Tensor]) -> None:
     """Change tensors as a training step does."""
     with torch.no_grad():
         for tensor in tensors:
