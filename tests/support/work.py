@@ -9,7 +9,7 @@ from fastema.engine import watch
 from fastema.kernels.watch_table import TENSORS
 
 
-def lines_of(call: Callable[[], Any]) -> int:
+def count_lines(call: Callable[[], Any]) -> int:
     """Count the lines of fastema's Python that a call executes.
 
     Each tensor that the compiled check inspects counts as one line.
@@ -40,8 +40,8 @@ def lines_of(call: Callable[[], Any]) -> int:
 
 def grows_linearly(call_of: Callable[[int], Callable[[], Any]], count: int = 40) -> bool:
     """Return whether the work of the calls from ``call_of(count)`` is linear in ``count``."""
-    lines_of(call_of(count))  # one-time work
-    small, middle, large = (lines_of(call_of(count * k)) for k in (1, 2, 4))
+    count_lines(call_of(count))  # one-time work
+    small, middle, large = (count_lines(call_of(count * k)) for k in (1, 2, 4))
     assert middle > small  # the count is not trivial
     # Linear work doubles; comparing each tensor with all others would quadruple it.
     return large - middle < 2.1 * (middle - small)
