@@ -40,10 +40,10 @@ def require_packages(*names: str) -> None:
 @cache
 def missing_packages(path: Path) -> tuple[str, ...]:
     """Return the packages that a test file imports or lists in ``NEEDS`` but are missing."""
-    return tuple(sorted({name for name in _imported(path) if not _is_installed(name)}))
+    return tuple(sorted({name for name in _iterate_imports(path) if not _is_installed(name)}))
 
 
-def _imported(path: Path) -> Iterator[str]:
+def _iterate_imports(path: Path) -> Iterator[str]:
     """Yield the packages that a file needs, directly or through its relative imports."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         match node:
