@@ -106,7 +106,7 @@ def real_of_storage(code: str) -> str:
     return FLOATS[real_of(code)].storage
 
 
-def encode_random(values: Reals, words: Array, code: str) -> Array:
+def encode_randomly(values: Reals, words: Array, code: str) -> Array:
     """Round each value to one of its two 16-bit neighbors; the random word decides which.
 
     Let ``f`` be the fraction of the way from the neighbor nearer zero to the other one, in units
@@ -220,7 +220,7 @@ def lerp(avg: Array, x: Array, w: float, dst: str, src: str, words: Array | None
             weight = float(np.float32(w))
             difference = new.astype(np.float32) - old.astype(np.float32)
             result = _fma32(weight, difference.astype(np.float64), old) if weight != 1 else new
-    return encode(result, dst) if words is None else encode_random(result, words, dst)
+    return encode(result, dst) if words is None else encode_randomly(result, words, dst)
 
 
 def _two_sum(x: Reals, y: Reals) -> tuple[Reals, Reals]:

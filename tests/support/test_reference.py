@@ -115,7 +115,7 @@ def test_random_rounding_picks_a_neighbor_and_is_unbiased(code: str) -> None:
     random = np.random.default_rng(3).normal(size=40) * 2.0 ** np.arange(-20, 20) * 0.05
     grid = _grid(np.array([*SIXTEEN[code], *random, *(-random)]), code)
     for value in grid[np.abs(grid) <= reference.FLOATS[code].largest]:
-        stored = reference.encode_random(np.full(1 << 16, value), ALL_WORDS, code)
+        stored = reference.encode_randomly(np.full(1 << 16, value), ALL_WORDS, code)
         got = reference.decode(stored, code)
         below, above = got.min(), got.max()
         assert below <= value <= above
