@@ -263,7 +263,7 @@ def _fma64(w: float, d: Reals, z: Reals) -> Reals:
     result = np.where(tail == 0, total, total + tail)  # a zero total keeps its sign
     for i in np.argwhere(~(plain & (low == high))):
         at = tuple(i)
-        result[at] = _exactly(w, float(d[at]), float(z[at]))
+        result[at] = _fma_exactly(w, float(d[at]), float(z[at]))
     return result
 
 
@@ -274,7 +274,7 @@ def _split(values: Reals) -> tuple[Reals, Reals]:
     return high, values - high
 
 
-def _exactly(w: float, d: float, z: float) -> float:
+def _fma_exactly(w: float, d: float, z: float) -> float:
     if not (math.isfinite(w) and math.isfinite(d)):
         return w * d + z
     if not math.isfinite(z):
