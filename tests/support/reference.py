@@ -76,7 +76,7 @@ def _nearest(values: Reals, form: Float) -> Reals:
         return np.ldexp(np.rint(np.ldexp(values, -place)), place)
 
 
-def _bounded(values: Reals, form: Float) -> Reals:
+def _overflow_to_infinity(values: Reals, form: Float) -> Reals:
     return np.where(np.abs(values) > form.largest, np.copysign(np.inf, values), values)
 
 
@@ -85,7 +85,7 @@ def encode(values: Reals, code: str) -> Array:
     form = FLOATS[code]
     if code == "f64":
         return values
-    rounded = _bounded(_nearest(values, form), form)
+    rounded = _overflow_to_infinity(_nearest(values, form), form)
     if code == "bf16":
         return (rounded.astype(np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
     return rounded.astype(form.storage)
@@ -126,7 +126,9 @@ def encode_randomly(values: Reals, words: Array, code: str) -> Array:
     if code == "bf16":
         rounded = np.where(np.isfinite(sizes), np.minimum(rounded, form.largest), sizes)
     else:
-        rounded = np.where(sizes > form.largest, _bounded(_nearest(sizes, form), form), rounded)
+        rounded = np.where(
+            sizes > form.largest, _overflow_to_infinity(_nearest(sizes, form), form), rounded
+        )
     return encode(np.copysign(rounded, values), code)
 
 
@@ -184,7 +186,7 @@ def split(values: Array) -> tuple[Array, Array]:
     place = _last_place(wide, form)
     with np.errstate(invalid="ignore"):
         away = np.ldexp(np.floor(np.ldexp(np.abs(wide), -place) + 0.5), place)
-        high = _bounded(np.where(np.isinf(wide), np.inf, away), form)
+        high = _overflow_to_infinity(np.where(np.isinf(wide), np.inf, away), form)
     residual = values.view(np.uint32) & np.uint32(0xFFFF)
     return encode(np.copysign(high, wide), "bf16"), residual.astype(np.uint16)
 
@@ -241,7 +243,7 @@ def _fma32(w: float, d: Reals, z: Reals) -> Reals:
     rounded = _nearest(total, form)
     half = np.ldexp(0.5, _last_place(total, form))
     halfway = (np.abs(total - rounded) == half) & (rest != 0)
-    return _bounded(np.where(halfway, total + np.copysign(half, rest), rounded), form)
+    return _overflow_to_infinity(np.where(halfway, total + np.copysign(half, rest), rounded), form)
 
 
 def _fma64(w: float, d: Reals, z: Reals) -> Reals:
