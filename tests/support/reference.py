@@ -70,7 +70,7 @@ def _last_place(values: Reals, form: Float) -> NDArray[np.intc]:
     return (np.maximum(exponent, form.lowest + 1) - form.digits).astype(np.intc)
 
 
-def _nearest(values: Reals, form: Float) -> Reals:
+def _round_to_nearest(values: Reals, form: Float) -> Reals:
     place = _last_place(values, form)
     with np.errstate(over="ignore", invalid="ignore"):
         return np.ldexp(np.rint(np.ldexp(values, -place)), place)
@@ -85,7 +85,7 @@ def encode(values: Reals, code: str) -> Array:
     form = FLOATS[code]
     if code == "f64":
         return values
-    rounded = _overflow_to_infinity(_nearest(values, form), form)
+    rounded = _overflow_to_infinity(_round_to_nearest(values, form), form)
     if code == "bf16":
         return (rounded.astype(np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
     return rounded.astype(form.storage)
@@ -127,7 +127,9 @@ def encode_randomly(values: Reals, words: Array, code: str) -> Array:
         rounded = np.where(np.isfinite(sizes), np.minimum(rounded, form.largest), sizes)
     else:
         rounded = np.where(
-            sizes > form.largest, _overflow_to_infinity(_nearest(sizes, form), form), rounded
+            sizes > form.largest,
+            _overflow_to_infinity(_round_to_nearest(sizes, form), form),
+            rounded,
         )
     return encode(np.copysign(rounded, values), code)
 
@@ -240,7 +242,7 @@ def _fma32(w: float, d: Reals, z: Reals) -> Reals:
     """
     form = FLOATS["f32"]
     total, rest = _two_sum(w * d, z)
-    rounded = _nearest(total, form)
+    rounded = _round_to_nearest(total, form)
     half = np.ldexp(0.5, _last_place(total, form))
     halfway = (np.abs(total - rounded) == half) & (rest != 0)
     return _overflow_to_infinity(np.where(halfway, total + np.copysign(half, rest), rounded), form)
