@@ -117,7 +117,7 @@ def encode_randomly(values: Reals, words: Array, code: str) -> Array:
     """
     form = FLOATS[code]
     bits = FLOATS["f32"].digits - form.digits
-    sizes = np.abs(_to_odd(values))
+    sizes = np.abs(_round_to_odd(values))
     place = _last_place(sizes, form)
     with np.errstate(over="ignore", invalid="ignore"):
         units = np.rint(np.ldexp(sizes, bits - place))  # integers, except subnormal f16 results
@@ -134,7 +134,7 @@ def encode_randomly(values: Reals, words: Array, code: str) -> Array:
     return encode(np.copysign(rounded, values), code)
 
 
-def _to_odd(values: Reals) -> Reals:
+def _round_to_odd(values: Reals) -> Reals:
     """Round to float32; an inexact value becomes the neighbor whose last digit is odd."""
     form = FLOATS["f32"]
     place = _last_place(values, form)
