@@ -153,7 +153,7 @@ def tensor_key(name: str, which: int = 0) -> int:
     return zlib.crc32(f"{which}/{name}".encode())
 
 
-def _mixed(x: Words) -> Words:
+def _mix_words(x: Words) -> Words:
     """Permute 32-bit words: xor-shift and multiply, twice, and a last xor-shift.
 
     ``x`` needs at least one axis: NumPy warns when a scalar overflows.
@@ -171,9 +171,9 @@ def random_words(seed: int, step: int, key: int, index: Array) -> Array:
     low, *others = (number >> shift & 0xFFFFFFFF for number in (seed, step) for shift in (0, 32))
     first = np.full(index.shape, low ^ 0x9E3779B9, np.uint32)
     for number in (*others, key):
-        first = _mixed(first) ^ np.uint32(number)
-    first = _mixed(_mixed(first) ^ (index >> np.uint64(32)).astype(np.uint32))
-    second = _mixed(first)
+        first = _mix_words(first) ^ np.uint32(number)
+    first = _mix_words(_mix_words(first) ^ (index >> np.uint64(32)).astype(np.uint32))
+    second = _mix_words(first)
     x = ((index & np.uint64(0xFFFFFFFF)).astype(np.uint32) ^ first) * np.uint32(0x7FEB352D)
     x ^= (x >> np.uint32(16)) ^ second
     x *= x + x + np.uint32(1)
