@@ -123,7 +123,7 @@ def zeros(length: int, dtype: Any) -> ndarray:
     return made
 
 
-def _module() -> ModuleType:
+def _build_module() -> ModuleType:
     made = ModuleType("cupy")
     made.ndarray, made.array, made.asarray, made.zeros = ndarray, array, array, zeros
     cuda = ModuleType("cupy.cuda")
@@ -138,7 +138,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
     driver = StubDriver()
     forgotten = "fastema.bridges.cupy"
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "cupy", _module())
+        patch.setitem(sys.modules, "cupy", _build_module())
         patch.delitem(sys.modules, forgotten, raising=False)
         patch.setattr(engine, "_driver", lambda: driver)
         patch.setattr(engine, "_devices", {})
