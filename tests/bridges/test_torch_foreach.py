@@ -19,7 +19,7 @@ from fastema.layout.group import Pair
 
 from ..support import reference
 from ..support.arrays import assert_same, numbers
-from ..support.tolerance import cast_bound, exact_lerp, lerp_bound, unit_roundoff
+from ..support.tolerance import cast_bound, lerp_bound, lerp_in_long_double, unit_roundoff
 
 pytestmark = pytest.mark.torch
 
@@ -142,7 +142,7 @@ def assert_lerped(
         np.testing.assert_array_equal(value, values_of(want, dst))
         return
     with np.errstate(all="ignore"):
-        exact = exact_lerp(before, x, w, dst, src)
+        exact = lerp_in_long_double(before, x, w, dst, src)
         moved = np.abs(exact - values_of(before, dst)).astype(float)
         bound = lerp_bound(before, x, w, dst, src) + 2 * unit_roundoff(computed) * moved
         bound += reference.FLOATS[computed].smallest

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .reference import FLOATS, decode, real_of, real_of_storage
 
-__all__ = ["cast_bound", "exact_lerp", "lerp_bound", "unit_roundoff"]
+__all__ = ["cast_bound", "lerp_bound", "lerp_in_long_double", "unit_roundoff"]
 
 Array = NDArray[Any]
 Reals = NDArray[np.float64]
@@ -32,7 +32,9 @@ def _reals(stored: Array, code: str) -> NDArray[np.longdouble]:
     return decode(stored.view(real_of_storage(code)), real_of(code)).astype(np.longdouble)
 
 
-def exact_lerp(avg: Array, x: Array, w: float, dst: str, src: str) -> NDArray[np.longdouble]:
+def lerp_in_long_double(
+    avg: Array, x: Array, w: float, dst: str, src: str
+) -> NDArray[np.longdouble]:
     """Return ``avg + w * (x - avg)`` of stored arrays in long double.
 
     Complex numbers come as pairs of reals along the last axis.
@@ -52,11 +54,11 @@ def lerp_bound(avg: Array, x: Array, w: float, dst: str, src: str) -> Reals:
     u = unit_roundoff(computed)
     old, new = _reals(avg, dst), _reals(x, src)
     moved = np.abs(w * (new - old)).astype(np.float64)
-    result = np.abs(exact_lerp(avg, x, w, dst, src)).astype(np.float64)
+    result = np.abs(lerp_in_long_double(avg, x, w, dst, src)).astype(np.float64)
     bound = 2 * u * moved + cast_bound(result, computed)
     if real_of(dst) != computed:
         bound += cast_bound(result + bound, dst)
-    # exact_lerp's own error, where long double is no wider than double.
+    # lerp_in_long_double's own error, where long double is no wider than double.
     bound += 2 * float(np.finfo(np.longdouble).eps) * (np.abs(old).astype(np.float64) + moved)
     # Products of two roundings: u and the other errors are all far below 2 ** -6.
     return np.asarray(bound * (1 + 2.0**-6), np.float64)
