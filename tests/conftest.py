@@ -20,7 +20,7 @@ from fastema.engine import cpu
 
 from .support.matrix import reduce_cases
 from .support.peak import overall_peak
-from .support.requirements import missing_packages
+from .support.requirements import find_missing_packages
 
 # The first example of a kernel may take as long as compiling it. CI uses the same examples in
 # every run; new examples are for developers who can look into them.
@@ -129,7 +129,7 @@ LACKING: dict[str, tuple[str, ...]] = {}
 
 
 def _lacks_packages(path: Path) -> bool:
-    if path.suffix != ".py" or not (missing := missing_packages(path)):
+    if path.suffix != ".py" or not (missing := find_missing_packages(path)):
         return False
     if "CI" in os.environ:
         pytest.exit(f"{path} needs {', '.join(missing)}: not installed", 1)

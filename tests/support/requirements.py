@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["missing_packages", "require", "require_packages"]
+__all__ = ["find_missing_packages", "require", "require_packages"]
 
 
 @cache
@@ -38,7 +38,7 @@ def require_packages(*names: str) -> None:
 
 
 @cache
-def missing_packages(path: Path) -> tuple[str, ...]:
+def find_missing_packages(path: Path) -> tuple[str, ...]:
     """Return the packages that a test file imports or lists in ``NEEDS`` but are missing."""
     return tuple(sorted({name for name in _iterate_imports(path) if not _is_installed(name)}))
 
@@ -54,7 +54,7 @@ def _iterate_imports(path: Path) -> Iterator[str]:
                 parts = (module or "").split(".")
                 below = folder.joinpath(*parts[:-1], f"{parts[-1]}.py")
                 if below.is_file():
-                    yield from missing_packages(below)
+                    yield from find_missing_packages(below)
             case ast.ImportFrom(str(module)) if not module.startswith("fastema"):
                 yield module.split(".")[0]
             case ast.Assign([ast.Name("NEEDS")], ast.Tuple(elements)):
