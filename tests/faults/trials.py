@@ -31,7 +31,7 @@ from fastema import checkpoint
 from fastema.distributed import consolidate
 from fastema.errors import FastemaError
 
-from ..shadow.kinds import KINDS, all_of, which
+from ..shadow.kinds import KINDS, full_state, which
 from ..shadow.weights import net, refresh_, tensors_of
 from ..support.peers import PEERS
 from .interrupts import interrupt, interrupt_after
@@ -69,7 +69,7 @@ class Side:
 
     def snapshot(self) -> Any:
         """Return the bits of the average and its counters."""
-        return all_of(self.average)
+        return full_state(self.average)
 
 
 class PeerSide(Side):

@@ -53,7 +53,7 @@ def last_shadow(average: Any) -> dict[str, Tensor]:
     return dict(average.shadows[-1])
 
 
-def all_of(average: Any) -> dict[Any, Any]:
+def full_state(average: Any) -> dict[Any, Any]:
     """Return all state of an average, to the bit: tensors, residuals, rings, counters, schedule."""
     state = average.state_dict(copy=False)
     parts = {part: state.pop(part) for part in PARTS if part in state}
@@ -68,8 +68,8 @@ def all_of(average: Any) -> dict[Any, Any]:
 @contextmanager
 def assert_unchanged(weights: Any, *averages: Any) -> Iterator[None]:
     """Assert that the block leaves weights and averages unchanged to the bit, and none applied."""
-    raw, held = snapshot(weights), [all_of(one) for one in averages]
+    raw, held = snapshot(weights), [full_state(one) for one in averages]
     yield
     assert_bits(weights, raw)
-    assert [all_of(one) for one in averages] == held
+    assert [full_state(one) for one in averages] == held
     assert not any(one.applied for one in averages)

@@ -9,7 +9,7 @@ import torch
 import fastema
 from fastema.errors import ArgumentError, DeviceError, DTypeError
 
-from .kinds import all_of, assert_unchanged, build_three
+from .kinds import assert_unchanged, build_three, full_state
 from .truth import Loop, arithmetic_of
 from .weights import FLOATS, bits, net, refresh_, train_
 
@@ -97,7 +97,7 @@ def test_conversion_to_and_from_halves_is_exact(build: object, old: str, new: st
     refresh_(model, 9)
     average.update()
     twin.update()
-    assert all_of(average) == all_of(twin)
+    assert full_state(average) == full_state(twin)
 
 
 TO_FLOAT32: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
@@ -128,7 +128,7 @@ def test_to_accepts_every_spelling_of_a_dtype(how: str, stored: str) -> None:
             assert average.to(*args, **kwargs) is average
             twin.to(dtype="float32")
     assert average.shadow["hidden.weight"].dtype == torch.float32
-    assert all_of(average) == all_of(twin)
+    assert full_state(average) == full_state(twin)
 
 
 REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {

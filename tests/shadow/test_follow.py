@@ -11,7 +11,7 @@ import fastema
 from fastema.errors import ArgumentError, StateError
 from fastema.rules import Warmup
 
-from .kinds import all_of
+from .kinds import full_state
 
 pytestmark = pytest.mark.torch
 
@@ -39,7 +39,7 @@ def test_every_optimizer_step_is_one_update_beside_a_scheduler() -> None:
         optimizer.zero_grad()
         scheduler.step()
         other.update()
-    assert all_of(ema) == all_of(other)
+    assert full_state(ema) == full_state(other)
     assert ema.num_updates == 7
 
 
@@ -54,7 +54,7 @@ def test_average_updates_once_all_followed_optimizers_have_stepped() -> None:
         assert ema.num_updates == n
         second.step()
         other.update()
-        assert all_of(ema) == all_of(other)
+        assert full_state(ema) == full_state(other)
     for _ in range(5):  # like a critic, which is trained more often
         first.step()
     assert ema.num_updates == 4
@@ -88,7 +88,7 @@ def test_steps_skipped_by_the_grad_scaler_do_not_count(name: str, unscaled: bool
         if not bad:
             other.update()
         assert all(one.isfinite().all() for one in model.parameters())
-        assert all_of(ema) == all_of(other)
+        assert full_state(ema) == full_state(other)
     assert ema.num_updates == 3
 
 
@@ -101,7 +101,7 @@ def test_steps_declined_by_update_if_count_in_the_next_update() -> None:
         optimizer.step()
         if steps is not None:
             other.update(steps=steps)
-        assert all_of(ema) == all_of(other)
+        assert full_state(ema) == full_state(other)
     assert ema.num_updates == 6
 
 

@@ -8,7 +8,7 @@ import torch
 import fastema
 from fastema.errors import NonFiniteError
 
-from .kinds import all_of
+from .kinds import full_state
 from .stored import CODES
 from .weights import net, refresh_, train_
 
@@ -45,7 +45,7 @@ def test_one_nonfinite_weight_leaves_the_average_unchanged(dtype: torch.dtype, p
     mirror = fastema.EMA(clean, (0.5, 0.9))
     train_(weights, [1], skipping, raising)
     train_(clean, [1], mirror)
-    before = all_of(mirror)
+    before = full_state(mirror)
     cases = [(name, value) for name in "abc" for value in BAD]
     for count, (name, value) in enumerate(cases, 1):
         refresh_(weights, 1 + count)
@@ -53,13 +53,13 @@ def test_one_nonfinite_weight_leaves_the_average_unchanged(dtype: torch.dtype, p
         with pytest.raises(NonFiniteError, match=f"'{name}'"):
             raising.update()
         skipping.update()
-        assert all_of(skipping) == {**before, "num_skipped": count}
-        assert all_of(raising) == before
+        assert full_state(skipping) == {**before, "num_skipped": count}
+        assert full_state(raising) == before
     # Later updates behave as if those calls had not happened.
     train_(weights, [99], skipping, raising)
     train_(clean, [99], mirror)
-    assert all_of(raising) == all_of(mirror)
-    assert all_of(skipping) == {**all_of(mirror), "num_skipped": len(cases)}
+    assert full_state(raising) == full_state(mirror)
+    assert full_state(skipping) == {**full_state(mirror), "num_skipped": len(cases)}
     assert (skipping.num_updates, skipping.num_skipped) == (2, len(cases))
 
 
@@ -90,7 +90,7 @@ def test_nonfinite_statistics_leave_the_average_unchanged(bad: float, buffers: A
     model[0].running_mean.add_(1)
     for one in (skipping, raising):
         one.update()
-    before = all_of(raising)
+    before = full_state(raising)
     with torch.no_grad():
         model[0].weight.mul_(2)
     model[0].running_var[17] = bad
@@ -98,8 +98,8 @@ def test_nonfinite_statistics_leave_the_average_unchanged(bad: float, buffers: A
     with pytest.raises(NonFiniteError, match=r"'0\.running_var' holds"):
         raising.update()
     skipping.update()
-    assert all_of(raising) == before
-    assert all_of(skipping) == {**before, "num_skipped": 1}
+    assert full_state(raising) == before
+    assert full_state(skipping) == {**before, "num_skipped": 1}
     model[0].running_var.fill_(3)
     for one in (skipping, raising):
         one.update()

@@ -13,7 +13,7 @@ from torch import nn
 import fastema
 from fastema.errors import LayoutError
 
-from .kinds import KINDS, VARIED, all_of, assert_unchanged, which
+from .kinds import KINDS, VARIED, assert_unchanged, full_state, which
 from .weights import Net, assert_bits, net, poison_, snapshot, tensors_of, train_, values
 
 pytestmark = pytest.mark.torch
@@ -162,7 +162,7 @@ def test_averages_of_every_kind_follow_weights_that_move(kind: str, move: str) -
             state, other = average.state_dict(), twin.state_dict()
             assert_bits(state["ring"][0], snapshot(other["ring"][0]))
         else:
-            assert all_of(average) == all_of(twin)
+            assert full_state(average) == full_state(twin)
 
 
 WIDE = {"shadow_dtype": "float64"}
@@ -179,10 +179,10 @@ def test_weights_may_move_while_applied(move: str, kind: str, options: dict[str,
     average = KINDS[kind](model, **options)
     train_(model, range(1, 6), average)
     train_(model, [7])
-    held = all_of(average)
+    held = full_state(average)
     with assert_unchanged(model, average), average.swapped(**which(average)):
         move_and_poison(model, move)
-        assert all_of(average) == held
+        assert full_state(average) == held
     average.update()
 
 

@@ -13,7 +13,7 @@ import fastema
 from fastema.errors import ArgumentError, BridgeError, LayoutError, NonFiniteError, StateError
 from fastema.shadow.offload import OffloadedEMA
 
-from .kinds import all_of, assert_unchanged, which
+from .kinds import assert_unchanged, full_state, which
 from .weights import Net, assert_bits, net, refresh_, snapshot
 
 pytestmark = pytest.mark.torch
@@ -64,7 +64,7 @@ def test_offloaded_average_equals_an_ordinary_one_to_the_bit(options: dict[str, 
     assert isinstance(offloaded, OffloadedEMA)
     assert isinstance(offloaded, fastema.EMA)
     train(model, offloaded, ema)
-    assert all_of(offloaded) == all_of(ema)
+    assert full_state(offloaded) == full_state(ema)
     assert list(offloaded.shadows[-1]) == list(ema.shadows[-1])
     assert offloaded.averaged_names == ema.averaged_names
     with ema.swapped(**which(ema)):
@@ -75,7 +75,7 @@ def test_offloaded_average_equals_an_ordinary_one_to_the_bit(options: dict[str, 
             assert offloaded.applied
             assert_bits(model, wanted)
     train(model, offloaded, ema, 2)
-    assert all_of(offloaded) == all_of(ema)
+    assert full_state(offloaded) == full_state(ema)
 
 
 def test_update_returns_before_the_copy_and_the_next_step_waits_for_it() -> None:
@@ -99,7 +99,7 @@ def test_update_returns_before_the_copy_and_the_next_step_waits_for_it() -> None
     optimizer.step()
     events.append("stepped")
     timer.join()
-    assert all_of(offloaded) == all_of(ema)
+    assert full_state(offloaded) == full_state(ema)
     others = [one for one in events if not one.startswith("copy")]
     assert others == ["update returned", "released", "stepped"]
     assert events.index("copy 1") > events.index("released")
@@ -122,7 +122,7 @@ def test_updates_skipped_while_behind_count_in_the_next_update() -> None:
         refresh_(model, steps)
         offloaded.update()
         ema.update(steps=steps)
-        assert all_of(offloaded) == all_of(ema)
+        assert full_state(offloaded) == full_state(ema)
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
@@ -161,13 +161,13 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("call", CALLS)
 def test_error_in_the_worker_is_raised_by_the_next_call(call: str) -> None:
     model, offloaded, _ema = build(on_nonfinite="raise")
-    before = all_of(offloaded)
+    before = full_state(offloaded)
     with torch.no_grad():
         model.head.weight[0, 0] = torch.nan
     offloaded.update()
     with pytest.raises(NonFiniteError, match=r"'head\.weight'"):
         CALLS[call](offloaded)
-    assert all_of(offloaded) == before
+    assert full_state(offloaded) == before
     with torch.no_grad():
         model.head.weight[0, 0] = 1.0
     offloaded.update()

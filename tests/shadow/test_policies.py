@@ -10,7 +10,7 @@ from torch import nn
 import fastema
 from fastema.errors import DTypeError, LayoutError
 
-from .kinds import KINDS, VARIED, all_of, assert_unchanged, which
+from .kinds import KINDS, VARIED, assert_unchanged, full_state, which
 from .weights import BUFFERS, Net, assert_bits, bits, net, refresh_, snapshot
 
 pytestmark = pytest.mark.torch
@@ -91,15 +91,15 @@ def test_unsaved_buffers_may_change_in_a_block_or_before_loading(change: Change,
     for n in (1, 2):
         refresh_(dict(model.state_dict()), n)
         average.update()
-    held = all_of(average)
+    held = full_state(average)
     with assert_unchanged(dict(model.state_dict()), average), average.swapped(**which(average)):
         change(model)
-        assert all_of(average) == held
+        assert full_state(average) == held
     resumed = net_with_tables()
     change(resumed)
     other = KINDS[kind](resumed)
     other.load_state_dict(average.state_dict())
-    assert all_of(other) == held
+    assert full_state(other) == held
     fresh = net_with_tables(5)
     other.copy_to(fresh, **which(average))
     with average.swapped(**which(average)):

@@ -10,7 +10,7 @@ import fastema
 
 from ..support import reference
 from ..support.tolerance import cast_bound, unit_roundoff
-from .kinds import PARTS, all_of
+from .kinds import PARTS, full_state
 from .stored import CODES, exact
 from .weights import refresh_, train_
 
@@ -74,7 +74,7 @@ def test_nonfinite_weights_are_forgotten_within_two_windows(dtype: torch.dtype, 
             assert not np.isfinite(got[::2]).any()
         if not 11 <= step < 11 + 2 * window:
             np.testing.assert_array_equal(got, want)
-    assert all_of(sma) == all_of(mirror)
+    assert full_state(sma) == full_state(mirror)
 
 
 @pytest.mark.parametrize("window", [3, 10])

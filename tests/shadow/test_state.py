@@ -19,7 +19,7 @@ from fastema import rules
 from fastema.errors import CheckpointError
 
 from ..support.damage import places
-from .kinds import KINDS, PARTS, Kind, all_of, assert_unchanged, build_trained, which
+from .kinds import KINDS, PARTS, Kind, assert_unchanged, build_trained, full_state, which
 from .weights import (
     FLOATS,
     Net,
@@ -105,9 +105,9 @@ def test_resumed_run_is_equal_to_the_bit(
     with pytest.warns(UserWarning, match="schedule") if differs else warnings_as_errors():
         second.load_state_dict(saved)
     assert (second.decay, second.schedule) == (first.decay, first.schedule)
-    assert all_of(second) == all_of(first)
+    assert full_state(second) == full_state(first)
     train_(second_model, range(cut + 1, 15), second)
-    assert all_of(second) == all_of(average)
+    assert full_state(second) == full_state(average)
 
 
 SCHEDULES: dict[str, State] = {

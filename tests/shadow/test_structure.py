@@ -10,7 +10,16 @@ from torch import nn
 import fastema
 from fastema.errors import LayoutError
 
-from .kinds import KINDS, PARTS, VARIED, all_of, assert_unchanged, build_trained, last_shadow, which
+from .kinds import (
+    KINDS,
+    PARTS,
+    VARIED,
+    assert_unchanged,
+    build_trained,
+    full_state,
+    last_shadow,
+    which,
+)
 from .weights import Net, assert_bits, bits, net, refresh_, snapshot
 
 pytestmark = pytest.mark.torch
@@ -196,13 +205,13 @@ def test_tied_weights_are_swapped_once(tie: str, kind: str) -> None:
         step_(model, n)
         average.update()
     step_(model, 6)
-    held, whole = all_of(average), Lang("none")
+    held, whole = full_state(average), Lang("none")
     average.copy_to(whole, **which(average))
     with assert_unchanged(model, average), average.swapped(**which(average)):
         assert torch.equal(model.embed.weight, whole.embed.weight)
         if tie != "module":
             assert torch.equal(model.head.weight, whole.embed.weight)
-        assert all_of(average) == held
+        assert full_state(average) == held
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -291,10 +300,10 @@ def test_wrappers_change_no_average(wrapper: str, kind: str) -> None:
         refresh_(other, n)
         average.update()
         twin.update(WRAPPERS[wrapper](other) if n % 2 else None)
-    assert all_of(average) == all_of(twin)
+    assert full_state(average) == full_state(twin)
     resumed = KINDS[kind](WRAPPERS[wrapper](net(5)))
     resumed.load_state_dict(twin.state_dict())
-    assert all_of(resumed) == all_of(twin)
+    assert full_state(resumed) == full_state(twin)
 
 
 LAYOUTS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {

@@ -10,7 +10,7 @@ from torch import nn
 import fastema
 from fastema.errors import StateError
 
-from .kinds import KINDS, all_of, assert_unchanged, build_trained, which
+from .kinds import KINDS, assert_unchanged, build_trained, full_state, which
 from .weights import (
     FLOATS,
     Net,
@@ -43,7 +43,7 @@ def build(kind: str = "EMA", model_dtype: str = "f32", shadow_dtype: Any = None)
 def test_swap_round_trip_is_exact(kind: str, options: dict[str, str], model_dtype: str) -> None:
     """For each of several averages, and including residuals and rings."""
     model, average = build(kind, model_dtype, **options)
-    raw, held = snapshot(model), all_of(average)
+    raw, held = snapshot(model), full_state(average)
     for i, shadow in enumerate(average.shadows):
         # copy_to() joins the halves of a split average into a float32.
         whole = net(3, torch.float32) if "split" in kind else net(3, shadow["scale"].dtype)
@@ -57,7 +57,7 @@ def test_swap_round_trip_is_exact(kind: str, options: dict[str, str], model_dtyp
                     if "split" not in kind and as_held[name].dtype == parameter.dtype:
                         assert torch.equal(bits(parameter), bits(as_held[name]))
                 # Callers must see the average unchanged, with its residuals and rings.
-                assert all_of(average) == held
+                assert full_state(average) == held
                 assert average.applied
                 assert not torch.equal(bits(model.conv.weight), raw["conv.weight"])
         with assert_unchanged(model, average):
@@ -110,7 +110,7 @@ def test_swap_keeps_every_bit_of_a_split_average(model_dtype: str) -> None:
     model = [weights if model_dtype == "f32" else weights.bfloat16()]
     raw = average.flip(0) if model_dtype == "f32" else average.flip(0).bfloat16()
     model[0].copy_(raw)
-    held, half = all_of(ema), ema.shadow["0"].clone()
+    held, half = full_state(ema), ema.shadow["0"].clone()
     with ema.swapped(model):
         if model_dtype == "f32":
             words = average.view(torch.int32)  # NaNs have become quiet
@@ -119,7 +119,7 @@ def test_swap_keeps_every_bit_of_a_split_average(model_dtype: str) -> None:
         else:
             assert torch.equal(bits(model[0]), bits(half))
     assert torch.equal(bits(model[0]), bits(raw))
-    assert all_of(ema) == held
+    assert full_state(ema) == held
 
 
 class Stop(BaseException):
