@@ -356,8 +356,8 @@ class ModelAverager:
 
         They are restored exactly, also after an exception, and also into tensors that were moved,
         cast or replaced inside the block. Their values stay in the averages' memory if
-        :class:`MemorySwap` can swap them; otherwise, and on another device, they are copied. On exit,
-        a LayoutError names tensors that are gone or reshaped; all others are restored.
+        :class:`MemorySwap` can swap them; otherwise, and on another device, they are copied. On
+        exit, a LayoutError names tensors that are gone or reshaped; all others are restored.
         """
         return RestoringBlock(partial(self._swap_steps, model))
 

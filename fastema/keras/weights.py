@@ -194,8 +194,8 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             raise StateError("the callback has no model yet: fit() or set_model() sets it")
         if self._averaged_model is not None and model is not self._averaged_model:
             raise StateError(
-                f"this EMAWeights averages another model, {self._averaged_model.name!r}: create one for "
-                "each model (and call load_state_dict() to continue with a reloaded model)"
+                f"this EMAWeights averages another model, {self._averaged_model.name!r}: create "
+                "one for each model (and call load_state_dict() to continue with a reloaded model)"
             )
         return model
 
@@ -357,7 +357,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 self._guards.pop().remove()
 
     def _restore_ema(self) -> None:
-        """Restore the weights; keep an error that is raised after that for :meth:`_raise_deferred_error`."""
+        """Restore the weights; keep a later error for :meth:`_raise_deferred_error`."""
         try:
             if self.ema.applied:
                 self.ema.restore()
