@@ -316,7 +316,7 @@ class Binding:
 
     @property
     def watched(self) -> tuple[Leaves, Leaves]:
-        """WatchedSide tensors of average and model, as described at the latest match."""
+        """Watched tensors of average and model, as described at the latest match."""
         dst, src = self._bound.sides
         return dst.leaves, src.leaves
 

@@ -116,7 +116,7 @@ def _changed(trained: Sequence[FreezeState]) -> bool:
 
 
 class SampledSide(WatchedSide):
-    """WatchedSide tensors of which each call checks one share of :data:`SHARES`, in turn."""
+    """Watched tensors of which each call checks one share of :data:`SHARES`, in turn."""
 
     def __init__(
         self, leaves: Leaves, container: Any, trained: Sequence[FreezeState], *, transient: bool

@@ -61,7 +61,7 @@ class VariableGroup:
 
 @dataclass(eq=False)
 class Registry:
-    """CheckpointState hidden from TensorFlow's attribute tracking, which would wrap and save it."""
+    """State hidden from TensorFlow's attribute tracking, which would wrap and save it."""
 
     names: dict[Any, str] = field(default_factory=dict)  # by tf.Variable.ref(), oldest first
     entries: dict[Any, VariableGroup] = field(
