@@ -1,4 +1,4 @@
-"""Finished checkpoints: the average of the last ten of a folder, as `fastema average` makes it.
+"""Average the last ten finished checkpoints in a folder with `fastema average`.
 
 pip install fastema torch scikit-learn safetensors
 python examples/average_checkpoints.py

@@ -1,7 +1,8 @@
-"""Diffusion: train once, and choose the width of the average afterwards (Karras et al., 2023).
+"""Diffusion: train once, then choose the width of the average (Karras et al., 2023).
 
-A small network learns to denoise points on two moons. Two power-function averages are saved from
-time to time; then the average of every width is put together and its loss is measured.
+A small network learns to denoise points on two moons. Training saves snapshots of two
+power-function averages. Afterwards, averages of five widths are synthesized from the snapshots, and
+their losses are measured.
 
     pip install fastema torch scikit-learn
     python examples/diffusion_posthoc.py
@@ -27,13 +28,13 @@ def network() -> nn.Sequential:
 
 
 def loss_of(model: nn.Module, points: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """Squared error of the noise that the model finds in noisy points, at noise levels sigma."""
+    """Return the mean squared error of the noise that the model predicts at noise levels sigma."""
     noisy = (points + sigma * noise) / (1 + sigma.square()).sqrt()
     return (model(torch.cat([noisy, sigma.log() / 4], 1)) - noise).square().mean()
 
 
 def draw(points: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Points, noise, and noise levels."""
+    """Draw points, noise, and noise levels."""
     chosen = points[torch.randint(len(points), (count,))]
     return chosen, torch.randn(count, 2), torch.exp(1.2 * torch.randn(count, 1) - 1.2)
 

@@ -1,7 +1,7 @@
-"""The task of the other examples: handwritten digits, a small network, a high learning rate.
+"""The task that the other examples share: handwritten digits and a small network.
 
-A model that is trained at a high learning rate moves around the best weights; its average lies
-nearer to them. Half of the labels are wrong, so that there is something to average out.
+At a high learning rate, a model moves around the best weights, and its average lies closer to them.
+Half of the labels are random, so that there is noise to average out.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 TRAINED = 1200
-"""Images that are trained on; the other 597 are for the test."""
+"""Number of training images; the other 597 are the test set."""
 
 
 def load(wrong: float = 0.5, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return images, their digits, and labels, a share of which are random."""
+    """Return images, their digits, and labels; a share `wrong` of the labels is random."""
     torch.manual_seed(seed)
     data, target = load_digits(return_X_y=True)
     order = torch.randperm(len(data))
@@ -37,7 +37,7 @@ def network() -> nn.Sequential:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, digits: Tensor) -> float:
-    """The share of the test's images that a model reads right."""
+    """Return the share of test images that a model classifies correctly."""
     device = next(model.parameters()).device
     right = model(images[TRAINED:].to(device)).argmax(1).cpu() == digits[TRAINED:]
     return right.float().mean().item()

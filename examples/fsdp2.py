@@ -1,4 +1,4 @@
-"""Sharded training on two ranks: each averages its shards, and one folder is written at the end.
+"""Sharded training on two ranks: each rank averages its shards; one folder is written at the end.
 
 pip install fastema torch scikit-learn
 torchrun --nproc-per-node 2 examples/fsdp2.py
@@ -28,10 +28,10 @@ def main() -> None:
         fully_shard(layer)
     fully_shard(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    ema = fastema.EMA(model, decay=0.998)  # of DTensors; offload=True keeps it on the host
+    ema = fastema.EMA(model, decay=0.998)  # averages DTensors; offload=True keeps them on the host
     ranks, rank = dist.get_world_size(), dist.get_rank()
     for _ in range(300):
-        batch = torch.randint(TRAINED, (128,))[rank::ranks]  # the same numbers on every rank
+        batch = torch.randint(TRAINED, (128,))[rank::ranks]  # every rank draws the same numbers
         functional.cross_entropy(model(images[batch]), labels[batch]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -47,7 +47,7 @@ def main() -> None:
         report(trained, averaged)
         found = open_checkpoint(Path(shared[0]) / "average")
         print(f"one folder: {len(found.tensors)} tensors, {found.format}")
-    dist.barrier()  # Gloo's threads may hold tensors for a moment: a process that ends then crashes
+    dist.barrier()  # Gloo's threads may still hold tensors: exiting then would crash
     dist.destroy_process_group()
 
 

@@ -1,6 +1,6 @@
-"""JAX: arrays never change, so each update is given the new ones, outside jit.
+"""JAX: arrays never change, so pass the new arrays to each update, outside of jit.
 
-Inside jit use optax.incremental_update: XLA fuses it with the rest.
+Inside jit, use optax.incremental_update: XLA fuses it with the training step.
 
     pip install fastema jax torch scikit-learn
     python examples/jax_loop.py

@@ -1,4 +1,4 @@
-"""Keras: val_loss is the average's, on any backend.
+"""Keras on any backend: validate with the average.
 
 pip install fastema keras torch scikit-learn
 KERAS_BACKEND=torch python examples/keras_callback.py

@@ -1,4 +1,4 @@
-"""Lightning: validation sees the average, checkpoints hold both.
+"""Lightning: validation uses the average; checkpoints hold the weights and the average.
 
 pip install fastema lightning scikit-learn
 python examples/lightning_callback.py

@@ -1,6 +1,6 @@
-"""A model in bfloat16: its average in float32, in bfloat16, and as it would be rounded to nearest.
+"""Average a bfloat16 model in float32, in bfloat16, and in bfloat16 with rounding to nearest.
 
-Rounded to nearest, an average stands still: an update is smaller than half of its last digit.
+Rounded to nearest, an average stalls: an update is smaller than half of its last digit.
 
     pip install fastema torch scikit-learn
     python examples/mixed_precision.py
@@ -22,8 +22,8 @@ def main() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     averages = {
         "in float32": fastema.EMA(model, decay=0.998, shadow_dtype="float32"),
-        "in bfloat16, by random bits": fastema.EMA(model, decay=0.998),
-        "in bfloat16, to nearest": fastema.EMA(model, decay=0.998, rounding="nearest"),
+        "in bfloat16, stochastic": fastema.EMA(model, decay=0.998),
+        "in bfloat16, nearest": fastema.EMA(model, decay=0.998, rounding="nearest"),
     }
     for _ in range(400):
         batch = torch.randint(TRAINED, (128,))

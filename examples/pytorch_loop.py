@@ -1,4 +1,4 @@
-"""A PyTorch loop: the average follows the optimizer, is evaluated, saved, and loaded again.
+"""A PyTorch loop: follow the optimizer, then evaluate, save and load the average.
 
 pip install fastema torch scikit-learn
 python examples/pytorch_loop.py

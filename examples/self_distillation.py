@@ -1,7 +1,7 @@
-"""Self-distillation: a model is taught by its own average, and learns less of what is wrong.
+"""Self-distillation: a model taught by its own average memorizes fewer wrong labels.
 
-A small network learns to read digits, half of which have random labels. It memorises the wrong
-labels; its average does so less. Taught in part by that average, it hardly memorises them. The
+A small network learns to read digits, and half of the labels are random. It memorizes the wrong
+labels; its average does so less. If the average teaches it in part, it hardly memorizes them. The
 teacher is the model called with the averaged weights: there is no second model.
 
     pip install fastema torch scikit-learn
@@ -20,12 +20,12 @@ import fastema
 
 
 def train(steps: int, share: float, seed: int = 0) -> tuple[float, float]:
-    """Accuracy of the model and of its average, where the teacher has this share of the loss."""
+    """Train with a `share` of the loss from the teacher; return both accuracies."""
     images, digits, labels = load(seed=seed)
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     ema = fastema.EMA(model, decay=0.998)
-    ema.follow(optimizer)  # updates after each of its steps
+    ema.follow(optimizer)  # update after each optimizer step
     for step in range(steps):
         batch = torch.randint(TRAINED, (128,))
         with torch.no_grad():

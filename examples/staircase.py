@@ -1,9 +1,9 @@
-"""Keras' loss curve is a staircase; the losses behind it, and their averages, are not.
+"""Keras' loss curve is a staircase; the losses of its batches, and their averages, are not.
 
-What Keras shows as `loss` is the mean since the epoch began. While a model improves, that mean lags
-behind; the later in the epoch, the more batches of long ago are in it; and it jumps as the next
-epoch begins. This trains a small network on handwritten digits, with `fastema.keras.LossAverages`
-in front of TensorBoard's callback, reads the event file back and draws both.
+Keras shows as `loss` the mean since the epoch began. While a model improves, that mean lags behind:
+late in an epoch it still includes many old batches, and it jumps when the next epoch begins. This
+script trains a small network on handwritten digits with `fastema.keras.LossAverages` in front of
+TensorBoard's callback, reads the event file back and draws both curves.
 
     pip install fastema keras torch scikit-learn matplotlib tensorboard
     KERAS_BACKEND=torch python examples/staircase.py
@@ -37,10 +37,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--window-size", type=int, default=20, help="of the SMA")
-    parser.add_argument("--decay", type=float, default=0.9, help="of the EMA")
+    parser.add_argument("--window-size", type=int, default=20, help="values in the SMA")
+    parser.add_argument("--decay", type=float, default=0.9, help="decay of the EMA")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--logs", type=Path, help="folder for the event files; kept if given")
+    parser.add_argument(
+        "--logs", type=Path, help="folder for the event files (by default a temporary one)"
+    )
     parser.add_argument("--out", type=Path, default=Path("staircase.png"))
     args = parser.parse_args()
     if args.logs and args.logs.exists() and any(args.logs.iterdir()):
@@ -56,7 +58,7 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace, folder: Path) -> list[float]:
-    """Write event files; the loss of all training images as each epoch ends."""
+    """Write event files; return the loss of all training images at the end of each epoch."""
     digits = load_digits()
     x, y = digits.data.astype("float32") / 16, digits.target
     keras.utils.set_random_seed(args.seed)
@@ -74,16 +76,16 @@ def train(args: argparse.Namespace, folder: Path) -> list[float]:
         y,
         batch_size=args.batch_size,
         epochs=args.epochs,
-        # Not held out, for once: these are the same images with the weights of that moment.
+        # Not held out on purpose: the same images, with the weights at the end of the epoch.
         validation_data=(x, y),
         verbose=0,
-        callbacks=[averages, board(folder)],  # in this order: what averages adds, the next sees
+        callbacks=[averages, board(folder)],  # in this order: the second sees what the first adds
     )
     return history.history["val_loss"]
 
 
 def board(folder: Path) -> keras.callbacks.Callback:
-    """Keras' own callback, or, as that needs TensorFlow, one that writes the same."""
+    """Return Keras' own callback, or, without TensorFlow, one that writes the same values."""
     if importlib.util.find_spec("tensorflow"):
         return keras.callbacks.TensorBoard(folder, update_freq="batch", write_graph=False)
     writer = TensorBoardWriter(folder / "train", window_size=None, decay=None)
@@ -97,7 +99,7 @@ def board(folder: Path) -> keras.callbacks.Callback:
 
 
 def read(args: argparse.Namespace, folder: Path) -> dict[str, Curve]:
-    """The curves of the training batches out of the event files."""
+    """Read the curves of the training batches from the event files."""
     found = {name.rpartition("/")[2]: curve for name, curve in logs.read(folder).items()}
     return {
         "loss": found["batch_loss"],
@@ -108,11 +110,11 @@ def read(args: argparse.Namespace, folder: Path) -> dict[str, Curve]:
 
 
 def report(args: argparse.Namespace, curves: dict[str, Curve], true: list[float]) -> None:
-    """Print what the picture shows."""
+    """Print the picture's numbers as a table."""
     shown, _, sma, ema = (curve.values for curve in curves.values())
     steps = len(shown) // args.epochs
     print(f"Keras on {keras.backend.backend()}, {args.epochs} epochs of {steps} batches.\n")
-    print("       as the epoch ends                   from its last batch to the next one")
+    print("       at the end of the epoch             from its last batch to the next")
     print("       loss of      loss that   too high   that loss   SMA        EMA")
     settings = f"{args.window_size:<8}   {args.decay:g}"
     print(f"epoch  the model    Keras says  by         jumps by    {settings}")
@@ -126,7 +128,7 @@ def report(args: argparse.Namespace, curves: dict[str, Curve], true: list[float]
 
 
 def draw(args: argparse.Namespace, curves: dict[str, Curve], true: list[float]) -> None:
-    """Draw what was reported, what was measured, and its averages."""
+    """Draw the reported loss, the loss of each batch, and its averages."""
     steps = len(curves["loss"].steps) // args.epochs
     excess = np.mean(curves["loss"].values[steps - 1 :: steps] / true)
     with matplotlib.rc_context(STYLE):
@@ -152,9 +154,9 @@ def draw(args: argparse.Namespace, curves: dict[str, Curve], true: list[float]) 
         figure.text(
             0.045,
             0.855,
-            "Keras reports the mean since the epoch began: noisy at first, then ever slower to "
-            f"follow. As an epoch ends it is, on\naverage, {excess:.1f} times the loss that the "
-            "model has by then (black dots: all training images); then it jumps.",
+            "Keras reports the mean since the epoch began: noisy at first, then slower and slower to "
+            f"follow. At the end of an epoch it is, on\naverage, {excess:.1f} times the model's loss "
+            "at that moment (black dots: all training images); then it jumps.",
             color=GREY,
             fontsize=11,
             linespacing=1.4,

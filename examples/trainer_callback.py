@@ -1,4 +1,4 @@
-"""The Trainer of transformers: validation sees the average, and checkpoints hold it.
+"""The Hugging Face Trainer: evaluation uses the average, and checkpoints hold it.
 
 pip install fastema torch transformers accelerate scikit-learn
 python examples/trainer_callback.py
@@ -18,7 +18,7 @@ from fastema.transformers import EMACallback
 
 
 class Classifier(torch.nn.Module):
-    """A model as the Trainer calls it: with labels it returns the loss first."""
+    """A model for the Trainer: with labels, it returns the loss first."""
 
     def __init__(self) -> None:
         super().__init__()

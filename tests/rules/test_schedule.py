@@ -14,7 +14,7 @@ from fastema.errors import ArgumentError
 from fastema.rules import Schedule
 
 decays = st.floats(0.0, 0.9999)
-made = st.one_of(
+any_rule = st.one_of(
     st.builds(rules.constant, decays),
     st.builds(rules.warmup, decays),
     st.builds(rules.inverse_gamma, decays),
@@ -23,7 +23,7 @@ made = st.one_of(
     st.builds(rules.window, st.integers(1, 20)),
     st.builds(rules.debiased, st.builds(rules.warmup, decays)),
 )
-sets = st.lists(made, min_size=1, max_size=4).map(tuple)
+sets = st.lists(any_rule, min_size=1, max_size=4).map(tuple)
 schedules = st.builds(Schedule, sets, st.integers(1, 50), st.integers(0, 200))
 
 
