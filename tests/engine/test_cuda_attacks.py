@@ -175,7 +175,7 @@ HANDLERS = """
     from fastema.engine.program import Program
     from fastema.layout.group import Pair
     from fastema.layout.spec import TensorSpec
-    from tests.support.stub_gpu import StubDriver, StubContext, compiled
+    from tests.support.stub_gpu import StubContext, StubDriver, stub_cubin
 
     driver = StubDriver()
     home = StubContext(0, driver)
@@ -200,7 +200,7 @@ HANDLERS = """
     def slow(key):
         if key.operation == "lerp":
             os.kill(os.getpid(), wanted)
-        return compiled(key)
+        return stub_cubin(key)
 
     engine.cubin = slow
     launch = driver.launch
