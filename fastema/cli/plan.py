@@ -81,7 +81,7 @@ class PlanOption:
     seconds: float  # per step: the time of an update, divided by update_every
 
 
-def ways(args: argparse.Namespace) -> list[PlanOption]:
+def estimate_options(args: argparse.Namespace) -> list[PlanOption]:
     """Return the ways to keep an average that apply to these arguments, with their costs."""
     weights, size, world = args.params, _BYTES[args.dtype], args.world
     dtype = {4: "float32", 2: args.dtype}[size]
@@ -119,7 +119,7 @@ def ways(args: argparse.Namespace) -> list[PlanOption]:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table and return the exit code."""
-    found = ways(args)
+    found = estimate_options(args)
     if args.json:
         print(json.dumps([asdict(way) for way in found], indent=2))
         return 0
