@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings; return 1 if a kernel is wrong, 0 otherwise."""
-    found = dict(_findings())
+    found = dict(_collect_findings())
     failed = {check.name: check.error for check in found["checks"] if check.error}
     if args.json:
         found["checks"] = {check.name: check.error or "right" for check in found["checks"]}
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _findings() -> Iterator[tuple[str, Any]]:
+def _collect_findings() -> Iterator[tuple[str, Any]]:
     import fastema
     from fastema.engine import diagnosis
 
