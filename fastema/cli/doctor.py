@@ -112,7 +112,7 @@ def _checks() -> Iterator[_Check]:
     ]
     for name, dtype, shadow, tolerance in numpy_pairs:
         arrays = [generator.standard_normal(n).astype(dtype) for n in (10_007, 3)]
-        yield _Check(f"update of {name}", _wrong_update(arrays, shadow, tolerance, _plain))
+        yield _Check(f"update of {name}", _find_update_error(arrays, shadow, tolerance, _plain))
     if find_spec("torch") is None:
         return
     import torch
@@ -126,7 +126,7 @@ def _checks() -> Iterator[_Check]:
         ("bfloat16, averaged in two halves", "bf16+16", 1.6e-2),
     ):
         tensors = [torch.randn(n, dtype=torch.bfloat16) for n in (10_007, 3)]
-        yield _Check(f"update of {name}", _wrong_update(tensors, shadow, tolerance, wide))
+        yield _Check(f"update of {name}", _find_update_error(tensors, shadow, tolerance, wide))
     model = torch.nn.Linear(301, 77)
     yield _Check("swap and back of float32", _wrong_swap(model, torch))
 
@@ -135,7 +135,7 @@ def _plain(x: Any) -> Any:
     return x.astype("float64")
 
 
-def _wrong_update(
+def _find_update_error(
     arrays: list[Any], shadow: str | None, tolerance: float, wide: Callable[[Any], Any]
 ) -> str:
     """Return how an updated average differs from the formula; "" if within `tolerance`."""
