@@ -128,7 +128,7 @@ def _checks() -> Iterator[_Check]:
         tensors = [torch.randn(n, dtype=torch.bfloat16) for n in (10_007, 3)]
         yield _Check(f"update of {name}", _find_update_error(tensors, shadow, tolerance, wide))
     model = torch.nn.Linear(301, 77)
-    yield _Check("swap and back of float32", _wrong_swap(model, torch))
+    yield _Check("swap and back of float32", _find_swap_error(model, torch))
 
 
 def _plain(x: Any) -> Any:
@@ -157,7 +157,7 @@ def _find_update_error(
     return ""
 
 
-def _wrong_swap(model: Any, torch: Any) -> str:
+def _find_swap_error(model: Any, torch: Any) -> str:
     import fastema
 
     ema = fastema.EMA(model, decay=0.5)
