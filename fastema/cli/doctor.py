@@ -82,7 +82,7 @@ def _collect_findings() -> Iterator[tuple[str, Any]]:
     yield "seconds of the checks, kernels compiled or loaded", time.perf_counter() - began
     folder, nbytes = diagnosis.cache()
     yield "cache", {"folder": folder, "bytes": nbytes}
-    yield "GB/s", _bandwidth()
+    yield "GB/s", _measure_bandwidth()
 
 
 def _version(package: str) -> str | None:
@@ -174,7 +174,7 @@ def _find_swap_error(model: Any, torch: Any) -> str:
 # -- speed ---------------------------------------------------------------------------------------
 
 
-def _bandwidth() -> float:
+def _measure_bandwidth() -> float:
     """Return the GB/s of the faster of two kernels that only move bytes."""
     from fastema.engine import limit
 
