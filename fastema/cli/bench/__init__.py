@@ -63,14 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Time all ways, print the table and draw the picture; return the exit code."""
-    from fastema.cli.bench.race import races
+    from fastema.cli.bench.race import time_contenders
     from fastema.cli.bench.shapes import shapes_of
 
     if args.output is not None and find_spec("matplotlib") is None:
         raise ArgumentError("--output needs matplotlib: pip install matplotlib")
     title, shapes = shapes_of(args)
     found: list[Any] = []
-    for one in races(shapes, args):
+    for one in time_contenders(shapes, args):
         found.append(one)
         if sys.stderr.isatty():
             print(f"\r{len(found)} libraries timed", end="", file=sys.stderr, flush=True)

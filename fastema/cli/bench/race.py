@@ -131,7 +131,7 @@ WAYS: dict[str, tuple[str, Setup]] = {
 """Name -> (the package that the way needs, the function that sets it up)."""
 
 
-def races(shapes: Shapes, args: argparse.Namespace) -> Iterator[Result]:
+def time_contenders(shapes: Shapes, args: argparse.Namespace) -> Iterator[Result]:
     """Yield the timing of fastema, then of each other way; each is interleaved with fastema."""
     dtype, average = getattr(torch, args.dtype), getattr(torch, args.average)
     try:
