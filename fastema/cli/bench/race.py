@@ -50,7 +50,7 @@ def _weights(model: nn.Module) -> list[torch.Tensor]:
     return [one.detach() for one in model.parameters()]
 
 
-def _ours(model: nn.Module, dtype: torch.dtype) -> Contender:
+def _setup_fastema(model: nn.Module, dtype: torch.dtype) -> Contender:
     ema = fastema.EMA(model, DECAY, shadow_dtype=dtype)
     return Contender(ema.update, ema.shadow.values)
 
@@ -142,7 +142,7 @@ def time_contenders(shapes: Shapes, args: argparse.Namespace) -> Iterator[Result
     model = nn.ParameterList(made)
     each = dtype.itemsize + 2 * average.itemsize
     nbytes = each * sum(one.numel() for one in made)
-    ours = _ours(model, average).update
+    ours = _setup_fastema(model, average).update
     limit = _limit(nbytes) if args.device == "cpu" else None
     seconds, plain = _race([ours, *([limit] if limit else [])], args)
     share = None if limit is None else plain / seconds
