@@ -174,10 +174,10 @@ def _limit(nbytes: int) -> Job:
 
 def _seconds_of(job: Job, rounds: int) -> float:
     job()
-    return median(_timed(job) for _ in range(rounds))
+    return median(_time_once(job) for _ in range(rounds))
 
 
-def _timed(job: Job) -> float:
+def _time_once(job: Job) -> float:
     began = time.perf_counter()
     job()
     if torch.cuda.is_available():
@@ -193,5 +193,5 @@ def _race(jobs: list[Job], args: argparse.Namespace) -> list[float]:
     end = time.perf_counter() + args.seconds
     while time.perf_counter() < end or len(times[-1]) < 3:
         for job, found in zip(jobs, times, strict=True):
-            found.append(_timed(job))
+            found.append(_time_once(job))
     return [median(found) for found in times] + [0.0] * (2 - len(jobs))
