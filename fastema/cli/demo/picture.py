@@ -50,7 +50,9 @@ def draw(setup: Setup, machine: Machine, history: History, out: Path) -> None:
 
 
 def _headline(figure: Figure, seen: Tail) -> None:
-    figure.text(MARGIN, 0.945, summary.takeaway(seen), fontsize=20, fontweight="bold", va="center")
+    figure.text(
+        MARGIN, 0.945, summary.describe_outcome(seen), fontsize=20, fontweight="bold", va="center"
+    )
     figure.text(
         MARGIN,
         0.893,

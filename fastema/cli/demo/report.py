@@ -104,7 +104,7 @@ class Reporter:
         cost, machine = summary.cost(history), self._machine
         epochs = "epoch" if seen.epochs == 1 else f"{seen.epochs} epochs"
         return (
-            f"[bold]{summary.takeaway(seen)}.[/bold]\n"
+            f"[bold]{summary.describe_outcome(seen)}.[/bold]\n"
             f"Test accuracy, mean and standard deviation over the last {epochs}:\n"
             f"  raw weights  {seen.raw_accuracy.mean:5.1f} +/- {seen.raw_accuracy.std:.1f} %, "
             f"loss {seen.raw_loss.mean:.3f}; at the end {last.raw.accuracy:.1f} %, "

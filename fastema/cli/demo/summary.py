@@ -50,7 +50,7 @@ def tail(history: History) -> Tail:
     )
 
 
-def takeaway(seen: Tail) -> str:
+def describe_outcome(seen: Tail) -> str:
     """Return the outcome of the run in one sentence."""
     if not seen.finite:
         return "The training diverged: its loss is no longer finite"
