@@ -71,7 +71,7 @@ class Reporter:
         """Print the table and the summary."""
         if not self._quiet:
             self._console.print(self._table(history))
-        self._console.print(self._words(history))
+        self._console.print(self._format_summary(history))
         # No wrapping and no markup: people copy the path.
         self._console.print(f"Picture: {picture}", soft_wrap=True, markup=False)
 
@@ -97,7 +97,7 @@ class Reporter:
             table.add_row(str(number), *(cell(seen, times) for _, _, cell in columns))
         return table
 
-    def _words(self, history: History) -> str:
+    def _format_summary(self, history: History) -> str:
         seen = summary.tail(history)
         last = history.evaluations[-1]
         best_raw, best_ema = summary.best(history.evaluations)
