@@ -1,10 +1,10 @@
-# From a fresh clone, with nothing else done: `make demo` or `make test`.
-# Every target makes .venv and installs what it needs there, under constraints.txt, once; test-all
-# makes .venv-numpy besides.
+# In a fresh clone: `make demo` or `make test`. No other step is needed.
+# Every target creates .venv and installs what it needs there once, pinned by constraints.txt;
+# test-all also creates .venv-numpy.
 #
 #   make test PYTHON=python3.12 VENV=.venv312     another interpreter, in its own environment
 #   make test ARGS="-k rounding"                  options for the command that is run
-#   make test JOBS=0                              in one process; otherwise as many as there are cores
+#   make test JOBS=0                              one process; the default is one per core
 #
 # Paths are relative and programs run as `python -m`, so a checkout may lie below a folder
 # with spaces in its name.
@@ -17,17 +17,17 @@ JOBS ?= auto
 PY := $(VENV)/bin/python
 ALONE := $(VENV)-numpy
 CUDA12 := $(VENV)-cuda12
-# What the GPU kernels of a wheel are compiled with: their drivers are those of CUDA 12 and 13.
+# The toolkit that compiles a wheel's GPU kernels; they run with drivers for CUDA 12 and 13.
 TOOLKIT := cuda-bindings==12.9.10 cuda-core==1.2.2 cuda-toolkit[nvcc,nvjitlink,nvrtc]==12.9.2.0 \
   numba-cuda==0.30.4 numba==0.68.1
 PYTEST := -m pytest -n $(JOBS) --dist worksteal --durations=25 --durations-min=1
-# A stamp is younger than these exactly when the environment was installed from them.
+# A stamp newer than these files means that the environment was installed from them.
 PINS := pyproject.toml constraints.txt Makefile
 SAY = @printf '\n==> %s\n'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-# Two pips at once in one environment break it.
+# Two concurrent pips would break an environment.
 .NOTPARALLEL:
 .PHONY: help demo test test-all test-full bench bench-quick gpu-check compiled wheel docs lint format dev clean \
   release-check
@@ -35,8 +35,8 @@ SAY = @printf '\n==> %s\n'
 help:
 	@echo "make demo         train a small model on real data, with and without its average"
 	@echo "make test         the tests: PyTorch, NumPy, JAX, Keras; five minutes on two cores"
-	@echo "make test-all     the same, then the slow ones, TensorFlow, NumPy alone; twelve minutes"
-	@echo "make test-full    every combination of what the others take pairs of; most of an hour"
+	@echo "make test-all     the same, then slow tests, TensorFlow, NumPy alone; twelve minutes"
+	@echo "make test-full    every combination of test parameters; most of an hour"
 	@echo "make bench-quick  the benchmarks in short, under four minutes"
 	@echo "make bench        the benchmarks in full: speed, accuracy, quality; an hour"
 	@echo "make gpu-check    on a machine with a CUDA GPU: build, test, benchmark; eight minutes"
@@ -56,8 +56,8 @@ test: $(VENV)/.test $(VENV)/.timm
 	$(SAY) "pytest $(ARGS)"
 	@$(PY) $(PYTEST) -m "not slow and not tensorflow" $(ARGS)
 
-# What takes long, what needs TensorFlow, and what does not need PyTorch where there is none: that
-# tests are skipped for what is missing there is no fault, in continuous integration either.
+# Slow tests, TensorFlow, and an environment with NumPy alone. There, tests may skip what is missing,
+# also in continuous integration (CI= unset).
 test-all: test $(VENV)/.test-all $(ALONE)/.made
 	$(SAY) "pytest, the slow tests"
 	@$(PY) $(PYTEST) -m "slow and not tensorflow"
@@ -76,29 +76,28 @@ bench-quick: $(VENV)/.bench $(VENV)/.timm
 	$(SAY) "python -m bench --quick $(ARGS)"
 	@$(PY) -m bench --quick $(ARGS)
 
-# What is said of GPU kernels needs their compilers, which the tests bring along.
+# The question about GPU kernels needs their compilers, which test-all installs.
 bench: $(VENV)/.test-all $(VENV)/.timm
 	$(SAY) "python -m bench all $(ARGS)"
 	@$(PY) -m bench all $(ARGS)
 
-# With the Python and the packages that are there, and no environment of its own: GPU machines
-# come with a torch that fits their driver.
+# Uses the installed Python and packages: GPU machines come with a torch that fits their driver.
 gpu-check:
 	$(SAY) "python -m bench gpu $(ARGS)"
 	@PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m bench gpu $(ARGS)
 
-# For those who work on a checkout, too: `make compiled ARGS="--device cpu"`.
+# Also useful in a checkout: `make compiled ARGS="--device cpu"`.
 compiled: $(CUDA12)/.made
 	$(SAY) "compiling the kernels of processors and GPUs"
 	@$(CUDA12)/bin/python -m fastema.engine.build_kernels $(ARGS)
 
-# From an empty folder: a `build` folder beside pyproject.toml would be taken for the tool.
+# Runs in an empty folder: Python would import a `build` folder beside pyproject.toml as the tool.
 wheel: compiled $(VENV)/.test
 	$(SAY) "building the sdist and the wheel"
 	@root="$$PWD"; cd "$$(mktemp -d)" && \
 	  FASTEMA_RELEASE=1 "$$root/$(PY)" -m build --no-isolation --outdir "$$root/dist" "$$root"
 
-# A link or an anchor that leads nowhere fails it. Nothing is fetched while it is built or read.
+# Dead links and anchors are errors. Nothing is downloaded to build or read the site.
 docs: $(VENV)/.docs
 	$(SAY) "mkdocs build --strict"
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet && echo "site/index.html"
@@ -113,8 +112,8 @@ lint: $(VENV)/.dev
 	$(SAY) "mypy --strict of what users write"
 	@$(PY) -m mypy --strict tests/typing/user_code.py
 
-# Every test and benchmark, the site, the linters, the wheel with all kernels, and what is built in
-# empty environments of every Python there is.
+# All tests and benchmarks, the site, the linters, the wheel with all kernels, and the built artifacts
+# in empty environments of every installed Python.
 release-check: test-all bench-quick docs lint wheel
 	$(SAY) ".ci/release_check dist"
 	@.ci/release_check dist
@@ -140,7 +139,7 @@ $(VENV)/.made:
 	       "(python3-venv on Debian), or name another one: make PYTHON=python3.12"; exit 1; }
 	@touch "$@"
 
-# The peers that the benchmarks race against are also what some tests compare with.
+# Some tests compare with the peers of the benchmarks.
 $(VENV)/.test: EXTRAS = test,bench
 
 $(ALONE)/.made: $(PINS)
@@ -160,9 +159,8 @@ $(VENV)/.demo $(VENV)/.test $(VENV)/.test-all $(VENV)/.bench $(VENV)/.docs $(VEN
 	@$(PY) -m pip install -c constraints.txt -e ".[$(or $(EXTRAS),$*)]"
 	@touch "$@"
 
-# timm asks for torchvision, which its averages do not use, and of which a build for another
-# torch breaks the import of diffusers: hence without its dependencies, and last, lest pip
-# complain about it.
+# timm requires torchvision, which its averages do not use; a torchvision built for another torch breaks
+# the import of diffusers. So timm is installed without dependencies, and last, to keep pip quiet.
 $(VENV)/.timm: constraints.txt | $(VENV)/.made
 	$(SAY) "installing timm without its dependencies"
 	@$(PY) -m pip install -c constraints.txt --no-deps timm

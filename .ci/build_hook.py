@@ -1,7 +1,7 @@
-"""Check, before hatchling makes an sdist or a wheel, that the compiled kernels are there.
+"""Check that compiled kernels exist before hatchling builds an sdist or a wheel.
 
-A release (FASTEMA_RELEASE=1, as ``make wheel`` sets it) fails without them; other builds go on, and
-such a wheel compiles its kernels where it is used, as a checkout does.
+A release (FASTEMA_RELEASE=1, set by ``make wheel``) fails without them. Other builds continue; such a
+wheel compiles its kernels at first use, like a checkout.
 """
 
 import os
