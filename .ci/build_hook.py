@@ -1,7 +1,7 @@
 """Check that compiled kernels exist before hatchling builds an sdist or a wheel.
 
-A release (FASTEMA_RELEASE=1, set by ``make wheel``) fails without them. Other builds continue; such a
-wheel compiles its kernels at first use, like a checkout.
+A release (FASTEMA_RELEASE=1, set by ``make wheel``) fails without them. Other builds continue; such
+a wheel compiles its kernels at first use, like a checkout.
 """
 
 import os
