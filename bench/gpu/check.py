@@ -37,7 +37,7 @@ from bench.race.report import RESULTS, ROOT, Figure, Row, Rows, number
 _TESTS = ("tests/gpu", "tests/torch")
 _SHARE_OF_TESTS = 0.45
 _MOST_WORKERS = 6
-"""Maximum number of test processes: most of their time goes into compiling kernels, on one core."""
+"""Maximum number of test processes, which mostly compile kernels, on one core each."""
 _SPARE_S = 15.0
 """Seconds reserved for the case that is running when the time is up, and for the result."""
 _TOOLKIT = Path("/usr/local/cuda")
@@ -266,7 +266,7 @@ def cases(settings: Settings) -> list[str]:
 
 
 def rows(settings: Settings) -> Rows:
-    """Run the chosen stages within the time limit, and yield their rows, targets and times."""
+    """Run the chosen stages within the time limit; yield their rows, targets and times."""
     total = Budget(60 * settings.minutes)
     device = torch.device(settings.device)
     if device.type == "cuda":

@@ -33,7 +33,7 @@ class Clock(Protocol):
     def device_time(self, job: Job, ahead_s: float) -> float:
         """Return how long the device works on one call, in seconds.
 
-        `ahead_s` is at least about the host time of the call. The device is kept busy for that long
+        `ahead_s` is an estimate of the call's host time. The device is kept busy for that long
         beforehand, so that the whole call is queued when the device reaches it.
         """
 

@@ -1,8 +1,8 @@
-"""How far averages are from exact ones.
+"""Measure the errors of averages against exact ones.
 
-One update: the largest error for each pair of dtypes, against extended precision. A long run: the
+One update: the largest error for each pair of dtypes, against extended precision. Long runs: the
 error of a whole average after 10,000 and 100,000 updates, against the same recursion in float64
-over the same weights; fastema in every precision, beside the peers.
+over the same weights, for fastema in every precision and for the peers.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ Reals = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class AccuracySizes:
-    """How much is run."""
+    """Sizes of the measurements."""
 
-    elements: int  # of the one-update table
-    short: int  # updates of that table's last column
+    elements: int  # in the table of one update
+    short: int  # updates in that table's last column
     run_elements: int
-    marks: tuple[int, ...]  # updates after which a long run is looked at
+    marks: tuple[int, ...]  # updates after which a long run is compared
 
 
 FULL = AccuracySizes(elements=100_000, short=1_000, run_elements=4_096, marks=(10_000, 100_000))
@@ -65,14 +65,14 @@ def wide(tensor: Tensor) -> Wide:
 
 
 def last_place(values: Wide, dtype: str) -> Wide:
-    """Return the unit in the last place at these values."""
+    """Return the unit in the last place of each value in a dtype."""
     info = torch.finfo(DTYPES[dtype])
     powers = np.ldexp(np.longdouble(1), np.frexp(values)[1] - 1)
     return np.maximum(powers, info.smallest_normal) * info.eps
 
 
 def rounding_at_random(start: Tensor, dtype: str, decay: float) -> tuple[fastema.EMA, Tensor]:
-    """Return an average of `start`, and its tensor."""
+    """Return an average of `start` with stochastic rounding, and the average's tensor."""
     ema = fastema.EMA([start], decay, shadow_dtype=DTYPES[dtype], rounding="stochastic")
     (avg,) = ema.shadow.values()
     return ema, avg
@@ -81,7 +81,7 @@ def rounding_at_random(start: Tensor, dtype: str, decay: float) -> tuple[fastema
 def one_update(
     avg_dtype: str, dtype: str, rounding: str, elements: int, generator: torch.Generator
 ) -> float:
-    """Return the largest error of one update, in units of the last place of the larger side."""
+    """Return the largest error of one update, in ulps of the larger of average and weight."""
     worst = 0.0
     for weight in WEIGHTS:
         avg = torch.randn(elements, generator=generator).to(DTYPES[avg_dtype])
@@ -127,7 +127,7 @@ def many_updates(
 
 
 def updates(amount: AccuracySizes) -> Iterator[Row]:
-    """Yield one row for each pair of dtypes and way to round."""
+    """Yield one row for each pair of dtypes and kind of rounding."""
     generator = torch.Generator().manual_seed(0)
     cases = [(*pair, "nearest") for pair in product(DTYPES, DTYPES)]
     cases += [(*pair, "stochastic") for pair in product(SIXTEEN_BITS, DTYPES)]
@@ -150,22 +150,22 @@ DECAYS = (0.999, 0.9999, 0.99999)
 MODELS = ("f32", "bf16")
 SEED = 0
 DRIFT = 0.01  # of the weights' scale, in one averaging horizon
-NOISE = 0.1  # of their scale
-MEMORY = 0.9  # of the noise from one step to the next
-LOOK_EVERY = 10  # updates; an element that changes and is back sooner is taken to have stood still
+NOISE = 0.1  # of the weights' scale
+MEMORY = 0.9  # autocorrelation of the noise, from one step to the next
+LOOK_EVERY = 10  # updates; an element that changes and returns in between counts as unchanged
 
 
 def horizon_of(decay: float) -> int:
-    """Return the steps that an average reaches back."""
+    """Return the averaging horizon of a decay in steps, ``1 / (1 - decay)``."""
     return round(1 / (1 - decay))
 
 
 class Walk:
-    """Weights as a training run might give them: a target that drifts, and noise about it.
+    """Weights like those of a training run: a drifting target with noise around it.
 
     ``target_n = scale * (a + DRIFT * n / horizon * b)`` with normal ``a`` and ``b``; the noise is
     autoregressive, ``e_n = MEMORY * e_(n-1) + sqrt(1 - MEMORY**2) * NOISE * scale * z_n``, and
-    begins at zero. The start is rounded to bfloat16, so that every average can begin there.
+    starts at zero. The start is rounded to bfloat16, so that every average can represent it.
     """
 
     def __init__(self, elements: int, horizon: int, seed: int = SEED) -> None:
@@ -192,7 +192,7 @@ class Walk:
 
 @dataclass(frozen=True)
 class Subject:
-    """An average whose error is measured: `setup` takes the model and the decay."""
+    """An average whose error is measured, started by ``setup(model, decay)``."""
 
     package: str
     average: str
@@ -202,7 +202,7 @@ class Subject:
 
     @property
     def name(self) -> str:
-        """How tables show it."""
+        """Name in tables."""
         rounding = f", {self.rounding}" if self.average in SIXTEEN_BITS else ""
         return f"{self.average}{rounding}: {self.package}"
 
@@ -213,7 +213,7 @@ def _ours(dtype: Any, rounding: Any, model: nn.Module, decay: float) -> peers.Ru
 
 
 def _whole(model: nn.Module, decay: float) -> peers.Running:
-    """Both halves of a ``bf16+16`` average as the float32 that they are."""
+    """Start a ``bf16+16`` average whose two halves are read back as float32."""
     ema = fastema.EMA(model, decay, shadow_dtype="bf16+16")
     seen = {name: torch.empty(p.shape) for name, p in model.named_parameters()}
 
@@ -244,7 +244,7 @@ def _peer(peer: peers.Peer, dtype: str, model: nn.Module, decay: float) -> peers
 
 
 def _of_peers(dtype: str, rounding: str) -> Iterator[Subject]:
-    """The peers' averages in one dtype that round as told."""
+    """Yield the peers' averages in one dtype with one kind of rounding."""
     for peer in peers.PEERS:
         if peer.name in COMPARED and peer.stochastic == (rounding == "stochastic"):
             package = peer.name.removesuffix(", stochastic")
@@ -273,7 +273,7 @@ SUBJECTS = (
 
 
 def root_mean_square(values: NDArray[Any]) -> float:
-    """Return the root of the mean of squares."""
+    """Return the root mean square."""
     return float(np.sqrt(np.mean(values**2)))
 
 
@@ -283,7 +283,7 @@ def values_of(tensor: Tensor) -> Reals:
 
 
 class Exact:
-    """The recursion in float64, over the weights as the model holds them."""
+    """The recursion in float64, over the weights in the model's dtype."""
 
     def __init__(self, weights: Tensor, decay: float) -> None:
         self.start = values_of(weights)
@@ -295,12 +295,12 @@ class Exact:
         self.average += self._weight * (values_of(weights) - self.average)
 
     def compare(self, start: Reals, average: Reals) -> dict[str, float]:
-        """Return what sets an average apart that began at `start`.
+        """Return error measures of an average that began at `start`.
 
-        ``relative`` and ``of_movement`` are its root-mean-square error over that of the exact
-        average and over how far the exact average is from its own start; ``followed`` is the part
-        of that way that it went, the slope of a least-squares fit: 0 if it stands still, 1 if it is
-        right but for noise.
+        ``relative`` is the root-mean-square error divided by the root mean square of the exact
+        average, ``of_movement`` the same error divided by that of the exact average's movement
+        from its start. ``followed`` is the slope of a least-squares fit of the average's movement
+        to the exact one: 0 if the average stands still, 1 if it is right except for noise.
         """
         way = self.average - self.start
         error = root_mean_square(average - self.average)
@@ -312,7 +312,7 @@ class Exact:
 
 
 class Track:
-    """An average at work, and which of its elements were ever seen changed."""
+    """A running average, and a record of the elements that were ever seen changed."""
 
     def __init__(self, subject: Subject, model: nn.Module, decay: float) -> None:
         self.subject = subject
@@ -329,18 +329,18 @@ class Track:
         self._running.update()
 
     def look(self) -> None:
-        """Note what has changed."""
+        """Record which elements differ from the start."""
         if not self._changed.all():
             self._changed |= self._now() != self._begin
 
     def compare(self, exact: Exact) -> dict[str, float]:
-        """Return its errors, and ``still``: the share of elements never seen changed."""
+        """Return the errors, and ``still``: the share of elements that never changed."""
         found = exact.compare(values_of(self._begin), values_of(self._now()))
         return found | {"still": 1 - float(self._changed.double().mean())}
 
 
 def refusal(subject: Subject, weights: str) -> str | None:
-    """Return why a subject does not average weights of a dtype, None if it does."""
+    """Return why a subject cannot average weights of a dtype, or None if it can."""
     if subject.missing is not None:
         return f"absent: {subject.missing}"
     model = model_of(np.ones(4, np.float32), weights)
@@ -352,14 +352,14 @@ def refusal(subject: Subject, weights: str) -> str | None:
 
 
 def model_of(weights: NDArray[np.float32], dtype: str) -> FlatModule:
-    """Return a model that is one tensor."""
+    """Return a model with one tensor of these weights."""
     model = FlatModule([("weights", weights.shape)], DTYPES[dtype])
     model.weights.detach().copy_(torch.from_numpy(weights))
     return model
 
 
 class Run:
-    """A model in one dtype, its exact average, and those that are compared with it."""
+    """A model in one dtype, its exact average, and the averages to compare with it."""
 
     def __init__(
         self, weights: str, start: NDArray[np.float32], decay: float, subjects: Iterable[Subject]
@@ -383,7 +383,7 @@ class Run:
                 track.look()
 
     def rows(self) -> Iterator[Row]:
-        """How every average stands now; beside them the least that storing one costs, and none."""
+        """Yield the errors of all averages, of rounded exact averages, and of the raw weights."""
         for track in self._tracks:
             yield from self._views(track.subject.name, track.compare(self._exact))
         bounds = {
@@ -392,7 +392,7 @@ class Run:
         }
         for name, values in {**bounds, NONE: self._weights}.items():
             found = self._exact.compare(self._exact.start, values_of(values))
-            if name == NONE:  # noise has no part of the way
+            if name == NONE:  # the raw weights are noise, so the slope has no meaning
                 found["followed"] = None
             yield from self._views(name, found)
 
@@ -408,13 +408,13 @@ VIEWS = {
     "{} weights: error as a share of the average itself": ("relative",),
     "{} weights: part of the way": ("followed",),
 }
-"""Title of a table -> what it shows of each average."""
+"""Title of a table -> figures that it shows of each average."""
 
 
 def long_run(
     decay: float, amount: AccuracySizes, subjects: dict[str, list[Subject]]
 ) -> Iterator[Row]:
-    """Yield how all averages stand at the marks of one run; `subjects` by dtype of the weights."""
+    """Yield the errors of all averages at the marks of a run; `subjects` is by weight dtype."""
     walk = Walk(amount.run_elements, horizon_of(decay))
     runs = [Run(weights, walk.start, decay, those) for weights, those in subjects.items()]
     for step in range(1, max(amount.marks) + 1):
@@ -427,7 +427,7 @@ def long_run(
 
 
 def long_runs(amount: AccuracySizes) -> Iterator[Row]:
-    """Yield the rows of all runs, and what does not run with the reason."""
+    """Yield the rows of all runs, and a row with the reason for each refused subject."""
     reasons = {(w, subject): refusal(subject, w) for w in MODELS for subject in SUBJECTS}
     running = {w: [subject for subject in SUBJECTS if reasons[w, subject] is None] for w in MODELS}
     for decay in DECAYS:
@@ -440,7 +440,7 @@ def long_runs(amount: AccuracySizes) -> Iterator[Row]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run a block on one thread, of torch and of fastema."""
+    """Limit torch and fastema to one thread in a block."""
     before = torch.get_num_threads(), fastema.get_num_threads()
     torch.set_num_threads(1)
     fastema.set_num_threads(1)
@@ -452,7 +452,7 @@ def one_thread() -> Iterator[None]:
 
 
 def rows(settings: Settings) -> Rows:
-    """Measure long runs, then single updates, on one thread."""
+    """Yield the rows of long runs, then of single updates, on one thread."""
     amount = QUICK if settings.quick else FULL
     with one_thread():
         yield from long_runs(amount)
@@ -460,7 +460,7 @@ def rows(settings: Settings) -> Rows:
 
 
 def percent(share: float) -> str:
-    """Return a share as a percentage with two significant digits; what is not all never has 100."""
+    """Format a share with two significant digits; never round a share below 1 up to 100 %."""
     value = 100 * share
     if value == 0:
         return "0 %"

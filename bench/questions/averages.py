@@ -1,7 +1,7 @@
-"""What the averages beyond a plain EMA cost.
+"""Measure the cost of averages beyond a plain EMA.
 
 Several averages in one pass, the windowed mean, 16-bit averages by rounding, guards, and the
-synthesis of averages from snapshots on disk; each beside what people do without fastema.
+synthesis of averages from snapshots on disk, each compared with the usual way without fastema.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ TOLERANCE = 2e-6
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do the work: ``setup(model)`` returns the call and how to see its result.
+    """One way to do the work: ``setup(model)`` returns a call and a function for its result.
 
-    `result` gives the average's tensors after a call, in the order of the parameters, or is None
-    where rounding at random leaves nothing to compare with.
+    The function returns the average's tensors after a call, in the order of the parameters. It is
+    None if the result cannot be compared, for instance because of stochastic rounding.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Work:
-    """Entries that do the same on the same weights; the first is what others are set against."""
+    """Entries that do the same work on the same weights; ratios are relative to the first."""
 
     title: str
     inventory: Callable[[], shapes.Inventory]
@@ -124,7 +124,7 @@ SEVERAL = [
 
 def _full(size: int, model: nn.Module) -> fastema.SMA:
     average = fastema.SMA(model, size)
-    for _ in range(size):  # from here on each call does what it does for the rest of a run
+    for _ in range(size):  # fill the window: all later calls do the same work
         average.update()
     return average
 
@@ -135,7 +135,7 @@ def _window(size: int) -> Contender:
 
 
 def _ring(size: int, model: nn.Module) -> tuple[list[list[Tensor]], list[Tensor], Iterator[int]]:
-    """Copies of the weights, the parameters, and the slot for each call."""
+    """Return `size` copies of the weights, the weights, and an iterator over slots."""
     weights = [p.detach() for p in model.parameters()]
     slots = [[w.clone() for w in weights] for _ in range(size)]
     return slots, weights, cycle(range(size))
@@ -228,9 +228,9 @@ MEANS = [
 
 
 def works(quick: bool) -> list[Work]:
-    """Return what is raced in one mode."""
+    """Return the races, in full or in quick mode."""
     large = partial(shapes.gpt2, layers=2, vocab=8_192) if quick else shapes.gpt2
-    six = large if quick else partial(shapes.gpt2, layers=6)  # three rings of the whole: too much
+    six = large if quick else partial(shapes.gpt2, layers=6)  # three whole rings do not fit
     half = partial(shapes.gpt2, layers=2, vocab=4_096) if quick else partial(shapes.gpt2, layers=4)
     name = "two layers of GPT-2" if quick else "GPT-2 small"
     some = name if quick else f"six layers of {name}"
@@ -247,7 +247,7 @@ def works(quick: bool) -> list[Work]:
 
 
 def race(work: Work, quick: bool) -> list[Row]:
-    """Check the entries against each other after two updates, and race them."""
+    """Compare the entries' results after two updates, then race them and return their rows."""
     inventory = work.inventory()
     model = build(inventory, work.dtype)
     jobs: dict[str, Job] = {}
@@ -307,7 +307,7 @@ def _load_and_add(paths: list[Path]) -> None:
 
 
 def _once(way: Job, paths: list[Path], cold: bool) -> float:
-    """Time one call, with the files in the system's cache or not."""
+    """Return the time of one call; the files are in the page cache unless `cold`."""
     for path in paths:
         with path.open("rb") as opened:
             if cold:
@@ -321,7 +321,7 @@ def _once(way: Job, paths: list[Path], cold: bool) -> float:
 
 
 def synthesis(quick: bool) -> Iterator[Row]:
-    """Time the synthesis of an average from 20 snapshots."""
+    """Time the synthesis of an average from 20 snapshots, and yield the rows."""
     inventory = shapes.gpt2(layers=2, vocab=8_192) if quick else shapes.gpt2()
     with tempfile.TemporaryDirectory() as folder:
         model = build(inventory, "f32")
@@ -360,7 +360,7 @@ def synthesis(quick: bool) -> Iterator[Row]:
 
 
 def rows(settings: Settings) -> Rows:
-    """Race everything, then the synthesis."""
+    """Run the chosen races, then the synthesis."""
     for work in works(settings.quick):
         if settings.wants(work.title):
             yield from race(work, settings.quick)
@@ -371,7 +371,7 @@ def rows(settings: Settings) -> Rows:
 
 
 def cases(settings: Settings) -> list[str]:
-    """Return the titles of all that is raced."""
+    """Return the titles of the races and of the synthesis."""
     return [*(work.title for work in works(settings.quick)), SYNTHESIS]
 
 

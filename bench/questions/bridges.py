@@ -1,7 +1,7 @@
-"""What each framework's bridge costs a leaf, and a large JAX tree beside optax.
+"""Measure the cost per leaf of each framework's bridge, and a large JAX tree against optax.
 
-The cost of a leaf is that of an update of a thousand small arrays: nearly all of it goes into
-finding where they lie. The tree of 100 million weights is averaged by fastema on the host, and by
+The cost per leaf comes from an update of a thousand small arrays: nearly all of it is spent on
+locating them in memory. The tree of 100 million weights is averaged by fastema on the host, and by
 ``optax.incremental_update`` inside ``jit``.
 """
 
@@ -37,7 +37,7 @@ def _numpy(rng: np.random.Generator) -> Job:
 
 def _jax(rng: np.random.Generator) -> Job:
     ema = fastema.EMA([jnp.array(one) for one in _arrays(rng)], DECAY)
-    # As a step gives them: other arrays each time, out of one computation.
+    # As in training, each update gets new arrays that one computation returned.
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0.9, tree))
     trees = [step([jnp.array(one) for one in _arrays(rng)]) for _ in range(2)]
 
@@ -67,14 +67,14 @@ BRIDGES: dict[str, Callable[[np.random.Generator], Job]] = {
 
 
 def leaves(rounds: int) -> Iterator[Row]:
-    """Measure the cost of a leaf of every framework that is here."""
+    """Yield the cost per leaf of every installed framework."""
     jobs = {}
     for name, make in BRIDGES.items():
         try:
             jobs[name] = make(np.random.default_rng(0))
         except ImportError as error:
             print(f"{name}: left out ({error})", file=sys.stderr)
-    for job in jobs.values():  # TensorFlow traces at the third call
+    for job in jobs.values():  # TensorFlow traces in the third call
         for _ in range(4):
             job()
     for name, times in interleave(jobs, rounds, hot=True).items():
@@ -82,7 +82,7 @@ def leaves(rounds: int) -> Iterator[Row]:
 
 
 def _tree(rng: np.random.Generator, elements: int, dtype: Any) -> dict[str, Any]:
-    """Twelve matrices and vectors of a transformer's proportions."""
+    """Return a tree of 12 square matrices and 12 vectors, as in a transformer."""
     width = round((elements / 12) ** 0.5)
     shapes = {f"matrix_{i}": (width, width) for i in range(12)}
     shapes |= {f"vector_{i}": (width,) for i in range(12)}
@@ -127,7 +127,7 @@ def tree(rounds: int, elements: int) -> Iterator[Row]:
 
 
 def within(rounds: int, elements: int) -> list[Row]:
-    """Time a compiled step that does next to nothing, with the average outside and inside of it."""
+    """Time a compiled step that does almost nothing, with the average outside and inside it."""
     params = _tree(np.random.default_rng(0), elements, jnp.float32)
     ema = fastema.EMA(params, DECAY)
     memory = jax.tree.map(lambda x: np.array(x), params)
@@ -168,7 +168,7 @@ def within(rounds: int, elements: int) -> list[Row]:
 
 
 def _check(ema: Any, params: Any) -> None:
-    """An update gives what the formula does."""
+    """Assert that an update agrees with the formula."""
     before = {name: np.asarray(leaf, np.float64) for name, leaf in ema.shadow.items()}
     ema.update(params)
     for name, old in before.items():
@@ -179,7 +179,7 @@ def _check(ema: Any, params: Any) -> None:
 
 
 def rows(settings: Settings) -> Rows:
-    """Measure leaves, the tree, and a compiled step."""
+    """Yield the rows of leaves, the tree, and a compiled step."""
     quick = settings.quick
     yield from leaves(20 if quick else 200)
     yield from tree(*((5, 2_000_000) if quick else (25, 100_000_000)))

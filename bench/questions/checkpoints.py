@@ -1,4 +1,4 @@
-"""Averaging finished checkpoints: ``fastema.checkpoint.average`` beside a loop with safetensors."""
+"""Race ``fastema.checkpoint.average`` on finished checkpoints against a safetensors loop."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from bench.race.report import Figure, Row, Rows, number
 from bench.race.shapes import gpt2
 
 CASES = (("float16", 20, 2, 1), ("float32", 10, 2, 0))
-"""Dtype, checkpoints, and rounds with all of it in the page cache and with nothing."""
+"""Dtype, number of checkpoints, rounds with warm and with cold page cache."""
 
 
 def write(folder: str, count: int, dtype: str, share: float) -> int:
-    """Write checkpoints of random weights, of GPT-2's tensors or a share of them; their bytes."""
+    """Write checkpoints with a share of GPT-2's tensors, randomly filled; return their bytes."""
     import torch
     from safetensors.torch import save_file
 
@@ -63,7 +63,7 @@ def _loop(folder: str, out: str, accumulator: str) -> None:
 
 
 def _copy(folder: str, out: str) -> None:
-    """Read all bytes into a buffer, and write as many as a checkpoint has."""
+    """Read all bytes into a buffer, and write the size of one checkpoint."""
     buffer = memoryview(bytearray(1 << 22))
     for path in _paths(folder):
         with path.open("rb", buffering=0) as file:
@@ -84,8 +84,8 @@ WAYS: dict[str, Any] = {
 
 
 def measure(way: str, folder: str, cold: bool) -> tuple[float, int]:
-    """Return the seconds of one way in this process, after a small trial, and the peak in MB."""
-    with tempfile.TemporaryDirectory() as small:  # imports and compiles
+    """Return the seconds and the extra peak memory in MB of one way, after a small trial run."""
+    with tempfile.TemporaryDirectory() as small:  # import and compile beforehand
         write(small, 2, "float16", 0.05)
         WAYS[way](small, os.path.join(small, "out.safetensors"))
     if cold:
@@ -102,7 +102,7 @@ def measure(way: str, folder: str, cold: bool) -> tuple[float, int]:
 
 
 def rows(settings: Settings) -> Rows:
-    """Yield the time of each way, cached and not."""
+    """Yield the rows of each way, with warm and with cold page cache."""
     for dtype, count, *rounds in CASES:
         count, share, rounds = (4, 0.2, [1, 1]) if settings.quick else (count, 1.0, rounds)
         folder = tempfile.mkdtemp()

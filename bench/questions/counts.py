@@ -1,4 +1,4 @@
-"""What is counted and not timed: modules imported, operations, allocations, bytes per element."""
+"""Count, without timing: imported modules, operations, allocations, bytes per element."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ CAPABILITY = 9, 0
 GPU_KERNELS = (("f32", "f32"), ("f32", "bf16"), ("bf16~", "bf16"))
 
 KB = 4
-"""Memory of Python's objects is given in steps of so many kB."""
+"""Memory of Python objects is rounded up to a multiple of this number of kB."""
 
 
 class _Counted(TorchDispatchMode):
-    """Counts PyTorch's operations in a block."""
+    """A context manager that counts PyTorch operations."""
 
     count = 0
 
@@ -60,7 +60,7 @@ def _modules() -> Iterator[Row]:
             "import json, sys\nbefore = set(sys.modules)\n"
             f"{statement}\nprint(json.dumps(sorted(set(sys.modules) - before)))"
         )
-        for _ in range(2):  # kernels may have to be compiled the first time
+        for _ in range(2):  # the first run may have to compile kernels
             done = subprocess.run(
                 [sys.executable, "-c", code],
                 cwd=ROOT,
@@ -76,7 +76,7 @@ def _modules() -> Iterator[Row]:
 
 
 def _work(call: Callable[[], object]) -> dict[str, int]:
-    """What a call does beside the kernels."""
+    """Return the PyTorch operations of a call, and the peak memory of its Python objects."""
     for _ in range(3):
         call()
     with _Counted() as counted:
@@ -109,7 +109,7 @@ def _calls() -> Iterator[Row]:
 
 
 def _launches() -> Iterator[Row]:
-    """What the driver of a GPU is asked for, without a GPU."""
+    """Yield the number of GPU driver calls per update, counted without a GPU."""
     table = "A GPU model of 100 tensors: an update"
     if shutil.which("cc") is None:
         yield from (Row(table, name, missing="there is no C compiler") for name in launch.VARIANTS)
@@ -120,7 +120,7 @@ def _launches() -> Iterator[Row]:
 
 
 def _machine_code() -> Iterator[Row]:
-    """What the kernels of a GPU are made of, without a GPU."""
+    """Yield counts from the machine code of GPU kernels, without a GPU."""
     major, minor = CAPABILITY
     for formats in GPU_KERNELS:
         table, name = f"Kernels of sm_{major}{minor}", f"lerp {'/'.join(formats)}"
@@ -142,16 +142,16 @@ def _firsts(part: Any) -> list[torch.Tensor]:
 
 
 def rows(settings: Settings) -> Rows:
-    """Return all counts; the same in quick mode."""
+    """Return the rows of all counts, which are the same in quick mode."""
     return [*_modules(), *_calls(), *_launches(), *_machine_code()]
 
 
 METHOD = f"""\
-Nothing here is timed: the numbers are the same on every machine, and `make bench-quick` fails where
-they differ from those that are stored. *Operations* are those that PyTorch is asked for in a call,
-*Python's objects* the peak of their memory in it, in steps of {KB} kB, *driver calls* what a GPU's
-driver would be asked for. Machine code differs a little from one CUDA toolkit to the next: a
-quarter more of it fails."""
+Nothing here is timed: the numbers are the same on every machine, and `make bench-quick` fails if
+they differ from the stored ones. *Operations* is the number of PyTorch operations in a call,
+*Python's objects* the peak of their memory in it, in steps of {KB} kB, and *driver calls* the
+number of calls that a GPU's driver would get. Machine code varies a little between CUDA toolkits:
+the check fails if it grows by more than a quarter."""
 
 QUESTION = Question(
     "What an average does beside its kernels",

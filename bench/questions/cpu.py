@@ -1,4 +1,4 @@
-"""Updates and swaps of PyTorch models on the CPU, beside peers and the memory's limit."""
+"""Race updates and swaps of PyTorch models on the CPU against peers and the memory bandwidth."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _HOST_ROUNDS = 11
 
 
 def race(case: Case, peak_bytes: Mapping[str, int | None]) -> list[Row]:
-    """Set up all jobs of a case, check them, time them in turn, and return their rows.
+    """Set up all jobs of a case, verify them, time them in turn, and return their rows.
 
     Raises
     ------
     AssertionError
-        A result is wrong; the text names case and peer.
+        If a result is wrong; the message names case and peer.
     """
     inventory = case.inventory()
     rows = contest(
@@ -60,14 +60,14 @@ def _with_memory_and_host(
 
 
 def cases(settings: Settings) -> list[str]:
-    """Return the names of all cases of one mode."""
+    """Return the names of all cases, in full or in quick mode."""
     return [case.name for case in (QUICK if settings.quick else FULL)]
 
 
 def rows(settings: Settings) -> Rows:
-    """Race all cases, one after the other; one that raises leaves the others."""
+    """Race the chosen cases one after another; continue with the next if one raises."""
     chosen = [case for case in (QUICK if settings.quick else FULL) if settings.wants(case.name)]
-    # Before anything large is held in this process.
+    # Measure memory before this process allocates anything large.
     peak_bytes = peaks([case for case in chosen if case.memory], settings.quick)
     for case in chosen:
         try:

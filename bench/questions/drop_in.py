@@ -1,7 +1,7 @@
-"""Existing training loops, before and after ``install()``.
+"""Measure existing training loops before and after ``install()``.
 
-The share of a step that the averaging takes, and the memory that it adds, with the peer's class and
-with ours in its place. Each loop runs in a process of its own, and for its memory in four.
+For each loop: the averaging's share of a step and the memory that it adds, with the peer's class
+and with ours in its place. Each loop runs in its own process, and in four more for its memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STEPS, EVALUATION = "A step of training", "Evaluation, there and back"
 
 
 def _assert_agreement(name: str, loop: Loop) -> None:
-    """Both have averaged the same weights, to a few roundings."""
+    """Assert that both averages agree up to rounding, and that the weights have moved."""
     theirs, ours = ({id(t): t for t in loop.averages[w].tensors()}.values() for w in (THEIRS, OURS))
     weights = list(loop.model.parameters())
     moved = max(
@@ -46,7 +46,7 @@ def _assert_agreement(name: str, loop: Loop) -> None:
 
 
 def measure(name: str, quick: bool) -> dict[str, Any]:
-    """Time a loop with both averages."""
+    """Return the times of a loop's steps, of both averages, and of its evaluations."""
     torch.set_num_threads(machine.cores())
     loop = LOOPS[name](quick)
     for which in (THEIRS, OURS):
@@ -67,7 +67,7 @@ def measure(name: str, quick: bool) -> dict[str, Any]:
 
 
 def _use_kernels(dtype: torch.dtype) -> None:
-    """Bring in what the first use of the kernels costs: Numba, and their code."""
+    """Use the kernels once, so that the process has loaded Numba and their code."""
     small = torch.nn.Linear(2, 2).to(dtype)
     ema = fastema.EMA(small, DECAY, shadow_dtype=torch.float32)
     ema.update()
@@ -76,7 +76,7 @@ def _use_kernels(dtype: torch.dtype) -> None:
 
 
 def peak(name: str, quick: bool, way: str) -> int:
-    """Bytes of a process that trains with one average or none, at its largest."""
+    """Return the peak memory in bytes of this process, training with one average or none."""
     torch.set_num_threads(machine.cores())
     loop = LOOPS[name](quick)
     average = loop.build(way) if way in (THEIRS, OURS) else None
@@ -94,7 +94,7 @@ def cases(settings: Settings) -> list[str]:
 
 
 def rows(settings: Settings) -> Rows:
-    """Measure the loops, each in processes of its own; without names, two where it is quick."""
+    """Measure the chosen loops in fresh processes; by default all, or two in quick mode."""
     quick = settings.quick
     names = QUICK if quick and not settings.cases else filter(settings.wants, LOOPS)
     evaluations = []
@@ -114,7 +114,7 @@ def _compared(times: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _of_step(found: dict[str, Any], peaks: dict[str, int]) -> dict[str, Any]:
-    """Return shares of a step, and memory in copies of the average."""
+    """Return the averages' shares of a step, and their memory in copies of the average."""
     times, copy = found["step"], 4 * found["n_elements"]
     step = times[STEP]["ms"]
     compared = _compared(times)

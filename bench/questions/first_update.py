@@ -1,4 +1,4 @@
-"""How long until the first update: importing, compiling, and finding compiled code on disk."""
+"""Measure the time to the first update: import, compile, or load compiled code from disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastema.engine import native, shipped
 
 @dataclass(frozen=True)
 class Start:
-    """One figure: the time of `timed`, after `untimed`, in a fresh process."""
+    """One figure: the time of the code `timed`, after the code `untimed`, in a fresh process."""
 
     name: str
     timed: str
@@ -53,11 +53,11 @@ STARTS = (
 
 
 COMPILED_HERE = {"NUMBA_OPT": "3"}
-"""Whatever Numba is told, compiled code that came with a wheel is not what was asked for."""
+"""Any option of Numba makes fastema ignore the compiled code that a wheel brings."""
 
 
 def seconds(start: Start, cache: Path, **environment: str) -> float:
-    """Return the time of one start in a fresh process that caches compiled code in `cache`."""
+    """Return the time in seconds of one start in a fresh process with the code cache `cache`."""
     code = (
         f"import time\n{start.untimed}\nbegin = time.perf_counter()\n"
         f"{start.timed}\nprint(time.perf_counter() - begin)"
@@ -74,9 +74,9 @@ def seconds(start: Start, cache: Path, **environment: str) -> float:
 
 
 def rows(settings: Settings) -> Rows:
-    """Yield one row per start; where it compiles, one for each state of the cache."""
+    """Yield one row per start, or one per state of the cache for starts that compile."""
     came = not settings.quick and shipped.has_kernels("cpu") and bool(native.supported_levels())
-    with tempfile.TemporaryDirectory() as folder:  # the imported packages' files are in memory
+    with tempfile.TemporaryDirectory() as folder:  # load the packages' files into the page cache
         seconds(STARTS[-1], Path(folder))
     for start in STARTS:
         times: dict[str, list[float]] = {"cold": [], "warm": [], "compiled before": []}

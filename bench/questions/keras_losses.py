@@ -1,9 +1,9 @@
-"""What batch losses and their averages cost in Keras, and how exact they are.
+"""Measure the cost of batch losses and their averages in Keras, and their accuracy.
 
-On each backend, in a process of its own: epochs of ``fit`` without a callback, with
-``fastema.keras.LossAverages``, and with one that does nothing at the end of each batch; and how
-exact the losses of single batches are late in a long epoch, beside what can be told from the values
-that Keras logs.
+Each backend runs in its own process. Epochs of ``fit`` are timed without a callback, with
+``fastema.keras.LossAverages``, and with a callback that does nothing at the end of each batch. The
+accuracy of single batches' losses late in a long epoch is compared with losses derived from the
+values that Keras logs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ENTRIES = (NONE, OURS, IDLE, READ)
 
 
 def linear() -> Any:
-    """The smallest network: next to nothing is computed in a step."""
+    """Return the smallest network, whose step computes almost nothing."""
     import keras
 
     return keras.Sequential([keras.Input((784,)), keras.layers.Dense(10)], name="net")
@@ -45,16 +45,16 @@ def _idle() -> Any:
 
     class Idle(keras.callbacks.Callback):  # type: ignore[misc]
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-            """Have one, which ends asynchronous dispatch on JAX."""
+            """Do nothing; the hook's existence ends asynchronous dispatch on JAX."""
 
     return Idle()
 
 
 class Race:
-    """A model that is trained with one callback or another: from the same state, on the same data.
+    """A model that is trained with different callbacks, from the same state on the same data.
 
-    One model, because two of them that are alike differ by several percent: by where their memory
-    lies.
+    All entries share one model, because times of two equal models differ by several percent,
+    depending on the addresses of their memory.
     """
 
     def __init__(self, make: Callable[[], Any], steps: int) -> None:
@@ -86,7 +86,7 @@ class Race:
         self.seconds: dict[str, list[float]] = {entry: [] for entry in ENTRIES}
 
     def epoch(self, entry: str) -> list[float]:
-        """Train for one epoch, and note the time of a step; the loss that Keras logs."""
+        """Train for one epoch, record the time per step, and return the loss that Keras logs."""
         for variable, value in zip(self.variables, self.first, strict=True):
             variable.assign(value)
         clock = epoch_clock()
@@ -100,14 +100,14 @@ class Race:
 
 
 def times_of(name: str, quick: bool) -> list[dict[str, Any]]:
-    """Return the times of a model on this process's backend."""
+    """Return the rows of a model's step times on this process's backend."""
     steps = 20 if quick else 200
     race = Race(MODELS[name], steps)
     losses = {entry: race.epoch(entry) for entry in ENTRIES}
     assert losses[OURS] == losses[NONE], f"the losses differ: {losses}"
     rounds, budget = (5, 3.0) if quick else (60, 60.0)
     interleave({n: partial(race.epoch, n) for n in ENTRIES}, rounds, budget_s=budget)
-    # Two rounds came before: that of the check, and one of warming up.
+    # Drop the first two rounds: the check and the warm-up.
     seconds = {entry: times[2:] for entry, times in race.seconds.items()}
     rows = []
     for entry, times in seconds.items():
@@ -120,7 +120,7 @@ def times_of(name: str, quick: bool) -> list[dict[str, Any]]:
 
 
 def errors(quick: bool) -> list[dict[str, Any]]:
-    """The largest relative errors over the last hundredth of a long epoch."""
+    """Return rows with the largest relative errors over the last hundredth of a long epoch."""
     import keras
     import numpy as np
 
@@ -133,7 +133,7 @@ def errors(quick: bool) -> list[dict[str, Any]]:
     y = draw.normal(size=(count, 1)).astype(np.float32)
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
-    model.compile(keras.optimizers.SGD(0.0), "mse")  # so that the truth is known
+    model.compile(keras.optimizers.SGD(0.0), "mse")  # keeps weights, so losses are known
     logged: list[float] = []
     totals: list[float] = []
 
@@ -172,12 +172,12 @@ def errors(quick: bool) -> list[dict[str, Any]]:
 
 
 def answers(quick: bool) -> list[dict[str, Any]]:
-    """Return times and errors on the backend of this process."""
+    """Return the rows of times and errors on this process's backend."""
     return [row for name in MODELS for row in times_of(name, quick)] + errors(quick)
 
 
 def rows(settings: Settings) -> Rows:
-    """Measure on each backend."""
+    """Yield the rows of each backend."""
     return on_each_backend(answers, settings)
 
 

@@ -1,8 +1,8 @@
-"""What an average costs a training step and an evaluation in Keras.
+"""Measure the cost of an average for a training step and an evaluation in Keras.
 
-On each backend, in a process of its own: ``fit`` without an average, with Keras' own (``use_ema``
-and ``SwapEMAWeights``), and with ``fastema.keras.EMAWeights``; and an ``evaluate`` of one batch
-with the average in the model.
+Each backend runs in its own process: ``fit`` without an average, with Keras' average (``use_ema``
+and ``SwapEMAWeights``), and with ``fastema.keras.EMAWeights``; and ``evaluate`` on one batch with
+the average in the model.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from bench.race.report import Figure, Rows
 NONE, OURS, THEIRS = "no average", "fastema.keras.EMAWeights", "use_ema + SwapEMAWeights"
 ENTRIES = (NONE, OURS, THEIRS)
 DECAY = 0.9
-"""Low, so that the check before the race means something. The time does not depend on it."""
+"""Low, so that the check before the race is meaningful. Times do not depend on it."""
 
 
 def large(width: int = 4_096, first: int = 64) -> Any:
-    """A convolutional network with batch normalisation; 25 million weights at its full width."""
+    """Return a convolutional network with batch norms; 25 million weights at full width."""
     import keras
 
     layers: list[Any] = [keras.Input((16, 16, 3))]
@@ -57,7 +57,7 @@ QUICK: dict[str, Callable[[], Any]] = {"MLP": perceptron, "CNN": partial(large, 
 
 
 class Contestant:
-    """One way to train a model; all begin with the same weights and see the same batches."""
+    """A model trained in one way; all start with the same weights and see the same batches."""
 
     def __init__(self, entry: str, make: Callable[[], Any], steps: int) -> None:
         import keras
@@ -77,7 +77,7 @@ class Contestant:
         self.x = draw.normal(size=size).astype(np.float32)
         self.y = draw.integers(0, 10, steps * BATCH)
         self.clock = epoch_clock()
-        # Keras' average begins with the weights after the first step.
+        # Keras' average starts from the weights after the first step.
         self.callbacks: list[Any] = {
             NONE: [],
             OURS: [EMAWeights(DECAY, start_after=1)],
@@ -86,23 +86,23 @@ class Contestant:
         self.entry = entry
 
     def epoch(self) -> None:
-        """Train for one epoch; the clock has its time."""
+        """Train for one epoch, timed by ``self.clock``."""
         callbacks = [*self.callbacks, self.clock]
         options: dict[str, Any] = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
         self.model.fit(self.x, self.y, epochs=1, callbacks=callbacks, **options)
         if self.entry == THEIRS:
-            # At the end of fit() Keras gives the weights the arrays of their averages. On JAX the
-            # next fit() would donate each of them twice, and fail.
+            # At the end of fit() Keras assigns the averages' arrays to the weights. On JAX the next
+            # fit() would donate each array twice and fail.
             self.model.set_weights(self.model.get_weights())
 
     def evaluate(self) -> float:
-        """The loss of one batch."""
+        """Return the loss of one batch."""
         x, y = self.x[:BATCH], self.y[:BATCH]
         loss = self.model.evaluate(x, y, verbose=0, batch_size=BATCH, callbacks=self.callbacks)
         return float(loss)
 
     def average(self) -> list[Any]:
-        """The averaged weights, in the order of the model's."""
+        """Return the averaged trainable weights, in the order of the model's weights."""
         import keras
 
         if self.entry == OURS:
@@ -116,19 +116,19 @@ class Contestant:
 
 
 def _assert_agreement(contestants: dict[str, Contestant]) -> None:
-    """Keras' average is in its model after fit(); ours beside its own must be the same."""
+    """Assert that our average agrees with Keras', which is in its model after fit()."""
     import numpy as np
 
     ours, theirs, raw = (contestants[name].average() for name in (OURS, THEIRS, NONE))
     for one, other, weights in zip(ours, theirs, raw, strict=True):
-        # The weights themselves differ by the compilers' choices in their last places.
+        # The weights themselves differ in their last bits, since models are compiled separately.
         moved = float(np.abs(weights - other).max())
         error = float(np.abs(one - other).max())
         assert error <= 0.01 * moved + 1e-6, f"the averages differ by {error}, of {moved}"
 
 
 def race(name: str, quick: bool) -> list[dict[str, Any]]:
-    """Return the rows of a model on this process's backend."""
+    """Race the entries on a model, on this process's backend, and return the rows."""
     import numpy as np
 
     steps = (20 if name == "MLP" else 3) if quick else (200 if name == "MLP" else 25)
@@ -145,7 +145,7 @@ def race(name: str, quick: bool) -> list[dict[str, Any]]:
         seconds[contestant.entry].append(contestant.clock.seconds / steps)
 
     interleave({n: partial(timed, c) for n, c in contestants.items()}, rounds, budget_s=budget)
-    # One round of warming up came first.
+    # Drop the warm-up round.
     found = {"A step of training": {entry: times[1:] for entry, times in seconds.items()}}
     jobs = {entry: contestant.evaluate for entry, contestant in contestants.items()}
     found["An evaluation of one batch"] = interleave(jobs, 4 * rounds, budget_s=budget / 4)
@@ -165,12 +165,12 @@ def race(name: str, quick: bool) -> list[dict[str, Any]]:
 
 
 def races(quick: bool) -> list[dict[str, Any]]:
-    """Race the entries on every model, on the backend of this process."""
+    """Race the entries on every model, on this process's backend, and return the rows."""
     return [row for name in FULL for row in race(name, quick)]
 
 
 def rows(settings: Settings) -> Rows:
-    """Race on each backend."""
+    """Yield the rows of each backend."""
     return on_each_backend(races, settings)
 
 

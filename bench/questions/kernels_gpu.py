@@ -1,7 +1,7 @@
-"""What the GPU's kernels are made of, without a GPU.
+"""Inspect the machine code of the GPU kernels, without a GPU.
 
-Every kernel is compiled for every architecture and its machine code read: registers, spills,
-instructions per element, bits per load and store. Nothing is run, so nothing here is a speed.
+Every kernel is compiled for every architecture and disassembled to count registers, spills,
+instructions per element, and bits per load and store. No kernel is run, so no figure is a speed.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ KERNELS: tuple[Kernel, ...] = (
 
 
 def traffic(operation: str, formats: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Return the bytes per element of what is read and of what is written, stream by stream.
+    """Return the bytes per element of each stream that is read, and of each that is written.
 
-    Those of a windowed mean are of the usual update, when the ring is full.
+    For a windowed mean they are those of the usual update, when the ring is full.
     """
     if operation == "window":
         step = steps.window(*formats, device="cuda").slide
@@ -85,15 +85,15 @@ def _bits(moved: Counter[int]) -> int:
 def hot_loop(
     code: disassembly.Code, reads: Sequence[int], writes: Sequence[int]
 ) -> tuple[list[disassembly.Instruction], int]:
-    """Return the loop that does the work, and the elements of one turn of it.
+    """Return the loop that does the work, and the number of elements that one iteration handles.
 
-    It is the longest of the innermost loops that move all streams of as many elements as fill 128
-    bits, or of a multiple of them.
+    An iteration must move all streams of as many elements as fill 128 bits in the widest stream, or
+    a multiple of that number. The longest such innermost loop is returned.
 
     Raises
     ------
     ValueError
-        If there is none.
+        If there is no such loop.
     """
     elements = 16 // max(*reads, *writes, 0)
     found = []
@@ -112,7 +112,7 @@ def hot_loop(
 
 
 def row(kernel: Kernel, capability: tuple[int, int], made: cuda.Binary) -> Row:
-    """Return what is to be said of one kernel on one architecture."""
+    """Return the row of a compiled kernel on one architecture."""
     operation, formats = kernel
     reads, writes = traffic(operation, formats)
     code = disassembly.disassembled(made.cubin)
@@ -135,7 +135,7 @@ def row(kernel: Kernel, capability: tuple[int, int], made: cuda.Binary) -> Row:
 
 
 def rows(settings: Settings) -> Rows:
-    """Return the rows of all kernels and architectures, compiled on all cores."""
+    """Compile the chosen kernels for all architectures, on all cores, and return their rows."""
     asked = [
         (kernel, capability)
         for capability, kernel in product(CAPABILITIES, KERNELS)
@@ -150,12 +150,12 @@ def rows(settings: Settings) -> Rows:
 
 
 def cases(settings: Settings) -> list[str]:
-    """Return the operations' names."""
+    """Return the names of the operations."""
     return list(dict.fromkeys(operation for operation, _ in KERNELS))
 
 
 def accesses(moved: Mapping[Any, int]) -> str:
-    """Return accesses such as ``2 x 128``, the widest first."""
+    """Format accesses such as ``2 x 128``, widest first."""
     parts = sorted(((int(bits), count) for bits, count in moved.items()), reverse=True)
     texts = (f"{count} x {bits}" if count > 1 else f"{bits}" for bits, count in parts)
     return " + ".join(texts) or "-"

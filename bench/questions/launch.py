@@ -1,8 +1,7 @@
-"""What an update of a GPU model costs the host, measured without a GPU.
+"""Measure the host time of an update of a GPU model, without a GPU.
 
-The driver does nothing (``tests/engine/stub_libcuda.c``), and PyTorch's
-CPU tensors pass for tensors on a GPU. What is missing is the time inside the real driver, about two
-microseconds per launch.
+A stub driver does nothing (``tests/engine/stub_libcuda.c``), and PyTorch's CPU tensors pass for
+tensors on a GPU. The time inside the real driver is missing: about two microseconds per launch.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class StubContext:
-    """A device whose memory is the host's."""
+    """A stand-in for the context of a GPU, whose memory is the host's."""
 
     index, device, fallback_reason = 0, "cuda:0", None
 
@@ -58,7 +57,7 @@ class StubContext:
 
 
 def on_a_gpu() -> None:
-    """Let PyTorch's tensors pass for tensors on a GPU, and kernels for compiled ones."""
+    """Patch fastema to take PyTorch's CPU tensors for GPU tensors, and kernels for compiled."""
     import torch
 
     from fastema.bridges import torch as bridge
@@ -76,7 +75,7 @@ def on_a_gpu() -> None:
 
 
 def durations(call: Callable[[], object], rounds: int, calls: int) -> list[float]:
-    """Return the seconds of so many calls, in every round."""
+    """Return the time in seconds of `calls` calls, once for each of `rounds` rounds."""
     found = []
     for _ in range(rounds):
         began = time.perf_counter()
@@ -87,7 +86,7 @@ def durations(call: Callable[[], object], rounds: int, calls: int) -> list[float
 
 
 def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
-    """Measure in a process that finds the driver that does nothing."""
+    """Return rows of updates; the process must find the stub driver as its CUDA driver."""
     import torch
 
     import fastema
@@ -95,7 +94,7 @@ def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
 
     on_a_gpu()
     driver = Driver()
-    driver.push(driver.context(0))  # as PyTorch would have it
+    driver.push(driver.context(0))  # PyTorch makes a context current, too
     counter = ctypes.c_int64.in_dll(ctypes.CDLL("libcuda.so.1"), "stub_count")
     rows = []
     for count in COUNTS:
@@ -114,10 +113,10 @@ def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
 
 
 def rows(settings: Settings) -> Rows:
-    """Build the driver that does nothing, and measure with it."""
+    """Build the stub driver, and measure in a process that loads it."""
     compiler = shutil.which("cc")
     if compiler is None:
-        raise SystemExit("the question `launch` needs a C compiler, called cc")
+        raise SystemExit("the question `launch` needs a C compiler named cc")
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "libcuda.so.1"
         made = [compiler, "-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1"]

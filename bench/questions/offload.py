@@ -1,7 +1,7 @@
-"""How long an average keeps training waiting: on the weights' device, over a link, beside the step.
+"""Measure how long averages on the device and on the host block training.
 
-On a GPU where there is one, otherwise from memory to memory, with a link that takes as long as is
-wanted.
+The weights are on a GPU if there is one. Otherwise they are copied from memory to memory, over an
+artificial link with a chosen delay.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _nothing() -> None:
 
 
 class LoopHooks:
-    """What a training loop calls: ``wait`` before each optimizer step, ``update`` after it."""
+    """Calls of a training loop: ``wait`` before each optimizer step, ``update`` after it."""
 
     def __init__(
         self, update: Callable[[], object] = _nothing, wait: Callable[[], object] = _nothing
@@ -39,7 +39,7 @@ class LoopHooks:
 
 
 class ByHand:
-    """A copy of the weights on the host, averaged there: what loops with a CPU average do."""
+    """An average of weights that are copied to the host, as in loops with a CPU average."""
 
     def __init__(self, model: nn.Module) -> None:
         self._weights = [one.detach() for one in model.parameters()]
@@ -55,11 +55,11 @@ class ByHand:
             copy.copy_(weight)
 
     def slow_down(self, seconds: float) -> None:
-        """Take that long for each tensor."""
+        """Delay the copy of each tensor by this time in seconds."""
         self._delay = lambda: time.sleep(seconds)
 
     def update(self) -> None:
-        """Copy, then average."""
+        """Copy the weights, then update the average."""
         self._copy()
         self._ema.update()
 
@@ -71,7 +71,7 @@ def _model(width: int, depth: int, dtype: torch.dtype) -> nn.Module:
 
 
 def _loop(delay: float, width: int, depth: int, rounds: int, turns: int = 5) -> Iterator[Row]:
-    """Steps of training with each way to average, in turn; ``delay`` seconds for each tensor."""
+    """Time training steps with each average, in turn, with a ``delay`` in seconds per tensor."""
     model = _model(width, depth, torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, foreach=True)
     x = torch.randn(64, width, device=_DEVICE)
@@ -96,11 +96,11 @@ def _loop(delay: float, width: int, depth: int, rounds: int, turns: int = 5) -> 
         for entry in entries.values():
             for _ in range(turns):
                 found = _step(model, optimizer, x, entry)
-                if round_:  # the first loads kernels
+                if round_:  # the first round loads kernels
                     entry.steps.append(found[0])
                     entry.stalls.append(found[1])
             for one in (beside, skipping):
-                one.state_dict(copy=False)  # what is under way is another entry's no longer
+                one.state_dict(copy=False)  # finish pending updates before the next entry
     base = median(entries["no average"].steps)
     skipped = skipping.offload_stats.steps_skipped  # type: ignore[attr-defined]
     for name, entry in entries.items():
@@ -123,7 +123,7 @@ def _entry(ema: Any) -> LoopHooks:
 def _step(
     model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, entry: LoopHooks
 ) -> tuple[float, float]:
-    """Seconds of a step with its update, and those in which training was kept waiting."""
+    """Return the seconds of a step with its update, and the seconds that blocked training."""
     began = time.perf_counter()
     model(x).square().mean().backward()
     waited = time.perf_counter()
@@ -144,8 +144,8 @@ def _synchronise() -> None:
 
 
 def _memory(width: int, depth: int) -> Iterator[Row]:
-    """Memory that building, updating and swapping take, on the host and on the GPU."""
-    for dtype in (torch.float32, torch.bfloat16):  # loads kernels and what they import
+    """Yield the memory for building, updating and swapping, on the host and on the GPU."""
+    for dtype in (torch.float32, torch.bfloat16):  # load kernels and their imports
         with fastema.EMA(_model(2, 1, dtype), shadow_dtype="float32", offload=True).swapped():
             pass
     for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
@@ -176,7 +176,7 @@ def _memory(width: int, depth: int) -> Iterator[Row]:
 
 
 def rows(settings: Settings) -> Rows:
-    """Return steps over two links, and memory."""
+    """Return the rows of memory, and of steps for each delay of the link."""
     width, depth, rounds = (512, 4, 2) if settings.quick else (1024, 8, 12)
     torch.set_num_threads(1)
     fastema.set_num_threads(1)

@@ -1,9 +1,9 @@
-"""Whether averaging the weights helps.
+"""Measure whether averaging the weights helps.
 
-Small networks on the real data that ships with scikit-learn, trained with small batches. One run
-gives four sets of weights at its end: the raw ones, their EMA, SWA and SMA. So every comparison is
-paired: same split, same start, same batches. The learning rate is chosen beforehand, for the raw
-weights, on validation rows of other seeds; what the averages do is fixed in advance.
+Small networks are trained with small batches on the real data that ships with scikit-learn. Each
+run ends with four sets of weights: the raw weights, their EMA, SWA and SMA. So every comparison is
+paired: same split, same start, same batches. The learning rate is chosen beforehand for the raw
+weights, on validation rows of other seeds. The averages' settings are fixed in advance.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from bench.race.question import Question, Settings
 from bench.race.report import Figure, Row, Rows
 
 Schedule = Literal["constant", "cosine"]
-Scores = dict[str, dict[str, float]]  # of each set of weights, each metric
-Scored = dict[str, Any]  # a run, or the mean of some: task, schedule, rate and scores
+Scores = dict[str, dict[str, float]]  # by set of weights and metric
+Scored = dict[str, Any]  # a run, or the mean of several: task, schedule, rate and scores
 
 SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
 RAW = "raw"
@@ -39,19 +39,19 @@ WEIGHTS = (RAW, *AVERAGES)
 
 MOMENTUM = 0.9
 DROPOUT = 0.2
-VALIDATION_SHARE = 0.25  # of the rows that are not for testing
+VALIDATION_SHARE = 0.25  # of the rows that are not test rows
 FIRST_TUNING_SEED = 1_000
 RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class QualitySizes:
-    """How much is run."""
+    """Sizes of the measurement."""
 
     epochs: int
     seeds: int
     tuning_seeds: int
-    rates: int  # of each task's, from the middle
+    rates: int  # learning rates to try, from the middle of each task's list
 
 
 FULL = QualitySizes(epochs=40, seeds=20, tuning_seeds=4, rates=5)
@@ -62,21 +62,27 @@ QUICK = QualitySizes(epochs=4, seeds=3, tuning_seeds=1, rates=2)
 
 
 class Data(NamedTuple):
+    """The rows of a data set."""
+
     x: NDArray[np.float64]  # (rows, features)
     y: NDArray[Any]  # (rows,) classes, or (rows, targets)
-    strata: NDArray[np.int64] | None  # (rows,) what every split holds alike shares of
+    strata: NDArray[np.int64] | None  # (rows,) labels to stratify splits by
 
 
 class Split(NamedTuple):
-    x: Tensor  # (train, features) f32, standardised
-    y: Tensor  # (train,) i64 classes, or (train, targets) f32, standardised
+    """Rows to train on and rows held out, standardized."""
+
+    x: Tensor  # (train, features) f32
+    y: Tensor  # (train,) i64 classes, or (train, targets) f32
     x_held: Tensor
     y_held: Tensor
-    scale: float  # standard deviation of the targets, in their own unit
+    scale: float  # standard deviation of the targets, in their original unit
 
 
 @dataclass(frozen=True)
 class Task:
+    """A data set, its network, and the learning rates to choose from."""
+
     name: str
     what: str
     load: Callable[[], Data]
@@ -141,9 +147,10 @@ TASKS = (
 
 
 def split(task: Task, seed: int, *, validation: bool) -> Split:
-    """Rows to train on and rows held out, standardised by the former.
+    """Split a task's rows into training and held-out rows, standardized by the training rows.
 
-    Held out is the test share; for validation that is put aside and a part of the rest held out.
+    The test rows are held out. With `validation`, they are set aside, and a part of the remaining
+    rows is held out instead.
     """
     rows = task.load()
     everything = np.arange(len(rows.x))
@@ -156,7 +163,7 @@ def split(task: Task, seed: int, *, validation: bool) -> Split:
     kept, held = parted(everything, task.test_share)
     if validation:
         kept, held = parted(kept, VALIDATION_SHARE)
-    # One scale for all columns: pixels share theirs, those of the diabetes data come standardised.
+    # One scale for all columns: pixels share a scale, and the diabetes data is standardized.
     x = torch.from_numpy((rows.x - rows.x[kept].mean()) / rows.x[kept].std()).float()
     scale = 1.0
     if task.classes:
@@ -184,9 +191,9 @@ def network(task: Task, data: Split) -> nn.Sequential:
 
 
 def averages(model: nn.Module, steps: int) -> dict[str, Any]:
-    """The averages of a run of so many steps.
+    """Return the averages for a run of `steps` steps.
 
-    What is in the EMA, and in the SMA, is 5 % of the training old on average.
+    The mean age of the weights in the EMA and in the SMA is 5 % of the run.
     """
     return {
         "EMA": fastema.EMA(model, decay=1.0 - 1.0 / (0.05 * steps)),
@@ -201,7 +208,7 @@ def loss_of(task: Task, outputs: Tensor, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(task: Task, model: nn.Module, data: Split) -> dict[str, float]:
-    """Every metric of the weights the model holds, on the rows held out."""
+    """Return every metric of the model's current weights on the held-out rows."""
     model.eval()
     outputs = model(data.x_held)
     model.train()
@@ -215,11 +222,11 @@ def evaluate(task: Task, model: nn.Module, data: Split) -> dict[str, float]:
 def train(
     task: Task, data: Split, rate: float, schedule: Schedule, epochs: int, seed: int
 ) -> Scores:
-    """Train once; the scores of all four sets of weights at the end."""
+    """Train once, and return the scores of all four sets of weights at the end."""
     torch.manual_seed(seed)
     model = network(task, data)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=MOMENTUM)
-    per_epoch = len(data.x) // task.batch_size  # what is left over waits for the next shuffle
+    per_epoch = len(data.x) // task.batch_size  # leftover rows are dropped until the next shuffle
     steps = epochs * per_epoch
     annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     kept = averages(model, steps)
@@ -242,7 +249,10 @@ def train(
 
 @contextmanager
 def reproducible() -> Iterator[None]:
-    """One thread: steps this small gain nothing from more, and sums do not depend on the cores."""
+    """Run a block on one thread with a forked random state.
+
+    Steps this small gain nothing from more threads, and sums do not depend on the number of cores.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -256,7 +266,7 @@ def reproducible() -> Iterator[None]:
 
 
 def tune(task: Task, schedule: Schedule, amount: QualitySizes) -> list[Scored]:
-    """The mean validation scores of all weights at each learning rate."""
+    """Return the mean validation scores of all sets of weights at each learning rate."""
     skipped = (len(task.rates) - amount.rates) // 2
     seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + amount.tuning_seeds)
     splits = {seed: split(task, seed, validation=True) for seed in seeds}
@@ -277,7 +287,7 @@ def tune(task: Task, schedule: Schedule, amount: QualitySizes) -> list[Scored]:
 
 
 def chosen(task: Task, rows: list[Scored], weights: str = RAW) -> float:
-    """The learning rate at which these weights did best; one that diverged did worst."""
+    """Return the learning rate with the best score of these weights; divergence counts as worst."""
     metric = task.metrics[0]
 
     def key(row: Scored) -> float:
@@ -291,7 +301,7 @@ def chosen(task: Task, rows: list[Scored], weights: str = RAW) -> float:
 
 
 def relative_change(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> tuple[float, ...]:
-    """Change of the mean in percent, and its 95 % bootstrap interval over the seeds, paired."""
+    """Return the change of the mean in percent and its paired 95 % bootstrap interval."""
     generator = np.random.default_rng(0)
     drawn = generator.integers(len(ours), size=(RESAMPLES, len(ours)))  # (resamples, seeds)
     resampled = ours[drawn].mean(1) / theirs[drawn].mean(1) - 1.0
@@ -300,7 +310,7 @@ def relative_change(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> t
 
 
 def compare(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> dict[str, Any]:
-    """Two scores per seed, lower being better: size and certainty of the difference."""
+    """Return size and significance of the difference of paired scores; lower is better."""
     change, low, high = relative_change(ours, theirs)
     same = bool(np.all(ours == theirs))
     return {
@@ -313,7 +323,7 @@ def compare(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> dict[str,
 
 
 def values(runs: list[Scored], task: str, schedule: str, weights: str, metric: str) -> NDArray[Any]:
-    """One score per seed."""
+    """Return one score per seed."""
     return np.array(
         [
             run["scores"][weights][metric]
@@ -331,11 +341,11 @@ COMPARED = (  # title, schedule of the averages, schedule of the raw weights
 TESTS = len(COMPARED) * (len(WEIGHTS) - 1) * sum(len(task.metrics) for task in TASKS) + sum(
     len(task.metrics) for task in TASKS
 )
-"""How many p are printed; the raw weights have one where their schedules differ."""
+"""Number of p values printed; raw weights have one where their schedules differ."""
 
 
 def comparisons(runs: list[Scored]) -> Iterator[Row]:
-    """All weights against the raw ones, as COMPARED says; the raw ones themselves have no p."""
+    """Yield comparisons of all weights with raw ones, as in `COMPARED`; the latter have no p."""
     for title, ours, theirs in COMPARED:
         for task in TASKS:
             for metric in task.metrics:
@@ -354,7 +364,7 @@ def comparisons(runs: list[Scored]) -> Iterator[Row]:
 
 
 def summary(compared: Sequence[Row]) -> Iterator[Row]:
-    """Changes against the raw weights of the same runs: a line for each metric and schedule."""
+    """Yield changes against the raw weights of the same runs, by metric and schedule."""
     for row in sorted(compared, key=lambda row: [task.name for task in TASKS].index(row["task"])):
         if row["same_runs"]:
             line = f"{row['task']}, {row['metric']}, {row['schedule']}"
@@ -367,7 +377,7 @@ def summary(compared: Sequence[Row]) -> Iterator[Row]:
 
 
 def validation(tuned: list[Scored]) -> Iterator[Row]:
-    """Scores of the first metric; the best of each set of weights is marked."""
+    """Yield validation scores of the first metric; mark the best of each set of weights."""
     for task in TASKS:
         metric = task.metrics[0]
         for schedule in SCHEDULES:
@@ -381,7 +391,7 @@ def validation(tuned: list[Scored]) -> Iterator[Row]:
 
 
 def measure(amount: QualitySizes) -> tuple[list[Scored], list[Scored]]:
-    """Choose learning rates, and train on all seeds; return the choice and the runs."""
+    """Choose learning rates and train on all seeds; return the tuning scores and the runs."""
     tuned: list[Scored] = []
     runs: list[Scored] = []
     with reproducible():
@@ -401,7 +411,7 @@ def measure(amount: QualitySizes) -> tuple[list[Scored], list[Scored]]:
 
 
 def tables(tuned: list[Scored], runs: list[Scored]) -> Iterator[Row]:
-    """All rows of a result."""
+    """Yield all rows of a result."""
     compared = list(comparisons(runs))
     yield from summary(compared)
     yield from compared
@@ -409,12 +419,12 @@ def tables(tuned: list[Scored], runs: list[Scored]) -> Iterator[Row]:
 
 
 def rows(settings: Settings) -> Rows:
-    """Measure and compare."""
+    """Measure and compare, and yield all rows."""
     return tables(*measure(QUICK if settings.quick else FULL))
 
 
 def percent(numbers: Sequence[float]) -> str:
-    """A change and its interval, with more places where all of it is small."""
+    """Format a change and its interval, with one more decimal place if all values are small."""
     places = 1 if max(map(abs, numbers)) >= 0.95 else 2
     change, low, high = (signed(number, places) for number in numbers)
     return f"{change} % ({low} to {high})"

@@ -1,7 +1,7 @@
-"""Averages of models that are divided among ranks: steps, memory, one folder.
+"""Measure averages of sharded models: steps, memory, and one folder.
 
-Two ranks on gloo, on this machine: what a step costs with an average and without, what memory each
-rank needs, and how quickly one folder is written.
+Two ranks on gloo, on this machine: the time of a step with an average and without, the memory of
+each rank, and the time to write one folder.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MB = 1e6
 
 
 class MlpBlock(nn.Module):
-    """Two layers, as tensor parallel divides them."""
+    """Two linear layers, split column-wise and row-wise by tensor parallel."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -84,38 +84,38 @@ LAYOUTS: dict[str, Callable[[nn.Sequential], nn.Module]] = {
 
 
 def _parts(model: nn.Module) -> list[torch.Tensor]:
-    """This rank's memory of the parameters."""
+    """Return the local tensors of this rank's parameters."""
     found = [one.detach() for one in model.parameters()]
     return [getattr(one, "_local_tensor", one) for one in found]
 
 
 class Copies:
-    """A copy of each part and a foreach: what torchtitan's contributed average does."""
+    """An average of each local shard by foreach, like torchtitan's contributed average."""
 
     def __init__(self, model: nn.Module) -> None:
         self._parts = _parts(model)
         self._shadow = [one.clone() for one in self._parts]
 
     def update(self) -> None:
-        """Average."""
+        """Update the average from the weights."""
         torch._foreach_lerp_(self._shadow, self._parts, 0.001)
 
     def swap(self) -> None:
-        """Put the average into the model, and the weights back."""
+        """Put the average into the model, and restore the weights."""
         backup = [one.clone() for one in self._parts]
         torch._foreach_copy_(self._parts, self._shadow)
         torch._foreach_copy_(self._parts, backup)
 
 
 class Gathered:
-    """Whole averages on each rank, of gathered parameters: what callbacks without shards do."""
+    """Whole averages on each rank, of gathered parameters, like callbacks unaware of shards."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._shadow = [one.detach().full_tensor() for one in model.parameters()]
 
     def update(self) -> None:
-        """Average."""
+        """Update the average from the weights."""
         whole = [one.detach().full_tensor() for one in self._model.parameters()]
         torch._foreach_lerp_(self._shadow, whole, 0.001)
 
@@ -133,7 +133,7 @@ def _peak(call: Callable[[], object]) -> float:
 
 
 def _steps(layout: str, width: int, depth: int, rounds: int) -> Row:
-    """A training step with the average and without, in turn."""
+    """Time training steps and the updates after them, for both averages in turn."""
     model = LAYOUTS[layout](_model(width, depth))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, foreach=True)
     x = torch.randn(BATCH, width)
@@ -165,7 +165,7 @@ def _steps(layout: str, width: int, depth: int, rounds: int) -> Row:
 
 
 def _memory(width: int, depth: int, folder: Path) -> Iterator[Row]:
-    """Peak memory of one rank, beyond what it held before each call."""
+    """Yield the peak memory of a rank in each call, beyond the memory before the call."""
     model = _fsdp(_model(width, depth))
     mine = sum(part.nbytes for part in _parts(model)) / MB
 
@@ -204,7 +204,7 @@ def _memory(width: int, depth: int, folder: Path) -> Iterator[Row]:
 
 
 def _updates(width: int, depth: int, quick: bool) -> Iterator[Row]:
-    """Updates of parts against those of plain tensors of the same sizes: what the index costs."""
+    """Race updates of shards against plain tensors of the same sizes, to show the index's cost."""
     for layout in ("FSDP2", "tensor parallel"):
         model = LAYOUTS[layout](_model(width, depth)).to(torch.bfloat16)
         plain = [part.clone() for part in _parts(model)]
@@ -218,7 +218,7 @@ def _updates(width: int, depth: int, quick: bool) -> Iterator[Row]:
             for job in jobs.values():
                 job()
             dist.barrier()
-            if not dist.get_rank():  # alone: two ranks share the memory's bandwidth
+            if not dist.get_rank():  # one rank only: two would share the memory bandwidth
                 yield from contest(
                     f"An update of bfloat16 weights, average {dtype}: {layout}",
                     jobs,
@@ -238,7 +238,7 @@ def _copied(source: Path, target: Path) -> None:
 
 
 def _folders(width: int, depth: int, folder: Path, rounds: int) -> Iterator[Row]:
-    """Writing one folder, and copying it, in turn; files that are synchronised to the disk."""
+    """Time writing one folder and copying its files, in turn, synchronized to disk."""
     model = _fsdp(_model(width, depth))
     ema = fastema.EMA(model, 0.999)
     dcp.save({"ema": ema}, checkpoint_id=folder / "saved")
@@ -276,7 +276,7 @@ def _folders(width: int, depth: int, folder: Path, rounds: int) -> Iterator[Row]
 
 
 def _staging(width: int, depth: int, folder: Path) -> Iterator[Row]:
-    """How long a save keeps the training waiting."""
+    """Yield how long an asynchronous save blocks training."""
     model = _fsdp(_model(width, depth))
     ema = fastema.EMA(model, 0.999)
     found = []
@@ -311,7 +311,7 @@ def _rank(rank: int, store: str, folder: str, quick: bool, pipe: Any) -> None:
 
 
 def rows(settings: Settings) -> Rows:
-    """Run two ranks; return what the first one measured."""
+    """Run two ranks, and return the rows of the first."""
     os.environ.update(ALLOCATOR)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""``apply`` of TensorFlow variables, ours against ``tf.train``'s.
+"""Race fastema's ``apply`` on TensorFlow variables against ``tf.train``'s.
 
-Eagerly and inside ``tf.function``, on the same variables, which are given new values before every
-round as an optimizer would.
+Both run eagerly and inside ``tf.function``, on the same variables. The variables get new values
+before the results are verified.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ CLASSES = {OURS: ExponentialMovingAverage, THEIRS: tf.train.ExponentialMovingAve
 
 @dataclass(frozen=True)
 class VariableCase:
-    """So many variables of one shape in float32."""
+    """A number of float32 variables of one shape."""
 
     count: int
     shape: tuple[int, ...]
 
     @property
     def title(self) -> str:
-        """What it is, in words."""
+        """Number and shape, as in titles of tables."""
         return f"{self.count:,} of {' × '.join(f'{n:,}' for n in self.shape)}"
 
     @property
     def elements(self) -> int:
-        """Of all variables."""
+        """Number of elements of all variables."""
         return self.count * int(np.prod(self.shape))
 
 
@@ -65,7 +65,7 @@ WAYS = {"eager": _eager, "tf.function": _traced}
 def _assert_agreement(
     averages: dict[str, Any], weights: list[Any], jobs: dict[str, Callable[[], object]]
 ) -> None:
-    """Assert that every entry's update of new weights is the formula, to a few roundings."""
+    """Assert that every entry's update agrees with the formula up to rounding."""
     before = {name: [ema.average(w).numpy() for w in weights] for name, ema in averages.items()}
     for weight in weights:
         weight.assign(tf.random.normal(weight.shape))
@@ -78,7 +78,7 @@ def _assert_agreement(
 
 
 def race(case: VariableCase, quick: bool) -> Iterator[Row]:
-    """Check the entries against the formula, then race those that are called in one way."""
+    """Verify the entries against the formula and race them, eagerly and in ``tf.function``."""
     weights = [tf.Variable(tf.random.normal(case.shape)) for _ in range(case.count)]
     for way, make in WAYS.items():
         averages: dict[str, Any] = {}
@@ -88,7 +88,7 @@ def race(case: VariableCase, quick: bool) -> Iterator[Row]:
             averages[name].apply(weights)
             jobs[name] = make(averages[name], weights)
         _assert_agreement(averages, weights, jobs)
-        for job in jobs.values():  # from the third call on, nothing is prepared any more
+        for job in jobs.values():  # preparations end with the second call
             job()
             job()
         yield from contest(
@@ -110,7 +110,7 @@ def rows(settings: Settings) -> Rows:
 
 def _threads(settings: Settings) -> dict[str, Any]:
     threads = tf.config.threading.get_intra_op_parallelism_threads()
-    return {"tensorflow_threads": threads or "all"}  # 0: as many as there are
+    return {"tensorflow_threads": threads or "all"}  # 0 means all
 
 
 METHOD = """\

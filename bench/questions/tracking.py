@@ -1,7 +1,7 @@
-"""Moving averages of numbers, one by one and as series.
+"""Measure moving averages of numbers, one by one and as series.
 
-One by one, what people write by hand for a loss. A series at once, the libraries that do it; beside
-each time stands how far the result is from the exact one.
+Single updates are compared with handwritten averages of a loss. Whole series are compared with
+libraries; each time is listed with the error of the result.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ OF_DECAY: dict[str, Callable[[], Update]] = {
 
 
 def losses(n: int, *, wild: bool) -> Floats:
-    """A loss that falls and is noisy; wild ones have spikes of up to nine orders of magnitude."""
+    """Return a falling, noisy loss; if `wild`, with spikes of 3 to 9 orders of magnitude."""
     rng = np.random.default_rng(0)
     x = (0.2 + 2.0 * np.exp(-np.arange(n) / (n / 5))) * rng.gamma(4.0, 0.25, n)
     if wild:
@@ -95,7 +95,7 @@ def losses(n: int, *, wild: bool) -> Floats:
 
 
 def _repeated(update: Update, x: list[float], count: int) -> Callable[[], None]:
-    """So many updates with ever other values."""
+    """Return a function that does `count` updates, with different values in each call."""
     place = 0
 
     def run() -> None:
@@ -108,14 +108,15 @@ def _repeated(update: Update, x: list[float], count: int) -> Callable[[], None]:
 
 
 def one_by_one(rounds: int, budget_s: float) -> Iterator[Row]:
-    """Measure the time of one update with a full window."""
+    """Yield the time of one update with a full window."""
     x = losses(400_000, wild=False).tolist()
     for window in WINDOWS:
         jobs, counts = {}, {}
         for name, make in ONE_BY_ONE.items():
             update = make(window)
             slow = name in ("list, np.mean", "deque, sum") and window > 100
-            # Whatever takes time in proportion to the window is filled, not run, with values.
+            # Fill slow entries' windows directly: their updates take time proportional to the
+            # window.
             _filled(update, x[:window], slow)
             counts[name] = 20 if slow and window > 10_000 else 500 if slow else 50_000
             jobs[name] = _repeated(update, x, counts[name])
@@ -138,7 +139,7 @@ def _filled(update: Update, x: list[float], slow: bool) -> None:
 
 
 def drift(n: int, window: int = 100) -> Iterator[Row]:
-    """Yield how far the average is from the exact one after so many updates."""
+    """Yield the relative error of averages after `n` updates with spikes."""
     x = losses(n, wild=True).tolist()
     exact = math.fsum(x[-window:]) / window
     for name in ("fastema.tracking.SimpleMovingAverage", "deque, running sum"):
@@ -153,7 +154,7 @@ def drift(n: int, window: int = 100) -> Iterator[Row]:
 
 
 def by_window(window: int) -> dict[str, Series]:
-    """All that give the running mean of a window."""
+    """Return functions that compute the rolling mean over a window, by name."""
     return {
         "fastema update_many": lambda x: SimpleMovingAverage(window).update_many(x),
         "bottleneck.move_mean": lambda x: bottleneck.move_mean(x, window, 1),
@@ -176,7 +177,7 @@ def _by_cumsum(x: Floats, window: int) -> Floats:
 
 
 def by_decay(decay: float) -> dict[str, Series]:
-    """All that give the exponential average, which begins at the first value."""
+    """Return functions that compute the EMA starting at the first value, by name."""
     alpha = 1 - decay
     return {
         "fastema update_many": lambda x: ExponentialMovingAverage(decay).update_many(x),
@@ -187,20 +188,20 @@ def by_decay(decay: float) -> dict[str, Series]:
 
 
 def exact_windows(x: Floats, window: int, places: NDArray[np.int64]) -> Floats:
-    """Means of the windows that end at these places, rounded once or twice."""
+    """Return the means of the windows that end at `places`, rounded once or twice."""
     ends = (places + 1).tolist()
     return np.array([math.fsum(x[max(0, end - window) : end]) / min(end, window) for end in ends])
 
 
 def exact_decayed(x: Floats, decay: float) -> NDArray[np.longdouble]:
-    """The recursion in extended precision: 11 more bits, on machines that have it."""
+    """Return the EMA in extended precision, with 11 more bits on machines that have it."""
     wide, d = x.astype(np.longdouble), np.longdouble(decay)
     found, _ = lfilter([1 - d], [np.longdouble(1), -d], wide, zi=[d * wide[0]])
     return found
 
 
 def _places(n: int, window: int) -> NDArray[np.int64]:
-    """Where results are compared: fewer of them for windows that take long to add up."""
+    """Return the positions to compare, fewer for large windows, which take long to sum."""
     rng = np.random.default_rng(1)
     return np.sort(rng.integers(0, n, max(200, min(20_000, 200_000_000 // window))))
 
@@ -212,7 +213,7 @@ def _error(found: Floats, exact: Any) -> float:
 def _works(
     n: int,
 ) -> Iterator[tuple[str, dict[str, Series], Any, Callable[[Floats], Floats]]]:
-    """Yield a title, its entries, the places that are compared, and what is exact there."""
+    """Yield a title, its entries, the positions to compare, and a function for exact values."""
     for window in WINDOWS:
         places = _places(n, window)
         exact = partial(exact_windows, window=window, places=places)
@@ -223,7 +224,7 @@ def _works(
 
 
 def at_once(rounds: int, n: int) -> Iterator[Row]:
-    """Race all of them, and compare what they give with the exact averages."""
+    """Race the entries of each series, and yield their rows with errors against exact averages."""
     kinds = {"error": losses(n, wild=False), "error_with_spikes": losses(n, wild=True)}
     for title, entries, places, exact in _works(n):
         errors: dict[str, dict[str, float]] = {name: {} for name in entries}
@@ -241,7 +242,7 @@ def at_once(rounds: int, n: int) -> Iterator[Row]:
 
 
 def rows(settings: Settings) -> Rows:
-    """Measure single updates, then series."""
+    """Yield the rows of single updates, then of series."""
     rounds, budget_s = (3, 3.0) if settings.quick else (15, 60.0)
     yield from one_by_one(rounds, budget_s)
     yield from drift(200_000 if settings.quick else 10_000_000)
