@@ -35,7 +35,7 @@ class _Names(ModuleType):
         return made
 
 
-class _Finder(MetaPathFinder, Loader):
+class _StubFinder(MetaPathFinder, Loader):
     """Finds and loads ``torchvision`` and its submodules as `_Names`."""
 
     def find_spec(
@@ -58,4 +58,4 @@ def stand_in() -> None:
     stand-in.
     """
     if find_spec("torchvision") is None:
-        sys.meta_path.append(_Finder())
+        sys.meta_path.append(_StubFinder())
