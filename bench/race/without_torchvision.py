@@ -25,7 +25,7 @@ class _Enumeration(type):
         return f"{cls.__name__}.{name}"
 
 
-class _Names(ModuleType):
+class _StubModule(ModuleType):
     """A module with a class for every requested name."""
 
     def __getattr__(self, name: str) -> type:
@@ -36,7 +36,7 @@ class _Names(ModuleType):
 
 
 class _StubFinder(MetaPathFinder, Loader):
-    """Finds and loads ``torchvision`` and its submodules as `_Names`."""
+    """Finds and loads ``torchvision`` and its submodules as `_StubModule`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -45,7 +45,7 @@ class _StubFinder(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self, is_package=True) if ours else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _Names(spec.name)
+        return _StubModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         pass
