@@ -16,7 +16,7 @@ from types import ModuleType
 __all__ = ["stand_in"]
 
 
-class _Enumeration(type):
+class _StubMeta(type):
     """A metaclass that gives its classes a member for every requested name."""
 
     def __getattr__(cls, name: str) -> str:
@@ -31,7 +31,7 @@ class _StubModule(ModuleType):
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
             raise AttributeError(name)
-        vars(self)[name] = made = _Enumeration(name, (), {})
+        vars(self)[name] = made = _StubMeta(name, (), {})
         return made
 
 
