@@ -16,7 +16,7 @@ SMALL = "Update: small-1000, f32 model, f32 average"
 GPT2 = "Update: gpt2-small, bf16 model, f32 average"
 
 
-class Found:
+class RunFigures:
     """Lookup of a run's figures by case and entry; a missing figure is None."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
@@ -57,7 +57,7 @@ def _of_eager_torch(entry: str) -> bool:
 
 def targets(rows: Sequence[Row]) -> Iterator[Row]:
     """Yield a row per target: the target, the measured value, and whether the target is met."""
-    found = Found(rows)
+    found = RunFigures(rows)
     ms = found.of
     eager = found.least(MIXED, _of_eager_torch, "device_ms")
     any_torch = found.least(MIXED, _of_torch, "device_ms")
