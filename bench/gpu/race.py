@@ -28,7 +28,7 @@ _OUT_OF_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError)
 
 
 @dataclass(frozen=True)
-class Started:
+class ReadyEntry:
     """An entry whose first result was verified and that is ready to be timed."""
 
     name: str
@@ -37,7 +37,7 @@ class Started:
     memory: Memory | None
 
 
-def start(peer: Peer, model: nn.Module, case: DeviceCase, clock: Clock, seed: int) -> Started:
+def start(peer: Peer, model: nn.Module, case: DeviceCase, clock: Clock, seed: int) -> ReadyEntry:
     """Set up an entry, compare its first result with the float64 reference, and warm it up.
 
     Raises
@@ -53,7 +53,7 @@ def start(peer: Peer, model: nn.Module, case: DeviceCase, clock: Clock, seed: in
     for _ in range(_WARM_UP):
         running.update()
     memory = clock.memory(running.update)
-    return Started(peer.name, running.update, _host_time(running.update, clock), memory)
+    return ReadyEntry(peer.name, running.update, _host_time(running.update, clock), memory)
 
 
 def _host_time(job: Job, clock: Clock) -> float:
@@ -66,11 +66,11 @@ def _host_time(job: Job, clock: Clock) -> float:
 
 def groups(
     peers: Sequence[Peer],
-    begin: Callable[[Peer], Started],
+    begin: Callable[[Peer], ReadyEntry],
     give_up: Callable[[str, Exception | None], None],
     clock: Clock,
     least: int = 0,
-) -> Iterator[list[Started]]:
+) -> Iterator[list[ReadyEntry]]:
     """Yield groups of started entries that fit in memory together, until each was in a group.
 
     Parameters
@@ -89,7 +89,7 @@ def groups(
     """
     waiting = list(peers)
     while waiting:
-        group: list[Started] = []
+        group: list[ReadyEntry] = []
         left: list[Peer] = []
         for peer in waiting:
             if group and clock.free_bytes() < least:
@@ -117,7 +117,7 @@ def groups(
         waiting = left
 
 
-def _room(group: Sequence[Started], clock: Clock) -> bool:
+def _room(group: Sequence[ReadyEntry], clock: Clock) -> bool:
     """Return whether there is memory for the temporaries of each entry in a group."""
     passing = max((one.memory.peak_bytes for one in group if one.memory is not None), default=0)
     if passing > clock.free_bytes():
@@ -160,7 +160,7 @@ def race(
     field = _Field(case, model, Copy(traffic(case, model), clock.device), clock, budget)
     seeds = count(1)
 
-    def begin(peer: Peer) -> Started:
+    def begin(peer: Peer) -> ReadyEntry:
         if not budget.left():
             raise TimeoutError("no time was left")
         return start(peer, model, case, clock, next(seeds))
@@ -208,7 +208,7 @@ class _Field:
     clock: Clock
     budget: Budget
 
-    def run(self, started: Sequence[Started], group: int) -> list[Row]:
+    def run(self, started: Sequence[ReadyEntry], group: int) -> list[Row]:
         """Time a group of entries and the copy in turn, and return their rows."""
         weights = [p.detach() for p in self.model.parameters()]
         hosts = {one.name: one.host_s for one in started}
