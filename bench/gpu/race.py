@@ -157,7 +157,7 @@ def race(
     out = refusals(case, clock.device)
     missing = [Row(case.title, name, missing=reason) for name, reason in out.items()]
     model = build(case, clock.device)
-    field = _Field(case, model, Copy(traffic(case, model), clock.device), clock, budget)
+    field = _RaceSetup(case, model, Copy(traffic(case, model), clock.device), clock, budget)
     seeds = count(1)
 
     def begin(peer: Peer) -> ReadyEntry:
@@ -199,7 +199,7 @@ def failure(table: str, entry: str, error: BaseException) -> Row:
 
 
 @dataclass(frozen=True)
-class _Field:
+class _RaceSetup:
     """The setting of a race: case, weights, the copy to compare with, clock and time budget."""
 
     case: DeviceCase
