@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu.cases import DeviceCase
-from bench.race.peers import PEERS, Peer, Refusal, Running, copies, our_ema
+from bench.race.peers import PEERS, Peer, PeerCalls, Refusal, copies, our_ema
 
 COPY = "device-to-device copy"
 """The yardstick: the device's own copy of the same number of bytes."""
@@ -22,7 +22,7 @@ _FEW = 160
 """Maximum number of tensors for torch.compile, which takes minutes for a thousand."""
 
 
-def _captured(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
+def _captured(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
     """Capture an update in a CUDA graph to replay; the weights must not move."""
     running = our_ema(capturable=True)(model, decay, dtype)
     # Update once while averages equal weights, which changes nothing: this does the preparations
@@ -31,10 +31,10 @@ def _captured(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         running.update()
-    return Running(graph.replay, running.average)
+    return PeerCalls(graph.replay, running.average)
 
 
-def _compiled(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
+def _compiled(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
     weights = [p.detach() for p in model.parameters()]
     averages = copies(model, dtype)
     torch._dynamo.reset()  # otherwise the ninth function from this code would run uncompiled
@@ -47,10 +47,10 @@ def _compiled(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
     backend = "inductor" if weights[0].is_cuda else "aot_eager"
     compiled = torch.compile(loop, backend=backend, dynamic=False)
     compiled(averages, weights)
-    return Running(lambda: compiled(averages, weights), lambda: averages)
+    return PeerCalls(lambda: compiled(averages, weights), lambda: averages)
 
 
-def _apex(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
+def _apex(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
     import amp_C
     from apex.multi_tensor_apply import multi_tensor_applier
 
@@ -63,7 +63,7 @@ def _apex(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
         lists = [weights, averages, averages]
         multi_tensor_applier(amp_C.multi_tensor_axpby, overflow, lists, 1 - decay, decay, -1)
 
-    return Running(update, lambda: averages)
+    return PeerCalls(update, lambda: averages)
 
 
 _NO_BF16 = Refusal("has no bfloat16")

@@ -197,7 +197,7 @@ class Subject:
     package: str
     average: str
     rounding: str
-    setup: Callable[[nn.Module, float], peers.Running]
+    setup: Callable[[nn.Module, float], peers.PeerCalls]
     missing: str | None = None
 
     @property
@@ -207,12 +207,12 @@ class Subject:
         return f"{self.average}{rounding}: {self.package}"
 
 
-def _ours(dtype: Any, rounding: Any, model: nn.Module, decay: float) -> peers.Running:
+def _ours(dtype: Any, rounding: Any, model: nn.Module, decay: float) -> peers.PeerCalls:
     ema = fastema.EMA(model, decay, shadow_dtype=dtype, rounding=rounding)
-    return peers.Running(ema.update, lambda: list(ema.shadow.values()))
+    return peers.PeerCalls(ema.update, lambda: list(ema.shadow.values()))
 
 
-def _whole(model: nn.Module, decay: float) -> peers.Running:
+def _whole(model: nn.Module, decay: float) -> peers.PeerCalls:
     """Start a ``bf16+16`` average whose two halves are read back as float32."""
     ema = fastema.EMA(model, decay, shadow_dtype="bf16+16")
     seen = {name: torch.empty(p.shape) for name, p in model.named_parameters()}
@@ -221,7 +221,7 @@ def _whole(model: nn.Module, decay: float) -> peers.Running:
         ema.copy_to(seen)
         return list(seen.values())
 
-    return peers.Running(ema.update, average)
+    return peers.PeerCalls(ema.update, average)
 
 
 OURS = "fastema"
@@ -239,7 +239,7 @@ COMPARED = {
 }
 
 
-def _peer(peer: peers.Peer, dtype: str, model: nn.Module, decay: float) -> peers.Running:
+def _peer(peer: peers.Peer, dtype: str, model: nn.Module, decay: float) -> peers.PeerCalls:
     return peer.setup(model, decay, DTYPES[dtype])
 
 

@@ -11,7 +11,7 @@ from bench.race.cases import Case
 from bench.race.checks import assert_averaged, assert_equal, sample
 from bench.race.contest import Job
 from bench.race.flat_module import DTYPES, FlatModule, build, randomise_
-from bench.race.peers import PEERS, SWAPS, Peer, Running
+from bench.race.peers import PEERS, SWAPS, Peer, PeerCalls
 
 DECAY = 0.9
 """Low enough that one update changes even a bf16 average, so the check before the race is
@@ -43,7 +43,7 @@ def naming(case: Case, peer: str) -> Iterator[None]:
         raise AssertionError(f"{case.name}, {peer}: {error}") from error
 
 
-def check_update(peer: Peer, running: Running, model: nn.Module, before: list[Tensor]) -> None:
+def check_update(peer: Peer, running: PeerCalls, model: nn.Module, before: list[Tensor]) -> None:
     """Update once from averages equal to ``before``; raise AssertionError on a wrong result."""
     running.update()
     assert_averaged(
@@ -56,7 +56,7 @@ def check_update(peer: Peer, running: Running, model: nn.Module, before: list[Te
     )
 
 
-def _check_swap(running: Running, model: FlatModule, averages: list[Tensor]) -> None:
+def _check_swap(running: PeerCalls, model: FlatModule, averages: list[Tensor]) -> None:
     """Swap and restore once; raise AssertionError if averages or weights end up wrong."""
     weights = [sample(p) for p in model.parameters()]
     running.apply()
@@ -66,7 +66,7 @@ def _check_swap(running: Running, model: FlatModule, averages: list[Tensor]) -> 
     assert_equal(running.average(), averages)
 
 
-def _there_and_back(running: Running) -> Job:
+def _there_and_back(running: PeerCalls) -> Job:
     def job() -> None:
         running.apply()
         running.restore()

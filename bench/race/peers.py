@@ -20,7 +20,7 @@ from tests.support.peers import PEERS as AVERAGES
 
 
 @dataclass(frozen=True)
-class Running:
+class PeerCalls:
     """The calls of a peer that was set up on one model."""
 
     update: Callable[[], object]
@@ -64,7 +64,7 @@ class Peer:
     """
 
     name: str
-    setup: Callable[[nn.Module, float, torch.dtype], Running]
+    setup: Callable[[nn.Module, float, torch.dtype], PeerCalls]
     module: str | None = None
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
     rounds_weights: bool = False
@@ -83,7 +83,7 @@ def copies(model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
     return [p.detach().to(dtype, copy=True) for p in model.parameters()]
 
 
-def _loop(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
+def _loop(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
     averages = copies(model, dtype)
 
     @torch.no_grad()
@@ -91,26 +91,26 @@ def _loop(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
         for average, weight in zip(averages, model.parameters(), strict=True):
             average.mul_(decay).add_(weight, alpha=1 - decay)
 
-    return Running(update, lambda: averages)
+    return PeerCalls(update, lambda: averages)
 
 
-def _foreach_lerp(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
+def _foreach_lerp(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
     averages = copies(model, dtype)
     weights = [p.detach() for p in model.parameters()]
-    return Running(lambda: torch._foreach_lerp_(averages, weights, 1 - decay), lambda: averages)
+    return PeerCalls(lambda: torch._foreach_lerp_(averages, weights, 1 - decay), lambda: averages)
 
 
-def _foreach_cast(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
+def _foreach_cast(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
     averages = copies(model, dtype)
     weights = [p.detach() for p in model.parameters()]
 
     def update() -> None:
         torch._foreach_lerp_(averages, [w.to(dtype) for w in weights], 1 - decay)
 
-    return Running(update, lambda: averages)
+    return PeerCalls(update, lambda: averages)
 
 
-Setup = Callable[[nn.Module, float, torch.dtype], Running]
+Setup = Callable[[nn.Module, float, torch.dtype], PeerCalls]
 """Starts averaging: ``setup(model, decay, average_dtype)``."""
 
 Options = Callable[[nn.Module, float, torch.dtype], dict[str, Any]]
@@ -135,7 +135,7 @@ def _averaged_by(
     """
     peer = AVERAGES[name]
 
-    def setup(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
+    def setup(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
         average = peer.make(peer.module("theirs"), model, **options(model, decay, dtype))
         peer.convert(average, dtype)
         names = [name for name, _ in model.named_parameters()]
@@ -154,7 +154,7 @@ def _averaged_by(
         if copies_first:
             peer.update(average, model, 0)
         update = partial(peer.update, average, model, 1)
-        return Running(update, averages, *((apply, restore) if swaps else ()))
+        return PeerCalls(update, averages, *((apply, restore) if swaps else ()))
 
     return setup
 
@@ -198,24 +198,24 @@ def _diffusers(foreach: bool) -> Setup:
 def our_ema(**options: Any) -> Setup:
     """Return a set-up that builds `fastema.EMA` with these options."""
 
-    def setup(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
+    def setup(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
         import fastema
 
         ema = fastema.EMA(model, decay, **{"shadow_dtype": dtype, **options})
         names = [name for name, _ in model.named_parameters()]
-        return Running(
+        return PeerCalls(
             ema.update, lambda: [ema.shadow[name] for name in names], ema.apply_shadow, ema.restore
         )
 
     return setup
 
 
-def _fastema_plan(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
+def _fastema_plan(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
     import fastema
 
     averages = copies(model, dtype)
     plan = fastema.Plan(averages, [p.detach() for p in model.parameters()])
-    return Running(lambda: plan.lerp_(1 - decay), lambda: averages)
+    return PeerCalls(lambda: plan.lerp_(1 - decay), lambda: averages)
 
 
 OURS = "fastema.EMA"

@@ -8,7 +8,7 @@ import torch
 
 from bench import __main__ as command
 from bench.gpu import cases, check, clock, peers, race, targets
-from bench.race.peers import OURS, Peer, Running
+from bench.race.peers import OURS, Peer, PeerCalls
 from bench.race.question import Settings
 from bench.race.report import Row, load
 
@@ -48,9 +48,9 @@ def test_dry_run_has_all_stages_and_rows(tmp_path: Path) -> None:
 
 
 def test_wrong_results_fail_the_race() -> None:
-    def idle(model: torch.nn.Module, decay: float, dtype: torch.dtype) -> Running:
+    def idle(model: torch.nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
         averages = [p.detach().to(dtype, copy=True) for p in model.parameters()]
-        return Running(lambda: None, lambda: averages)
+        return PeerCalls(lambda: None, lambda: averages)
 
     budget, wrong = clock.Budget(60), [Peer("fastema.idle", idle)]
     rows = race.race(cases.SMALL[0], clock.HostClock(CPU), budget, wrong)
