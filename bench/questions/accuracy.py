@@ -311,7 +311,7 @@ class Exact:
         }
 
 
-class Track:
+class TrackedAverage:
     """A running average, and a record of the elements that were ever seen changed."""
 
     def __init__(self, subject: Subject, model: nn.Module, decay: float) -> None:
@@ -370,7 +370,7 @@ class Run:
         self._model = model_of(start, weights)
         self._weights = self._model.weights.detach()
         self._exact = Exact(self._weights, decay)
-        self._tracks = [Track(subject, self._model, decay) for subject in subjects]
+        self._tracks = [TrackedAverage(subject, self._model, decay) for subject in subjects]
 
     def advance(self, weights: Tensor) -> None:
         """Give the model new weights and update everything."""
