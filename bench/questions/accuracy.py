@@ -282,7 +282,7 @@ def values_of(tensor: Tensor) -> Reals:
     return np.array(tensor.detach().double().numpy())
 
 
-class Exact:
+class ExactAverage:
     """The recursion in float64, over the weights in the model's dtype."""
 
     def __init__(self, weights: Tensor, decay: float) -> None:
@@ -333,7 +333,7 @@ class TrackedAverage:
         if not self._changed.all():
             self._changed |= self._now() != self._begin
 
-    def compare(self, exact: Exact) -> dict[str, float]:
+    def compare(self, exact: ExactAverage) -> dict[str, float]:
         """Return the errors, and ``still``: the share of elements that never changed."""
         found = exact.compare(values_of(self._begin), values_of(self._now()))
         return found | {"still": 1 - float(self._changed.double().mean())}
@@ -369,7 +369,7 @@ class Run:
         self._step = 0
         self._model = model_of(start, weights)
         self._weights = self._model.weights.detach()
-        self._exact = Exact(self._weights, decay)
+        self._exact = ExactAverage(self._weights, decay)
         self._tracks = [TrackedAverage(subject, self._model, decay) for subject in subjects]
 
     def advance(self, weights: Tensor) -> None:
