@@ -44,7 +44,7 @@ KB = 4
 """Memory of Python objects is rounded up to a multiple of this number of kB."""
 
 
-class _Counted(TorchDispatchMode):
+class _OperationCounter(TorchDispatchMode):
     """A context manager that counts PyTorch operations."""
 
     count = 0
@@ -79,7 +79,7 @@ def _work(call: Callable[[], object]) -> dict[str, int]:
     """Return the PyTorch operations of a call, and the peak memory of its Python objects."""
     for _ in range(3):
         call()
-    with _Counted() as counted:
+    with _OperationCounter() as counted:
         call()
     tracemalloc.start()
     call()
