@@ -270,7 +270,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-class _Trained(Language):
+class _TrainerLoop(Language):
     """A loop in which a trainer calls the averages; its callbacks time them."""
 
     @abstractmethod
@@ -284,7 +284,7 @@ class _Trained(Language):
         return seconds
 
 
-class Lightning(_Trained):
+class Lightning(_TrainerLoop):
     """GPT-2 in Lightning's trainer, averaged by Lightning's callback."""
 
     peer = "lightning"
@@ -355,7 +355,7 @@ class Lightning(_Trained):
         trainer.fit(Module(), DataLoader(torch.arange(steps), batch_size=1))
 
 
-class Transformers(_Trained):
+class Transformers(_TrainerLoop):
     """GPT-2 in transformers' Trainer, which has no average: a handwritten callback, and ours."""
 
     def build(self, which: str) -> LoopAverage:
