@@ -50,7 +50,7 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """Entries that do the same work on the same weights; ratios are relative to the first."""
 
     title: str
@@ -227,7 +227,7 @@ MEANS = [
 ]
 
 
-def works(quick: bool) -> list[Work]:
+def works(quick: bool) -> list[Workload]:
     """Return the races, in full or in quick mode."""
     large = partial(shapes.gpt2, layers=2, vocab=8_192) if quick else shapes.gpt2
     six = large if quick else partial(shapes.gpt2, layers=6)  # three whole rings do not fit
@@ -236,17 +236,17 @@ def works(quick: bool) -> list[Work]:
     some = name if quick else f"six layers of {name}"
     bf16 = "bf16 weights"
     return [
-        Work(f"Three averages, f32, {name}", large, "f32", SEVERAL),
-        Work(f"Mean of the last 10 weights, f32, {some}", six, "f32", WINDOWED),
-        Work("The same at other windows, a smaller model", half, "f32", FLAT_IN_WINDOW),
-        Work(f"{bf16}, averages of 16 bits and more, {name}", large, "bf16", ROUNDED),
-        Work(f"Guards, f32, {name}", large, "f32", _guarded("f32", 12)),
-        Work(f"Guards, {bf16}, f32 average, {name}", large, "bf16", _guarded("bf16", 10)),
-        Work(f"Other means, f32, {name}", large, "f32", MEANS),
+        Workload(f"Three averages, f32, {name}", large, "f32", SEVERAL),
+        Workload(f"Mean of the last 10 weights, f32, {some}", six, "f32", WINDOWED),
+        Workload("The same at other windows, a smaller model", half, "f32", FLAT_IN_WINDOW),
+        Workload(f"{bf16}, averages of 16 bits and more, {name}", large, "bf16", ROUNDED),
+        Workload(f"Guards, f32, {name}", large, "f32", _guarded("f32", 12)),
+        Workload(f"Guards, {bf16}, f32 average, {name}", large, "bf16", _guarded("bf16", 10)),
+        Workload(f"Other means, f32, {name}", large, "f32", MEANS),
     ]
 
 
-def race(work: Work, quick: bool) -> list[Row]:
+def race(work: Workload, quick: bool) -> list[Row]:
     """Compare the entries' results after two updates, then race them and return their rows."""
     inventory = work.inventory()
     model = build(inventory, work.dtype)
