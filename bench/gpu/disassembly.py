@@ -87,7 +87,7 @@ def disassembler() -> str | None:
     return found or next((str(path) for path in wheels), None)
 
 
-def disassembled(cubin: bytes) -> Code:
+def disassemble_cubin(cubin: bytes) -> Code:
     """Disassemble the only kernel of a cubin.
 
     Raises

@@ -115,7 +115,7 @@ def row(kernel: Kernel, capability: tuple[int, int], made: cuda.Binary) -> Row:
     """Return the row of a compiled kernel on one architecture."""
     operation, formats = kernel
     reads, writes = traffic(operation, formats)
-    code = disassembly.disassembled(made.cubin)
+    code = disassembly.disassemble_cubin(made.cubin)
     loop, elements = hot_loop(code, reads, writes)
     figures = {
         "bytes": sum(reads) + sum(writes),

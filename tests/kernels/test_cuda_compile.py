@@ -154,7 +154,7 @@ def compiled() -> Iterator[Callable[[Variant], cuda.Binary]]:
 
 @lru_cache(maxsize=1)
 def disassemble(cubin: bytes) -> disassembly.Code:
-    return disassembly.disassembled(cubin)
+    return disassembly.disassemble_cubin(cubin)
 
 
 def bits_moved(sides: str, formats: Sequence[str], elements: int = 1) -> Counter[int]:
