@@ -105,10 +105,10 @@ def disassemble_cubin(cubin: bytes) -> Code:
         file.flush()
         command = [program, "--print-code", "--no-dataflow", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return parsed(text)
+    return parse_listing(text)
 
 
-def parsed(text: str) -> Code:
+def parse_listing(text: str) -> Code:
     """Parse a listing of nvdisasm."""
     code = Code([], {})
     open_labels: list[str] = []
