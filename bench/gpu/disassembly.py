@@ -79,7 +79,7 @@ def accesses(instructions: Iterable[Instruction], name: str) -> Counter[int]:
     return Counter(one.bits for one in instructions if one.name == name)
 
 
-def disassembler() -> str | None:
+def find_nvdisasm() -> str | None:
     """Return the path of nvdisasm from PATH or the wheel nvidia-cuda-nvdisasm; None without it."""
     found = shutil.which("nvdisasm")
     places = (Path(entry, "nvidia") for entry in sys.path if entry)
@@ -97,7 +97,7 @@ def disassemble_cubin(cubin: bytes) -> Code:
     subprocess.CalledProcessError
         If nvdisasm cannot read the cubin.
     """
-    program = disassembler()
+    program = find_nvdisasm()
     if program is None:
         raise FileNotFoundError("nvdisasm: pip install nvidia-cuda-nvdisasm")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -20,7 +20,7 @@ from ..support.requirements import require
 NEEDS = ("numba_cuda", "cuda.core")
 
 
-require(disassembly.disassembler(), "nvdisasm")
+require(disassembly.find_nvdisasm(), "nvdisasm")
 
 # Each operation, format and architecture is in some kernel that runs; full runs take them all.
 pytestmark = pytest.mark.each_value
