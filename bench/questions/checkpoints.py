@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.race.processes import call_apart
+from bench.race.processes import call_in_subprocess
 from bench.race.question import Question, Settings
 from bench.race.report import Figure, Row, Rows, number
 from bench.race.shapes import gpt2
@@ -107,13 +107,15 @@ def rows(settings: Settings) -> Rows:
         count, share, rounds = (4, 0.2, [1, 1]) if settings.quick else (count, 1.0, rounds)
         folder = tempfile.mkdtemp()
         try:
-            nbytes = call_apart(write, folder, count, dtype, share)
+            nbytes = call_in_subprocess(write, folder, count, dtype, share)
             for cold, times in enumerate(rounds):
                 table = f"{count} checkpoints, {dtype}, {'not ' * cold}in the page cache"
                 found: dict[str, list[tuple[float, int]]] = {way: [] for way in WAYS}
                 for _ in range(times):
                     for way in WAYS:
-                        found[way].append(tuple(call_apart(measure, way, folder, bool(cold))))
+                        found[way].append(
+                            tuple(call_in_subprocess(measure, way, folder, bool(cold)))
+                        )
                 if times:
                     yield from _compared(table, found, nbytes)
         finally:

@@ -16,7 +16,7 @@ import fastema
 from bench.race import machine
 from bench.race.clock import interleave, timing
 from bench.race.memory import ALLOCATOR
-from bench.race.processes import call_apart
+from bench.race.processes import call_in_subprocess
 from bench.race.question import Question, Settings
 from bench.race.report import Figure, Row, Rows, number
 from bench.race.training_loops import DECAY, LOOPS, OURS, STEP, THEIRS, Loop
@@ -99,8 +99,8 @@ def rows(settings: Settings) -> Rows:
     names = QUICK if quick and not settings.cases else filter(settings.wants, LOOPS)
     evaluations = []
     for name in names:
-        found = call_apart(measure, name, quick)
-        peaks = {w: call_apart(peak, name, quick, w, environment=ALLOCATOR) for w in WAYS}
+        found = call_in_subprocess(measure, name, quick)
+        peaks = {w: call_in_subprocess(peak, name, quick, w, environment=ALLOCATOR) for w in WAYS}
         yield Row(STEPS, name, _of_step(found, peaks))
         if times := found["evaluation"]:
             evaluations.append(Row(EVALUATION, name, _compared(times)))

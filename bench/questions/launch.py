@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from bench.race.clock import timing
-from bench.race.processes import call_apart
+from bench.race.processes import call_in_subprocess
 from bench.race.question import Question, Settings
 from bench.race.report import ROOT, Figure, Row, Rows
 
@@ -124,7 +124,7 @@ def rows(settings: Settings) -> Rows:
         paths = [folder, os.environ.get("LD_LIBRARY_PATH", "")]
         environment = {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, paths))}
         amount = (5, 200) if settings.quick else (21, 1_000)
-        return [Row(**row) for row in call_apart(measure, *amount, environment=environment)]
+        return [Row(**row) for row in call_in_subprocess(measure, *amount, environment=environment)]
 
 
 METHOD = """\

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from bench.race.processes import call_apart
+from bench.race.processes import call_in_subprocess
 from bench.race.question import Settings
 from bench.race.report import Row
 
@@ -38,7 +38,7 @@ def on_each_backend(
     for backend, name in BACKENDS.items():
         if settings.wants(backend):
             quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": backend}
-            for row in call_apart(measure, settings.quick, environment=quiet):
+            for row in call_in_subprocess(measure, settings.quick, environment=quiet):
                 yield replace(Row(**row), column=name)
 
 

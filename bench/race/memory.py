@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from bench.race.cases import FULL, QUICK, Case
-from bench.race.processes import call_apart
+from bench.race.processes import call_in_subprocess
 
 # Return freed memory to the system at once. In the allocator's heap it would be reused by the next
 # call and hide that call's temporaries.
@@ -128,7 +128,7 @@ def peaks(cases: list[Case], quick: bool) -> dict[str, dict[str, int | None]]:
     if not cases or not Path("/proc/self/status").exists() or not hasattr(os, "fork"):
         return {}
     names = [case.name for case in cases]
-    found: dict[str, dict[str, int | None]] = call_apart(
+    found: dict[str, dict[str, int | None]] = call_in_subprocess(
         peaks_of_cases, names, quick, environment=ALLOCATOR
     )
     return found

@@ -16,7 +16,7 @@ from typing import Any
 from bench.race.report import ROOT
 
 
-def call_apart(
+def call_in_subprocess(
     function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None
 ) -> Any:
     """Call a function in a fresh process and return its result.
