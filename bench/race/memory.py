@@ -99,7 +99,7 @@ def _peak_of_job(case: Case, name: str) -> int | None:
     return value
 
 
-def peaks_of_cases(names: list[str], quick: bool) -> dict[str, dict[str, int | None]]:
+def measure_peaks(names: list[str], quick: bool) -> dict[str, dict[str, int | None]]:
     """Return case name -> peer name -> peak extra bytes.
 
     Call it in a process that has started no thread, because it forks.
@@ -121,7 +121,7 @@ def peaks_of_cases(names: list[str], quick: bool) -> dict[str, dict[str, int | N
 
 
 def peaks(cases: list[Case], quick: bool) -> dict[str, dict[str, int | None]]:
-    """Return `peaks_of_cases`, measured in a fresh process.
+    """Return `measure_peaks`, measured in a fresh process.
 
     The dict is empty without cases, and on systems without ``fork`` or ``/proc``.
     """
@@ -129,6 +129,6 @@ def peaks(cases: list[Case], quick: bool) -> dict[str, dict[str, int | None]]:
         return {}
     names = [case.name for case in cases]
     found: dict[str, dict[str, int | None]] = call_in_subprocess(
-        peaks_of_cases, names, quick, environment=ALLOCATOR
+        measure_peaks, names, quick, environment=ALLOCATOR
     )
     return found
