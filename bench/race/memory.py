@@ -84,7 +84,7 @@ def _child(case: Case, name: str, pipe: Connection) -> None:
     pipe.close()
 
 
-def _peak_of_job(case: Case, name: str) -> int | None:
+def _measure_job_peak(case: Case, name: str) -> int | None:
     """Return the peak extra bytes of one job in a forked process, or None if it failed."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -115,7 +115,9 @@ def measure_peaks(names: list[str], quick: bool) -> dict[str, dict[str, int | No
     for case in (one for one in (QUICK if quick else FULL) if one.name in names):
         out = refusals(case)
         found[case.name] = {
-            peer.name: _peak_of_job(case, peer.name) for peer in table(case) if peer.name not in out
+            peer.name: _measure_job_peak(case, peer.name)
+            for peer in table(case)
+            if peer.name not in out
         }
     return found
 
