@@ -35,7 +35,7 @@ def _status_bytes(field: str) -> int:
     return int(found[1]) * 1024
 
 
-def _sampled_peak(call: Callable[[], object]) -> int:
+def _sample_peak(call: Callable[[], object]) -> int:
     """Return the highest resident size, in bytes, that a thread samples while `call` runs."""
     done = threading.Event()
     seen = [_status_bytes("VmRSS")]
@@ -70,7 +70,7 @@ def peak_extra_bytes(call: Callable[[], object]) -> int:
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
-        return max(0, _sampled_peak(call) - before)
+        return max(0, _sample_peak(call) - before)
     call()
     return max(0, _status_bytes("VmHWM") - before)
 
