@@ -75,7 +75,7 @@ def peak_extra_bytes(call: Callable[[], object]) -> int:
     return max(0, _status_bytes("VmHWM") - before)
 
 
-def _child(case: Case, name: str, pipe: Connection) -> None:
+def _measure_in_child(case: Case, name: str, pipe: Connection) -> None:
     from bench.race.jobs import prepare
 
     job = prepare(case, only=name, check=False)[name]
@@ -88,7 +88,7 @@ def _measure_job_peak(case: Case, name: str) -> int | None:
     """Return the peak extra bytes of one job in a forked process, or None if it failed."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(case, name, sender))
+    process = context.Process(target=_measure_in_child, args=(case, name, sender))
     process.start()
     sender.close()
     try:
