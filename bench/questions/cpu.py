@@ -13,7 +13,7 @@ from bench.race.cases import FULL, QUICK, Case
 from bench.race.clock import interleave
 from bench.race.contest import contest
 from bench.race.jobs import prepare, refusals
-from bench.race.memory import peaks
+from bench.race.memory import measure_peaks_in_subprocess
 from bench.race.question import Question, Settings
 from bench.race.report import Figure, Row, Rows, number
 from bench.race.shapes import scalars, total_elements
@@ -68,7 +68,9 @@ def rows(settings: Settings) -> Rows:
     """Race the chosen cases one after another; continue with the next if one raises."""
     chosen = [case for case in (QUICK if settings.quick else FULL) if settings.wants(case.name)]
     # Measure memory before this process allocates anything large.
-    peak_bytes = peaks([case for case in chosen if case.memory], settings.quick)
+    peak_bytes = measure_peaks_in_subprocess(
+        [case for case in chosen if case.memory], settings.quick
+    )
     for case in chosen:
         try:
             yield from race(case, peak_bytes.get(case.name, {}))

@@ -122,7 +122,7 @@ def measure_peaks(names: list[str], quick: bool) -> dict[str, dict[str, int | No
     return found
 
 
-def peaks(cases: list[Case], quick: bool) -> dict[str, dict[str, int | None]]:
+def measure_peaks_in_subprocess(cases: list[Case], quick: bool) -> dict[str, dict[str, int | None]]:
     """Return `measure_peaks`, measured in a fresh process.
 
     The dict is empty without cases, and on systems without ``fork`` or ``/proc``.
