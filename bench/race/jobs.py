@@ -35,7 +35,7 @@ def refusals(case: Case) -> dict[str, str]:
 
 
 @contextmanager
-def naming(case: Case, peer: str) -> Iterator[None]:
+def name_failures(case: Case, peer: str) -> Iterator[None]:
     """Prefix the message of an AssertionError in the block with the names of case and peer."""
     try:
         yield
@@ -103,7 +103,7 @@ def prepare(case: Case, *, only: str | None = None, check: bool = True) -> dict[
         swaps = case.question == "swap"
         jobs[peer.name] = _there_and_back(running) if swaps else running.update
         if check:
-            with naming(case, peer.name):
+            with name_failures(case, peer.name):
                 if swaps:
                     _check_swap(running, model, before)
                 else:
