@@ -66,7 +66,7 @@ def _check_swap(running: PeerCalls, model: FlatModule, averages: list[Tensor]) -
     assert_equal(running.average(), averages)
 
 
-def _there_and_back(running: PeerCalls) -> Job:
+def _make_swap_job(running: PeerCalls) -> Job:
     def job() -> None:
         running.apply()
         running.restore()
@@ -101,7 +101,7 @@ def prepare(case: Case, *, only: str | None = None, check: bool = True) -> dict[
     jobs: dict[str, Job] = {}
     for peer, running in states.items():
         swaps = case.question == "swap"
-        jobs[peer.name] = _there_and_back(running) if swaps else running.update
+        jobs[peer.name] = _make_swap_job(running) if swaps else running.update
         if check:
             with name_failures(case, peer.name):
                 if swaps:
