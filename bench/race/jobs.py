@@ -18,7 +18,7 @@ DECAY = 0.9
 meaningful. The time of an update does not depend on the decay."""
 
 
-def table(case: Case) -> tuple[Peer, ...]:
+def eligible_peers(case: Case) -> tuple[Peer, ...]:
     """Return the peers that can take part in the case: all, or for swaps those that swap."""
     return SWAPS if case.question == "swap" else PEERS
 
@@ -26,7 +26,7 @@ def table(case: Case) -> tuple[Peer, ...]:
 def refusals(case: Case) -> dict[str, str]:
     """Return the peers that do not take part in a case: name -> reason."""
     reasons = {}
-    for peer in table(case):
+    for peer in eligible_peers(case):
         if case.mix in peer.refusals:
             reasons[peer.name] = peer.refusals[case.mix].reason
         elif (missing := peer.missing()) is not None:
@@ -93,7 +93,7 @@ def prepare(case: Case, *, only: str | None = None, check: bool = True) -> dict[
     """
     model = build(case.inventory(), case.weight_dtype)
     out = refusals(case)
-    peers = [p for p in table(case) if p.name not in out and only in (None, p.name)]
+    peers = [p for p in eligible_peers(case) if p.name not in out and only in (None, p.name)]
     states = {peer: peer.setup(model, DECAY, DTYPES[case.average_dtype]) for peer in peers}
     # Set-up may have run updates, but the averages still equal these weights.
     before = [sample(p) for p in model.parameters()] if check else []

@@ -109,14 +109,14 @@ def measure_peaks(names: list[str], quick: bool) -> dict[str, dict[str, int | No
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             print(f"bench.race.memory: {error}", file=sys.stderr)
-    from bench.race.jobs import refusals, table
+    from bench.race.jobs import eligible_peers, refusals
 
     found: dict[str, dict[str, int | None]] = {}
     for case in (one for one in (QUICK if quick else FULL) if one.name in names):
         out = refusals(case)
         found[case.name] = {
             peer.name: _measure_job_peak(case, peer.name)
-            for peer in table(case)
+            for peer in eligible_peers(case)
             if peer.name not in out
         }
     return found
