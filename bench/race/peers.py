@@ -117,7 +117,7 @@ Options = Callable[[nn.Module, float, torch.dtype], dict[str, Any]]
 """Returns options for a peer's class: ``options(model, decay, average_dtype)``."""
 
 
-def _averaged_by(
+def _setup_class(
     name: str, options: Options, *, copies_first: bool = False, swaps: bool = False
 ) -> Setup:
     """Return the set-up of a peer's own class, as described in the table of the tests.
@@ -163,7 +163,7 @@ def _swa(kind: str) -> Setup:
     def options(model: nn.Module, decay: float, dtype: torch.dtype) -> dict[str, Any]:
         return {"kind": kind, "decay": decay}
 
-    return _averaged_by(f"swa_utils {kind}", options, copies_first=True)
+    return _setup_class(f"swa_utils {kind}", options, copies_first=True)
 
 
 def _torch_ema(model: nn.Module, decay: float, dtype: torch.dtype) -> dict[str, Any]:
@@ -177,14 +177,14 @@ def _ema_pytorch(foreach: bool) -> Setup:
         casts = any(weight.dtype != dtype for weight in model.parameters())
         return {**constant, "use_foreach": foreach, "coerce_dtype": casts}
 
-    return _averaged_by("ema_pytorch EMA", options, copies_first=True)
+    return _setup_class("ema_pytorch EMA", options, copies_first=True)
 
 
 def _timm(stochastic: bool) -> Setup:
     def options(model: nn.Module, decay: float, dtype: torch.dtype) -> dict[str, Any]:
         return {"decay": decay, "dtype": dtype, "stochastic_rounding": stochastic}
 
-    return _averaged_by("timm ModelEmaV3", options)
+    return _setup_class("timm ModelEmaV3", options)
 
 
 def _diffusers(foreach: bool) -> Setup:
@@ -192,7 +192,7 @@ def _diffusers(foreach: bool) -> Setup:
         # The decay always warms up, except with min_decay == decay.
         return {"decay": decay, "min_decay": decay, "foreach": foreach}
 
-    return _averaged_by("diffusers", options, copies_first=True, swaps=True)
+    return _setup_class("diffusers", options, copies_first=True, swaps=True)
 
 
 def our_ema(**options: Any) -> Setup:
@@ -249,7 +249,7 @@ PEERS: tuple[Peer, ...] = (
     Peer("AveragedModel avg_fn", _swa("ema"), rounds_weights=True),
     Peer(
         "torch_ema",
-        _averaged_by("torch_ema", _torch_ema, swaps=True),
+        _setup_class("torch_ema", _torch_ema, swaps=True),
         module="torch_ema",
         swap="torch_ema store + copy_to + restore",
     ),
