@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu.cases import DeviceCase
-from bench.race.peers import PEERS, Peer, PeerCalls, Refusal, copies, our_ema
+from bench.race.peers import PEERS, Peer, PeerCalls, Refusal, copy_parameters, our_ema
 
 COPY = "device-to-device copy"
 """The yardstick: the device's own copy of the same number of bytes."""
@@ -36,7 +36,7 @@ def _captured(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
 
 def _compiled(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
     weights = [p.detach() for p in model.parameters()]
-    averages = copies(model, dtype)
+    averages = copy_parameters(model, dtype)
     torch._dynamo.reset()  # otherwise the ninth function from this code would run uncompiled
 
     def loop(averages: list[Tensor], weights: list[Tensor]) -> None:
@@ -54,7 +54,7 @@ def _apex(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
     import amp_C
     from apex.multi_tensor_apply import multi_tensor_applier
 
-    averages = copies(model, dtype)
+    averages = copy_parameters(model, dtype)
     weights = [p.detach() for p in model.parameters()]
     overflow = torch.zeros(1, dtype=torch.int32, device=weights[0].device)
 

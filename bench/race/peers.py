@@ -78,13 +78,13 @@ class Peer:
         return None
 
 
-def copies(model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+def copy_parameters(model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
     """Return detached copies of the parameters in `dtype`."""
     return [p.detach().to(dtype, copy=True) for p in model.parameters()]
 
 
 def _loop(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
-    averages = copies(model, dtype)
+    averages = copy_parameters(model, dtype)
 
     @torch.no_grad()
     def update() -> None:
@@ -95,13 +95,13 @@ def _loop(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
 
 
 def _foreach_lerp(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
-    averages = copies(model, dtype)
+    averages = copy_parameters(model, dtype)
     weights = [p.detach() for p in model.parameters()]
     return PeerCalls(lambda: torch._foreach_lerp_(averages, weights, 1 - decay), lambda: averages)
 
 
 def _foreach_cast(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
-    averages = copies(model, dtype)
+    averages = copy_parameters(model, dtype)
     weights = [p.detach() for p in model.parameters()]
 
     def update() -> None:
@@ -213,7 +213,7 @@ def our_ema(**options: Any) -> Setup:
 def _fastema_plan(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
     import fastema
 
-    averages = copies(model, dtype)
+    averages = copy_parameters(model, dtype)
     plan = fastema.Plan(averages, [p.detach() for p in model.parameters()])
     return PeerCalls(lambda: plan.lerp_(1 - decay), lambda: averages)
 
