@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu.cases import DeviceCase
-from bench.race.peers import PEERS, Peer, PeerCalls, Refusal, copy_parameters, our_ema
+from bench.race.peers import PEERS, Peer, PeerCalls, Refusal, copy_parameters, setup_ema
 
 COPY = "device-to-device copy"
 """The yardstick: the device's own copy of the same number of bytes."""
@@ -24,7 +24,7 @@ _FEW = 160
 
 def _captured(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
     """Capture an update in a CUDA graph to replay; the weights must not move."""
-    running = our_ema(capturable=True)(model, decay, dtype)
+    running = setup_ema(capturable=True)(model, decay, dtype)
     # Update once while averages equal weights, which changes nothing: this does the preparations
     # that a capture forbids.
     running.update()
@@ -76,10 +76,10 @@ def _refused(*mixes: str, why: Refusal) -> Mapping[str, Refusal]:
 
 _HERE: tuple[Peer, ...] = (
     Peer(CAPTURED, _captured, stochastic=True),
-    Peer(SAMPLED, our_ema(watch="sample"), stochastic=True),
+    Peer(SAMPLED, setup_ema(watch="sample"), stochastic=True),
     Peer(
         "fastema.EMA, bf16+16",
-        our_ema(shadow_dtype="bf16+16"),
+        setup_ema(shadow_dtype="bf16+16"),
         refusals=_refused("f32/f32", "bf16/bf16", why=_ONLY_F32_PRECISION),
     ),
     Peer(COMPILED, _compiled),

@@ -195,7 +195,7 @@ def _diffusers(foreach: bool) -> Setup:
     return _setup_class("diffusers", options, copies_first=True, swaps=True)
 
 
-def our_ema(**options: Any) -> Setup:
+def setup_ema(**options: Any) -> Setup:
     """Return a set-up that builds `fastema.EMA` with these options."""
 
     def setup(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCalls:
@@ -227,10 +227,10 @@ _NOTHING_TO_CAST = Refusal("nothing to cast: the same as torch._foreach_lerp_")
 _ONLY_BF16_AVERAGES = Refusal("an f32 average is not rounded: the same as the entry without it")
 
 PEERS: tuple[Peer, ...] = (
-    Peer(OURS, our_ema(rounding="stochastic"), stochastic=True, swap=OURS),
+    Peer(OURS, setup_ema(rounding="stochastic"), stochastic=True, swap=OURS),
     Peer(
         "fastema.EMA, nearest",
-        our_ema(rounding="nearest"),
+        setup_ema(rounding="nearest"),
         refusals={"f32/f32": _ONLY_BF16_AVERAGES, "bf16/f32": _ONLY_BF16_AVERAGES},
     ),
     Peer("fastema.Plan.lerp_", _fastema_plan),
