@@ -48,7 +48,7 @@ def section(path: Path = RESULTS / "cpu.json") -> str:
     return "\n\n".join([*parts, f"{provenance(header)} All figures: `bench/results/cpu.md`."])
 
 
-def put_between_markers(text: str, section: str) -> str:
+def replace_section(text: str, section: str) -> str:
     """Return `text` with the section between the markers replaced.
 
     Raises
@@ -66,7 +66,7 @@ def put_between_markers(text: str, section: str) -> str:
 def main(*, check: bool, readme: Path = ROOT / "README.md") -> int:
     """Write the section; with `check`, only compare it, and return 1 if README.md differs."""
     old = readme.read_text(encoding="utf-8")
-    new = put_between_markers(old, section())
+    new = replace_section(old, section())
     if not check:
         readme.write_text(new, encoding="utf-8")
     elif new != old:
