@@ -19,7 +19,7 @@ import torch
 from jax.experimental import io_callback
 
 import fastema
-from bench.race.clock import interleave, timing
+from bench.race.clock import interleave, summarize_times
 from bench.race.contest import Job, contest
 from bench.race.question import Question, Settings
 from bench.race.report import Row, Rows
@@ -78,7 +78,7 @@ def leaves(rounds: int) -> Iterator[Row]:
         for _ in range(4):
             job()
     for name, times in interleave(jobs, rounds, hot=True).items():
-        yield Row("A leaf", name, timing(times, "us", LEAVES))
+        yield Row("A leaf", name, summarize_times(times, "us", LEAVES))
 
 
 def _tree(rng: np.random.Generator, elements: int, dtype: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 
 import fastema
 from bench.race import machine
-from bench.race.clock import interleave, timing
+from bench.race.clock import interleave, summarize_times
 from bench.race.memory import ALLOCATOR
 from bench.race.processes import call_in_subprocess
 from bench.race.question import Question, Settings
@@ -61,8 +61,8 @@ def measure(name: str, quick: bool) -> dict[str, Any]:
         "n_tensors": len(loop.model.state_dict()),
         "n_elements": sum(p.numel() for p in parameters),
         "dtype": str(parameters[0].dtype).removeprefix("torch."),
-        "step": {key: timing(times) for key, times in seconds.items()},
-        "evaluation": {key: timing(times) for key, times in evaluations.items()},
+        "step": {key: summarize_times(times) for key, times in seconds.items()},
+        "evaluation": {key: summarize_times(times) for key, times in evaluations.items()},
     }
 
 

@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.race.clock import timing
+from bench.race.clock import summarize_times
 from bench.race.question import Question, Settings
 from bench.race.report import ROOT, Figure, Row, Rows
 from fastema.engine import native, shipped
@@ -90,7 +90,9 @@ def rows(settings: Settings) -> Rows:
         for cache, found in times.items():
             if found:
                 cached = cache if start.compiles else ""
-                yield Row("Fresh processes", start.name, {"cache": cached, **timing(found)})
+                yield Row(
+                    "Fresh processes", start.name, {"cache": cached, **summarize_times(found)}
+                )
 
 
 METHOD = """\

@@ -13,7 +13,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from bench.race.clock import interleave, timing
+from bench.race.clock import interleave, summarize_times
 from bench.race.keras_processes import (
     BATCH,
     PACKAGES,
@@ -111,7 +111,7 @@ def times_of(name: str, quick: bool) -> list[dict[str, Any]]:
     seconds = {entry: times[2:] for entry, times in race.seconds.items()}
     rows = []
     for entry, times in seconds.items():
-        figures = timing(times, "us")
+        figures = summarize_times(times, "us")
         if entry != NONE:
             added = median(a - b for a, b in zip(times, seconds[NONE], strict=True))
             figures |= {"added_us": added * 1e6, "added_share": added / median(seconds[NONE])}

@@ -12,7 +12,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from bench.race.clock import interleave, timing
+from bench.race.clock import interleave, summarize_times
 from bench.race.keras_processes import (
     BATCH,
     PACKAGES,
@@ -157,7 +157,7 @@ def race(name: str, quick: bool) -> list[dict[str, Any]]:
     rows = []
     for title, by_entry in found.items():
         for entry, times in by_entry.items():
-            figures = {**size, **timing(times)}
+            figures = {**size, **summarize_times(times)}
             if entry != NONE:
                 figures["added_ms"] = (median(times) - median(by_entry[NONE])) * 1e3
             rows.append({"table": f"{title}: {name}", "entry": entry, "figures": figures})

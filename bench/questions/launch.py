@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.race.clock import timing
+from bench.race.clock import summarize_times
 from bench.race.processes import call_in_subprocess
 from bench.race.question import Question, Settings
 from bench.race.report import ROOT, Figure, Row, Rows
@@ -106,7 +106,7 @@ def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
             counter.value = 0
             ema.update()
             asked = counter.value
-            figures = timing(durations(ema.update, rounds, calls), "us", calls)
+            figures = summarize_times(durations(ema.update, rounds, calls), "us", calls)
             figures["driver_calls"] = asked
             rows.append({"table": f"{count:,} tensors", "entry": name, "figures": figures})
     return rows

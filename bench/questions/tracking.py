@@ -20,7 +20,7 @@ import polars as pl
 from numpy.typing import NDArray
 from scipy.signal import lfilter
 
-from bench.race.clock import interleave, timing
+from bench.race.clock import interleave, summarize_times
 from bench.race.contest import contest
 from bench.race.question import Question, Settings
 from bench.race.report import Figure, Row, Rows
@@ -121,11 +121,11 @@ def one_by_one(rounds: int, budget_s: float) -> Iterator[Row]:
             counts[name] = 20 if slow and window > 10_000 else 500 if slow else 50_000
             jobs[name] = _repeated(update, x, counts[name])
         for name, times in interleave(jobs, rounds, budget_s=budget_s).items():
-            figures = timing(times, "us", counts[name])
+            figures = summarize_times(times, "us", counts[name])
             yield Row(f"An update, window {window:,}", name, figures)
     jobs = {name: _repeated(make(), x, 50_000) for name, make in OF_DECAY.items()}
     for name, times in interleave(jobs, rounds).items():
-        yield Row("An update, any decay", name, timing(times, "us", 50_000))
+        yield Row("An update, any decay", name, summarize_times(times, "us", 50_000))
 
 
 def _filled(update: Update, x: list[float], slow: bool) -> None:

@@ -81,7 +81,7 @@ def spread(durations: Sequence[float]) -> tuple[float, float]:
     return p20, p80
 
 
-def timing(durations: Sequence[float], unit: str = "ms", calls: int = 1) -> dict[str, Any]:
+def summarize_times(durations: Sequence[float], unit: str = "ms", calls: int = 1) -> dict[str, Any]:
     """Return the number of rounds, and the median and spread of the time of one call.
 
     Parameters

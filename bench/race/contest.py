@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
-from bench.race.clock import interleave, timing
+from bench.race.clock import interleave, summarize_times
 from bench.race.report import Row
 
 Job = Callable[[], object]
@@ -74,7 +74,7 @@ def contest(
     typical = {name: median(times) for name, times in durations.items()}
     rows = []
     for name, times in durations.items():
-        figures = {**facts, **timing(times)}
+        figures = {**facts, **summarize_times(times)}
         if moved:
             limit_s = min(typical[limit] for limit in LIMITS) * moved[name] / moved[LIMITS[0]]
             nbytes = n_elements * moved[name]
