@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench.race.readme import TABLES
-from bench.race.report import RESULTS, Row, aligned, load, number
+from bench.race.report import RESULTS, Row, align_table, load, number
 
 PAGE = "machines.md"
 
@@ -41,7 +41,7 @@ def page(folder: Path = RESULTS) -> str:
             [entry, *(_cell(rows.get((title, entry))) for rows in found.values())]
             for entry in sorted(entries, key=lambda entry: entry.startswith("limit"))
         ]
-        parts += [f"## {title}", aligned(["", *found], body)]
+        parts += [f"## {title}", align_table(["", *found], body)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from bench.race.report import RESULTS, ROOT, Row, aligned, load, number, provenance
+from bench.race.report import RESULTS, ROOT, Row, align_table, load, number, provenance
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 
@@ -38,7 +38,7 @@ def _summary(rows: list[Row], columns: dict[str, str]) -> str:
         [entry, *(cells.get((entry, table), "–") for table in columns)]
         for entry in sorted(entries, key=lambda name: name.startswith("limit"))
     ]
-    return aligned(["median ms (× fastema)", *columns.values()], body)
+    return align_table(["median ms (× fastema)", *columns.values()], body)
 
 
 def section(path: Path = RESULTS / "cpu.json") -> str:

@@ -105,7 +105,7 @@ FIGURES = {
 """Figures that several questions share: `ms` and `us` are medians, spreads are percentiles."""
 
 
-def aligned(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+def align_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table that is aligned as plain text too; the first column is flush left."""
     lines = [head, *body]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
@@ -170,7 +170,7 @@ def table(title: str, rows: list[Row], figures: Mapping[str, Figure]) -> str:
             for n in names
             if n not in caption and not (crossed and (figures[n].caption or figures[n].detail))
         ]
-        parts.append(aligned(*(_crossed if crossed else _lines)(measured, shown, figures)))
+        parts.append(align_table(*(_crossed if crossed else _lines)(measured, shown, figures)))
     for kind, failed in (("Not run", False), ("Failed", True)):
         out = [row for row in rows if row.missing and row.failed is failed]
         lines = dict.fromkeys(
