@@ -29,7 +29,7 @@ from bench.race.clock import seconds
 from bench.race.contest import Job, contest
 from bench.race.flat_module import build, randomise_
 from bench.race.question import Question, Settings
-from bench.race.report import Figure, Row, Rows, span
+from bench.race.report import Figure, Row, Rows, format_range
 from tests.support.peers import import_timm_averages
 
 Result = Callable[[], list[Tensor]]
@@ -392,6 +392,6 @@ QUESTION = Question(
     figures={
         "files": Figure("files", str, caption=True),
         "gb": Figure("GB", "{:.3g}".format, caption=True),
-        "extremes_ms": Figure("fastest–slowest", span),
+        "extremes_ms": Figure("fastest–slowest", format_range),
     },
 )

@@ -80,7 +80,7 @@ def number(value: float | None) -> str:
     return f"{value:.{1 if abs(value) >= 10 else 2}f}"
 
 
-def span(ends: Sequence[float]) -> str:
+def format_range(ends: Sequence[float]) -> str:
     """Format two numbers as a range."""
     return "–".join(map(number, ends))
 
@@ -93,9 +93,9 @@ FIGURES = {
     "bytes_per_element": Figure("bytes per element", "{:.3g}".format, caption=True),
     "rounds": Figure("rounds", _count, caption=True),
     "ms": Figure("ms", number),
-    "spread_ms": Figure("p20–p80", span, detail=True),
+    "spread_ms": Figure("p20–p80", format_range, detail=True),
     "us": Figure("µs", number),
-    "spread_us": Figure("p20–p80", span, detail=True),
+    "spread_us": Figure("p20–p80", format_range, detail=True),
     "gbps": Figure("GB/s", number),
     "share_of_limit": Figure("of the limit", "{:.0%}".format),
     "ratio": Figure("time / the first", number),
