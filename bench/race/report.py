@@ -121,7 +121,7 @@ def align_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     return "\n".join([render(head), rule + "|", *map(render, lines[1:])])
 
 
-def _text(row: Row, name: str, figures: Mapping[str, Figure]) -> str:
+def _format_figure(row: Row, name: str, figures: Mapping[str, Figure]) -> str:
     if name not in row.figures:
         return ""
     value = row[name]
@@ -132,7 +132,7 @@ def _lines(
     rows: list[Row], shown: list[str], figures: Mapping[str, Figure]
 ) -> tuple[list[str], list[list[str]]]:
     """Return head and body of a table with one line per row."""
-    body = [[row.entry, *(_text(row, name, figures) for name in shown)] for row in rows]
+    body = [[row.entry, *(_format_figure(row, name, figures) for name in shown)] for row in rows]
     return ["", *(figures[name].head for name in shown)], body
 
 
@@ -143,7 +143,7 @@ def _crossed(
     columns = list(dict.fromkeys(row.column for row in rows))
     cells = {
         (row.entry, row.column): " ".join(
-            filter(None, (_text(row, name, figures) for name in shown))
+            filter(None, (_format_figure(row, name, figures) for name in shown))
         )
         for row in rows
     }
