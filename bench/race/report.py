@@ -128,7 +128,7 @@ def _format_figure(row: Row, name: str, figures: Mapping[str, Figure]) -> str:
     return "–" if value is None else figures[name].text(value)
 
 
-def _lines(
+def _tabulate_by_row(
     rows: list[Row], shown: list[str], figures: Mapping[str, Figure]
 ) -> tuple[list[str], list[list[str]]]:
     """Return head and body of a table with one line per row."""
@@ -170,7 +170,9 @@ def table(title: str, rows: list[Row], figures: Mapping[str, Figure]) -> str:
             for n in names
             if n not in caption and not (crossed and (figures[n].caption or figures[n].detail))
         ]
-        parts.append(align_table(*(_crossed if crossed else _lines)(measured, shown, figures)))
+        parts.append(
+            align_table(*(_crossed if crossed else _tabulate_by_row)(measured, shown, figures))
+        )
     for kind, failed in (("Not run", False), ("Failed", True)):
         out = [row for row in rows if row.missing and row.failed is failed]
         lines = dict.fromkeys(
