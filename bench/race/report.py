@@ -136,7 +136,7 @@ def _tabulate_by_row(
     return ["", *(figures[name].head for name in shown)], body
 
 
-def _crossed(
+def _tabulate_by_entry(
     rows: list[Row], shown: list[str], figures: Mapping[str, Figure]
 ) -> tuple[list[str], list[list[str]]]:
     """Return head and body of a table with one line per entry and one cell per row."""
@@ -171,7 +171,9 @@ def table(title: str, rows: list[Row], figures: Mapping[str, Figure]) -> str:
             if n not in caption and not (crossed and (figures[n].caption or figures[n].detail))
         ]
         parts.append(
-            align_table(*(_crossed if crossed else _tabulate_by_row)(measured, shown, figures))
+            align_table(
+                *(_tabulate_by_entry if crossed else _tabulate_by_row)(measured, shown, figures)
+            )
         )
     for kind, failed in (("Not run", False), ("Failed", True)):
         out = [row for row in rows if row.missing and row.failed is failed]
