@@ -56,7 +56,7 @@ def page(
     method = question.method
     if question.draw is not None:
         method = f"![{question.title}]({stem}.png)\n\n{method}"
-    return report.markdown(question.title + remark, method, header, rows, question.figures)
+    return report.render_markdown(question.title + remark, method, header, rows, question.figures)
 
 
 def answer(name: str, question: Question, settings: Settings, command: str) -> bool:

@@ -205,7 +205,7 @@ def provenance(header: Mapping[str, Any]) -> str:
     )
 
 
-def markdown(
+def render_markdown(
     title: str,
     method: str,
     header: Mapping[str, Any],
