@@ -48,7 +48,7 @@ def load(name: str) -> Question:
     return question
 
 
-def page(
+def render_page(
     question: Question, stem: str, header: dict[str, Any], rows: list[report.Row], remark: str = ""
 ) -> str:
     """Return a result as a Markdown page, with its picture if the question draws one."""
@@ -78,10 +78,10 @@ def answer(name: str, question: Question, settings: Settings, command: str) -> b
     rows: list[report.Row] = []
     for row in question.rows(settings):
         if question.keeps_parts and rows and row.table != rows[-1].table:
-            text = page(question, stem, header, rows, ": incomplete")
+            text = render_page(question, stem, header, rows, ": incomplete")
             report.store(settings.out, stem, header, rows, text)
         rows.append(row)
-    print(text := page(question, stem, header, rows))
+    print(text := render_page(question, stem, header, rows))
     failed = [row for row in rows if row.failed]
     if failed and not question.keeps_parts:
         print(f"{name}: {len(failed)} failed, nothing was stored", file=sys.stderr)

@@ -23,7 +23,7 @@ def _cell(row: Row | None) -> str:
     return f"{number(row['ms'])} ms" if row["ratio"] == 1 else f"{number(row['ratio'])}×"
 
 
-def page(folder: Path = RESULTS) -> str:
+def render_page(folder: Path = RESULTS) -> str:
     """Return a page of the CPU results in a folder and its direct subfolders."""
     found = {}
     for path in sorted(folder.glob("cpu.json")) + sorted(folder.glob("*/cpu.json")):
@@ -47,4 +47,4 @@ def page(folder: Path = RESULTS) -> str:
 
 def write(folder: Path = RESULTS) -> None:
     """Write the page into the folder of the results."""
-    (folder / PAGE).write_text(page(folder), encoding="utf-8")
+    (folder / PAGE).write_text(render_page(folder), encoding="utf-8")

@@ -115,7 +115,7 @@ def test_stored_pages_match_the_stored_rows(name: str) -> None:
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
     header, rows = report.load(report.RESULTS / f"{name}.json")
-    text = command.page(question, name, header, rows)
+    text = command.render_page(question, name, header, rows)
     assert text == (report.RESULTS / f"{name}.md").read_text(encoding="utf-8")
 
 
@@ -139,7 +139,7 @@ def test_failed_run_is_not_stored_but_one_below_the_baseline_is(
 
 def test_pages_built_from_stored_results_are_up_to_date() -> None:
     stored = (report.RESULTS / machines.PAGE).read_text(encoding="utf-8")
-    assert stored == machines.page()
+    assert stored == machines.render_page()
     assert command.main(["--readme", "check"]) == 0
 
 
