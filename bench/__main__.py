@@ -59,7 +59,7 @@ def render_page(
     return report.render_markdown(question.title + remark, method, header, rows, question.figures)
 
 
-def answer(name: str, question: Question, settings: Settings, command: str) -> bool:
+def answer_question(name: str, question: Question, settings: Settings, command: str) -> bool:
     """Measure one question and store the result; return True if nothing failed.
 
     A quick run of all cases is also compared with the baseline, or written to it.
@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
             command_line.error(f"no case is called {case!r}; there are: {', '.join(known)}")
     command = ["python", "-m", "bench", name, *["--quick"] * options.quick]
     command += ["--case", *options.case] if options.case else []
-    return 0 if answer(name, question, settings, shlex.join(command)) else 1
+    return 0 if answer_question(name, question, settings, shlex.join(command)) else 1
 
 
 if __name__ == "__main__":

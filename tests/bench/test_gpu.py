@@ -21,7 +21,7 @@ DRY = Settings(quick=True, device="cpu", minutes=15, select="bf16-f32 or nothing
 @pytest.mark.slow
 def test_dry_run_has_all_stages_and_rows(tmp_path: Path) -> None:
     settings = replace(DRY, out=tmp_path)
-    assert command.answer("gpu", check.QUESTION, settings, "python -m bench gpu")
+    assert command.answer_question("gpu", check.QUESTION, settings, "python -m bench gpu")
     names = ["gpu-dry-run.json", "gpu-dry-run.md"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     header, dry = load(tmp_path / names[0])

@@ -126,7 +126,9 @@ def test_failed_run_is_not_stored_but_one_below_the_baseline_is(
 
     def answered(name: str, rows: list[Row], **options: Any) -> bool:
         question = Question("Title", "How.", lambda settings: rows)
-        return command.answer(name, question, replace(settings, **options), "python -m bench")
+        return command.answer_question(
+            name, question, replace(settings, **options), "python -m bench"
+        )
 
     for failed in (True, False):
         assert answered("cpu", [Row("t", "one", missing="differs", failed=failed)]) is not failed
