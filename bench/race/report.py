@@ -224,13 +224,13 @@ def render_markdown(
 def store(folder: Path, name: str, header: Mapping[str, Any], rows: Rows, text: str) -> None:
     """Write a result to ``name.json`` and its page `text` to ``name.md`` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    result = {"header": header, "rows": [_without_defaults(row) for row in rows]}
+    result = {"header": header, "rows": [_drop_defaults(row) for row in rows]}
     stored = json.dumps(result, indent=1, allow_nan=False) + "\n"
     (folder / f"{name}.json").write_text(stored, encoding="utf-8")
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
 
 
-def _without_defaults(row: Row) -> dict[str, Any]:
+def _drop_defaults(row: Row) -> dict[str, Any]:
     return {name: value for name, value in asdict(row).items() if value or name == "figures"}
 
 
