@@ -15,7 +15,7 @@ LIMITS = ("limit: read-read-write", "limit: streaming copy")
 """Plain kernels that move the same number of bytes; the faster one is this machine's limit."""
 
 
-def limits(nbytes: int, passes: int = 1) -> dict[str, Job]:
+def make_limit_jobs(nbytes: int, passes: int = 1) -> dict[str, Job]:
     """Return calls, by name in `LIMITS`, that move `nbytes` in `passes` passes over one memory."""
     from fastema.engine.limit import ReadReadWrite, StreamCopy
 
@@ -69,7 +69,7 @@ def contest(
         each = bytes_per_element
         per_entry = dict(each) if isinstance(each, Mapping) else dict.fromkeys(jobs, each)
         moved = dict.fromkeys(LIMITS, per_entry[first]) | per_entry
-        everything |= limits(int(n_elements * per_entry[first]), passes)
+        everything |= make_limit_jobs(int(n_elements * per_entry[first]), passes)
     durations = interleave(everything, rounds, hot=hot, budget_s=budget_s)
     typical = {name: median(times) for name, times in durations.items()}
     rows = []
