@@ -18,9 +18,9 @@ from bench.race.keras_processes import (
     BATCH,
     PACKAGES,
     backends,
+    build_perceptron,
     epoch_clock,
     on_each_backend,
-    perceptron,
 )
 from bench.race.question import Question, Settings
 from bench.race.report import Figure, Rows
@@ -37,7 +37,7 @@ def linear() -> Any:
     return keras.Sequential([keras.Input((784,)), keras.layers.Dense(10)], name="net")
 
 
-MODELS: dict[str, Callable[[], Any]] = {"MLP": perceptron, "linear": linear}
+MODELS: dict[str, Callable[[], Any]] = {"MLP": build_perceptron, "linear": linear}
 
 
 def _idle() -> Any:

@@ -17,9 +17,9 @@ from bench.race.keras_processes import (
     BATCH,
     PACKAGES,
     backends,
+    build_perceptron,
     epoch_clock,
     on_each_backend,
-    perceptron,
 )
 from bench.race.question import Question, Settings
 from bench.race.report import Figure, Rows
@@ -52,8 +52,8 @@ def large(width: int = 4_096, first: int = 64) -> Any:
     return keras.Sequential(layers, name="net")
 
 
-FULL: dict[str, Callable[[], Any]] = {"MLP": perceptron, "CNN": large}
-QUICK: dict[str, Callable[[], Any]] = {"MLP": perceptron, "CNN": partial(large, 512, 16)}
+FULL: dict[str, Callable[[], Any]] = {"MLP": build_perceptron, "CNN": large}
+QUICK: dict[str, Callable[[], Any]] = {"MLP": build_perceptron, "CNN": partial(large, 512, 16)}
 
 
 class Contestant:

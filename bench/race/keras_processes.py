@@ -42,7 +42,7 @@ def on_each_backend(
                 yield replace(Row(**row), column=name)
 
 
-def perceptron() -> Any:
+def build_perceptron() -> Any:
     """Return a perceptron with a million weights in 6 tensors."""
     import keras
 
