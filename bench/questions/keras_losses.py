@@ -19,7 +19,7 @@ from bench.race.keras_processes import (
     PACKAGES,
     backends,
     build_perceptron,
-    epoch_clock,
+    make_epoch_timer,
     on_each_backend,
 )
 from bench.race.question import Question, Settings
@@ -89,7 +89,7 @@ class Race:
         """Train for one epoch, record the time per step, and return the loss that Keras logs."""
         for variable, value in zip(self.variables, self.first, strict=True):
             variable.assign(value)
-        clock = epoch_clock()
+        clock = make_epoch_timer()
         options: dict[str, Any] = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
         callbacks = [*self.callbacks[entry], clock]
         losses: list[float] = self.model.fit(

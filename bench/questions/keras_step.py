@@ -18,7 +18,7 @@ from bench.race.keras_processes import (
     PACKAGES,
     backends,
     build_perceptron,
-    epoch_clock,
+    make_epoch_timer,
     on_each_backend,
 )
 from bench.race.question import Question, Settings
@@ -76,7 +76,7 @@ class Contestant:
         size = (steps * BATCH, *self.model.input_shape[1:])
         self.x = draw.normal(size=size).astype(np.float32)
         self.y = draw.integers(0, 10, steps * BATCH)
-        self.clock = epoch_clock()
+        self.clock = make_epoch_timer()
         # Keras' average starts from the weights after the first step.
         self.callbacks: list[Any] = {
             NONE: [],

@@ -51,7 +51,7 @@ def build_perceptron() -> Any:
     return keras.Sequential([keras.Input((784,)), *layers], name="net")
 
 
-def epoch_clock() -> Any:
+def make_epoch_timer() -> Any:
     """Return a callback that times epochs, without the work of fit() before and after them."""
     import keras
 
