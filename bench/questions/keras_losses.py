@@ -20,7 +20,7 @@ from bench.race.keras_processes import (
     backends,
     build_perceptron,
     make_epoch_timer,
-    on_each_backend,
+    measure_backends,
 )
 from bench.race.question import Question, Settings
 from bench.race.report import Figure, Rows
@@ -178,7 +178,7 @@ def answers(quick: bool) -> list[dict[str, Any]]:
 
 def rows(settings: Settings) -> Rows:
     """Yield the rows of each backend."""
-    return on_each_backend(answers, settings)
+    return measure_backends(answers, settings)
 
 
 METHOD = """\

@@ -19,7 +19,7 @@ from bench.race.keras_processes import (
     backends,
     build_perceptron,
     make_epoch_timer,
-    on_each_backend,
+    measure_backends,
 )
 from bench.race.question import Question, Settings
 from bench.race.report import Figure, Rows
@@ -171,7 +171,7 @@ def races(quick: bool) -> list[dict[str, Any]]:
 
 def rows(settings: Settings) -> Rows:
     """Yield the rows of each backend."""
-    return on_each_backend(races, settings)
+    return measure_backends(races, settings)
 
 
 METHOD = """\

@@ -21,7 +21,7 @@ def backends(settings: Settings) -> list[str]:
     return list(BACKENDS)
 
 
-def on_each_backend(
+def measure_backends(
     measure: Callable[[bool], list[dict[str, Any]]], settings: Settings
 ) -> Iterator[Row]:
     """Yield the rows of each backend, each measured in its own process.
