@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastema
-from bench.race.quality_picture import draw, signed
+from bench.race.quality_picture import draw, format_signed
 from bench.race.question import Question, Settings
 from bench.race.report import Figure, Row, Rows
 
@@ -426,7 +426,7 @@ def rows(settings: Settings) -> Rows:
 def percent(numbers: Sequence[float]) -> str:
     """Format a change and its interval, with one more decimal place if all values are small."""
     places = 1 if max(map(abs, numbers)) >= 0.95 else 2
-    change, low, high = (signed(number, places) for number in numbers)
+    change, low, high = (format_signed(number, places) for number in numbers)
     return f"{change} % ({low} to {high})"
 
 

@@ -34,7 +34,7 @@ STYLE: Any = {
 }
 
 
-def signed(number: float, places: int) -> str:
+def format_signed(number: float, places: int) -> str:
     """Format a number with its sign, and zero without a sign."""
     text = f"{number:+.{places}f}"
     return text if float(text) else text[1:]
@@ -59,7 +59,7 @@ def _panel(axes: Axes, title: str, rows: Sequence[Row]) -> None:
             axes.plot(interval, [height] * 2, color=colour, **bar)
             axes.scatter(points, [height] * len(points), s=13, color=colour, alpha=0.5, lw=0)
             axes.scatter(change, height, s=70, color=colour, ec="white", lw=1.2, zorder=3)
-            shown = f"{signed(change, 1)} %"
+            shown = f"{format_signed(change, 1)} %"
             axes.text(1.02, height, shown, color=colour, fontweight="bold", **scale)
             ticks.append(height)
             labels.append(row["weights"])
