@@ -118,7 +118,7 @@ def _build_with_warnings(clock: Clock, most: int | None) -> Iterator[Row]:
 # -- tests ----------------------------------------------------------------------------------------
 
 
-def _reported(path: Path) -> Iterator[Row]:
+def _read_report(path: Path) -> Iterator[Row]:
     """Yield the results in pytest's XML report; without a report, no test passed."""
     written = path.exists() and path.stat().st_size
     cases = list(ElementTree.parse(path).iter("testcase")) if written else []
@@ -178,7 +178,7 @@ def run_tests(device: torch.device, limit_s: float, select: str = "") -> Iterato
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        yield from _reported(path)
+        yield from _read_report(path)
     if timed_out or process.returncode:
         reason = "stopped: the time was up" if timed_out else f"status {process.returncode}"
         yield Row("Tests", "pytest", missing=reason, failed=True)
