@@ -215,7 +215,7 @@ def _driver() -> str | None:
 
 
 def _facts(settings: Settings) -> dict[str, Any]:
-    refuse(settings)
+    check_settings(settings)
     device = torch.device(settings.device)
     if device.type != "cuda":
         return {"device": "**Dry run on a CPU: no number here says anything**"}
@@ -242,7 +242,7 @@ def result_name(settings: Settings) -> str:
     return f"gpu-{name}" + ("" if settings == whole else "-part")
 
 
-def refuse(settings: Settings) -> None:
+def check_settings(settings: Settings) -> None:
     """Raise SystemExit if there is no GPU, or if a dry run would overwrite results."""
     dry = torch.device(settings.device).type != "cuda"
     if not dry and not torch.cuda.is_available():
