@@ -254,7 +254,7 @@ def check_settings(settings: Settings) -> None:
         raise SystemExit("a dry run must not write to bench/results: use --out DIR")
 
 
-def name_toolkit() -> None:
+def set_cuda_home() -> None:
     """Set ``CUDA_HOME`` to the default toolkit, unless it or ``CUDA_PATH`` is set."""
     if _TOOLKIT.is_dir() and not {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys():
         os.environ["CUDA_HOME"] = str(_TOOLKIT)
@@ -271,7 +271,7 @@ def rows(settings: Settings) -> Rows:
     device = torch.device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
-    name_toolkit()
+    set_cuda_home()
     clock = clock_of(device)
     chosen = [case for case in (SMALL if settings.quick else FULL) if settings.wants(case.name)]
     found: list[Row] = []
