@@ -102,7 +102,7 @@ def groups(
             except Exception as error:
                 give_up(peer.name, error.with_traceback(None))  # frames keep tensors alive
             else:
-                if len(group) == 1 or _room(group, clock):
+                if len(group) == 1 or _has_room(group, clock):
                     continue
                 group.pop()
                 left.append(peer)
@@ -117,7 +117,7 @@ def groups(
         waiting = left
 
 
-def _room(group: Sequence[ReadyEntry], clock: Clock) -> bool:
+def _has_room(group: Sequence[ReadyEntry], clock: Clock) -> bool:
     """Return whether there is memory for the temporaries of each entry in a group."""
     passing = max((one.memory.peak_bytes for one in group if one.memory is not None), default=0)
     if passing > clock.free_bytes():
