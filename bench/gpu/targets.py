@@ -46,13 +46,13 @@ def _over(one: float | None, other: float | None) -> float | None:
     return None if one is None or not other else one / other
 
 
-def _of_torch(entry: str) -> bool:
+def _is_torch(entry: str) -> bool:
     """Return whether an entry is torch itself: an operation, a loop, or `AveragedModel`."""
     return entry.startswith(("torch ", "torch.", "AveragedModel"))
 
 
 def _of_eager_torch(entry: str) -> bool:
-    return _of_torch(entry) and entry != COMPILED
+    return _is_torch(entry) and entry != COMPILED
 
 
 def targets(rows: Sequence[Row]) -> Iterator[Row]:
@@ -60,7 +60,7 @@ def targets(rows: Sequence[Row]) -> Iterator[Row]:
     found = RunFigures(rows)
     ms = found.of
     eager = found.least(MIXED, _of_eager_torch, "device_ms")
-    any_torch = found.least(MIXED, _of_torch, "device_ms")
+    any_torch = found.least(MIXED, _is_torch, "device_ms")
     averaged_model = found.least(SMALL, lambda e: e.startswith("AveragedModel"), "host_us")
     host = ms(SMALL, OURS, "host_us")
     against_torch = "bf16 -> f32, 1B elements, against the best of torch, "
