@@ -51,7 +51,7 @@ def _is_torch(entry: str) -> bool:
     return entry.startswith(("torch ", "torch.", "AveragedModel"))
 
 
-def _of_eager_torch(entry: str) -> bool:
+def _is_eager_torch(entry: str) -> bool:
     return _is_torch(entry) and entry != COMPILED
 
 
@@ -59,7 +59,7 @@ def targets(rows: Sequence[Row]) -> Iterator[Row]:
     """Yield a row per target: the target, the measured value, and whether the target is met."""
     found = RunFigures(rows)
     ms = found.of
-    eager = found.least(MIXED, _of_eager_torch, "device_ms")
+    eager = found.least(MIXED, _is_eager_torch, "device_ms")
     any_torch = found.least(MIXED, _is_torch, "device_ms")
     averaged_model = found.least(SMALL, lambda e: e.startswith("AveragedModel"), "host_us")
     host = ms(SMALL, OURS, "host_us")
