@@ -125,7 +125,7 @@ def traffic(case: DeviceCase, model: nn.Module) -> int:
     return weights + sum(2 * b.numel() * b.element_size() for b in model.buffers())
 
 
-def least_memory(case: DeviceCase) -> int:
+def estimate_memory(case: DeviceCase) -> int:
     """Return the approximate size of the weights and one average in bytes."""
     elements = shapes.total_elements(case.inventory())
     return elements * (DTYPES[case.weight_dtype].itemsize + DTYPES[case.average_dtype].itemsize)

@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from bench.gpu.cases import DeviceCase, build, fill_, least_memory, traffic
+from bench.gpu.cases import DeviceCase, build, estimate_memory, fill_, traffic
 from bench.gpu.clock import Budget, Clock, Memory
 from bench.gpu.peers import COPY, DEVICE_PEERS, refusals
 from bench.race.checks import sample
@@ -150,7 +150,7 @@ def race(
     case: DeviceCase, clock: Clock, budget: Budget, peers: Sequence[Peer] = DEVICE_PEERS
 ) -> list[Row]:
     """Run one case, and return a row per entry, with the reason for entries that did not run."""
-    needed, free = least_memory(case), clock.free_bytes()
+    needed, free = estimate_memory(case), clock.free_bytes()
     if needed > 0.95 * free:
         reason = f"needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
         return [Row(case.title, "all", missing=reason)]
