@@ -155,7 +155,7 @@ def _reaverage_foreach(size: int, model: nn.Module) -> tuple[Job, Result]:
     return update, lambda: average
 
 
-def _again_loop(size: int, model: nn.Module) -> tuple[Job, Result]:
+def _reaverage_loop(size: int, model: nn.Module) -> tuple[Job, Result]:
     slots, weights, turns = _ring(size, model)
     average = list(weights)
 
@@ -171,7 +171,7 @@ def _again_loop(size: int, model: nn.Module) -> tuple[Job, Result]:
 WINDOWED = [
     _window(10),
     Contender("copies of 10, re-averaged by foreach", partial(_reaverage_foreach, 10), 8 + 12 * 10),
-    Contender("copies of 10, torch.stack().mean(0)", partial(_again_loop, 10), 8 + 12 * 10),
+    Contender("copies of 10, torch.stack().mean(0)", partial(_reaverage_loop, 10), 8 + 12 * 10),
 ]
 FLAT_IN_WINDOW = [_window(size) for size in (10, 2, 5, 20)]
 
