@@ -215,7 +215,7 @@ def _guarded(dtype: str, nbytes: float) -> list[Contender]:
 # -- other means ----------------------------------------------------------------------------------
 
 
-def _averaged_equally(model: nn.Module) -> tuple[Job, Result]:
+def _setup_averaged_model(model: nn.Module) -> tuple[Job, Result]:
     averaged = AveragedModel(model)
     return (lambda: averaged.update_parameters(model)), lambda: list(averaged.module.parameters())
 
@@ -223,7 +223,7 @@ def _averaged_equally(model: nn.Module) -> tuple[Job, Result]:
 MEANS = [
     _ours(fastema.SWA, 12, "fastema.SWA"),
     _ours(lambda m: fastema.PowerEMA(m), 20, "fastema.PowerEMA, two widths", None),
-    Contender("AveragedModel", _averaged_equally, 12),
+    Contender("AveragedModel", _setup_averaged_model, 12),
 ]
 
 
