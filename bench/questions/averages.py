@@ -122,7 +122,7 @@ SEVERAL = [
 # -- the windowed mean ----------------------------------------------------------------------------
 
 
-def _full(size: int, model: nn.Module) -> fastema.SMA:
+def _build_full_window(size: int, model: nn.Module) -> fastema.SMA:
     average = fastema.SMA(model, size)
     for _ in range(size):  # fill the window: all later calls do the same work
         average.update()
@@ -131,7 +131,7 @@ def _full(size: int, model: nn.Module) -> fastema.SMA:
 
 def _window(size: int) -> Contender:
     name = f"fastema.SMA, window {size}"
-    return _ours(partial(_full, size), 32, name, 0 if size == 10 else None)
+    return _ours(partial(_build_full_window, size), 32, name, 0 if size == 10 else None)
 
 
 def _ring(size: int, model: nn.Module) -> tuple[list[list[Tensor]], list[Tensor], Iterator[int]]:
