@@ -65,11 +65,13 @@ def _averages(average: Any, model: nn.Module, which: int = 0) -> Result:
 
 
 def _ours(
-    make: Callable[[nn.Module], Any], nbytes: float, name: str, shown: int | None = 0
+    make: Callable[[nn.Module], Any], nbytes: float, name: str, result_index: int | None = 0
 ) -> Contender:
     def setup(model: nn.Module) -> tuple[Job, Result | None]:
         average = make(model)
-        return average.update, None if shown is None else _averages(average, model, shown)
+        return average.update, None if result_index is None else _averages(
+            average, model, result_index
+        )
 
     return Contender(name, setup, nbytes)
 
@@ -185,7 +187,10 @@ def _timm(stochastic: bool, model: nn.Module) -> tuple[Job, None]:
 
 def _stochastic(dtype: Any, nbytes: float, name: str, **options: Any) -> Contender:
     return _ours(
-        lambda m: fastema.EMA(m, 0.9, shadow_dtype=dtype, **options), nbytes, name, shown=None
+        lambda m: fastema.EMA(m, 0.9, shadow_dtype=dtype, **options),
+        nbytes,
+        name,
+        result_index=None,
     )
 
 
