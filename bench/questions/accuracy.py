@@ -59,7 +59,7 @@ WEIGHTS = (0.5, 0.1, 0.001)
 DECAY = 0.999
 
 
-def wide(tensor: Tensor) -> Wide:
+def to_long_double(tensor: Tensor) -> Wide:
     """Return a tensor's values in extended precision."""
     return tensor.double().numpy().astype(np.longdouble)
 
@@ -93,10 +93,15 @@ def one_update(
             ema, avg = rounding_at_random(held, avg_dtype, 1 - weight)
             held.copy_(x)
             update = ema.update
-        larger = np.maximum(np.abs(wide(avg)), np.abs(wide(x)))
-        exact = wide(avg) + np.longdouble(weight) * (wide(x) - wide(avg))
+        larger = np.maximum(np.abs(to_long_double(avg)), np.abs(to_long_double(x)))
+        exact = to_long_double(avg) + np.longdouble(weight) * (
+            to_long_double(x) - to_long_double(avg)
+        )
         update()
-        worst = max(worst, float(np.max(np.abs(wide(avg) - exact) / last_place(larger, avg_dtype))))
+        worst = max(
+            worst,
+            float(np.max(np.abs(to_long_double(avg) - exact) / last_place(larger, avg_dtype))),
+        )
     return worst
 
 
@@ -118,12 +123,12 @@ def many_updates(
     else:
         ema, avg = rounding_at_random(x, avg_dtype, DECAY)
         update = ema.update
-    exact = wide(avg)
+    exact = to_long_double(avg)
     for _ in range(updates):
         x.copy_(target + 0.1 * torch.randn(elements, generator=generator))
-        exact += np.longdouble(1 - DECAY) * (wide(x) - exact)
+        exact += np.longdouble(1 - DECAY) * (to_long_double(x) - exact)
         update()
-    return root_mean_square(wide(avg) - exact) / root_mean_square(exact)
+    return root_mean_square(to_long_double(avg) - exact) / root_mean_square(exact)
 
 
 def updates(amount: AccuracySizes) -> Iterator[Row]:
