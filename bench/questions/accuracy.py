@@ -71,7 +71,7 @@ def last_place(values: Wide, dtype: str) -> Wide:
     return np.maximum(powers, info.smallest_normal) * info.eps
 
 
-def rounding_at_random(start: Tensor, dtype: str, decay: float) -> tuple[fastema.EMA, Tensor]:
+def build_stochastic_average(start: Tensor, dtype: str, decay: float) -> tuple[fastema.EMA, Tensor]:
     """Return an average of `start` with stochastic rounding, and the average's tensor."""
     ema = fastema.EMA([start], decay, shadow_dtype=DTYPES[dtype], rounding="stochastic")
     (avg,) = ema.shadow.values()
@@ -90,7 +90,7 @@ def one_update(
             update: Callable[[], object] = partial(fastema.lerp_, avg, x, weight)
         else:
             held = avg.to(DTYPES[dtype], copy=True)
-            ema, avg = rounding_at_random(held, avg_dtype, 1 - weight)
+            ema, avg = build_stochastic_average(held, avg_dtype, 1 - weight)
             held.copy_(x)
             update = ema.update
         larger = np.maximum(np.abs(to_long_double(avg)), np.abs(to_long_double(x)))
@@ -121,7 +121,7 @@ def many_updates(
         plan = fastema.Plan(avg, x)
         update: Callable[[], object] = partial(plan.lerp_, 1 - DECAY)
     else:
-        ema, avg = rounding_at_random(x, avg_dtype, DECAY)
+        ema, avg = build_stochastic_average(x, avg_dtype, DECAY)
         update = ema.update
     exact = to_long_double(avg)
     for _ in range(updates):
