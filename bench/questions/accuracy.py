@@ -444,7 +444,7 @@ def long_runs(amount: AccuracySizes) -> Iterator[Row]:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def limit_to_one_thread() -> Iterator[None]:
     """Limit torch and fastema to one thread in a block."""
     before = torch.get_num_threads(), fastema.get_num_threads()
     torch.set_num_threads(1)
@@ -459,7 +459,7 @@ def one_thread() -> Iterator[None]:
 def rows(settings: Settings) -> Rows:
     """Yield the rows of long runs, then of single updates, on one thread."""
     amount = QUICK if settings.quick else FULL
-    with one_thread():
+    with limit_to_one_thread():
         yield from long_runs(amount)
         yield from updates(amount)
 
