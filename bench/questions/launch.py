@@ -56,7 +56,7 @@ class StubContext:
         return True
 
 
-def on_a_gpu() -> None:
+def simulate_gpu() -> None:
     """Patch fastema to take PyTorch's CPU tensors for GPU tensors, and kernels for compiled."""
     import torch
 
@@ -92,7 +92,7 @@ def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
     import fastema
     from fastema.engine.driver import Driver
 
-    on_a_gpu()
+    simulate_gpu()
     driver = Driver()
     driver.push(driver.context(0))  # PyTorch makes a context current, too
     counter = ctypes.c_int64.in_dll(ctypes.CDLL("libcuda.so.1"), "stub_count")
