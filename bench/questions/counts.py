@@ -75,7 +75,7 @@ def _modules() -> Iterator[Row]:
         yield Row("Modules of fastema that are imported", name, figures)
 
 
-def _work(call: Callable[[], object]) -> dict[str, int]:
+def _count_work(call: Callable[[], object]) -> dict[str, int]:
     """Return the PyTorch operations of a call, and the peak memory of its Python objects."""
     for _ in range(3):
         call()
@@ -104,8 +104,8 @@ def _calls() -> Iterator[Row]:
         parts = ema.state_dict()
         stored = sum(t.itemsize for p in ("shadow", "residual") for t in _firsts(parts.get(p)))
         figures = {"bytes_per_element": dtype.itemsize + 2 * stored}
-        yield Row("100 tensors: an update", name, {**figures, **_work(ema.update)})
-        yield Row("100 tensors: swap and back", name, _work(swap))
+        yield Row("100 tensors: an update", name, {**figures, **_count_work(ema.update)})
+        yield Row("100 tensors: swap and back", name, _count_work(swap))
 
 
 def _launches() -> Iterator[Row]:
