@@ -91,7 +91,7 @@ def _count_work(call: Callable[[], object]) -> dict[str, int]:
     return {"operations": counted.count, "python_kb": -(-peak // (KB << 10)) * KB}
 
 
-def _calls() -> Iterator[Row]:
+def _count_calls() -> Iterator[Row]:
     for name, (dtype, shadow) in PAIRS.items():
         torch.manual_seed(0)
         weights = [torch.randn(300, dtype=dtype) for _ in range(100)]
@@ -143,7 +143,7 @@ def _firsts(part: Any) -> list[torch.Tensor]:
 
 def rows(settings: Settings) -> Rows:
     """Return the rows of all counts, which are the same in quick mode."""
-    return [*_modules(), *_calls(), *_launches(), *_machine_code()]
+    return [*_modules(), *_count_calls(), *_launches(), *_machine_code()]
 
 
 METHOD = f"""\
