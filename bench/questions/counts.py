@@ -54,7 +54,7 @@ class _OperationCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _modules() -> Iterator[Row]:
+def _count_modules() -> Iterator[Row]:
     for name, statement in IMPORTS.items():
         code = (
             "import json, sys\nbefore = set(sys.modules)\n"
@@ -143,7 +143,7 @@ def _firsts(part: Any) -> list[torch.Tensor]:
 
 def rows(settings: Settings) -> Rows:
     """Return the rows of all counts, which are the same in quick mode."""
-    return [*_modules(), *_count_calls(), *_launches(), *_machine_code()]
+    return [*_count_modules(), *_count_calls(), *_launches(), *_machine_code()]
 
 
 METHOD = f"""\

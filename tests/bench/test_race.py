@@ -201,7 +201,9 @@ def test_baseline_fails_on_counts_and_rows_and_warns_on_ratios(
 
 
 def test_update_runs_no_torch_operations() -> None:
-    found = {(row.table, row.entry): row for row in (*counts._modules(), *counts._count_calls())}
+    found = {
+        (row.table, row.entry): row for row in (*counts._count_modules(), *counts._count_calls())
+    }
     for (table, entry), row in found.items():
         if "update" in table:
             assert (row["operations"], row["python_kb"]) == (0, 4), entry
