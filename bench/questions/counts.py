@@ -102,7 +102,9 @@ def _count_calls() -> Iterator[Row]:
                 pass
 
         parts = ema.state_dict()
-        stored = sum(t.itemsize for p in ("shadow", "residual") for t in _firsts(parts.get(p)))
+        stored = sum(
+            t.itemsize for p in ("shadow", "residual") for t in _first_tensors(parts.get(p))
+        )
         figures = {"bytes_per_element": dtype.itemsize + 2 * stored}
         yield Row("100 tensors: an update", name, {**figures, **_count_work(ema.update)})
         yield Row("100 tensors: swap and back", name, _count_work(swap))
@@ -137,7 +139,7 @@ def _machine_code() -> Iterator[Row]:
         yield Row(table, name, {one: found[one] for one in kept})
 
 
-def _firsts(part: Any) -> list[torch.Tensor]:
+def _first_tensors(part: Any) -> list[torch.Tensor]:
     return [next(iter(one.values())) for one in part or ()]
 
 
