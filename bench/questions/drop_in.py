@@ -101,7 +101,7 @@ def rows(settings: Settings) -> Rows:
     for name in names:
         found = call_in_subprocess(measure, name, quick)
         peaks = {w: call_in_subprocess(peak, name, quick, w, environment=ALLOCATOR) for w in WAYS}
-        yield Row(STEPS, name, _of_step(found, peaks))
+        yield Row(STEPS, name, _step_figures(found, peaks))
         if times := found["evaluation"]:
             evaluations.append(Row(EVALUATION, name, _compared(times)))
         print(name, file=sys.stderr)
@@ -113,7 +113,7 @@ def _compared(times: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"peer_ms": theirs, "ours_ms": ours, "faster": theirs / ours, "timings": times}
 
 
-def _of_step(found: dict[str, Any], peaks: dict[str, int]) -> dict[str, Any]:
+def _step_figures(found: dict[str, Any], peaks: dict[str, int]) -> dict[str, Any]:
     """Return the averages' shares of a step, and their memory in copies of the average."""
     times, copy = found["step"], 4 * found["n_elements"]
     step = times[STEP]["ms"]
