@@ -103,12 +103,12 @@ def rows(settings: Settings) -> Rows:
         peaks = {w: call_in_subprocess(peak, name, quick, w, environment=ALLOCATOR) for w in WAYS}
         yield Row(STEPS, name, _step_figures(found, peaks))
         if times := found["evaluation"]:
-            evaluations.append(Row(EVALUATION, name, _compared(times)))
+            evaluations.append(Row(EVALUATION, name, _compare_times(times)))
         print(name, file=sys.stderr)
     yield from evaluations
 
 
-def _compared(times: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _compare_times(times: dict[str, dict[str, Any]]) -> dict[str, Any]:
     theirs, ours = times[THEIRS]["ms"], times[OURS]["ms"]
     return {"peer_ms": theirs, "ours_ms": ours, "faster": theirs / ours, "timings": times}
 
@@ -117,7 +117,7 @@ def _step_figures(found: dict[str, Any], peaks: dict[str, int]) -> dict[str, Any
     """Return the averages' shares of a step, and their memory in copies of the average."""
     times, copy = found["step"], 4 * found["n_elements"]
     step = times[STEP]["ms"]
-    compared = _compared(times)
+    compared = _compare_times(times)
     return {
         "weights": found["n_elements"] / 1e6,
         "in_tensors": found["n_tensors"],
