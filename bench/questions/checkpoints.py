@@ -117,12 +117,12 @@ def rows(settings: Settings) -> Rows:
                             tuple(call_in_subprocess(measure, way, folder, bool(cold)))
                         )
                 if times:
-                    yield from _compared(table, found, nbytes)
+                    yield from _compare_ways(table, found, nbytes)
         finally:
             shutil.rmtree(folder)
 
 
-def _compared(table: str, found: dict[str, list[tuple[float, int]]], nbytes: int) -> Rows:
+def _compare_ways(table: str, found: dict[str, list[tuple[float, int]]], nbytes: int) -> Rows:
     least = {way: min(one for one, _ in several) for way, several in found.items()}
     *_, floor = least.values()
     for way, several in found.items():
