@@ -120,14 +120,14 @@ class Gathered:
         torch._foreach_lerp_(self._shadow, whole, 0.001)
 
 
-def _trimmed() -> None:
+def _trim_memory() -> None:
     gc.collect()
     if hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _peak(call: Callable[[], object]) -> float:
-    _trimmed()
+    _trim_memory()
     dist.barrier()
     return peak_extra_bytes(call) / MB
 
