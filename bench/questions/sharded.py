@@ -228,7 +228,7 @@ def _updates(width: int, depth: int, quick: bool) -> Iterator[Row]:
             dist.barrier()
 
 
-def _copied(source: Path, target: Path) -> None:
+def _copy_files(source: Path, target: Path) -> None:
     target.mkdir()
     for file in sorted(source.iterdir()):
         shutil.copyfile(file, target / file.name)
@@ -246,7 +246,7 @@ def _folders(width: int, depth: int, folder: Path, rounds: int) -> Iterator[Row]
         "consolidate, of an average": lambda target: consolidate(ema, target),
         "consolidate, of a DCP folder": lambda target: consolidate(folder / "saved", target),
         "copy of the files": lambda target: (
-            None if dist.get_rank() else _copied(folder / "kept", target)
+            None if dist.get_rank() else _copy_files(folder / "kept", target)
         ),
     }
     consolidate(ema, folder / "kept")
