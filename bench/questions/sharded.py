@@ -83,7 +83,7 @@ LAYOUTS: dict[str, Callable[[nn.Sequential], nn.Module]] = {
 }
 
 
-def _parts(model: nn.Module) -> list[torch.Tensor]:
+def _local_tensors(model: nn.Module) -> list[torch.Tensor]:
     """Return the local tensors of this rank's parameters."""
     found = [one.detach() for one in model.parameters()]
     return [getattr(one, "_local_tensor", one) for one in found]
@@ -93,18 +93,18 @@ class Copies:
     """An average of each local shard by foreach, like torchtitan's contributed average."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._parts = _parts(model)
-        self._shadow = [one.clone() for one in self._parts]
+        self._local_tensors = _local_tensors(model)
+        self._shadow = [one.clone() for one in self._local_tensors]
 
     def update(self) -> None:
         """Update the average from the weights."""
-        torch._foreach_lerp_(self._shadow, self._parts, 0.001)
+        torch._foreach_lerp_(self._shadow, self._local_tensors, 0.001)
 
     def swap(self) -> None:
         """Put the average into the model, and restore the weights."""
-        backup = [one.clone() for one in self._parts]
-        torch._foreach_copy_(self._parts, self._shadow)
-        torch._foreach_copy_(self._parts, backup)
+        backup = [one.clone() for one in self._local_tensors]
+        torch._foreach_copy_(self._local_tensors, self._shadow)
+        torch._foreach_copy_(self._local_tensors, backup)
 
 
 class Gathered:
@@ -157,7 +157,7 @@ def _steps(layout: str, width: int, depth: int, rounds: int) -> Row:
         averages["fastema"].update()
         collectives = counted.get_total_counts()
     figures = {
-        "rank_elements": sum(part.numel() for part in _parts(model)),
+        "rank_elements": sum(part.numel() for part in _local_tensors(model)),
         **{f"{name}_ms": median(found) * 1e3 for name, found in times.items()},
         "collectives": collectives,
     }
@@ -167,7 +167,7 @@ def _steps(layout: str, width: int, depth: int, rounds: int) -> Row:
 def _memory(width: int, depth: int, folder: Path) -> Iterator[Row]:
     """Yield the peak memory of a rank in each call, beyond the memory before the call."""
     model = _fsdp(_model(width, depth))
-    mine = sum(part.nbytes for part in _parts(model)) / MB
+    mine = sum(part.nbytes for part in _local_tensors(model)) / MB
 
     def row(name: str, call: str, function: Callable[[], object]) -> Row:
         peak = _peak(function)
@@ -207,7 +207,7 @@ def _updates(width: int, depth: int, quick: bool) -> Iterator[Row]:
     """Race updates of shards against plain tensors of the same sizes, to show the index's cost."""
     for layout in ("FSDP2", "tensor parallel"):
         model = LAYOUTS[layout](_model(width, depth)).to(torch.bfloat16)
-        plain = [part.clone() for part in _parts(model)]
+        plain = [part.clone() for part in _local_tensors(model)]
         for dtype in ("bfloat16", "float32"):
             jobs = {
                 "plain tensors of the same sizes": fastema.EMA(
