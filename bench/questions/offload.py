@@ -131,14 +131,14 @@ def _step(
     stall = time.perf_counter() - waited
     optimizer.step()
     optimizer.zero_grad()
-    _synchronise()
+    _synchronize()
     updated = time.perf_counter()
     entry.update()
     ended = time.perf_counter()
     return ended - began, stall + ended - updated
 
 
-def _synchronise() -> None:
+def _synchronize() -> None:
     if _DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
