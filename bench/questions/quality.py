@@ -286,7 +286,7 @@ def tune(task: Task, schedule: Schedule, amount: QualitySizes) -> list[Scored]:
     return rows
 
 
-def chosen(task: Task, rows: list[Scored], weights: str = RAW) -> float:
+def choose_rate(task: Task, rows: list[Scored], weights: str = RAW) -> float:
     """Return the learning rate with the best score of these weights; divergence counts as worst."""
     metric = task.metrics[0]
 
@@ -384,7 +384,7 @@ def validation(tuned: list[Scored]) -> Iterator[Row]:
             own = [one for one in tuned if (one["task"], one["schedule"]) == (task.name, schedule)]
             for one in own:
                 for weights in WEIGHTS:
-                    best = chosen(task, own, weights) == one["rate"]
+                    best = choose_rate(task, own, weights) == one["rate"]
                     figures = {"mean": one["scores"][weights][metric], "best": best}
                     title = f"Validation rows: {task.name}, {metric}"
                     yield Row(title, f"{schedule}, {one['rate']:g}", figures, weights)
@@ -399,7 +399,7 @@ def measure(amount: QualitySizes) -> tuple[list[Scored], list[Scored]]:
             rates = {}
             for schedule in SCHEDULES:
                 tried = tune(task, schedule, amount)
-                rates[schedule] = chosen(task, tried)
+                rates[schedule] = choose_rate(task, tried)
                 tuned += tried
             for seed in range(amount.seeds):
                 data = split(task, seed, validation=False)

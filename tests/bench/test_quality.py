@@ -95,7 +95,7 @@ def test_short_run_covers_all_tasks_and_draws_the_picture(tmp_path: Path) -> Non
             one for one in tuned if (one["task"], one["schedule"]) == (run["task"], run["schedule"])
         ]
         (task,) = (task for task in quality.TASKS if task.name == run["task"])
-        assert run["rate"] == quality.chosen(task, tried)
+        assert run["rate"] == quality.choose_rate(task, tried)
     rows: list[Row] = list(quality.tables(tuned, runs))
     quality.draw(rows, {"command": "", "date_utc": ""}, tmp_path / "quality.png")
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
