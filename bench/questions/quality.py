@@ -248,7 +248,7 @@ def train(
 
 
 @contextmanager
-def reproducible() -> Iterator[None]:
+def make_reproducible() -> Iterator[None]:
     """Run a block on one thread with a forked random state.
 
     Steps this small gain nothing from more threads, and sums do not depend on the number of cores.
@@ -394,7 +394,7 @@ def measure(amount: QualitySizes) -> tuple[list[Scored], list[Scored]]:
     """Choose learning rates and train on all seeds; return the tuning scores and the runs."""
     tuned: list[Scored] = []
     runs: list[Scored] = []
-    with reproducible():
+    with make_reproducible():
         for task in TASKS:
             rates = {}
             for schedule in SCHEDULES:

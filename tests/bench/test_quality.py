@@ -31,7 +31,7 @@ def test_run_scores_each_set_of_weights_like_numpy(
     made: dict[str, list[Any]] = {"network": [], "averages": []}
     for name, kept in made.items():
         monkeypatch.setattr(quality, name, record_results(getattr(quality, name), kept))
-    with quality.reproducible():
+    with quality.make_reproducible():
         first, again = (quality.train(task, data, 0.01, "constant", 1, 7) for _ in range(2))
     assert first == again
     assert tuple(first) == quality.WEIGHTS
