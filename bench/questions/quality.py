@@ -177,7 +177,7 @@ def split(task: Task, seed: int, *, validation: bool) -> Split:
 # -- training -------------------------------------------------------------------------------------
 
 
-def network(task: Task, data: Split) -> nn.Sequential:
+def build_network(task: Task, data: Split) -> nn.Sequential:
     outputs = 10 if task.classes else data.y.shape[1]
     return nn.Sequential(
         nn.Linear(data.x.shape[1], task.width),
@@ -224,7 +224,7 @@ def train(
 ) -> Scores:
     """Train once, and return the scores of all four sets of weights at the end."""
     torch.manual_seed(seed)
-    model = network(task, data)
+    model = build_network(task, data)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=MOMENTUM)
     per_epoch = len(data.x) // task.batch_size  # leftover rows are dropped until the next shuffle
     steps = epochs * per_epoch

@@ -28,7 +28,7 @@ def test_run_scores_each_set_of_weights_like_numpy(
     task: quality.Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = quality.split(task, 0, validation=False)
-    made: dict[str, list[Any]] = {"network": [], "averages": []}
+    made: dict[str, list[Any]] = {"build_network": [], "averages": []}
     for name, kept in made.items():
         monkeypatch.setattr(quality, name, record_results(getattr(quality, name), kept))
     with quality.make_reproducible():
@@ -36,7 +36,7 @@ def test_run_scores_each_set_of_weights_like_numpy(
     assert first == again
     assert tuple(first) == quality.WEIGHTS
     assert len({tuple(scores.values()) for scores in first.values()}) == len(quality.WEIGHTS)
-    model = made["network"][0].eval()
+    model = made["build_network"][0].eval()
     for weights, scores in first.items():
         average = made["averages"][0].get(weights)
         state = dict(average.shadow) if average else model.state_dict()
