@@ -126,7 +126,7 @@ def tree(rounds: int, elements: int) -> Iterator[Row]:
         )
 
 
-def within(rounds: int, elements: int) -> list[Row]:
+def time_compiled_step(rounds: int, elements: int) -> list[Row]:
     """Time a compiled step that does almost nothing, with the average outside and inside it."""
     params = _tree(np.random.default_rng(0), elements, jnp.float32)
     ema = fastema.EMA(params, DECAY)
@@ -183,7 +183,7 @@ def rows(settings: Settings) -> Rows:
     quick = settings.quick
     yield from leaves(20 if quick else 200)
     yield from tree(*((5, 2_000_000) if quick else (25, 100_000_000)))
-    yield from within(*((5, 2_000_000) if quick else (25, 10_000_000)))
+    yield from time_compiled_step(*((5, 2_000_000) if quick else (25, 10_000_000)))
 
 
 METHOD = f"""\
