@@ -99,7 +99,7 @@ class Race:
         return losses
 
 
-def times_of(name: str, quick: bool) -> list[dict[str, Any]]:
+def measure_times(name: str, quick: bool) -> list[dict[str, Any]]:
     """Return the rows of a model's step times on this process's backend."""
     steps = 20 if quick else 200
     race = Race(MODELS[name], steps)
@@ -173,7 +173,7 @@ def errors(quick: bool) -> list[dict[str, Any]]:
 
 def answers(quick: bool) -> list[dict[str, Any]]:
     """Return the rows of times and errors on this process's backend."""
-    return [row for name in MODELS for row in times_of(name, quick)] + errors(quick)
+    return [row for name in MODELS for row in measure_times(name, quick)] + errors(quick)
 
 
 def rows(settings: Settings) -> Rows:
