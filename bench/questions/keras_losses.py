@@ -171,14 +171,14 @@ def errors(quick: bool) -> list[dict[str, Any]]:
     ]
 
 
-def answers(quick: bool) -> list[dict[str, Any]]:
+def measure_all(quick: bool) -> list[dict[str, Any]]:
     """Return the rows of times and errors on this process's backend."""
     return [row for name in MODELS for row in measure_times(name, quick)] + errors(quick)
 
 
 def rows(settings: Settings) -> Rows:
     """Yield the rows of each backend."""
-    return measure_backends(answers, settings)
+    return measure_backends(measure_all, settings)
 
 
 METHOD = """\
