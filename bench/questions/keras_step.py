@@ -30,7 +30,7 @@ DECAY = 0.9
 """Low, so that the check before the race is meaningful. Times do not depend on it."""
 
 
-def large(width: int = 4_096, first: int = 64) -> Any:
+def build_cnn(width: int = 4_096, first: int = 64) -> Any:
     """Return a convolutional network with batch norms; 25 million weights at full width."""
     import keras
 
@@ -52,8 +52,8 @@ def large(width: int = 4_096, first: int = 64) -> Any:
     return keras.Sequential(layers, name="net")
 
 
-FULL: dict[str, Callable[[], Any]] = {"MLP": build_perceptron, "CNN": large}
-QUICK: dict[str, Callable[[], Any]] = {"MLP": build_perceptron, "CNN": partial(large, 512, 16)}
+FULL: dict[str, Callable[[], Any]] = {"MLP": build_perceptron, "CNN": build_cnn}
+QUICK: dict[str, Callable[[], Any]] = {"MLP": build_perceptron, "CNN": partial(build_cnn, 512, 16)}
 
 
 class Contestant:
