@@ -94,7 +94,7 @@ def losses(n: int, *, wild: bool) -> Floats:
     return x
 
 
-def _repeated(update: Update, x: list[float], count: int) -> Callable[[], None]:
+def _repeat_update(update: Update, x: list[float], count: int) -> Callable[[], None]:
     """Return a function that does `count` updates, with different values in each call."""
     place = 0
 
@@ -119,11 +119,11 @@ def one_by_one(rounds: int, budget_s: float) -> Iterator[Row]:
             # window.
             _filled(update, x[:window], slow)
             counts[name] = 20 if slow and window > 10_000 else 500 if slow else 50_000
-            jobs[name] = _repeated(update, x, counts[name])
+            jobs[name] = _repeat_update(update, x, counts[name])
         for name, times in interleave(jobs, rounds, budget_s=budget_s).items():
             figures = summarize_times(times, "us", counts[name])
             yield Row(f"An update, window {window:,}", name, figures)
-    jobs = {name: _repeated(make(), x, 50_000) for name, make in OF_DECAY.items()}
+    jobs = {name: _repeat_update(make(), x, 50_000) for name, make in OF_DECAY.items()}
     for name, times in interleave(jobs, rounds).items():
         yield Row("An update, any decay", name, summarize_times(times, "us", 50_000))
 
