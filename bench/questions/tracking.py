@@ -117,7 +117,7 @@ def one_by_one(rounds: int, budget_s: float) -> Iterator[Row]:
             slow = name in ("list, np.mean", "deque, sum") and window > 100
             # Fill slow entries' windows directly: their updates take time proportional to the
             # window.
-            _filled(update, x[:window], slow)
+            _fill_window(update, x[:window], slow)
             counts[name] = 20 if slow and window > 10_000 else 500 if slow else 50_000
             jobs[name] = _repeat_update(update, x, counts[name])
         for name, times in interleave(jobs, rounds, budget_s=budget_s).items():
@@ -128,7 +128,7 @@ def one_by_one(rounds: int, budget_s: float) -> Iterator[Row]:
         yield Row("An update, any decay", name, summarize_times(times, "us", 50_000))
 
 
-def _filled(update: Update, x: list[float], slow: bool) -> None:
+def _fill_window(update: Update, x: list[float], slow: bool) -> None:
     cells = [cell.cell_contents for cell in getattr(update, "__closure__", None) or ()]
     kept = next((cell for cell in cells if isinstance(cell, list | deque)), None)
     if slow and kept is not None:
