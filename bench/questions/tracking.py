@@ -223,7 +223,7 @@ def _works(
         yield f"A series, decay {decay}", by_decay(decay), slice(None), exact
 
 
-def at_once(rounds: int, n: int) -> Iterator[Row]:
+def race_series(rounds: int, n: int) -> Iterator[Row]:
     """Race the entries of each series, and yield their rows with errors against exact averages."""
     kinds = {"error": losses(n, wild=False), "error_with_spikes": losses(n, wild=True)}
     for title, entries, places, exact in _works(n):
@@ -246,7 +246,7 @@ def rows(settings: Settings) -> Rows:
     rounds, budget_s = (3, 3.0) if settings.quick else (15, 60.0)
     yield from one_by_one(rounds, budget_s)
     yield from drift(200_000 if settings.quick else 10_000_000)
-    yield from at_once(rounds, 500_000 if settings.quick else 10_000_000)
+    yield from race_series(rounds, 500_000 if settings.quick else 10_000_000)
 
 
 METHOD = """\
