@@ -107,7 +107,7 @@ def _repeat_update(update: Update, x: list[float], count: int) -> Callable[[], N
     return run
 
 
-def one_by_one(rounds: int, budget_s: float) -> Iterator[Row]:
+def time_single_updates(rounds: int, budget_s: float) -> Iterator[Row]:
     """Yield the time of one update with a full window."""
     x = losses(400_000, wild=False).tolist()
     for window in WINDOWS:
@@ -244,7 +244,7 @@ def race_series(rounds: int, n: int) -> Iterator[Row]:
 def rows(settings: Settings) -> Rows:
     """Yield the rows of single updates, then of series."""
     rounds, budget_s = (3, 3.0) if settings.quick else (15, 60.0)
-    yield from one_by_one(rounds, budget_s)
+    yield from time_single_updates(rounds, budget_s)
     yield from drift(200_000 if settings.quick else 10_000_000)
     yield from race_series(rounds, 500_000 if settings.quick else 10_000_000)
 
