@@ -193,7 +193,7 @@ def exact_windows(x: Floats, window: int, places: NDArray[np.int64]) -> Floats:
     return np.array([math.fsum(x[max(0, end - window) : end]) / min(end, window) for end in ends])
 
 
-def exact_decayed(x: Floats, decay: float) -> NDArray[np.longdouble]:
+def exact_ewm_mean(x: Floats, decay: float) -> NDArray[np.longdouble]:
     """Return the EMA in extended precision, with 11 more bits on machines that have it."""
     wide, d = x.astype(np.longdouble), np.longdouble(decay)
     found, _ = lfilter([1 - d], [np.longdouble(1), -d], wide, zi=[d * wide[0]])
@@ -219,7 +219,7 @@ def _works(
         exact = partial(exact_windows, window=window, places=places)
         yield f"A series, window {window:,}", by_window(window), places, exact
     for decay in DECAYS:
-        exact = partial(exact_decayed, decay=decay)
+        exact = partial(exact_ewm_mean, decay=decay)
         yield f"A series, decay {decay}", by_decay(decay), slice(None), exact
 
 
