@@ -111,21 +111,21 @@ def hot_loop(
     return max(found, key=lambda one: len(one[0]))
 
 
-def row(kernel: Kernel, capability: tuple[int, int], made: cuda.Binary) -> Row:
+def row(kernel: Kernel, capability: tuple[int, int], binary: cuda.Binary) -> Row:
     """Return the row of a compiled kernel on one architecture."""
     operation, formats = kernel
     reads, writes = traffic(operation, formats)
-    code = disassembly.disassemble_cubin(made.cubin)
+    code = disassembly.disassemble_cubin(binary.cubin)
     loop, elements = hot_loop(code, reads, writes)
     figures = {
         "bytes": sum(reads) + sum(writes),
         "loop_elements": elements,
         "loads": dict(disassembly.accesses(loop, "LDG")),
         "stores": dict(disassembly.accesses(loop, "STG")),
-        "registers": made.registers,
+        "registers": binary.registers,
         "instructions_per_element": len(loop) / elements,
-        "spilled_bytes": made.spilled,
-        "stack_bytes": made.stack,
+        "spilled_bytes": binary.spilled,
+        "stack_bytes": binary.stack,
         "instructions": len(code.instructions),
         "loop_instructions": len(loop),
         "loop": dict(Counter(one.name for one in loop).most_common()),
