@@ -31,7 +31,7 @@ def test_dry_run_has_all_stages_and_rows(tmp_path: Path) -> None:
     # To run all of them: ``FASTEMA_GPU_TESTS_ON=cpu python -m pytest tests/gpu``.
     tests, *skips = (row for row in dry if row.table == "Tests")
     assert (tests["failed"], tests["passed"] > 0) == (0, True)
-    assert "only a GPU has it" in {row.missing for row in skips}
+    assert "needs a GPU" in {row.missing for row in skips}
     everyone = {peer.name for peer in peers.DEVICE_PEERS}
     for case in cases.SMALL:
         rows = {row.entry: row for row in dry if row.table == case.title}
