@@ -1,4 +1,4 @@
-"""What the tests of the drop-in classes of ema_pytorch share: a model with everything in it."""
+"""The model and the helpers that the tests of the ema_pytorch drop-ins share."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +13,7 @@ NEEDS = ("ema_pytorch",)
 
 
 class Network(nn.Module):
-    """Odd shapes, strides, tied, frozen, empty and 0-d tensors; buffers of all kinds."""
+    """Odd shapes and strides; tied, frozen, empty and 0-d parameters; all kinds of buffers."""
 
     def __init__(self, seed: int = 0, dtype: Any = torch.float64) -> None:
         super().__init__()
@@ -39,19 +39,19 @@ class Network(nn.Module):
 
 
 def floats(model: Any) -> dict[str, Any]:
-    """Float parameters and buffers by name, each memory once."""
+    """Return the float parameters and buffers by name, tied ones once."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor.detach() for name, tensor in named if tensor.is_floating_point()}
 
 
 def values(model: Any) -> dict[str, Any]:
-    """Copies of all parameters and buffers."""
+    """Return copies of all parameters and buffers by name."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor.detach().clone() for name, tensor in named}
 
 
 def train(models: Any, seed: int, step: int) -> None:
-    """The same random step for every one of several models of one structure."""
+    """Take the same random step in each of these equal models."""
     for model in models:
         generator = torch.Generator().manual_seed(seed * 100_003 + step)
         for tensor in floats(model).values():
@@ -68,7 +68,7 @@ def twins(count: int = 2, seed: int = 0, dtype: Any = torch.float64) -> list[Any
 def pair(
     name: str = "EMA", *, seed: int = 0, dtype: Any = torch.float64, **settings: Any
 ) -> tuple[Any, Any]:
-    """A class of ours and of theirs on two equal models; ``peer_exact`` is of ours alone."""
+    """Build our class and theirs on two equal models; only ours takes ``peer_exact``."""
     mine, yours = twins(2, seed, dtype)
     known = {key: value for key, value in settings.items() if key != "peer_exact"}
     return getattr(ours, name)(mine, **settings), getattr(theirs, name)(yours, **known)
@@ -82,5 +82,5 @@ def run(emas: Any, steps: Iterable[int], seed: int = 1) -> None:
 
 
 def assert_close(one: Any, other: Any, atol: float) -> None:
-    """Float tensors of two models, by name."""
+    """Assert that the float tensors of two models are close, by name."""
     torch.testing.assert_close(floats(one), floats(other), atol=atol, rtol=0.0)

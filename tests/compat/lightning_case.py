@@ -1,4 +1,4 @@
-"""What the tests of Lightning's averaging callbacks share: a small run, and averages of it."""
+"""A small training run, and exact averages of it, for Lightning's averaging callbacks."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ MARKS = [
     *RUNS,
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
-    # Lightning's callback, where a checkpoint is loaded for a test.
+    # From Lightning's callback when a test loads a checkpoint.
     pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback"),
 ]
 LIBRARIES = pytest.mark.parametrize("library", [peer, ours], ids=["theirs", "ours"])
@@ -30,7 +30,7 @@ STEPS, EPOCHS = 5, 4  # steps per epoch
 
 
 class Network(pl.LightningModule):
-    """Notes its weights, as they are after each step of the optimizer and in each validation."""
+    """Record the weights after each optimizer step, in each validation and in each test."""
 
     def __init__(self, tied: bool = False) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Network(pl.LightningModule):
 
 
 class Alternating(Network):
-    """Two optimizers, whose steps are counted in one row."""
+    """Use two optimizers, whose steps share one count."""
 
     automatic_optimization = False
 
@@ -85,7 +85,7 @@ class Alternating(Network):
         self.steps.append(snapshot(self))
 
 
-def saving(folder: Path, **options: Any) -> ModelCheckpoint:
+def save_epochs(folder: Path, **options: Any) -> ModelCheckpoint:
     return ModelCheckpoint(folder, "{epoch}", save_top_k=-1, **options)
 
 
@@ -107,16 +107,16 @@ def fit(run: pl.Trainer, module: Network | None = None, **options: Any) -> Netwo
     return module
 
 
-def fitted(
+def fit_network(
     folder: Path, *callbacks: Callback, module: Network | None = None, **options: Any
 ) -> Network:
     return fit(trainer(folder, *callbacks, **options), module)
 
 
-def resumed(
+def resume_network(
     path: Path, *callbacks: Callback, module: Network | None = None, **options: Any
 ) -> Network:
-    """A module that goes on from a checkpoint; its steps before are empty."""
+    """Resume a module from a checkpoint; its entries for earlier steps are empty."""
     module = module or Network()
     module.steps = [{}] * load(path)["global_step"]
     run = trainer(path.parent / "resumed", *callbacks, **options)
@@ -128,7 +128,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def floats(state: State) -> State:
-    """Without integers, which Lightning's callback truncates."""
+    """Return a state without its integers, which Lightning's callback truncates."""
     return {name: value for name, value in state.items() if value.is_floating_point()}
 
 
@@ -141,7 +141,7 @@ def differ(one: State, other: State) -> bool:
 
 
 def average_of(steps: list[State], decays: list[float | None], buffers: bool = True) -> State:
-    """In float64: None for a step that is left out; the first one that is not is copied."""
+    """Average steps in float64, skipping those whose decay is None; the first one is copied."""
     result: State = {}
     for step, decay in zip(steps, decays, strict=True):
         if decay is None:

@@ -1,4 +1,4 @@
-"""A model with one of everything that an average of weights has to cope with, and the truth."""
+"""A model with every kind of tensor that an average meets, and its average in float64."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ CODES = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch
 
 
 class Network(nn.Module):
-    """Odd shapes and strides, a scalar, nothing at all, tied and frozen weights, all buffers."""
+    """Odd shapes and strides; scalar, empty, tied and frozen weights; all kinds of buffers."""
 
     def __init__(
         self,
@@ -48,18 +48,18 @@ class Network(nn.Module):
             self.register_buffer("mask", torch.zeros(9, dtype=torch.bool))
         if dtype is not None:
             self.to(dtype)
-        trained(self, numbers(seed))
+        randomize(self, make_generator(seed))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.embed(tokens))
 
 
-def numbers(seed: int) -> torch.Generator:
+def make_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def trained(model: nn.Module, generator: torch.Generator) -> None:
-    """Other weights, and other buffers; whole numbers that no float32 holds."""
+def randomize(model: nn.Module, generator: torch.Generator) -> None:
+    """Randomize weights and buffers; integers get values that float32 cannot hold."""
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64))
@@ -72,13 +72,13 @@ def trained(model: nn.Module, generator: torch.Generator) -> None:
                 buffer.copy_(torch.randint(2**24, 2**52, buffer.shape, generator=generator))
 
 
-def repointed(model: nn.Module) -> None:
-    """The same weights elsewhere in memory."""
+def move_parameters(model: nn.Module) -> None:
+    """Move each parameter's data to new memory, values unchanged."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
 
 
-def through_a_file(state: Any, weights_only: bool = True) -> Any:
+def save_and_load(state: Any, weights_only: bool = True) -> Any:
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -98,7 +98,7 @@ def bits(model: nn.Module | dict[str, Tensor]) -> dict[str, bytes]:
 
 
 class Truth:
-    """The average of a model as float64 loops, beside what is only copied."""
+    """The reference average of a model, in float64 loops; other tensors are only copied."""
 
     def __init__(
         self,
@@ -127,14 +127,14 @@ class Truth:
         weight: float,
         *updates: Callable[[nn.Module], Any],
     ) -> None:
-        """Train the model, and take its weights in; so do the averages with these updates."""
-        trained(model, generator)
+        """Randomize the model, then update the reference and the averages by ``updates``."""
+        randomize(model, generator)
         self.step(model, weight)
         for update in updates:
             update(model)
 
     def check(self, averaged: nn.Module | dict[str, Tensor], model: nn.Module) -> None:
-        """Averages within their bounds; the rest as in the model, but what ``cache`` may be."""
+        """Check averages against their bounds, the rest against the model; ignore ``cache``."""
         assert self.loops
         weights = named_tensors(model)
         for name, tensor in named_tensors(averaged).items():
@@ -146,8 +146,8 @@ class Truth:
 
 
 @contextmanager
-def refused(error: Any, words: str | None, *sides: Any) -> Iterator[None]:
-    """Expect an error, and no bit of these modules, dicts or lists of tensors to change."""
+def assert_refused(error: Any, words: str | None, *sides: Any) -> Iterator[None]:
+    """Assert that the block raises and changes no bit of these modules, dicts or lists."""
 
     def state() -> list[dict[str, bytes]]:
         lists = (dict(enumerate(side)) if isinstance(side, list) else side for side in sides)
@@ -160,8 +160,8 @@ def refused(error: Any, words: str | None, *sides: Any) -> Iterator[None]:
 
 
 @contextmanager
-def load_refused(ema: EMA, message: str) -> Iterator[None]:
-    """Expect a CheckpointError, and neither a counted update nor a changed average."""
-    with refused(CheckpointError, message, dict(ema.shadow)):
+def assert_load_refused(ema: EMA, message: str) -> Iterator[None]:
+    """Assert that the block raises CheckpointError, counts no update and changes no average."""
+    with assert_refused(CheckpointError, message, dict(ema.shadow)):
         yield
     assert ema.num_updates == 0

@@ -1,4 +1,4 @@
-"""Parameters in a list, and what their averages have to be."""
+"""Lists of parameters, and the reference averages of them."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..shadow.truth import Loop
-from .network import CODES, array, numbers
+from .network import CODES, array, make_generator
 
 Parameters = list[Any]
 
@@ -16,8 +16,8 @@ FROZEN = (1, 6)
 
 
 def parameters(seed: int = 0, dtypes: Iterable[torch.dtype] = (torch.float32,)) -> Parameters:
-    """Odd shapes, a scalar, an empty one, one that is not contiguous, two that are frozen."""
-    generator, kinds = numbers(seed), list(dtypes)
+    """Return parameters: odd shapes, a scalar, empty and strided ones; two are frozen."""
+    generator, kinds = make_generator(seed), list(dtypes)
     made = [torch.randn(shape, generator=generator) for shape in SHAPES]
     made.append(torch.randn(6, 4, generator=generator).t())
     image = torch.randn(2, 3, 4, 5, generator=generator)
@@ -28,17 +28,17 @@ def parameters(seed: int = 0, dtypes: Iterable[torch.dtype] = (torch.float32,)) 
     return found
 
 
-def trained(weights: Iterable[Any], generator: torch.Generator, size: float = 1.0) -> None:
+def perturb(weights: Iterable[Any], generator: torch.Generator, size: float = 1.0) -> None:
     with torch.no_grad():
         for one in weights:
             one.add_(size * torch.randn(one.shape, generator=generator).to(one.dtype))
 
 
-def values(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+def copies_of(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return [one.detach().clone() for one in tensors]
 
 
-def same(tensors: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> bool:
+def are_equal(tensors: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> bool:
     return all(
         one.dtype == other.dtype and torch.equal(one.detach(), other.detach())
         for one, other in zip(tensors, others, strict=True)
@@ -51,8 +51,8 @@ def write_into(weights: Iterable[Any], contents: Iterable[torch.Tensor]) -> None
             one.copy_(value)
 
 
-class Truth:
-    """The averages of parameters as float64 loops; ``copied`` says what frozen ones become."""
+class ListTruth:
+    """Reference averages in float64 loops; ``copied``: frozen parameters are copied instead."""
 
     def __init__(self, weights: Parameters, random: bool = False, copied: bool = False) -> None:
         self.loops = []

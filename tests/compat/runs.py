@@ -1,4 +1,4 @@
-"""An average in training, and what it has to be, for every class of a peer."""
+"""A training run with an average and its reference, for every class of a peer."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..support.peers import PEERS, Peer
-from .network import Truth, numbers, trained
+from .network import Truth, make_generator, randomize
 
 
 def first_schedule(peer: Peer) -> dict[str, Any]:
@@ -14,24 +14,24 @@ def first_schedule(peer: Peer) -> dict[str, Any]:
 
 
 class Run:
-    """An average of a model in training, and the reference beside it."""
+    """A model in training with its average and a reference average."""
 
     def __init__(
-        self, name: str, model: nn.Module, options: dict[str, Any] | None = None, of: str = "ours"
+        self, name: str, model: nn.Module, options: dict[str, Any] | None = None, side: str = "ours"
     ) -> None:
         self.peer, self.model = PEERS[name], model
         self.options = first_schedule(self.peer) if options is None else options
-        self.average = self.build(of)
-        self.refer()
-        self.generator, self.n = numbers(4), 0
+        self.average = self.build(side)
+        self.restart_reference()
+        self.generator, self.n = make_generator(4), 0
 
-    def build(self, of: str = "ours", model: nn.Module | None = None) -> Any:
+    def build(self, side: str = "ours", model: nn.Module | None = None) -> Any:
         return self.peer.make(
-            self.peer.module(of), self.model if model is None else model, **self.options
+            self.peer.module(side), self.model if model is None else model, **self.options
         )
 
-    def refer(self) -> None:
-        """Let the reference start from the averages of now."""
+    def restart_reference(self) -> None:
+        """Restart the reference from the current averages."""
         averaged = self.peer.averaged
         self.truth = Truth(
             self.averages(), self.model, lambda name, one: averaged(name, one) and name != "cache"
@@ -40,13 +40,13 @@ class Run:
     def averages(self) -> dict[str, torch.Tensor]:
         return self.peer.averages(self.average, self.model)
 
-    def train(self, steps: int, *others: Any, given: nn.Module | None = None) -> None:
-        """Train, and update this average and others."""
+    def train(self, steps: int, *others: Any, wrapped: nn.Module | None = None) -> None:
+        """Train, updating this run's average, the reference and other averages."""
         for _ in range(steps):
-            trained(self.model, self.generator)
+            randomize(self.model, self.generator)
             self.truth.step(self.model, self.peer.weight(self.n, **self.options))
             for average in (self.average, *others):
-                self.peer.update(average, self.model if given is None else given, self.n)
+                self.peer.update(average, self.model if wrapped is None else wrapped, self.n)
             self.n += 1
 
     def check(self, average: Any = None) -> None:

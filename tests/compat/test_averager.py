@@ -1,4 +1,4 @@
-"""Averages in tensors of the user's: one call, every kind of container, no weight lost."""
+"""ModelAverager: averages kept in the user's own tensors, without losing a weight."""
 
 import copy
 from typing import Any
@@ -10,28 +10,28 @@ from fastema.compat.averager import ModelAverager
 from fastema.errors import LayoutError, StateError
 
 from ..support.peers import is_float, named_tensors
-from .network import Network, Truth, bits, refused
+from .network import Network, Truth, assert_refused, bits
 
 nn = torch.nn
 
 pytestmark = pytest.mark.torch
 
 
-def made(
+def build(
     seed: int, weights: Any = torch.float32, averages: Any = torch.float32, policy: Any = None
 ) -> tuple[Any, Any, Any]:
-    """A model, an average of other values, and what updates it."""
+    """Build a model, an average with other values, and its averager."""
     net: Any = Network(seed, weights)
     average: Any = Network(seed + 100, averages).requires_grad_(False)
     return net, average, ModelAverager(average, policy)
 
 
-def copied(model: Any) -> dict[str, Any]:
+def clone_tensors(model: Any) -> dict[str, Any]:
     return {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
 
 
-def assert_back(model: Any, before: dict[str, Any]) -> None:
-    """The values of before, in whatever dtypes they are now."""
+def assert_values(model: Any, before: dict[str, Any]) -> None:
+    """Assert that a model holds these values, in whatever dtypes it now has."""
     now = named_tensors(model)
     assert now.keys() == before.keys()
     for name, tensor in before.items():
@@ -39,22 +39,22 @@ def assert_back(model: Any, before: dict[str, Any]) -> None:
 
 
 @pytest.fixture(params=["beside", "staged"])
-def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Averages with their weights, or as if they were on another device."""
+def placement(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Place averages beside their weights, or stage them as if on another device."""
     if request.param == "staged":
         monkeypatch.setattr(ModelAverager, "_devices_differ", lambda averager, weights: True)
     return str(request.param)
 
 
-WHERE = pytest.mark.usefixtures("where")
+PLACEMENTS = pytest.mark.usefixtures("placement")
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 )
 WEIGHTS = pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 
 
-def test_tensors_that_move_are_found() -> None:
-    net, average, averager = made(4)
+def test_moved_tensors_are_located_again() -> None:
+    net, average, averager = build(4)
     averager.update(net, 0.5, 1)
     net.wide.data = torch.randn(257)
     average.frozen.data = torch.randn(33)
@@ -67,7 +67,7 @@ def test_tensors_that_move_are_found() -> None:
         truth.check(average, net)
 
 
-def changed(name: str, part: Any) -> Any:
+def network_with(name: str, part: Any) -> Any:
     net = Network(5, torch.float32)
     setattr(net, name, part)
     return net
@@ -76,33 +76,33 @@ def changed(name: str, part: Any) -> Any:
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (changed("wide", None), "wide"),
-        (changed("more", nn.Linear(1, 1)), "'more.weight' is only in the model"),
-        (changed("wide", nn.Parameter(torch.randn(8))), "wide"),
+        (network_with("wide", None), "wide"),
+        (network_with("more", nn.Linear(1, 1)), "'more.weight' is only in the model"),
+        (network_with("wide", nn.Parameter(torch.randn(8))), "wide"),
         (nn.Linear(3, 2), "weight"),
     ],
 )
-@WHERE
-def test_another_model_is_refused_before_anything_is_written(other: Any, words: str) -> None:
-    net, average, averager = made(5)
+@PLACEMENTS
+def test_mismatched_model_is_refused_before_any_write(other: Any, words: str) -> None:
+    net, average, averager = build(5)
     before = bits(average)
     averager.check(net)
     assert bits(average) == before
-    with refused(LayoutError, words, average):
+    with assert_refused(LayoutError, words, average):
         averager.check(other)
     averager.update(net, 0.5, 1)
-    with refused(LayoutError, words, average):
+    with assert_refused(LayoutError, words, average):
         averager.update(other, 0.5, 2)
-    averager.update(net, 1.0, 2)  # and goes on
+    averager.update(net, 1.0, 2)  # still works
     assert bits(average) == bits(net)
 
 
 @DTYPES
 @WEIGHTS
-@WHERE
-def test_swapped_is_exact_and_shows_the_averages(dtype: Any, weights: Any) -> None:
-    net, average, averager = made(8, weights, dtype)
-    raw, old = bits(net), copied(average)
+@PLACEMENTS
+def test_swapped_shows_averages_and_restores_every_bit(dtype: Any, weights: Any) -> None:
+    net, average, averager = build(8, weights, dtype)
+    raw, old = bits(net), clone_tensors(average)
     versions = [p._version for p in net.parameters()]
 
     def evaluate() -> None:
@@ -127,11 +127,11 @@ def test_swapped_is_exact_and_shows_the_averages(dtype: Any, weights: Any) -> No
         evaluate()
     assert bits(net) == raw
     assert bits(average) == bits(old)
-    assert [p._version for p in net.parameters()] == versions  # a graph that needs them is right
+    assert [p._version for p in net.parameters()] == versions  # autograd graphs stay valid
     averager.update(net, 1.0, 1)
 
 
-def _there_and_back(net: Any) -> None:
+def _cast_and_back(net: Any) -> None:
     dtype = net.wide.dtype
     net.half()
     net.to(dtype)
@@ -139,7 +139,7 @@ def _there_and_back(net: Any) -> None:
 
 ACTIONS: dict[str, Any] = {
     "cast": lambda net: net.double(),
-    "cast and back": _there_and_back,
+    "cast and back": _cast_and_back,
     "pointed elsewhere": lambda net: setattr(net.wide, "data", net.wide.data.clone()),
     "assigned": lambda net: net.load_state_dict(
         {name: tensor.clone() for name, tensor in net.state_dict().items()}, assign=True
@@ -151,30 +151,30 @@ ACTIONS: dict[str, Any] = {
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("side", ["weights", "averages"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@WHERE
-def test_what_moves_inside_the_block_gets_its_own_contents(
+@PLACEMENTS
+def test_tensors_moved_inside_swapped_get_their_contents_back(
     action: str, side: str, dtype: Any
 ) -> None:
     net, average = (
         Network(seed, of, tied=False) for seed, of in ((13, dtype), (14, torch.float32))
     )
     averager = ModelAverager(average)
-    raw, old = copied(net), copied(average)
+    raw, old = clone_tensors(net), clone_tensors(average)
     with averager.swapped(net):
         ACTIONS[action](net if side == "weights" else average)
-    assert_back(net, raw)
+    assert_values(net, raw)
     if (
         side == "averages"
         and averager._stage is not None
         and action in ("cast and back", "replaced")
     ):
-        return  # they were not lent: what is done to them is done to them
-    assert_back(average, old)
+        return  # staged averages are not swapped, so they keep this change
+    assert_values(average, old)
 
 
-@WHERE
-def test_parameters_that_are_frozen_and_trained_again() -> None:
-    net, average, averager = made(
+@PLACEMENTS
+def test_frozen_parameters_are_averaged_again_when_unfrozen() -> None:
+    net, average, averager = build(
         12, policy=lambda name, role: "skip" if role == "frozen" else "average"
     )
     for is_trained in (True, False, False, True):

@@ -9,7 +9,7 @@ from fastema.compat import composer
 from fastema.errors import CheckpointError
 
 from ..support.peers import named_tensors
-from .network import Network, load_refused, numbers, torch, trained
+from .network import Network, assert_load_refused, make_generator, randomize, torch
 
 nn = torch.nn
 
@@ -17,11 +17,11 @@ pytestmark = pytest.mark.torch
 
 
 FACTOR = 2 ** (-1 / 10)
-"""The old average's weight per batch, of a half-life of ten."""
+"""The decay per batch for a half-life of ten batches."""
 
 
 class EMAParameters:
-    """What Composer averages: copies of the trained parameters and of all buffers."""
+    """Composer's averages: copies of the trained parameters and of all buffers."""
 
     def __init__(self, model: Any) -> None:
         self.named_parameters_dict = {
@@ -38,14 +38,14 @@ class EMAParameters:
             avg.copy_(avg * smoothing + current[name].data * (1.0 - smoothing))
 
 
-def test_compute_ema_of_parameters() -> None:
-    model, generator = Network(1, torch.float32), numbers(2)
+def test_compute_ema_matches_composer_except_for_integers() -> None:
+    model, generator = Network(1, torch.float32), make_generator(2)
     ours, theirs = EMAParameters(model), EMAParameters(model)
     for step in range(10):
-        trained(model, generator)
+        randomize(model, generator)
         composer.compute_ema(nn.DataParallel(model) if step % 2 else model, ours, 0.8)
         theirs.step(model, 0.8)
-        if step == 4:  # as loading a checkpoint does
+        if step == 4:  # replaced as by loading a checkpoint
             ours.named_buffers_dict = {k: v.clone() for k, v in ours.named_buffers_dict.items()}
     for name, one in ours.all().items():
         if one.is_floating_point():
@@ -66,11 +66,11 @@ def state_of(peer: EMAParameters, active: bool = False) -> dict[str, Any]:
     return {"repr": "EMA()", "ema_model": dict(vars(peer)), **flags}
 
 
-def run(model: Any, generator: Any, steps: int) -> EMAParameters:
-    """A run of the peer's: it begins anew with the weights after the first batch."""
+def run_peer(model: Any, generator: Any, steps: int) -> EMAParameters:
+    """Run the peer; like Composer, it restarts from the weights after the first batch."""
     peer = EMAParameters(model)
     for step in range(steps):
-        trained(model, generator)
+        randomize(model, generator)
         if not step:
             peer = EMAParameters(model)
         peer.step(model, FACTOR)
@@ -91,15 +91,15 @@ def assert_close(ema: fastema.EMA, peer: EMAParameters) -> None:
         ({"half_life": "3ba"}, 1, 2 ** (-1 / 3)),
     ],
 )
-def test_whole_run_updates_after_the_same_batches(
+def test_updates_follow_the_same_batches_as_composer(
     times: dict[str, Any], k: int, smoothing: float, start: int
 ) -> None:
-    """Composer begins with the weights after a batch, then updates after multiples of k."""
-    model, generator = Network(1), numbers(2)
+    """Composer starts from the weights after a batch, then updates at multiples of k."""
+    model, generator = Network(1), make_generator(2)
     ema = average_of(model, k, start, **times)
     peer = resumed = None
     for batch in range(1, 46):
-        trained(model, generator)
+        randomize(model, generator)
         if batch == start:
             peer = EMAParameters(model)
         if peer is not None and batch % k == 0:
@@ -111,20 +111,20 @@ def test_whole_run_updates_after_the_same_batches(
         if resumed is not None:
             resumed.update()
             assert_close(resumed, peer)
-        if batch in (start + 1, 30):  # wherever it is resumed, the next update is as due as here
+        if batch in (start + 1, 30):  # resume: the updates must stay in phase
             resumed = average_of(model, k, start, **times)
             composer.load(resumed, state_of(peer), num_updates=batch)
 
 
-def test_both_directions() -> None:
-    model, generator = Network(1), numbers(2)
+def test_state_loads_from_and_exports_to_composer() -> None:
+    model, generator = Network(1), make_generator(2)
     ours = average_of(model)
-    trained(model, generator)
+    randomize(model, generator)
     ours.update()
     peer = EMAParameters(model)
     peer.step(model, FACTOR)
     for _ in range(6):
-        trained(model, generator)
+        randomize(model, generator)
         ours.update()
         peer.step(model, FACTOR)
     assert_close(ours, peer)
@@ -139,7 +139,7 @@ def test_both_directions() -> None:
         assert saved["ema_model"][part].keys() == averages.keys()
         setattr(back, part, saved["ema_model"][part])
     for _ in range(5):
-        trained(model, generator)
+        randomize(model, generator)
         resumed.update(model)
         for one in (peer, back):
             one.step(model, FACTOR)
@@ -149,13 +149,13 @@ def test_both_directions() -> None:
 
 
 @pytest.mark.parametrize("active", [False, True])
-def test_checkpoints_of_a_trainer(active: bool) -> None:
+def test_trainer_checkpoint_loads_whether_or_not_ema_is_active(active: bool) -> None:
     model = Network(1)
-    peer = run(model, numbers(3), 6)
+    peer = run_peer(model, make_generator(3), 6)
     raw = {name: one.detach().clone() for name, one in named_tensors(model).items()}
     averages = {name: one.clone() for name, one in peer.all().items()}
     state = {**raw, **averages} if active else raw
-    if active:  # as it saves while it trains: in each other's places
+    if active:  # Composer saves weights and averages exchanged
         for name, one in peer.all().items():
             one.copy_(raw[name])
     checkpoint = {
@@ -176,20 +176,20 @@ def test_checkpoints_of_a_trainer(active: bool) -> None:
             composer.load(ema, state_of(peer, active))
 
 
-def within(state: Any, **others: Any) -> dict[str, Any]:
-    """A trainer's checkpoint with this state of the algorithm."""
+def embed(state: Any, **others: Any) -> dict[str, Any]:
+    """Return a trainer's checkpoint that holds this state of EMA."""
     return {"state": {"model": {}, "algorithms": [("EMA", state)], **others}}
 
 
-def with_parts(**parts: Any) -> dict[str, Any]:
+def state_with(**parts: Any) -> dict[str, Any]:
     state = state_of(EMAParameters(Network(1)))
     return {**state, "ema_model": {**state["ema_model"], **parts}}
 
 
-def with_wide(wide: Any) -> dict[str, Any]:
-    """A state in which something else is called ``wide``; nothing for ``...``."""
+def with_weight(wide: Any) -> dict[str, Any]:
+    """Return a state whose ``wide`` is this value; ``...`` leaves it out."""
     found = {**EMAParameters(Network(1)).named_parameters_dict, "wide": wide}
-    return with_parts(named_parameters_dict={k: one for k, one in found.items() if one is not ...})
+    return state_with(named_parameters_dict={k: one for k, one in found.items() if one is not ...})
 
 
 @pytest.mark.parametrize(
@@ -202,25 +202,25 @@ def with_wide(wide: Any) -> dict[str, Any]:
         ({"state": {"algorithms": None}}, "'algorithms' is None, expected a list of pairs"),
         ({"state": {"algorithms": ["EMA"]}}, r"'algorithms' is \['EMA'\], expected"),
         ({"state": {"algorithms": {}}}, "0 states"),
-        (within(None), "the state of Composer's EMA is of type NoneType"),
-        (within({}), "lacks 'ema_model'"),
-        (within({"ema_model": None}), "before its average began"),
-        (within({"ema_model": [1]}), "'ema_model' is of type list"),
-        (with_parts(named_parameters_dict=None), "'named_parameters_dict' of 'ema_model'"),
-        (with_parts(named_buffers_dict=[1]), "'named_buffers_dict' of 'ema_model'"),
-        (with_wide(...), "'wide' is missing"),
-        (with_wide(None), "'wide' is of type NoneType, expected a tensor"),
-        (with_wide(2.0), "'wide' is of type float, expected a tensor"),
-        (with_wide(torch.empty(257, device="meta")), "'wide' has no contents"),
-        (within(with_parts(), timestamp=[]), "'timestamp' of the checkpoint is of type list"),
-        (within(with_parts(), timestamp={"Timestamp": None}), "'Timestamp' of the checkpoint's"),
-        (within(with_parts(), timestamp={"Timestamp": {"batch": "6"}}), "batch='6'"),
-        (within(with_parts(), timestamp={"Timestamp": {"batch": -6}}), "batch=-6"),
-        (within({**with_parts(), "ema_weights_active": True}, model=[1]), "'model' of the"),
+        (embed(None), "the state of Composer's EMA is of type NoneType"),
+        (embed({}), "lacks 'ema_model'"),
+        (embed({"ema_model": None}), "before its average began"),
+        (embed({"ema_model": [1]}), "'ema_model' is of type list"),
+        (state_with(named_parameters_dict=None), "'named_parameters_dict' of 'ema_model'"),
+        (state_with(named_buffers_dict=[1]), "'named_buffers_dict' of 'ema_model'"),
+        (with_weight(...), "'wide' is missing"),
+        (with_weight(None), "'wide' is of type NoneType, expected a tensor"),
+        (with_weight(2.0), "'wide' is of type float, expected a tensor"),
+        (with_weight(torch.empty(257, device="meta")), "'wide' has no contents"),
+        (embed(state_with(), timestamp=[]), "'timestamp' of the checkpoint is of type list"),
+        (embed(state_with(), timestamp={"Timestamp": None}), "'Timestamp' of the checkpoint's"),
+        (embed(state_with(), timestamp={"Timestamp": {"batch": "6"}}), "batch='6'"),
+        (embed(state_with(), timestamp={"Timestamp": {"batch": -6}}), "batch=-6"),
+        (embed({**state_with(), "ema_weights_active": True}, model=[1]), "'model' of the"),
     ],
 )
-def test_checkpoint_that_does_not_fit_is_refused(checkpoint: Any, message: str) -> None:
+def test_malformed_checkpoint_is_refused(checkpoint: Any, message: str) -> None:
     ema = average_of(Network(2))
     for count in (None, 3):
-        with load_refused(ema, message):
+        with assert_load_refused(ema, message):
             composer.load(ema, checkpoint, num_updates=count)

@@ -1,4 +1,4 @@
-"""What holds for every class of a peer: numbers, states, copies and refusals."""
+"""Checks for every drop-in class: numbers, states, moved tensors and refusals."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from fastema.compat.signatures import compare_interfaces
 from fastema.errors import FastemaError, LayoutError
 
 from ..support.peers import PEERS, Peer, named_tensors
-from .network import Network, bits, repointed, through_a_file
+from .network import Network, bits, move_parameters, save_and_load
 from .runs import Run, first_schedule
 
 NEEDS = ("diffusers", "ema_pytorch", "timm", "torch_ema")
@@ -34,7 +34,7 @@ SCHEDULES = [
 ]
 
 
-def peers(wanted: Callable[[Peer], bool] = lambda peer: True) -> pytest.MarkDecorator:
+def for_peers(wanted: Callable[[Peer], bool] = lambda peer: True) -> pytest.MarkDecorator:
     names = [name for name, peer in PEERS.items() if wanted(peer)]
     return pytest.mark.parametrize("peer", names)
 
@@ -57,15 +57,15 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("peer", CLASSES)
-def test_all_names_have_the_arguments_of_the_peers(peer: str) -> None:
+def test_signatures_match_the_peers(peer: str) -> None:
     ours, theirs = (PEERS[peer].module(which) for which in ("ours", "theirs"))
     for name in CLASSES[peer]:
         assert compare_interfaces(getattr(theirs, name), getattr(ours, name)) == []
     assert peer != "swa_utils default" or sorted(CLASSES[peer]) == sorted(theirs.__all__)
 
 
-@peers(lambda peer: peer.installed)
-def test_attributes_and_states_are_those_of_the_peer(peer: str) -> None:
+@for_peers(lambda peer: peer.installed)
+def test_attributes_and_state_match_the_peers(peer: str) -> None:
     case, model = PEERS[peer], Network(1, integers=False, tied=False)
     options = first_schedule(case)
     one, other = (case.make(case.module(which), model, **options) for which in ("ours", "theirs"))
@@ -74,7 +74,7 @@ def test_attributes_and_states_are_those_of_the_peer(peer: str) -> None:
         if name.startswith("_") or name == "sync_count":
             continue
         mine = getattr(one, name)
-        if callable(value) and callable(mine):  # functions may be methods
+        if callable(value) and callable(mine):  # a function may be a method here
             continue
         assert type(mine) is type(value), name
         if isinstance(value, bool | int | float | str | set | tuple):
@@ -100,10 +100,10 @@ def modules(peer: Peer, average: Any) -> list[nn.Module]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("peer", "schedule"), SCHEDULES)
-def test_averages_are_the_reference_and_the_rest_is_copied(
+def test_averages_match_the_reference_and_the_rest_is_copied(
     peer: str, schedule: str, dtype: str
 ) -> None:
-    """Tied weights once, integers exactly, frozen weights and buffers as the peer has them."""
+    """Tied weights count once; integers, frozen weights and buffers follow the peer."""
     run = Run(peer, Network(3, DTYPES[dtype]), PEERS[peer].schedules[schedule])
     run.train(16)
     run.check()
@@ -113,24 +113,22 @@ def test_averages_are_the_reference_and_the_rest_is_copied(
 
 
 @pytest.mark.parametrize("narrow", NARROW)
-@peers(lambda peer: peer.own)
-def test_a_float32_average_of_16_bit_weights_is_the_reference(
+@for_peers(lambda peer: peer.own)
+def test_float32_average_of_16_bit_weights_matches_the_reference(
     peer: str, narrow: torch.dtype
 ) -> None:
     run = Run(peer, Network(7, narrow))
     run.peer.convert(run.average, torch.float32)
-    run.refer()
+    run.restart_reference()
     run.train(12)
     run.check()
     assert run.averages()["wide"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("narrow", NARROW)
-@peers(lambda peer: peer.slow is not None)
-def test_a_16_bit_average_moves_where_rounding_to_nearest_stands_still(
-    peer: str, narrow: torch.dtype
-) -> None:
-    """From 1 towards 1.5, by less than half a unit in the last place of each step."""
+@for_peers(lambda peer: peer.slow is not None)
+def test_16_bit_average_moves_where_nearest_rounding_stalls(peer: str, narrow: torch.dtype) -> None:
+    """Each step from 1 towards 1.5 is less than half a unit in the last place."""
     size, steps, decay = 4096, 60, 0.9998
     case, model = PEERS[peer], nn.Module()
     model.weight = nn.Parameter(torch.ones(size, dtype=narrow))
@@ -147,8 +145,8 @@ def test_a_16_bit_average_moves_where_rounding_to_nearest_stands_still(
     ours, *theirs = (case.averages(average, model)["weight"] for average in averages)
     rounds_at_random = peer == "timm ModelEmaV3" and narrow == torch.bfloat16
     assert all(torch.all(one == 1).item() is not rounds_at_random for one in theirs)
-    # Without a bias the mean is within five standard deviations of the truth: half a unit in
-    # the last place for each of `steps` times `size` roundings.
+    # Unbiased rounding keeps the mean within five standard deviations of the exact value: half
+    # a unit in the last place for each of `steps` times `size` roundings.
     bound = 5 * torch.finfo(narrow).eps / 2 * (steps / size) ** 0.5
     expected = 1.5 - 0.5 * decay**steps
     assert abs(ours.double().mean().item() - expected) < bound < expected - 1
@@ -158,13 +156,13 @@ def test_a_16_bit_average_moves_where_rounding_to_nearest_stands_still(
 @pytest.mark.parametrize(
     ("first", "second"), [("ours", "theirs"), ("theirs", "ours"), ("ours", "ours")]
 )
-@peers(lambda peer: peer.installed and peer.exact)
-def test_an_interrupted_run_goes_on_in_the_other(
+@for_peers(lambda peer: peer.installed and peer.exact)
+def test_interrupted_run_resumes_in_the_other_library(
     peer: str, first: str, second: str, dtype: str
 ) -> None:
-    run = Run(peer, Network(13, DTYPES[dtype], integers=False, tied=False), of=first)
+    run = Run(peer, Network(13, DTYPES[dtype], integers=False, tied=False), side=first)
     run.train(7)
-    state = through_a_file(run.peer.state(run.average))
+    state = save_and_load(run.peer.state(run.average))
     run.average = run.build(second)
     run.peer.load(run.average, state)
     run.train(7)
@@ -172,14 +170,14 @@ def test_an_interrupted_run_goes_on_in_the_other(
 
 
 @pytest.mark.parametrize("narrow", NARROW)
-@peers(lambda peer: peer.resumes)
-def test_a_resumed_16_bit_average_is_the_same_to_the_bit(peer: str, narrow: torch.dtype) -> None:
+@for_peers(lambda peer: peer.resumes)
+def test_resumed_16_bit_average_is_bit_identical(peer: str, narrow: torch.dtype) -> None:
     found = []
     for stop in (None, 1, 7):
         run = Run(peer, Network(15, narrow))
         run.train(stop or 0)
         if stop:
-            state = through_a_file(run.peer.state(run.average))
+            state = save_and_load(run.peer.state(run.average))
             run.average = run.build()
             run.peer.load(run.average, state)
         run.train(11 - (stop or 0))
@@ -189,29 +187,29 @@ def test_a_resumed_16_bit_average_is_the_same_to_the_bit(peer: str, narrow: torc
 
 
 def fingerprint(average: Any, run: Run) -> Any:
-    """All of the averages, and the counts."""
+    """Return the bits of all averages, and the counts."""
     names = ("num_updates", "optimization_step", "n_averaged", "steps", "updates")
     counts = [getattr(average, name, None) for name in names]
     averages = bits(run.peer.averages(average, run.model))
     return averages, [None if one is None else int(one) for one in counts]
 
 
-def assigned(model: nn.Module) -> None:
+def assign_clones(model: nn.Module) -> None:
     model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
     model.head.weight = model.embed.weight
 
 
-def restrided(model: nn.Module) -> None:
+def make_contiguous(model: nn.Module) -> None:
     model.transposed.data = model.transposed.data.contiguous()
 
 
-def cast(model: nn.Module) -> None:
+def to_float64(model: nn.Module) -> None:
     model.to(torch.float64)
 
 
-@pytest.mark.parametrize("change", [repointed, assigned, restrided, cast])
-@peers()
-def test_tensors_of_the_model_that_move_are_found(
+@pytest.mark.parametrize("change", [move_parameters, assign_clones, make_contiguous, to_float64])
+@for_peers()
+def test_moved_model_tensors_are_located_again(
     peer: str, change: Callable[[nn.Module], None]
 ) -> None:
     run = Run(peer, Network(19, torch.float32))
@@ -221,56 +219,56 @@ def test_tensors_of_the_model_that_move_are_found(
     run.check()
 
 
-def compiled(model: nn.Module) -> nn.Module:
+def compile_eagerly(model: nn.Module) -> nn.Module:
     return torch.compile(model, backend="eager")
 
 
-WRAPPERS = pytest.mark.parametrize("wrap", [nn.DataParallel, compiled])
+WRAPPERS = pytest.mark.parametrize("wrap", [nn.DataParallel, compile_eagerly])
 
 
 @WRAPPERS
-@peers(lambda peer: peer.follows and peer.ours not in ("torch_ema", "diffusers"))
-def test_a_wrapped_model_is_averaged_as_the_model_itself(
+@for_peers(lambda peer: peer.follows and peer.ours not in ("torch_ema", "diffusers"))
+def test_wrapped_model_is_averaged_like_the_bare_model(
     peer: str, wrap: Callable[[nn.Module], nn.Module]
 ) -> None:
     run = Run(peer, Network(23))
     run.train(2)
-    run.train(2, given=wrap(run.model))
+    run.train(2, wrapped=wrap(run.model))
     run.train(2)
     run.check()
 
 
-def smaller(model: Any) -> None:
+def drop_bias(model: Any) -> None:
     model.head.bias = None
 
 
-def larger(model: Any) -> None:
+def add_weight(model: Any) -> None:
     model.register_parameter("further", nn.Parameter(torch.zeros(3)))
 
 
-def reshaped(model: Any) -> None:
+def reshape(model: Any) -> None:
     model.wide = nn.Parameter(torch.zeros(3))
 
 
-def without_a_buffer(model: Any) -> None:
+def drop_buffer(model: Any) -> None:
     del model.places
 
 
-CHANGES = {smaller: r"head\.bias", larger: "further", reshaped: "wide", without_a_buffer: "places"}
+CHANGES = {drop_bias: r"head\.bias", add_weight: "further", reshape: "wide", drop_buffer: "places"}
 REFUSALS = [
     pytest.param(name, change, named, id=f"{name}-{change.__name__}")
     for name, peer in PEERS.items()
     for change, named in CHANGES.items()
-    # Lists, and the averages of LitEma, are of parameters alone.
+    # Parameter lists and LitEma have no averages of buffers.
     if peer.follows
     and peer.own
-    and (change is not without_a_buffer or peer.inside or name == "composer")
+    and (change is not drop_buffer or peer.inside or name == "composer")
 ]
 
 
 @pytest.mark.parametrize("updates", [0, 2])
 @pytest.mark.parametrize(("peer", "change", "named"), REFUSALS)
-def test_another_model_is_refused_by_name_before_anything_is_written(
+def test_mismatched_model_is_refused_by_name_before_any_write(
     peer: str, change: Callable[[Any], None], named: str, updates: int
 ) -> None:
     run = Run(peer, Network(31))

@@ -1,4 +1,4 @@
-"""D2Go's schedule and checkpoints, to and from a fastema.EMA."""
+"""D2Go's schedule, and its checkpoints loaded into and exported from fastema.EMA."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from fastema.errors import ArgumentError
 from fastema.rules import rule_from_dict
 
 from ..support.peers import named_tensors
-from .network import Network, load_refused, numbers, torch, trained
+from .network import Network, assert_load_refused, make_generator, randomize, torch
 
 pytestmark = pytest.mark.torch
 
@@ -19,8 +19,8 @@ def average_of(model: Any, rule: Any = 0.9, **options: Any) -> fastema.EMA:
     return fastema.EMA(model, rule, **{"frozen": "average", "buffers": "average", **options})
 
 
-class Peer:
-    """The state of D2Go's EMAState: names of parameters and buffers to tensors, all averaged."""
+class EMAState:
+    """D2Go's EMAState: a dict of parameters and buffers by name, all averaged."""
 
     def __init__(self, model: Any, decay: float, factor: float) -> None:
         self.decay, self.factor, self.n = decay, factor, 0
@@ -33,7 +33,7 @@ class Peer:
             decay = min(decay, (1 + self.n) / (self.factor + self.n))
         for name, one in named_tensors(model).items():
             avg = self.state[name]
-            avg.copy_(avg * decay + one * (1 - decay))  # integers are cut off
+            avg.copy_(avg * decay + one * (1 - decay))  # truncates integers
 
     def check(self, ema: fastema.EMA, rtol: float = 1e-5) -> None:
         for name in ema.averaged_names:
@@ -41,7 +41,7 @@ class Peer:
 
 
 @pytest.mark.parametrize("factor", [-1, 0, 1, 10, 25.5])
-def test_rule_is_the_schedule(factor: float) -> None:
+def test_rule_matches_d2gos_schedule(factor: float) -> None:
     rule = d2go.rule(0.99, factor)
     for n in (1, 2, 30, 10_000):
         want = 0.99 if factor < 0 else min(0.99, (1 + n) / (factor + n))
@@ -52,31 +52,31 @@ def test_rule_is_the_schedule(factor: float) -> None:
 
 
 @pytest.mark.parametrize("factor", [-1, 10])
-def test_numbers_and_both_directions(factor: float) -> None:
-    model, generator = Network(1), numbers(2)
-    peer, ema = Peer(model, 0.9, factor), average_of(model, d2go.rule(0.9, factor))
+def test_averages_match_and_state_moves_both_ways(factor: float) -> None:
+    model, generator = Network(1), make_generator(2)
+    peer, ema = EMAState(model, 0.9, factor), average_of(model, d2go.rule(0.9, factor))
     for _ in range(8):
-        trained(model, generator)
+        randomize(model, generator)
         peer.update(model)
         ema.update()
     peer.check(ema)
     assert torch.equal(ema.shadow["places"], model.places)
-    assert not torch.equal(peer.state["places"], model.places)  # cut off
+    assert not torch.equal(peer.state["places"], model.places)  # truncated
 
-    other = average_of(Network(5), d2go.rule(0.9, factor))  # theirs, and on with ours
+    other = average_of(Network(5), d2go.rule(0.9, factor))  # continue their run with ours
     d2go.load(other, {"ema_state": peer.state, "model": {}}, num_updates=8)
     assert other.num_updates == 8
-    held = peer.state.keys() - {"cache"}  # which no state dict of the model has
+    held = peer.state.keys() - {"cache"}  # not in the state dict
     assert all(torch.equal(other.shadow[name], peer.state[name]) for name in held)
     assert d2go.export(ema)["ema_state"].keys() == held
-    saved = d2go.export(ema, model)["ema_state"]  # ours, and on with theirs
+    saved = d2go.export(ema, model)["ema_state"]  # continue our run with theirs
     assert saved.keys() == peer.state.keys()
     assert torch.equal(saved["cache"], model.cache)
     assert saved["cache"].data_ptr() != model.cache.data_ptr()
-    back = Peer(model, 0.9, factor)
+    back = EMAState(model, 0.9, factor)
     back.state, back.n = saved, peer.n
     for _ in range(5):
-        trained(model, generator)
+        randomize(model, generator)
         peer.update(model)
         back.update(model)
         other.update(model)
@@ -84,7 +84,7 @@ def test_numbers_and_both_directions(factor: float) -> None:
         one.check(other)
 
 
-def changed(**others: Any) -> dict[str, Any]:
+def state_with(**others: Any) -> dict[str, Any]:
     state = {name: one.detach().clone() for name, one in named_tensors(Network(1)).items()}
     state |= others
     return {name: one for name, one in state.items() if one is not None}
@@ -93,21 +93,21 @@ def changed(**others: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (changed(wide=None), r"'wide' is missing"),
-        (changed(more=torch.ones(2)), r"'more' is unexpected"),
-        (changed(wide=torch.ones(3)), r"'wide' is \[3\], expected \[257\]"),
-        (changed(wide=torch.ones(257, dtype=torch.int64)), r"'wide' is i64, expected f64"),
+        (state_with(wide=None), r"'wide' is missing"),
+        (state_with(more=torch.ones(2)), r"'more' is unexpected"),
+        (state_with(wide=torch.ones(3)), r"'wide' is \[3\], expected \[257\]"),
+        (state_with(wide=torch.ones(257, dtype=torch.int64)), r"'wide' is i64, expected f64"),
         ({"ema_state": [1, 2]}, "mapping of names"),
         ({"ema_state": None}, "mapping of names"),
         (None, "the checkpoint is of type NoneType"),
         ([1], "the checkpoint is of type list"),
         ({3: torch.ones(1)}, "the key 3"),
-        ({**changed(), "wide": None}, "'wide' is of type NoneType, expected a tensor"),
-        (changed(wide=torch.empty(257, device="meta")), "'wide' has no contents"),
-        (changed(wide=torch.ones(257).to_sparse()), "expected a dense tensor"),
+        ({**state_with(), "wide": None}, "'wide' is of type NoneType, expected a tensor"),
+        (state_with(wide=torch.empty(257, device="meta")), "'wide' has no contents"),
+        (state_with(wide=torch.ones(257).to_sparse()), "expected a dense tensor"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_changes_nothing(state: Any, message: str) -> None:
+def test_malformed_state_is_refused_and_changes_nothing(state: Any, message: str) -> None:
     ema = average_of(Network(2))
-    with load_refused(ema, message):
+    with assert_load_refused(ema, message):
         d2go.load(ema, state, num_updates=7)

@@ -1,4 +1,4 @@
-"""EMA of ema_pytorch: their numbers, their checkpoints, and where they are wrong."""
+"""EMA of ema_pytorch: the same numbers, and runs resumed in either library."""
 
 import copy
 from typing import Any
@@ -23,14 +23,14 @@ SETTINGS = [
 ]
 
 
-def loaded(ema: Any, other: Any) -> None:
-    """Load one's state into another, and what is in no state."""
+def load_state(ema: Any, other: Any) -> None:
+    """Load another average's state, and copy the buffers that states omit."""
     ema.load_state_dict(copy.deepcopy(other.state_dict()))
     ema.model.hidden.copy_(other.model.hidden)
     ema.ema_model.hidden.copy_(other.ema_model.hidden)
 
 
-def spread(ema: Any) -> float:
+def largest_gap(ema: Any) -> float:
     pairs = zip(floats(ema.ema_model).values(), floats(ema.model).values(), strict=True)
     return max((abs(a - b).max().item() for a, b in pairs if a.numel()), default=0.0)
 
@@ -38,20 +38,20 @@ def spread(ema: Any) -> float:
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("every", [1, 2, 7])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_same_numbers_with_peer_exact(settings: Any, every: int, foreach: bool) -> None:
+def test_peer_exact_matches_ema_pytorch(settings: Any, every: int, foreach: bool) -> None:
     mine, yours = pair(**settings, update_every=every, use_foreach=foreach, peer_exact=True)
     for step in range(40):
         run([mine, yours], [step])
         assert mine.get_current_decay() == yours.get_current_decay()
         assert (int(mine.step), bool(mine.initted)) == (int(yours.step), bool(yours.initted))
         assert_close(mine.ema_model, yours.ema_model, atol=1e-13)
-    assert spread(yours) > 0.1 or settings.get("beta") == 0.0
+    assert largest_gap(yours) > 0.1 or settings.get("beta") == 0.0
 
 
 @pytest.mark.parametrize("direction", ["ours to theirs", "theirs to ours"])
 @pytest.mark.parametrize("interrupted", [1, 4, 17, 18])
 @pytest.mark.parametrize("every", [1, 3])
-def test_a_run_goes_on_in_the_other_library(direction: str, interrupted: int, every: int) -> None:
+def test_run_resumes_in_the_other_library(direction: str, interrupted: int, every: int) -> None:
     settings = {"update_after_step": 5, "update_every": every, "beta": 0.95, "peer_exact": True}
     mine, yours = pair(**settings)
     whole = pair(**settings)
@@ -59,7 +59,7 @@ def test_a_run_goes_on_in_the_other_library(direction: str, interrupted: int, ev
     run([mine, yours], range(interrupted))
     first, second = (mine, yours) if direction.startswith("ours") else (yours, mine)
     fresh = pair(seed=9, **settings)[second is yours]
-    loaded(fresh, first)
+    load_state(fresh, first)
     assert_close(fresh.model, first.model, atol=0.0)
     run([fresh], range(interrupted, 36))
     assert_close(fresh.ema_model, whole[1].ema_model, atol=1e-13)
@@ -68,7 +68,7 @@ def test_a_run_goes_on_in_the_other_library(direction: str, interrupted: int, ev
 
 @pytest.mark.parametrize("kept", [0.0, 0.7])
 @pytest.mark.parametrize("every", [1, 4])
-def test_the_model_follows_the_average(kept: float, every: int) -> None:
+def test_model_follows_the_average_as_in_ema_pytorch(kept: float, every: int) -> None:
     mine, yours = pair(
         update_after_step=1,
         update_every=2,

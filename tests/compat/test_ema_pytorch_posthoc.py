@@ -1,4 +1,4 @@
-"""KarrasEMA and PostHocEMA of ema_pytorch: widths as asked for, snapshots in both directions."""
+"""KarrasEMA and PostHocEMA of ema_pytorch: requested widths, snapshots, resumed runs."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.torch
 
 
 class Clock(nn.Module):
-    """A weight that is the step, and one that is its square."""
+    """Hold the current step and its square as weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,8 +31,8 @@ class Clock(nn.Module):
 WIDTHS = (0.05, 0.10)
 
 
-def several(folder: Path, model: Any = None, module: Any = ours, **settings: Any) -> Any:
-    """A PostHocEMA that updates at each step; by default of a clock, with two widths."""
+def build_posthoc(folder: Path, model: Any = None, module: Any = ours, **settings: Any) -> Any:
+    """Build a PostHocEMA that updates at each step; by default of a clock, with two widths."""
     if "gammas" not in settings:
         settings = {"sigma_rels": WIDTHS, **settings}
     settings = {"update_every": 1, "checkpoint_folder": str(folder), **settings}
@@ -40,14 +40,14 @@ def several(folder: Path, model: Any = None, module: Any = ours, **settings: Any
 
 
 def profile(moments: Any, steps: int) -> tuple[float, float]:
-    """Centre and standard deviation of what an average weighs, as shares of the run."""
+    """Return the mean and standard deviation of an average's weights over steps / ``steps``."""
     mean, square = (float(x) for x in moments)
     return mean / steps, math.sqrt(square - mean**2) / steps
 
 
 @pytest.mark.parametrize("own", [{}, {"peer_exact": True}], ids=str)
 @pytest.mark.parametrize("settings", [{"gamma": 2.5}, {"sigma_rel": 0.1}, {"gamma": 0.0}], ids=str)
-def test_same_numbers_at_every_step(settings: Any, own: Any) -> None:
+def test_karras_ema_matches_the_peer_at_every_step(settings: Any, own: Any) -> None:
     mine, yours = pair("KarrasEMA", **settings, **own, update_every=1)
     assert mine.gamma == pytest.approx(yours.gamma, rel=1e-9)
     for step in range(50):
@@ -58,7 +58,7 @@ def test_same_numbers_at_every_step(settings: Any, own: Any) -> None:
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, 3000), (10, 6000), (100, 30_000)])
-def test_the_width_is_the_one_asked_for(every: int, steps: int) -> None:
+def test_average_has_the_requested_width(every: int, steps: int) -> None:
     found = []
     for module in (ours, theirs):
         clock = Clock()
@@ -78,12 +78,12 @@ def test_the_width_is_the_one_asked_for(every: int, steps: int) -> None:
         assert found[1][0] < 0.65
 
 
-def recorded(
+def run_clock(
     module: Any, folder: Path, every: int = 1, steps: int = 600
 ) -> tuple[Any, dict[tuple[float, int], tuple[float, float]]]:
-    """A run of a clock with snapshots, and the true profiles of averages nobody stored."""
+    """Run a clock with snapshots; also return true profiles of averages that are not stored."""
     clock, exact = Clock(), {"checkpoint_every_num_steps": 20, "checkpoint_dtype": torch.float64}
-    made = several(folder, clock, module, **exact, update_every=every)
+    made = build_posthoc(folder, clock, module, **exact, update_every=every)
     watched = {
         width: ours.KarrasEMA(clock, sigma_rel=width, update_every=every)
         for width in (0.07, 0.15, 0.2)
@@ -100,8 +100,8 @@ def recorded(
 
 
 @pytest.mark.parametrize("every", [1, 10, 20])
-def test_any_average_at_any_step(every: int, tmp_path: Path) -> None:
-    made, truth = recorded(ours, tmp_path, every)
+def test_synthesized_averages_match_the_true_profiles(every: int, tmp_path: Path) -> None:
+    made, truth = run_clock(ours, tmp_path, every)
     for width in (0.07, 0.15, 0.2):
         for step in (300, 600, None):
             got = made.synthesize_ema_model(sigma_rel=width, step=step)
@@ -112,11 +112,11 @@ def test_any_average_at_any_step(every: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_files_have_their_layout(dtype: Any, tmp_path: Path) -> None:
+def test_snapshot_files_match_the_peers_layout(dtype: Any, tmp_path: Path) -> None:
     folders = tmp_path / "mine", tmp_path / "yours"
     settings = {"checkpoint_every_num_steps": 10, "checkpoint_dtype": dtype}
     emas = [
-        several(folder, Network(), module, **settings)
+        build_posthoc(folder, Network(), module, **settings)
         for module, folder in zip((ours, theirs), folders, strict=True)
     ]
     run(emas, range(25))
@@ -138,7 +138,7 @@ def test_files_have_their_layout(dtype: Any, tmp_path: Path) -> None:
     assert exact["step"].item() == 26
 
 
-def test_resuming_in_the_other_library(tmp_path: Path) -> None:
+def test_posthoc_run_resumes_in_the_other_library(tmp_path: Path) -> None:
     settings = {"gammas": (3.0, 8.0), "checkpoint_folder": tmp_path, "update_every": 1}
     mine, yours = pair("PostHocEMA", **settings)
     whole = pair("PostHocEMA", **settings)[1]

@@ -54,13 +54,13 @@ def run(emas: Any, steps: Any) -> None:
     ],
     ids=str,
 )
-def test_same_numbers(settings: Any, every: int) -> None:
+def test_tree_averages_match_ema_pytorch(settings: Any, every: int) -> None:
     mine = ours.EMA(tree(), **settings, update_every=every, peer_exact=True)
     yours = theirs.EMA(tree(), **settings, update_every=every)
     for step in range(30):
         run([mine, yours], [step])
         assert mine.get_current_decay() == yours.get_current_decay()
-        # A tensor that is in the tree twice is averaged twice by theirs: compared below.
+        # Theirs averages a tensor that is in the tree twice twice, so compare the others.
         one, other = ([leaves(ema.ema_pytree)[at] for at in (0, 1, 4, 5)] for ema in (mine, yours))
         torch.testing.assert_close(one, other, atol=1e-13, rtol=0)
     assert mine.ema_pytree["c"] == "no tensor"

@@ -1,4 +1,4 @@
-"""Ours in the place of a peer's classes: everywhere, and taken back."""
+"""install replaces a peer's classes wherever they were imported; uninstall restores them."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ from ..support.requirements import require
 
 
 class Ema:
-    """As ours; theirs are made like it."""
+    """Stand in for our class; the peers' classes are built like it."""
 
     def __init__(self, model: Any, decay: float = 0.9) -> None:
         self.model, self.decay = model, decay
@@ -29,12 +29,12 @@ class Ema:
     def update(self, model: Any) -> None: ...
 
 
-def theirs(**changes: Any) -> type:
+def peer_class(**changes: Any) -> type:
     own = {"__init__": Ema.__init__, "update": Ema.update, **changes}
     return type("Ema", (), {**own, "__module__": "fakepeer.ema"})
 
 
-def module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> ModuleType:
+def add_module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> ModuleType:
     made = ModuleType(name)
     vars(made).update(members)
     made.__spec__ = import_module("importlib.machinery").ModuleSpec(name, None)
@@ -44,21 +44,21 @@ def module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> Module
 
 @pytest.fixture
 def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A peer with a class that two of its modules and a script hold; another one beside it."""
+    """Create two peers, the first with its class in two modules and in the script yielded."""
     for name in ("fakepeer", "otherpeer"):
-        original = theirs()
-        module(monkeypatch, name, Ema=original, __path__=[])
-        module(monkeypatch, f"{name}.ema", Ema=original, other=object())
-        module(monkeypatch, f"fastema.compat.{name}", Ema=Ema, their_ema=original)
+        original = peer_class()
+        add_module(monkeypatch, name, Ema=original, __path__=[])
+        add_module(monkeypatch, f"{name}.ema", Ema=original, other=object())
+        add_module(monkeypatch, f"fastema.compat.{name}", Ema=Ema, their_ema=original)
         monkeypatch.setitem(installation._KNOWN, name, {f"{name}.ema": ("Ema",)})
-    script = module(monkeypatch, "script", Average=sys.modules["fakepeer"].Ema, number=3)
+    script = add_module(monkeypatch, "script", Average=sys.modules["fakepeer"].Ema, number=3)
     yield script
     for name in ("fakepeer", "otherpeer"):
         if name in fastema.compat.installed():
             fastema.compat.uninstall(name)
 
 
-def test_replaced_wherever_it_was_imported_to_and_given_back(peer: Any) -> None:
+def test_install_replaces_every_import_and_uninstall_restores_it(peer: Any) -> None:
     original = peer.Average
     fastema.compat.install("fakepeer")
     assert fastema.compat.installed() == ("fakepeer",)
@@ -66,7 +66,7 @@ def test_replaced_wherever_it_was_imported_to_and_given_back(peer: Any) -> None:
         assert sys.modules[name].Ema is Ema
     assert peer.Average is Ema
     assert sys.modules["otherpeer"].Ema is not Ema
-    assert sys.modules["fastema.compat.fakepeer"].their_ema is original  # what ours builds on
+    assert sys.modules["fastema.compat.fakepeer"].their_ema is original  # used by our class
     fastema.compat.uninstall("fakepeer")
     assert fastema.compat.installed() == ()
     for holder in (sys.modules["fakepeer"].Ema, sys.modules["fakepeer.ema"].Ema, peer.Average):
@@ -78,7 +78,7 @@ def test_replaced_wherever_it_was_imported_to_and_given_back(peer: Any) -> None:
     [MagicMock(), 5, print, "Ema", MagicMock(spec=Ema)],
     ids=lambda one: type(one).__name__,
 )
-def test_a_peer_that_something_else_stands_in_for_is_refused(
+def test_peer_whose_class_is_not_a_class_is_refused(
     peer: Any, monkeypatch: pytest.MonkeyPatch, stand_in: Any
 ) -> None:
     monkeypatch.setattr(sys.modules["otherpeer.ema"], "Ema", stand_in)
@@ -87,22 +87,22 @@ def test_a_peer_that_something_else_stands_in_for_is_refused(
     assert fastema.compat.installed() == ()
 
 
-def more(self: Any, model: Any, decay: float = 0.9, novelty: int = 1) -> None: ...
+def new_init(self: Any, model: Any, decay: float = 0.9, novelty: int = 1) -> None: ...
 
 
-def test_an_unknown_interface_is_refused_by_name_and_version(
+def test_unknown_interface_is_refused_by_name_and_version(
     peer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = peer.Average
     monkeypatch.setattr(installation.metadata, "version", lambda name: "99.1")
-    monkeypatch.setattr(sys.modules["otherpeer.ema"], "Ema", theirs(__init__=more))
+    monkeypatch.setattr(sys.modules["otherpeer.ema"], "Ema", peer_class(__init__=new_init))
     with pytest.raises(PeerError, match=r"otherpeer 99\.1 .*\n.*takes 'novelty'"):
         fastema.compat.install("fakepeer", "otherpeer")
     assert peer.Average is original
     assert fastema.compat.installed() == ()
 
 
-def test_a_name_that_is_gone_and_a_peer_that_is_missing(
+def test_missing_class_and_missing_peer_are_refused(
     peer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(sys.modules["otherpeer.ema"], "Ema")
@@ -118,41 +118,41 @@ import json, sys, traceback
 from types import ModuleType
 import fastema
 
-def written(name, statement):
-    # A script is a module: classes are replaced in those.
+def run_script(name, statement):
+    # Make the script a module: only in modules are classes replaced.
     script = sys.modules[name] = ModuleType(name)
     exec(statement, vars(script))
     return script
 
-def homes(script, names):
+def find_homes(script, names):
     return [getattr(script, name).__module__ for name in names]
 
-def seen(peer, statement, names):
+def observe(peer, statement, names):
     if peer == "timm":
         from bench.race.without_torchvision import stand_in
         stand_in()
     fastema.compat.install(peer)
-    late = written(f"{peer}_late", statement)
-    found = {"late": [homes(late, names)]}
+    late = run_script(f"{peer}_late", statement)
+    found = {"late": [find_homes(late, names)]}
     fastema.compat.uninstall(peer)
-    early = written(f"{peer}_early", statement)
-    found["untouched"] = homes(early, names)
+    early = run_script(f"{peer}_early", statement)
+    found["untouched"] = find_homes(early, names)
     fastema.compat.install(peer)
-    found["early"] = [homes(early, names)]
+    found["early"] = [find_homes(early, names)]
     fastema.compat.uninstall(peer)
-    found["early"].append(homes(early, names))
+    found["early"].append(find_homes(early, names))
     return found
 
 shown = {}
 for peer, (statement, names) in json.loads(sys.argv[1]).items():
     try:
-        shown[peer] = seen(peer, statement, names)
+        shown[peer] = observe(peer, statement, names)
     except Exception:
         shown[peer] = traceback.format_exc()
 print(json.dumps(shown))
 """
 
-REAL = {
+STATEMENTS = {
     "diffusers": "from diffusers.training_utils import EMAModel",
     "ema_pytorch": "from ema_pytorch import EMA, PostHocEMA",
     "keras": "from keras.callbacks import SwapEMAWeights",
@@ -161,7 +161,7 @@ REAL = {
     "timm": "from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3",
     "torch_ema": "from torch_ema import ExponentialMovingAverage",
 }
-"""What scripts write, for every peer whose classes can be replaced here."""
+"""The import that a script writes, for each peer whose classes can be replaced."""
 
 
 def names_in(statement: str) -> list[str]:
@@ -174,13 +174,13 @@ def package_in(statement: str) -> str:
 
 @pytest.fixture(scope="module")
 def scripts() -> dict[str, Any]:
-    """What scripts of all peers saw, one after the other in a process that began without any."""
+    """Run a script of each peer, in turn in one fresh process; return the classes they saw."""
     given = {
         peer: (statement, names_in(statement))
-        for peer, statement in REAL.items()
+        for peer, statement in STATEMENTS.items()
         if find_spec(package_in(statement))
     }
-    given |= {"timm": given.pop("timm")} if "timm" in given else {}  # its stand-in comes last
+    given |= {"timm": given.pop("timm")} if "timm" in given else {}  # last: it adds a stand-in
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT, json.dumps(given)],
         capture_output=True,
@@ -194,14 +194,14 @@ def scripts() -> dict[str, Any]:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("peer", sorted(REAL))
-def test_a_script_of_each_peer(peer: str, scripts: dict[str, Any]) -> None:
-    package = package_in(REAL[peer])
+@pytest.mark.parametrize("peer", sorted(STATEMENTS))
+def test_installed_classes_reach_the_scripts(peer: str, scripts: dict[str, Any]) -> None:
+    package = package_in(STATEMENTS[peer])
     require(find_spec(package), package)
     shown = scripts[peer]
     assert isinstance(shown, dict), shown
     for when in ("late", "early"):
         assert all(home.startswith("fastema.") for home in shown[when][0])
-    # What was imported before is given back; what came after is the script's own.
+    # Uninstalling restores a class that was imported before the installation.
     assert not any(home.startswith("fastema.") for home in shown["early"][1])
     assert shown["early"][1] == shown["untouched"]

@@ -1,4 +1,4 @@
-"""Real runs of Lightning with its averaging callbacks and with ours, side by side."""
+"""Real Lightning runs with its averaging callbacks and with ours, side by side."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ from .lightning_case import (
     assert_near,
     average_of,
     differ,
-    fitted,
+    fit_network,
     floats,
 )
 
@@ -54,12 +54,12 @@ OUR_FUNCTION = fastema.compat.swa_utils.get_ema_multi_avg_fn(0.7)
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
-def test_numbers_and_state_equal_lightnings(tmp_path: Path, configuration: str) -> None:
-    """Where batches are accumulated, steps of the optimizer count: the rest of an epoch is one."""
+def test_averages_and_state_match_lightning(tmp_path: Path, configuration: str) -> None:
+    """Accumulated batches count as one optimizer step, and so does the rest of an epoch."""
     accumulated = 3 if configuration == "ema, accumulated" else 1
     theirs, mine = (CONFIGURATIONS[configuration](library) for library in (peer, ours))
     other, module = (
-        fitted(tmp_path, callback, accumulate_grad_batches=accumulated)
+        fit_network(tmp_path, callback, accumulate_grad_batches=accumulated)
         for callback in (theirs, mine)
     )
     assert len(module.steps) == (2 * EPOCHS if accumulated == 3 else COUNT)
@@ -71,16 +71,16 @@ def test_numbers_and_state_equal_lightnings(tmp_path: Path, configuration: str) 
     assert my_average["n_averaged"] == their_average["n_averaged"]
     assert_near(my_average, their_average)
     assert mine.state_dict()["latest_update_step"] == theirs.state_dict()["latest_update_step"]
-    # Theirs validates the weights of the beginning until there is an average.
+    # Theirs validates the initial weights until there is an average.
     begun = 0 if "epochs" not in configuration else 2
     for one, seen in zip(module.validated[begun:], other.validated[begun:], strict=True):
         assert_near(one, seen)
 
 
-def test_update_every_n_steps_keeps_the_horizon_unless_asked_for_theirs(tmp_path: Path) -> None:
+def test_update_every_n_steps_keeps_the_horizon_unless_peer_exact(tmp_path: Path) -> None:
     def run(library: Any, every: int, **options: Any) -> Network:
         callback = library.EMAWeightAveraging(decay=0.9, update_every_n_steps=every, **options)
-        return fitted(tmp_path, callback)
+        return fit_network(tmp_path, callback)
 
     def distance(one: State, other: State) -> float:
         return sum(float((one[name] - other[name]).abs().sum()) for name in floats(one))
@@ -97,10 +97,10 @@ def test_update_every_n_steps_keeps_the_horizon_unless_asked_for_theirs(tmp_path
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 4, 5])
-def test_steps_of_several_optimizers(tmp_path: Path, every: int) -> None:
+def test_alternating_optimizers_update_as_in_lightning(tmp_path: Path, every: int) -> None:
     def run(library: Any, **options: Any) -> Network:
         callback = library.EMAWeightAveraging(decay=0.8, update_every_n_steps=every, **options)
-        return fitted(tmp_path, callback, module=Alternating())
+        return fit_network(tmp_path, callback, module=Alternating())
 
     theirs, exact, default = run(peer), run(ours, peer_exact=True), run(ours)
     assert_same(snapshot(run(same)), snapshot(exact))
@@ -109,7 +109,7 @@ def test_steps_of_several_optimizers(tmp_path: Path, every: int) -> None:
     assert any(last) is (every % 2 == 1)
     if any(last):
         assert_near(exact.state_dict(), theirs.state_dict())
-    else:  # theirs ends where it began
+    else:  # theirs ends with the initial weights
         assert_same(snapshot(theirs), snapshot(Network()))
         assert_same(snapshot(exact), exact.steps[-1])
     decays: list[float | None] = []
@@ -191,7 +191,7 @@ def test_two_processes_keep_one_average(python: Any) -> None:
 
 
 @pytest.mark.slow
-def test_it_works_with_both_packages(python: Any) -> None:
+def test_callback_works_with_both_lightning_packages(python: Any) -> None:
     require_packages("pytorch_lightning")
     script = MODULE.format(imports="import pytorch_lightning as pl") + BOTH_PACKAGES
     assert "as wanted" in python(script, quiet=False)

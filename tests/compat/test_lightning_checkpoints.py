@@ -1,4 +1,4 @@
-"""What Lightning saves and loads, and which weights the model has, while it is averaged."""
+"""What Lightning saves and loads with an averaging callback, and which weights it tests."""
 
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from .lightning_case import (
     assert_near,
     differ,
     fit,
-    fitted,
+    fit_network,
     load,
     loader,
-    resumed,
-    saving,
+    resume_network,
+    save_epochs,
     trainer,
 )
 
@@ -44,22 +44,22 @@ def validate(run: Any, module: Any = None, **options: Any) -> None:
     ],
     ids=["each step", "each third", "and epochs"],
 )
-def test_an_interrupted_run_goes_on_in_either_library(
+def test_interrupted_run_resumes_in_either_library(
     tmp_path: Path, first: Any, second: Any, options: dict[str, Any]
 ) -> None:
     def callback(library: Any) -> Any:
         exact = {"peer_exact": True} if library is ours else {}
         return library.EMAWeightAveraging(**options, **exact)
 
-    whole = fitted(tmp_path / "whole", callback(second))
-    begun = fitted(tmp_path, callback(first), saving(tmp_path), max_epochs=2)
+    whole = fit_network(tmp_path / "whole", callback(second))
+    begun = fit_network(tmp_path, callback(first), save_epochs(tmp_path), max_epochs=2)
     saved = load(tmp_path / "epoch=1.ckpt")
     assert differ(saved["state_dict"], saved["current_model_state"])
     assert_same(saved["current_model_state"], begun.steps[-1])
     assert list(saved["averaging_state"]) == ["n_averaged"]
     assert "EMAWeightAveraging" in saved["callbacks"]
 
-    module = resumed(tmp_path / "epoch=1.ckpt", callback(second), num_sanity_val_steps=1)
+    module = resume_network(tmp_path / "epoch=1.ckpt", callback(second), num_sanity_val_steps=1)
     assert len(module.steps) == STEPS * EPOCHS
     assert_near(module.state_dict(), whole.state_dict())
     assert_near(module.steps[-1], whole.steps[-1])
@@ -72,8 +72,8 @@ def test_an_interrupted_run_goes_on_in_either_library(
 
 
 @LIBRARIES
-def test_a_checkpoint_that_is_tested_is_the_average(tmp_path: Path, library: Any) -> None:
-    run = trainer(tmp_path, library.EMAWeightAveraging(decay=0.8), saving(tmp_path))
+def test_testing_a_checkpoint_evaluates_the_average(tmp_path: Path, library: Any) -> None:
+    run = trainer(tmp_path, library.EMAWeightAveraging(decay=0.8), save_epochs(tmp_path))
     module, path = fit(run), str(tmp_path / "epoch=1.ckpt")
     raw, average = module.steps[2 * STEPS - 1], module.validated[1]
     run.test(module, loader(1), ckpt_path=path, verbose=False)

@@ -1,4 +1,4 @@
-"""Classes that follow lists of parameters."""
+"""Drop-in classes that average lists of parameters."""
 
 from typing import Any, NamedTuple
 
@@ -11,14 +11,14 @@ from fastema.compat.diffusers import EMAModel
 from fastema.compat.torch_ema import ExponentialMovingAverage
 from fastema.errors import CheckpointError, LayoutError, StateError
 
-from .network import numbers, refused
-from .parameter_lists import parameters, same, trained, values, write_into
+from .network import assert_refused, make_generator
+from .parameter_lists import are_equal, copies_of, parameters, perturb, write_into
 
 pytestmark = pytest.mark.torch
 
 
 class Case(NamedTuple):
-    """A class, and the names that its attributes and its update have; whether it keeps weights."""
+    """A class, its peer, their attribute names, and whether restore keeps stored weights."""
 
     ours: Any
     theirs: Any
@@ -26,10 +26,10 @@ class Case(NamedTuple):
     stored: str
     keeps: bool
 
-    def updated(self, weights: Any) -> Any:
-        """An average of weights of before."""
+    def build_updated(self, weights: Any) -> Any:
+        """Return an average that was updated once."""
         ema = self.ours(weights, 0.9)
-        trained(weights, numbers(1))
+        perturb(weights, make_generator(1))
         getattr(ema, self.update)(weights)
         return ema
 
@@ -78,68 +78,68 @@ for each in WRONG.values():
     ("cls", "change", "error", "words"),
     [(cls, *one) for cls, cases in WRONG.items() for one in cases],
 )
-def test_a_state_that_does_not_fit_changes_nothing(
+def test_malformed_state_is_refused_and_changes_nothing(
     cls: str, change: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     case, weights = CASES[cls], parameters(31)
-    ema = case.updated(weights)
+    ema = case.build_updated(weights)
     before = ema.state_dict()
-    with refused(error, words, ema.shadow_params):
+    with assert_refused(error, words, ema.shadow_params):
         ema.load_state_dict({**case.ours(parameters(32), 0.5).state_dict(), **change})
     assert {**ema.state_dict(), "shadow_params": 0} == {**before, "shadow_params": 0}
 
 
 @pytest.mark.parametrize("narrow", [None, torch.bfloat16, torch.float16])
 @LISTS
-def test_store_copy_to_restore_do_what_theirs_do(case: Case, narrow: torch.dtype | None) -> None:
+def test_store_copy_to_and_restore_match_the_peer(case: Case, narrow: torch.dtype | None) -> None:
     weights = parameters(33)
     pair = [cls(weights, 0.7) for cls in (case.ours, case.theirs)]
-    trained(weights, numbers(34))
-    raw, versions = values(weights), [weight._version for weight in weights]
+    perturb(weights, make_generator(34))
+    raw, versions = copies_of(weights), [weight._version for weight in weights]
     held = []
     for ema in pair:
         if narrow is not None:
             ema.to(dtype=narrow)
         ema.store(iter(weights))
-        assert same(getattr(ema, case.stored), raw)
+        assert are_equal(getattr(ema, case.stored), raw)
         ema.copy_to(iter(weights))
-        held.append(values(weights))
+        held.append(copies_of(weights))
         ema.restore(iter(weights))
-        assert same(weights, raw)
+        assert are_equal(weights, raw)
         if case.keeps:
-            assert same(getattr(ema, case.stored), raw)
+            assert are_equal(getattr(ema, case.stored), raw)
         else:
             assert getattr(ema, case.stored) is None
             with pytest.raises((StateError, RuntimeError), match="store"):
                 ema.restore(weights)
-    assert same(*held)
-    assert same(held[0], [average.float() for average in pair[0].shadow_params])
-    # As theirs: a graph that needs the weights is right when they are back.
+    assert are_equal(*held)
+    assert are_equal(held[0], [average.float() for average in pair[0].shadow_params])
+    # As with theirs, autograd graphs that need the weights stay valid.
     assert [weight._version for weight in weights] == versions
 
 
 @LISTS
-def test_a_second_store_does_not_lose_the_weights(case: Case) -> None:
+def test_second_store_keeps_the_weights(case: Case) -> None:
     weights = parameters(35)
     ema, theirs = case.ours(weights, 0.9), case.theirs(weights, 0.9)
-    trained(weights, numbers(36))
-    raw = values(weights)
+    perturb(weights, make_generator(36))
+    raw = copies_of(weights)
     theirs.store(weights)
     theirs.copy_to(weights)
     theirs.store(weights)
     theirs.restore(weights)
-    assert not same(weights, raw)  # theirs has lost them
+    assert not are_equal(weights, raw)  # theirs lost the weights
     write_into(weights, raw)
 
     ema.store(weights)
-    ema.store(weights)  # nothing is lost by that
+    ema.store(weights)  # harmless: the same weights
     ema.copy_to(weights)
     for given in (weights, parameters(36)):
         with pytest.raises(StateError, match="restore"):
             ema.store(given)
     ema.restore(weights)
-    assert same(weights, raw)
+    assert are_equal(weights, raw)
     ema.store(weights)
     ema.restore(weights)
-    ema.copy_to(weights)  # for good, by now
+    ema.copy_to(weights)  # permanent: nothing is stored
     ema.store(weights)

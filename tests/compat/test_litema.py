@@ -1,4 +1,4 @@
-"""LitEma of latent diffusion: its state, its checkpoints, and where ours differs."""
+"""LitEma of latent diffusion: its state, its checkpoints, and its differences here."""
 
 import gc
 import weakref
@@ -11,7 +11,7 @@ import torch
 from fastema.compat.litema import LitEma, ema_weights, with_ema_weights
 from fastema.errors import CheckpointError, StateError
 
-from .network import Network, numbers, trained
+from .network import Network, make_generator, randomize
 from .runs import Run
 
 nn = torch.nn
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.torch
 
 
 def short_names(model: Any) -> dict[str, str]:
-    """Of the parameters that are trained: their names, and those of their averages."""
+    """Return the names of the trained parameters, with those of their averages."""
     named = model.named_parameters()
     return {name: name.replace(".", "") for name, one in named if one.requires_grad}
 
@@ -29,28 +29,28 @@ def averages_in(ema: LitEma) -> dict[str, torch.Tensor]:
     return {name: ema.get_buffer(short) for name, short in ema.m_name2s_name.items()}
 
 
-def cloned(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def clone_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: one.clone() for name, one in state.items()}
 
 
-def test_a_run_goes_on_with_the_count_and_the_decay_of_the_state() -> None:
+def test_resumed_run_uses_the_count_and_decay_of_the_state() -> None:
     run = Run("litema", Network(1), {"decay": 0.95})
     run.train(12)
-    state = cloned(run.average.state_dict())
+    state = clone_state(run.average.state_dict())
     run.average = LitEma(Network(7), 0.5)
-    run.average(Network(8))  # both were read before
+    run.average(Network(8))  # makes it cache decay and count
     run.average.load_state_dict(state)
     run.train(9)
     run.check()
     assert int(run.average.num_updates) == 21
 
 
-def test_copy_to_store_and_restore() -> None:
+def test_store_copy_to_and_restore_round_trip() -> None:
     model = Network()
     ema = LitEma(model, 0.8)
-    trained(model, numbers(2))
+    randomize(model, make_generator(2))
     ema(model)
-    raw, averages = cloned(model.state_dict()), averages_in(ema)
+    raw, averages = clone_state(model.state_dict()), averages_in(ema)
     ema.store(model.parameters())
     ema.copy_to(model)
     for name, one in model.state_dict().items():
@@ -61,12 +61,12 @@ def test_copy_to_store_and_restore() -> None:
         ema.store(model.parameters())
     ema.restore(model.parameters())
     assert all(torch.equal(one, raw[name]) for name, one in model.state_dict().items())
-    ema.store(model.parameters())  # and again, as every evaluation does
-    ema.copy_to(Network(3))  # another model: these weights are as they were
+    ema.store(model.parameters())  # again, as in every evaluation
+    ema.copy_to(Network(3))  # leaves the stored model unchanged
     ema.store(model.parameters())
 
 
-def changed(name: str, part: Any) -> Any:
+def network_with(name: str, part: Any) -> Any:
     model = Network()
     setattr(model, name, part)
     return model
@@ -74,9 +74,9 @@ def changed(name: str, part: Any) -> Any:
 
 OTHERS = {
     "unfrozen": lambda: Network().requires_grad_(True),
-    "larger": lambda: changed("more", nn.Linear(2, 2)),
-    "smaller": lambda: changed("wide", None),
-    "reshaped": lambda: changed("wide", nn.Parameter(torch.ones(3))),
+    "larger": lambda: network_with("more", nn.Linear(2, 2)),
+    "smaller": lambda: network_with("wide", None),
+    "reshaped": lambda: network_with("wide", nn.Parameter(torch.ones(3))),
 }
 
 
@@ -89,9 +89,9 @@ class Pipeline(nn.Module):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_averages_out_of_and_into_a_checkpoint(whole: bool) -> None:
+def test_averages_are_read_from_and_written_to_a_checkpoint(whole: bool) -> None:
     pipeline, other = Pipeline(Network()), Pipeline(Network(5))
-    trained(pipeline.model, numbers(2))
+    randomize(pipeline.model, make_generator(2))
     pipeline.model_ema(pipeline.model)
     state, averages = pipeline.state_dict(), averages_in(pipeline.model_ema)
     checkpoint = OrderedDict(state_dict=state, global_step=3) if whole else state
@@ -107,7 +107,7 @@ def test_averages_out_of_and_into_a_checkpoint(whole: bool) -> None:
     assert float(other.model_ema.decay) == 0.5
     for name, one in averages_in(other.model_ema).items():
         assert torch.equal(one, mine[name])
-        assert torch.equal(found[name], averages[name])  # as it was
+        assert torch.equal(found[name], averages[name])  # unchanged
 
 
 @pytest.mark.parametrize(
@@ -124,17 +124,17 @@ def test_checkpoint_of_another_model_is_refused(other: str, message: str) -> Non
 
 
 @pytest.mark.parametrize("way", ["half", "double", "assign"])
-def test_replaced_averages_go_on_and_the_old_ones_are_freed(way: str) -> None:
+def test_replaced_averages_continue_and_old_ones_are_freed(way: str) -> None:
     run = Run("litema", Network(1, torch.float32), {"decay": 0.9})
     run.train(1)
     gone = weakref.ref(run.average.get_buffer("wide"))
     if way == "assign":
-        run.average.load_state_dict(cloned(run.average.state_dict()), assign=True)
+        run.average.load_state_dict(clone_state(run.average.state_dict()), assign=True)
     else:
         getattr(run.average, way)()
     gc.collect()
     assert gone() is None
-    run.refer()
+    run.restart_reference()
     run.train(5)
     run.check()
     assert int(run.average.num_updates) == 6

@@ -1,4 +1,4 @@
-"""MMEngine's averaged models: their numbers, their checkpoints, and where ours differ."""
+"""MMEngine's averaged models: numbers at intervals, and checkpoints of its EMAHook."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,12 +15,12 @@ from fastema.compat.mmengine import (
 from fastema.errors import CheckpointError
 
 from ..support.peers import is_parameter, is_saved_float, named_tensors
-from .network import Network, Truth, bits, numbers, refused, torch, trained
+from .network import Network, Truth, assert_refused, bits, make_generator, randomize, torch
 
 pytestmark = pytest.mark.torch
 
-WHICH = {False: is_parameter, True: is_saved_float}
-"""What is averaged, by ``update_buffers``."""
+AVERAGED = {False: is_parameter, True: is_saved_float}
+"""Which tensors are averaged, by ``update_buffers``."""
 
 Weight = Callable[[int, int], float]
 
@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[Callable[..., Any], Weight]] = {
         lambda n, k: max(0.1, 3 / (3 + n)),
     ),
 }
-"""The class, and the weight of the new value as MMEngine has it, by updates so far and interval."""
+"""Each class, with MMEngine's weight of the new value by updates so far and interval."""
 
 
 def peer_exact(kind: str) -> dict[str, bool]:
@@ -42,31 +42,29 @@ def peer_exact(kind: str) -> dict[str, bool]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("update_buffers", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_numbers_at_intervals_are_the_peers(kind: str, update_buffers: bool, dtype: Any) -> None:
+def test_averages_at_intervals_match_mmengine(kind: str, update_buffers: bool, dtype: Any) -> None:
     make, weight = KINDS[kind]
-    model, generator = Network(1, dtype), numbers(2)
+    model, generator = Network(1, dtype), make_generator(2)
     average = make(model, interval=3, update_buffers=update_buffers, **peer_exact(kind))
-    trained(model, generator)
+    randomize(model, generator)
     average.update_parameters(model)
     for name, one in named_tensors(average.module).items():
-        assert name == "cache" or torch.equal(one, named_tensors(model)[name]), (
-            name
-        )  # a copy, at first
-    truth = Truth(average.module, model, WHICH[update_buffers])
+        assert name == "cache" or torch.equal(one, named_tensors(model)[name]), name  # copied first
+    truth = Truth(average.module, model, AVERAGED[update_buffers])
     for n in range(1, 20):
-        trained(model, generator)
+        randomize(model, generator)
         average.update_parameters(model)
         if n % 3 == 0:
             truth.step(model, weight(n, 3))
-        # Without update_buffers they are copied at each update; with it, where there is an average.
+        # Buffers are copied at each update; with update_buffers, averaged at each interval.
         if not update_buffers or n % 3 == 0:
             truth.check(average.module, model)
     assert int(average.steps) == 20
     assert not update_buffers or not torch.equal(average.module.cache, model.cache)
 
 
-def hook_saves(average: Any, model: Any) -> dict[str, Any]:
-    """A checkpoint as the peer's EMAHook leaves it: values of the two states exchanged."""
+def save_with_hook(average: Any, model: Any) -> dict[str, Any]:
+    """Return a checkpoint as the peer's EMAHook saves it, with the two states exchanged."""
     state, ema_state = model.state_dict(), average.state_dict()
     for name in list(ema_state):
         if name.startswith("module."):
@@ -76,13 +74,13 @@ def hook_saves(average: Any, model: Any) -> dict[str, Any]:
     return {"state_dict": copied, "ema_state_dict": {k: v.clone() for k, v in ema_state.items()}}
 
 
-def test_checkpoints_of_the_hook() -> None:
-    model, generator = Network(1), numbers(3)
+def test_ema_hook_checkpoint_round_trips() -> None:
+    model, generator = Network(1), make_generator(3)
     average = ExponentialMovingAverage(model, 0.3)
     for _ in range(4):
-        trained(model, generator)
+        randomize(model, generator)
         average.update_parameters(model)
-    checkpoint, ours = hook_saves(average, model), export(average, model)
+    checkpoint, ours = save_with_hook(average, model), export(average, model)
     assert ours.keys() == checkpoint.keys()
     for part, tensors_of in checkpoint.items():
         assert ours[part].keys() == tensors_of.keys()
@@ -96,14 +94,14 @@ def test_checkpoints_of_the_hook() -> None:
     assert {name: one for name, one in bits(other.module).items() if name != "cache"} == without
     assert all(torch.equal(one, model.state_dict()[k]) for k, one in raw.state_dict().items())
     assert int(other.steps) == 4
-    trained(model, generator)
+    randomize(model, generator)
     for one in (average, other):
         one.update_parameters(model)
     assert torch.equal(average.module.wide, other.module.wide)
 
 
-def damaged(whole: dict[str, Any], part: str | None, name: str | None, one: Any) -> Any:
-    """A checkpoint with something else in place of it, a part or an entry; ``...`` for nothing."""
+def damage(whole: dict[str, Any], part: str | None, name: str | None, one: Any) -> Any:
+    """Replace a checkpoint, a part of it or an entry by ``one``; ``...`` removes it."""
     if part is None:
         return one
     inside = {**whole[part], name: one} if name else one
@@ -132,11 +130,11 @@ META = torch.empty(257, device="meta")
         ("state_dict", "wide", META, "has no contents"),
     ],
 )
-def test_checkpoints_that_do_not_fit_are_refused(
+def test_malformed_checkpoint_is_refused(
     part: str | None, name: str | None, found: Any, message: str
 ) -> None:
     model = Network(1)
     average = ExponentialMovingAverage(model, 0.3)
-    checkpoint = damaged(hook_saves(average, Network(2)), part, name, found)
-    with refused(CheckpointError, message, average, model):
+    checkpoint = damage(save_with_hook(average, Network(2)), part, name, found)
+    with assert_refused(CheckpointError, message, average, model):
         load(average, checkpoint, model)

@@ -1,4 +1,4 @@
-"""NeMo's schedule and the states of its EMAOptimizer, to and from a fastema.EMA."""
+"""NeMo's schedule, and states of its EMAOptimizer loaded into and exported from EMA."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ import fastema
 from fastema.compat import nemo
 from fastema.errors import ArgumentError
 
-from .network import Network, load_refused, numbers, torch, trained
+from .network import Network, assert_load_refused, make_generator, randomize, torch
 
 pytestmark = pytest.mark.torch
 
 
-class Peer:
-    """What NeMo's EMAOptimizer does with averages, and its state."""
+class NemoEMA:
+    """The averages and the state of NeMo's EMAOptimizer."""
 
     def __init__(self, optimizer: Any, decay: float, every: int) -> None:
         self.optimizer, self.decay, self.every, self.current_step = optimizer, decay, every, 0
@@ -45,7 +45,7 @@ class Peer:
 
 
 def optimizer_of(model: Any) -> Any:
-    """Another order than the model's, as groups with and without weight decay have."""
+    """Return an optimizer whose groups, as for weight decay, reorder the model's parameters."""
     named = dict(model.named_parameters())
     one_way = [one for name, one in named.items() if one.ndim < 2]
     other = [one for name, one in named.items() if one.ndim >= 2]
@@ -56,11 +56,11 @@ def average_of(model: Any, decay: float, every: int) -> fastema.EMA:
     return fastema.EMA(model, nemo.rule(decay, every), update_every=every, frozen="average")
 
 
-def runs(model: Any, decay: float, every: int) -> tuple[Peer, fastema.EMA]:
-    return Peer(optimizer_of(model), decay, every), average_of(model, decay, every)
+def build_both(model: Any, decay: float, every: int) -> tuple[NemoEMA, fastema.EMA]:
+    return NemoEMA(optimizer_of(model), decay, every), average_of(model, decay, every)
 
 
-def assert_close(ema: fastema.EMA, peer: Peer, model: Any) -> None:
+def assert_close(ema: fastema.EMA, peer: NemoEMA, model: Any) -> None:
     places = {id(one): place for place, one in enumerate(peer.parameters())}
     for name, one in model.named_parameters():
         want = peer.ema[places[id(one)]]
@@ -68,7 +68,7 @@ def assert_close(ema: fastema.EMA, peer: Peer, model: Any) -> None:
 
 
 @pytest.mark.parametrize("every", [1, 4])
-def test_rule_is_the_schedule(every: int) -> None:
+def test_rule_matches_nemos_schedule(every: int) -> None:
     assert nemo.rule(0.999, every).weight(every, every) == pytest.approx(0.001, rel=1e-9)
     with pytest.raises(ArgumentError):
         nemo.rule(1.0, every)
@@ -76,10 +76,10 @@ def test_rule_is_the_schedule(every: int) -> None:
         nemo.rule(0.9, 0)
 
 
-def run(model: Any, generator: Any, steps: int, peer: Peer, *averages: fastema.EMA) -> None:
-    """Steps of the peer's, with averages that have to be the same after each."""
+def train(model: Any, generator: Any, steps: int, peer: NemoEMA, *averages: fastema.EMA) -> None:
+    """Train with the peer, and compare these averages with its own after each step."""
     for _ in range(steps):
-        trained(model, generator)
+        randomize(model, generator)
         peer.step()
         for ema in averages:
             ema.update()
@@ -88,38 +88,38 @@ def run(model: Any, generator: Any, steps: int, peer: Peer, *averages: fastema.E
 
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("steps", [1, 5, 6, 7])
-def test_both_directions_at_any_step(every: int, steps: int) -> None:
-    model, generator = Network(1), numbers(2)
-    peer, ema = runs(model, 0.8, every)
-    run(model, generator, steps, peer)
+def test_state_moves_both_ways_at_any_step(every: int, steps: int) -> None:
+    model, generator = Network(1), make_generator(2)
+    peer, ema = build_both(model, 0.8, every)
+    train(model, generator, steps, peer)
     state = peer.state_dict()
     nemo.load(ema, {"optimizer_states": [state], "state_dict": {}}, model, peer.optimizer)
     assert_close(ema, peer, model)
-    run(model, generator, 7, peer, ema)  # theirs, and on with ours
+    train(model, generator, 7, peer, ema)  # continue their run with ours
     saved = nemo.export(ema, model, peer.optimizer)
     assert saved.keys() == state.keys()
     assert isinstance(saved["ema"], tuple)
     assert (saved["every_n_steps"], saved["current_step"]) == (every, peer.current_step)
     assert saved["decay"] == pytest.approx(0.8, rel=1e-12)
-    back = Peer(peer.optimizer, 0.1, 1)
+    back = NemoEMA(peer.optimizer, 0.1, 1)
     back.load_state_dict(saved)
-    for _ in range(7):  # and back to theirs
-        trained(model, generator)
+    for _ in range(7):  # and ours with theirs
+        randomize(model, generator)
         peer.step()
         back.step()
         torch.testing.assert_close(back.ema, peer.ema, rtol=1e-5, atol=1e-5)
 
 
-def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
+def test_malformed_state_is_refused_and_changes_nothing() -> None:
     model = Network(1)
     ema, optimizer = average_of(model, 0.9, 1), optimizer_of(model)
-    trained(model, numbers(1))
-    state = Peer(optimizer, 0.9, 1).state_dict()
+    randomize(model, make_generator(1))
+    state = NemoEMA(optimizer, 0.9, 1).state_dict()
     for given, order, message in (
         ({**state, "ema": state["ema"][:-1]}, optimizer, "averages, but there are"),
-        (state, None, "pass the optimizer"),  # in another order
+        (state, None, "pass the optimizer"),  # the order is unknown
         ({"optimizer_states": [optimizer.state_dict()]}, optimizer, "0 states"),
         ({"ema": state["ema"], "every_n_steps": 1}, optimizer, "lacks current_step"),
     ):
-        with load_refused(ema, message):
+        with assert_load_refused(ema, message):
             nemo.load(ema, given, model, order)

@@ -13,7 +13,7 @@ from fastema.errors import ArgumentError
 
 DTYPES = ("float32", "bfloat16", "float16")
 BOUND = {"float64": 1e-14, "float32": 4e-7, "bfloat16": 2.0**-7, "float16": 2.0**-10}
-"""Of one rounding, or two, in units of the largest operand."""
+"""Bounds of one or two roundings, relative to the largest operand."""
 
 
 class Layer(NamedTuple):
@@ -35,7 +35,7 @@ def tree(seed: int, dtype: str, numpy: bool = False) -> Any:
     }
 
 
-def reals(one: Any) -> np.ndarray:
+def as_float64(one: Any) -> np.ndarray:
     return np.asarray(one).astype(np.float64)
 
 
@@ -44,15 +44,15 @@ def assert_near(got: Any, want: Any, bound: float) -> None:
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
         assert isinstance(one, jax.Array) == isinstance(other, jax.Array)
-        np.testing.assert_allclose(reals(one), reals(other), rtol=bound, atol=4 * bound)
+        np.testing.assert_allclose(as_float64(one), as_float64(other), rtol=bound, atol=4 * bound)
 
 
 @pytest.mark.parametrize("new_dtype", DTYPES)
 @pytest.mark.parametrize("old_dtype", DTYPES)
 @pytest.mark.parametrize("numpy", [(0, 0), (1, 0), (0, 1), (1, 1)])
-def test_incremental_update_is_optax(new_dtype: str, old_dtype: str, numpy: Any) -> None:
+def test_incremental_update_matches_optax(new_dtype: str, old_dtype: str, numpy: Any) -> None:
     if all(numpy) and {new_dtype, old_dtype} == {"bfloat16", "float16"}:
-        new_dtype = old_dtype  # NumPy has no common dtype of these
+        new_dtype = old_dtype  # NumPy cannot promote these two
     new, old = tree(1, new_dtype, numpy[0]), tree(2, old_dtype, numpy[1])
     before = jax.tree.map(np.array, (new, old))
     for step_size in (0.01, 1, jnp.float32(0.3), np.float32(0.3)):
@@ -61,14 +61,14 @@ def test_incremental_update_is_optax(new_dtype: str, old_dtype: str, numpy: Any)
         assert_near(got, want, max(BOUND[new_dtype], BOUND[old_dtype]))
         for one, x, avg in zip(*map(jax.tree.leaves, (got, new, old)), strict=True):
             weight = float(step_size)
-            exact = reals(avg) + weight * (reals(x) - reals(avg))
+            exact = as_float64(avg) + weight * (as_float64(x) - as_float64(avg))
             rtol = BOUND[str(one.dtype)]
-            np.testing.assert_allclose(reals(one), exact, rtol=rtol, atol=rtol)
+            np.testing.assert_allclose(as_float64(one), exact, rtol=rtol, atol=rtol)
     for one, other in zip(*map(jax.tree.leaves, ((new, old), before)), strict=True):
-        assert np.array_equal(np.asarray(one), other)  # both stay as they were
+        assert np.array_equal(np.asarray(one), other)  # inputs unchanged
 
 
-def test_what_is_not_ours_is_handed_over() -> None:
+def test_unsupported_leaves_get_the_result_of_optax() -> None:
     new = {"i": jnp.arange(4), "b": jnp.ones((3, 2)), "n": 2.5, "w": jnp.array(2.0)}
     old = {"i": jnp.zeros(4, jnp.int32), "b": jnp.zeros(2), "n": 1.0, "w": jnp.asarray(1.5)}
     got, want = (one.incremental_update(new, old, 0.5) for one in (ours, optax))
@@ -80,7 +80,7 @@ def test_what_is_not_ours_is_handed_over() -> None:
     assert ours.incremental_update(weak, weak, 0.5).weak_type
 
 
-def test_traced_is_optax() -> None:
+def test_traced_update_matches_optax() -> None:
     new, old = tree(1, "float32"), tree(2, "float32")
 
     @jax.jit
@@ -100,7 +100,7 @@ def test_traced_is_optax() -> None:
 @pytest.mark.parametrize("debias", [True, False])
 @pytest.mark.parametrize("accumulator", [None, "float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_ema_is_optax(debias: bool, accumulator: Any, dtype: str) -> None:
+def test_ema_matches_optax(debias: bool, accumulator: Any, dtype: str) -> None:
     mine, theirs = (one.ema(0.8, debias, accumulator) for one in (ours, optax))
     params = tree(0, dtype)
     state, their_state = mine.init(params), theirs.init(params)
@@ -114,5 +114,5 @@ def test_ema_is_optax(debias: bool, accumulator: Any, dtype: str) -> None:
         assert_near(state.ema, their_state.ema, 0.06 if narrow else 2e-6)
         assert int(state.count) == step
         assert state.count.dtype == jnp.int32
-        if not narrow:  # either's state in the other
+        if not narrow:  # exchange the two states
             state, their_state = their_state, state

@@ -1,4 +1,4 @@
-"""An interface is known if nothing in it differs from ours."""
+"""The comparison of a peer's interface with ours names each difference."""
 
 from collections.abc import Callable
 from typing import Any
@@ -61,6 +61,6 @@ def update_more(self: Any, model: Any = None, step: int = 0, when: int = 0): ...
         ({"state": property(lambda self: None)}, "Theirs.state is not known"),
     ],
 )
-def test_differences_are_named(changes: dict[str, Callable[..., Any]], said: str) -> None:
+def test_each_difference_is_reported(changes: dict[str, Callable[..., Any]], said: str) -> None:
     found = compare_interfaces(with_changes(**changes), Ours)
     assert any(said in one for one in found), found

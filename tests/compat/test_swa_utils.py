@@ -1,4 +1,4 @@
-"""Beside torch.optim.swa_utils: the same numbers and state, and where it is wrong, ours is not."""
+"""The drop-in for torch.optim.swa_utils: its bare functions, and reads of the count."""
 
 import copy
 from typing import Any
@@ -12,7 +12,7 @@ from fastema.errors import LayoutError
 
 from ..support.peers import SWA_KINDS, is_parameter, swa_weight
 from ..support.peers import swa_arguments as function
-from .network import Network, Truth, bits, numbers, trained
+from .network import Network, Truth, bits, make_generator, randomize
 
 pytestmark = pytest.mark.torch
 
@@ -23,14 +23,14 @@ def weight(kind: str, n: int) -> float:
 
 @pytest.mark.parametrize("integers", [False, True], ids=["tensor", "int"])
 @pytest.mark.parametrize("kind", ["ema", "ema multi", "swa", "swa multi"])
-def test_functions_alone(kind: str, integers: bool) -> None:
-    """Mixed lists, new ones at each call, as somebody would use them without an AveragedModel."""
+def test_functions_average_without_an_averaged_model(kind: str, integers: bool) -> None:
+    """Each call gets new lists of mixed dtypes, as in use without an AveragedModel."""
     model = Network(5, integers=False)
     averaged = copy.deepcopy(model)
-    truth, generator = Truth(averaged, model, is_parameter), numbers(6)
+    truth, generator = Truth(averaged, model, is_parameter), make_generator(6)
     (apply,) = function(ours, kind).values()
     for n in range(1, 12):
-        trained(model, generator)
+        randomize(model, generator)
         truth.step(model, weight(kind, n))
         count: Any = n if integers else torch.tensor(n)
         if kind.endswith("multi"):
@@ -48,10 +48,10 @@ def test_functions_alone(kind: str, integers: bool) -> None:
     truth.check(averaged, model)
 
 
-def test_the_count_is_read_only_when_it_may_have_changed(on_an_accelerator: list[float]) -> None:
+def test_device_count_is_read_only_when_it_may_have_changed(device_reads: list[float]) -> None:
     model = Network(23)
     averaged = ours.AveragedModel(model)
-    truth, generator = Truth(averaged.module, model, is_parameter), numbers(24)
+    truth, generator = Truth(averaged.module, model, is_parameter), make_generator(24)
 
     def update(*counts: int) -> None:
         for n in counts:
@@ -59,10 +59,10 @@ def test_the_count_is_read_only_when_it_may_have_changed(on_an_accelerator: list
         truth.check(averaged.module, model)
 
     update(0, 1, 2, 3)
-    assert on_an_accelerator == [0]
+    assert device_reads == [0]
     averaged.load_state_dict({**averaged.state_dict(), "n_averaged": torch.tensor(7)})
     update(7, 8)
-    assert on_an_accelerator == [0, 7]
+    assert device_reads == [0, 7]
     averaged.n_averaged.fill_(2)
     update(2, 3)
     averaged.n_averaged = torch.tensor(11)
@@ -70,22 +70,22 @@ def test_the_count_is_read_only_when_it_may_have_changed(on_an_accelerator: list
     averaged.load_state_dict({**averaged.state_dict(), "n_averaged": torch.tensor(4)}, assign=True)
     averaged.module.head.weight = averaged.module.embed.weight
     update(4, 5)
-    assert on_an_accelerator == [0, 7, 2, 11, 4]
+    assert device_reads == [0, 7, 2, 11, 4]
     averaged = copy.deepcopy(averaged)
     update(6, 7)
-    assert on_an_accelerator == [0, 7, 2, 11, 4, 6]
+    assert device_reads == [0, 7, 2, 11, 4, 6]
 
 
 @pytest.mark.parametrize("use_buffers", [False, True], ids=["weights", "buffers"])
 @pytest.mark.parametrize("kind", SWA_KINDS[1:])
-def test_functions_of_pytorch_run_as_in_its_own_class(kind: str, use_buffers: bool) -> None:
-    model, generator = Network(43, integers=not use_buffers), numbers(44)
+def test_pytorchs_own_functions_run_bit_identically(kind: str, use_buffers: bool) -> None:
+    model, generator = Network(43, integers=not use_buffers), make_generator(44)
     one, other = averages = [
         module.AveragedModel(model, use_buffers=use_buffers, **function(theirs, kind))
         for module in (ours, theirs)
     ]
     for _ in range(5):
-        trained(model, generator)
+        randomize(model, generator)
         for average in averages:
             average.update_parameters(model)
     assert bits(one) == bits(other)

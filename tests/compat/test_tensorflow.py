@@ -1,4 +1,4 @@
-"""The name under which the TensorFlow class stands beside the other drop-in classes."""
+"""fastema.compat.tensorflow: an alias of our TensorFlow class."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from fastema.compat.tensorflow import ExponentialMovingAverage
 pytestmark = pytest.mark.tensorflow
 
 
-def test_it_is_the_class_and_averages_as_tensorflow_does() -> None:
+def test_alias_is_our_class_and_matches_tensorflow() -> None:
     import fastema.tensorflow
 
     assert ExponentialMovingAverage is fastema.tensorflow.ExponentialMovingAverage

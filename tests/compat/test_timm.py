@@ -1,4 +1,4 @@
-"""Beside timm.utils.model_ema: the same numbers and files, and where it is wrong, ours is not."""
+"""The drop-in for timm.utils.model_ema: the same decays, and timm's own checkpoints."""
 
 import argparse
 import ast
@@ -20,7 +20,7 @@ from torch import nn
 from fastema.compat import timm as ours
 
 from ..support.peers import import_timm_averages, is_saved_float
-from .network import Network, Truth, numbers, trained
+from .network import Network, Truth, make_generator, randomize
 
 NEEDS = ("timm",)
 
@@ -30,15 +30,15 @@ pytestmark = pytest.mark.torch
 theirs = import_timm_averages()
 
 
-def without_timm() -> dict[str, ModuleType]:
-    """Take timm's modules out of those that are imported."""
+def remove_timm() -> dict[str, ModuleType]:
+    """Remove timm's modules from sys.modules and return them."""
     names = [name for name in sys.modules if name.partition(".")[0] == "timm"]
     return {name: sys.modules.pop(name) for name in names}
 
 
 @pytest.fixture
 def timm() -> Iterator[Callable[[str], ModuleType]]:
-    """What imports those modules of timm that have to do with averages; others need torchvision."""
+    """Yield a function that imports timm's modules for averages without torchvision."""
     spec = importlib.util.find_spec("timm")
     assert spec is not None
     assert spec.submodule_search_locations is not None
@@ -52,11 +52,11 @@ def timm() -> Iterator[Callable[[str], ModuleType]]:
     model = ModuleType("timm.utils.model")
     vars(model)["ModelEma"] = theirs.ModelEma
     exec(compile(source, "timm/utils/model.py", "exec"), vars(model))
-    before = without_timm()
+    before = remove_timm()
     sys.modules.update(packages)
     sys.modules.update({"timm.utils.model": model, "timm.utils.model_ema": theirs})
     yield importlib.import_module
-    without_timm()
+    remove_timm()
     sys.modules.update(before)
 
 
@@ -64,16 +64,16 @@ CLASSES = ["ModelEma", "ModelEmaV2", "ModelEmaV3"]
 DECAY = 0.9
 
 
-def made(module: Any, name: str, model: nn.Module, decay: float = DECAY, **options: Any) -> Any:
+def build(module: Any, name: str, model: nn.Module, decay: float = DECAY, **options: Any) -> Any:
     return getattr(module, name)(model, decay, **options)
 
 
-def inner(average: Any) -> nn.Module:
+def averaged_module(average: Any) -> nn.Module:
     return average.ema if hasattr(average, "ema") else average.module
 
 
-def untied(seed: int = 0, dtype: torch.dtype | None = None) -> Network:
-    """A model without what theirs does wrong: tied weights, and buffers of integers."""
+def build_untied(seed: int = 0, dtype: torch.dtype | None = None) -> Network:
+    """Build a model without tied weights or integer buffers, which theirs gets wrong."""
     return Network(seed, dtype, integers=False, tied=False)
 
 
@@ -92,7 +92,7 @@ def untied(seed: int = 0, dtype: torch.dtype | None = None) -> Network:
 )
 @example(step=9, settings={"decay": 0.5, "min_decay": 0.75, "use_warmup": True})
 @example(step=3, settings={"update_after_step": 2})
-def test_the_decay_is_theirs(step: int | None, settings: dict[str, Any]) -> None:
+def test_decay_matches_timm(step: int | None, settings: dict[str, Any]) -> None:
     one, other = (
         module.ModelEmaV3(nn.Linear(1, 1), **settings).get_decay(step) for module in (ours, theirs)
     )
@@ -100,17 +100,17 @@ def test_the_decay_is_theirs(step: int | None, settings: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_files_of_the_training_script(
+def test_averages_round_trip_through_timm_checkpoints(
     timm: Callable[[str], ModuleType], name: str, tmp_path: Path
 ) -> None:
-    """timm's own functions save and load ours."""
-    model = untied(33)
-    average = made(ours, name, model)
+    """timm's own functions save and load our averages."""
+    model = build_untied(33)
+    average = build(ours, name, model)
     for n in range(3):
-        trained(model, numbers(n))
+        randomize(model, make_generator(n))
         average.update(model)
     utils = timm("timm.utils.model")
-    assert utils.unwrap_model(average) is inner(average)
+    assert utils.unwrap_model(average) is averaged_module(average)
     saver = timm("timm.utils.checkpoint_saver").CheckpointSaver(
         model,
         torch.optim.SGD(model.parameters(), lr=0.1),
@@ -123,19 +123,19 @@ def test_files_of_the_training_script(
     path = next(tmp_path.glob("checkpoint*"))
     helpers = timm("timm.models._helpers")
     again = helpers.load_state_dict(path, use_ema=True)
-    state = inner(average).state_dict()
+    state = averaged_module(average).state_dict()
     assert set(again) == set(state)
     assert all(torch.equal(again[key], value) for key, value in state.items())
     resumed = [
-        ours.ModelEma(untied(34), resume=str(path)),
-        theirs.ModelEma(untied(34), "", "", path),
+        ours.ModelEma(build_untied(34), resume=str(path)),
+        theirs.ModelEma(build_untied(34), "", "", path),
     ]
     resumed[0].decay = DECAY
     for one in resumed:
         for key, value in one.ema.state_dict().items():
             assert torch.equal(value, state[key]), key
         assert not any(parameter.requires_grad for parameter in one.ema.parameters())
-    truth = Truth(inner(average), model, is_saved_float)
-    truth.train(model, numbers(35), 1 - DECAY, resumed[0].update)
+    truth = Truth(averaged_module(average), model, is_saved_float)
+    truth.train(model, make_generator(35), 1 - DECAY, resumed[0].update)
     resumed[0].ema.cache.copy_(model.cache)
     truth.check(resumed[0].ema, model)

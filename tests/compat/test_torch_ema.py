@@ -1,4 +1,4 @@
-"""Beside torch_ema itself: the same numbers, the same state, and where it is wrong, ours is not."""
+"""The drop-in for torch_ema: average_parameters, and the states and lists it refuses."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ from fastema.errors import (
     LayoutError,
 )
 
-from .network import array, numbers, refused
-from .parameter_lists import parameters, same, trained, values
+from .network import array, assert_refused, make_generator
+from .parameter_lists import are_equal, copies_of, parameters, perturb
 
 pytestmark = pytest.mark.torch
 
 
-def test_a_state_without_an_entry_is_refused() -> None:
+def test_state_with_missing_entries_is_refused() -> None:
     with pytest.raises(CheckpointError, match="'num_updates', 'shadow_params'"):
         Ours(parameters(), 0.9).load_state_dict({"decay": 0.9})
 
@@ -31,26 +31,26 @@ def test_a_state_without_an_entry_is_refused() -> None:
 @pytest.mark.parametrize("given", [True, False], ids=["given", "kept"])
 @pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("average", [torch.float32, torch.bfloat16, torch.float64])
-def test_average_parameters(given: bool, weight: torch.dtype, average: torch.dtype) -> None:
+def test_average_parameters_swaps(given: bool, weight: torch.dtype, average: torch.dtype) -> None:
     weights = parameters(39, [weight])
     ema = Ours(weights, 0.7)
     ema.to(dtype=average)
-    trained(weights, numbers(40))
+    perturb(weights, make_generator(40))
     ema.update()
-    raw, averages = values(weights), values(ema.shadow_params)
+    raw, averages = copies_of(weights), copies_of(ema.shadow_params)
     tensors = list(ema.shadow_params)
     with ema.average_parameters(weights if given else None):
         for held, expected in zip(weights, averages, strict=True):
             assert held.dtype == weight
-            # Of a tie either one; torch rounds float64 to 16 bits by way of float32.
+            # Ties may round either way: torch rounds float64 to 16 bits through float32.
             gap = np.abs(array(held) - array(expected))
             assert (gap <= np.abs(array(expected.to(weight)) - array(expected))).all()
-        assert same(ema.shadow_params, averages)
+        assert are_equal(ema.shadow_params, averages)
         assert ema.shadow_params is ema.shadow_params
-        assert same(ema.state_dict()["shadow_params"], averages)
+        assert are_equal(ema.state_dict()["shadow_params"], averages)
         assert ema.collected_params is None
-    assert same(weights, raw)
-    assert same(ema.shadow_params, averages)
+    assert are_equal(weights, raw)
+    assert are_equal(ema.shadow_params, averages)
     assert all(one is other for one, other in zip(ema.shadow_params, tensors, strict=True))
     ema.update()
 
@@ -72,20 +72,20 @@ def wrong_lists() -> dict[str, tuple[Any, type[FastemaError], str]]:
 
 @pytest.mark.parametrize("case", wrong_lists())
 @pytest.mark.parametrize("call", ["update", "copy_to", "average_parameters"])
-def test_wrong_parameters_are_refused_before_anything_is_written(case: str, call: str) -> None:
+def test_wrong_parameters_are_refused_before_any_write(case: str, call: str) -> None:
     weights = parameters(69)
     ema = Ours(weights, 0.9)
     ema.update()
     wrong, error, words = wrong_lists()[case]
     kept = [] if case in ("module", "sparse") else wrong
-    with refused(error, words, ema.shadow_params, kept):
+    with assert_refused(error, words, ema.shadow_params, kept):
         if call == "average_parameters":
             ema.average_parameters(wrong).__enter__()
         else:
             getattr(ema, call)(wrong)
     assert ema.num_updates == 1
-    averages = values(ema.shadow_params)
-    trained(weights, numbers(70))
+    averages = copies_of(ema.shadow_params)
+    perturb(weights, make_generator(70))
     ema.update()
     assert ema.num_updates == 2
-    assert not same(ema.shadow_params, averages)
+    assert not are_equal(ema.shadow_params, averages)

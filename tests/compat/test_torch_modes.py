@@ -1,4 +1,4 @@
-"""Every class of modules and lists with what torch can switch on: TorchScript, swapped tensors."""
+"""Drop-in classes refuse a decay that is not a number."""
 
 import copy
 from typing import Any
@@ -14,10 +14,8 @@ from fastema.errors import ArgumentError
 
 pytestmark = pytest.mark.torch
 
-# How an average is made of a model, updated, and where its module is.
 
-
-def network() -> Any:
+def build_network() -> Any:
     return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
 
 
@@ -39,8 +37,8 @@ def network() -> Any:
         lambda m, d: composer.compute_ema(m, copy.deepcopy(m), d),
     ],
 )
-def test_a_decay_that_is_no_number_is_refused_in_words(make: Any, wrong: Any) -> None:
+def test_non_numeric_decay_is_refused_with_advice(make: Any, wrong: Any) -> None:
     with pytest.raises(ArgumentError, match="expected a number from 0 to 1") as caught:
-        make(network(), wrong)
+        make(build_network(), wrong)
     takes_rules = "fastema.EMA takes the rules" in str(caught.value)
     assert takes_rules is not (wrong is None or isinstance(wrong, str))

@@ -1,4 +1,4 @@
-"""ModelEMA of Ultralytics: its numbers, its checkpoints, and where ours differs."""
+"""ModelEMA of Ultralytics: checkpoints in float16, exported and loaded."""
 
 import copy
 
@@ -7,22 +7,22 @@ import pytest
 from fastema.compat.ultralytics import ModelEMA, export, load
 
 from ..support.peers import named_tensors
-from .network import Network, numbers, through_a_file, torch, trained
+from .network import Network, make_generator, randomize, save_and_load, torch
 
 pytestmark = pytest.mark.torch
 
 
-def test_checkpoint_goes_round() -> None:
-    model, generator = Network(1, torch.float32), numbers(5)
+def test_checkpoint_round_trips_in_float16() -> None:
+    model, generator = Network(1, torch.float32), make_generator(5)
     ema = ModelEMA(model, 0.9, 50)
     for _ in range(7):
-        trained(model, generator)
+        randomize(model, generator)
         ema.update(model)
-    checkpoint = through_a_file(export(ema), weights_only=False)
+    checkpoint = save_and_load(export(ema), weights_only=False)
     assert checkpoint["updates"] == 7
     assert isinstance(checkpoint["ema"], Network)
     assert {one.dtype for one in checkpoint["ema"].parameters()} == {torch.float16}
-    assert ema.ema.wide.dtype == torch.float32  # the average itself is as it was
+    assert ema.ema.wide.dtype == torch.float32  # the average keeps its dtype
     other = ModelEMA(Network(9, torch.float32), 0.9, 50)
     load(other, checkpoint)
     assert other.updates == 7
@@ -31,6 +31,6 @@ def test_checkpoint_goes_round() -> None:
         assert one.dtype == want.dtype
         if name != "cache":
             assert torch.equal(one, want.half().float() if want.is_floating_point() else want)
-    # What the peer does to resume: the same module, in float32.
+    # The peer resumes from the same module, cast to float32.
     peers = copy.deepcopy(checkpoint["ema"]).float().state_dict()
     assert all(torch.equal(one, peers[name]) for name, one in other.ema.state_dict().items())

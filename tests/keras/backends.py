@@ -1,7 +1,7 @@
-"""Cases for Keras run on each of its backends: one process for each, with all of them.
+"""Run all cases for Keras on each of its backends, in one process per backend.
 
-Keras takes its backend when it is imported, for good. A file of cases is a test module that pytest
-does not collect by its name, and that can be run by itself too:
+Keras chooses its backend once, when it is imported. A file of cases is a test module whose name
+pytest does not collect; it also runs by itself:
 ``KERAS_BACKEND=jax pytest tests/keras/losses_cases.py``.
 """
 
@@ -26,19 +26,19 @@ SECONDS = 1200
 
 
 def on_one_backend(test: Any) -> Any:
-    """Mark a test that asks nothing of a backend: on all but one it is for full runs."""
+    """Mark a test that no backend affects: all backends but one run it only with --full."""
     return test if os.environ.get("KERAS_BACKEND") == "torch" else pytest.mark.full(test)
 
 
 class Outcome(NamedTuple):
-    """What a backend's process said: how each test ended, by file, and its output."""
+    """The result of a backend's process: failures, passed tests by file, and its output."""
 
     failed: list[str]
     passed: dict[str, int]
     output: str
 
-    def judge(self) -> None:
-        """Fail if a case failed, or if those of a file were not run."""
+    def fail_on_problems(self) -> None:
+        """Fail if a case failed or if no case of a file passed."""
         if self.failed:
             pytest.fail("\n".join(self.failed), pytrace=False)
         missing = [path.stem for path in CASES if not self.passed.get(path.stem)]
@@ -46,14 +46,14 @@ class Outcome(NamedTuple):
             pytest.fail(f"{missing} were not run:\n{self.output[-3000:]}", pytrace=False)
 
 
-def run(backend: str, folder: Path, *options: str) -> Outcome:
+def run_cases(backend: str, folder: Path, *options: str) -> Outcome:
     """Run all cases on a backend, with options for pytest."""
     report = folder / "report.xml"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     environment = {
         **os.environ,
         "KERAS_BACKEND": backend,
-        "KERAS_HOME": os.fspath(folder),  # whoever runs this may have settings of their own there
+        "KERAS_HOME": os.fspath(folder),  # ignore the user's own settings
         "PYTHONPATH": path,
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "CUDA_VISIBLE_DEVICES": "",

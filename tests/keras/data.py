@@ -1,4 +1,4 @@
-"""What the cases for Keras are fed with, and how."""
+"""The data on which the cases for Keras train."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ BACKEND = keras.backend.backend()
 DECAY = 0.8
 BATCH, BATCHES = 4, 6
 
-# What Keras does with TensorFlow, PyTorch and its own files.
+# Warnings from Keras' use of TensorFlow, PyTorch and its own files.
 MARKS = [
     pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning"),
     pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning"),

@@ -1,4 +1,4 @@
-"""Tests of evaluation with EMAWeights, and of calls that raise; see test_backends.py."""
+"""Tests of EMAWeights in evaluation and of calls that raise; see test_backends.py."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +12,16 @@ from fastema.errors import StateError
 from fastema.keras import EMAWeights
 
 from .data import BACKEND, BATCH, BATCHES, DECAY, MARKS, XV, YV, X, Y, fit
-from .models import assert_same, differ, model_of, set_weights, trained, weights
-from .runs import Seen, average, fitted, recorded
+from .models import assert_same, differ, model_of, set_weights, trained_weights, weights
+from .runs import HookRecorder, average, fit_model, record_run
 
 pytestmark = MARKS
 
 
 @pytest.mark.parametrize("kind", ["plain", "bfloat16"])
-def test_validation_runs_with_the_average(kind: str) -> None:
-    run = recorded(kind, epochs=1)
-    model, ema, seen = model_of(kind), EMAWeights(DECAY, shadow_dtype="float32"), Seen()
+def test_validation_uses_the_average(kind: str) -> None:
+    run = record_run(kind, epochs=1)
+    model, ema, seen = model_of(kind), EMAWeights(DECAY, shadow_dtype="float32"), HookRecorder()
     history = fit(model, ema, seen, epochs=1).history
     assert not ema.applied
     assert_same(weights(model), run.steps[-1])
@@ -37,10 +37,10 @@ def test_validation_runs_with_the_average(kind: str) -> None:
     assert other.evaluate(XV, YV, batch_size=BATCH, verbose=0) == history["val_loss"][0]
 
 
-def test_evaluate_and_predict_with_the_average_and_every_bit_comes_back() -> None:
-    now, seen = fitted(), Seen()
+def test_evaluate_and_predict_use_the_average_and_restore_every_bit() -> None:
+    now, seen = fit_model(), HookRecorder()
     model, ema, raw, avg = now
-    assert differ(trained(model, raw), trained(model, avg))
+    assert differ(trained_weights(model, raw), trained_weights(model, avg))
     loss = model.evaluate(XV, YV, verbose=0, callbacks=[ema, seen])
     output = model.predict(XV, verbose=0, callbacks=[ema, seen])
     assert_same(seen.at["test_begin"][0], avg)
@@ -62,10 +62,10 @@ def test_evaluate_and_predict_with_the_average_and_every_bit_comes_back() -> Non
 
 @pytest.mark.parametrize("good", [0, 1])
 @pytest.mark.parametrize("call", ["evaluate", "fit"])
-def test_an_error_within_what_jax_compiled(call: str, good: int) -> None:
-    """Whose arguments were donated by then, the state of random numbers among them."""
+def test_error_in_jax_compiled_code_restores_the_weights(call: str, good: int) -> None:
+    """By then JAX has donated the arguments, including the random state."""
     if BACKEND != "jax":
-        return  # elsewhere a computation does not take its arguments' memory
+        return  # only JAX donates the arguments of a computation
     import jax
 
     calls = [-1]
@@ -93,7 +93,7 @@ def test_an_error_within_what_jax_compiled(call: str, good: int) -> None:
         "fit": lambda: fit(model, ema, epochs=1, validation_batch_size=BATCH),
         "evaluate": lambda: model.evaluate(XV, YV, batch_size=BATCH, verbose=0, callbacks=[ema]),
     }
-    with pytest.raises(Exception, match=r"planted|NoneType"):  # Keras may fail in what follows
+    with pytest.raises(Exception, match=r"planted|NoneType"):  # Keras may fail afterwards
         fails[call]()
     assert calls[0] < 0
     assert not ema.applied
@@ -119,8 +119,8 @@ USES: dict[str, Callable[[Any, Path], object]] = {
 }
 
 
-def test_a_block_refuses_what_would_train_or_overwrite_the_average(tmp_path: Path) -> None:
-    now = fitted()
+def test_swapped_refuses_to_train_or_overwrite_the_average(tmp_path: Path) -> None:
+    now = fit_model()
     model, ema, state = now.model, now.ema, now.ema.state_dict()
     path = tmp_path / "model.weights.h5"
     model.save_weights(path)

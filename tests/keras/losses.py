@@ -1,4 +1,4 @@
-"""Models whose losses can be said without Keras, and runs of them with LossAverages."""
+"""Linear models, whose losses NumPy can compute, and helpers to train them."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from .data import BACKEND
-from .models import synced, values
+from .models import sync_jax, values
 
 COMPILED = BACKEND != "torch"
 BATCH, COUNT = 8, 45  # five batches of 8, and one of 5
@@ -21,7 +21,7 @@ LABELS = (Y > 0.2).astype(np.float32)
 
 
 def build(rate: float = 0.05, *, kind: type = keras.Sequential, **compiled: Any) -> Any:
-    """A linear model: what its loss is can be said without Keras."""
+    """Build a linear model, whose loss NumPy can compute."""
     keras.utils.set_random_seed(7)
     model = kind([keras.Input((4,)), keras.layers.Dense(1, name="only")])
     model.compile(**{"optimizer": keras.optimizers.SGD(rate), "loss": "mse", **compiled})
@@ -33,17 +33,17 @@ def fit(model: Any, *callbacks: Any, y: Any = Y, **options: Any) -> Any:
     return model.fit(X, y, callbacks=[*callbacks], **options)
 
 
-def parts(values: np.ndarray) -> list[np.ndarray]:
-    """By batch."""
+def split_batches(values: np.ndarray) -> list[np.ndarray]:
+    """Split an array into batches."""
     return [values[i : i + BATCH] for i in range(0, len(values), BATCH)]
 
 
-def arrays(model: Any) -> list[np.ndarray]:
-    return [one.astype(np.float64) for one in values(synced(model).weights)]
+def float64_weights(model: Any) -> list[np.ndarray]:
+    return [one.astype(np.float64) for one in values(sync_jax(model).weights)]
 
 
-class Errors(keras.callbacks.Callback):
-    """The model's errors on each batch, from its weights before the step, in float64."""
+class BatchErrors(keras.callbacks.Callback):
+    """Compute the model's errors on each batch, before the step, in float64."""
 
     def __init__(self, y: np.ndarray = Y) -> None:
         super().__init__()
@@ -51,8 +51,8 @@ class Errors(keras.callbacks.Callback):
         self.batches: list[np.ndarray] = []
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        kernel, bias = arrays(self.model)
-        x, y = parts(X)[batch], parts(self.y)[batch]
+        kernel, bias = float64_weights(self.model)
+        x, y = split_batches(X)[batch], split_batches(self.y)[batch]
         self.batches.append((x @ kernel + bias - y)[:, 0])
 
     def losses(self) -> Curve:
@@ -62,8 +62,8 @@ class Errors(keras.callbacks.Callback):
         return np.array([np.mean(np.abs(one)) for one in self.batches])
 
 
-class Seen(keras.callbacks.Callback):
-    """What the logs hold for callbacks that come after ours."""
+class LogRecorder(keras.callbacks.Callback):
+    """Record the logs that callbacks after ours receive."""
 
     async_safe = True
 
@@ -83,7 +83,7 @@ class Seen(keras.callbacks.Callback):
 
 
 def assert_exact(got: Any, want: Any, roundings: int = 12) -> None:
-    """Within a few roundings of float32: those of the loss itself, in another order than ours."""
+    """Allow a few float32 roundings: Keras may sum the loss in another order."""
     want = np.asarray(want, np.float64)
     got = np.asarray(got, np.float64)
     assert got.shape == want.shape
@@ -91,8 +91,8 @@ def assert_exact(got: Any, want: Any, roundings: int = 12) -> None:
 
 
 def squares_of(model: Any, x: np.ndarray = X, y: np.ndarray = Y) -> Curve:
-    """The squared errors of a model, by sample."""
-    kernel, bias = arrays(model)
+    """Return the squared error of each sample."""
+    kernel, bias = float64_weights(model)
     return (x @ kernel + bias - y)[:, 0] ** 2
 
 

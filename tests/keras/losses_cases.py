@@ -1,4 +1,4 @@
-"""Tests of what LossAverages averages, on the backend of KERAS_BACKEND; see test_backends.py."""
+"""Tests of the curves of LossAverages, on the backend of KERAS_BACKEND; see test_backends.py."""
 
 from typing import Any
 
@@ -16,17 +16,17 @@ from .losses import (
     BATCHES,
     COUNT,
     LABELS,
-    Errors,
-    Seen,
+    BatchErrors,
+    LogRecorder,
     W,
     X,
     Y,
-    arrays,
     assert_exact,
     build,
     fit,
+    float64_weights,
     names_with,
-    parts,
+    split_batches,
     squares_of,
 )
 
@@ -34,7 +34,7 @@ pytestmark = MARKS
 
 
 @pytest.mark.parametrize("weights", ["none", "samples", "classes"])
-def test_raw_is_the_batchs_own_loss(weights: str) -> None:
+def test_raw_curve_is_the_loss_of_each_batch(weights: str) -> None:
     y = LABELS if weights == "classes" else Y
     options: dict[str, Any] = {"validation_data": (X[:20], y[:20])}
     w = np.ones(COUNT)
@@ -43,11 +43,11 @@ def test_raw_is_the_batchs_own_loss(weights: str) -> None:
     if weights == "classes":
         options["class_weight"], w = {0: 0.5, 1: 3.0}, np.where(LABELS[:, 0] > 0, 3.0, 0.5)
     model = build(metrics=["mae"], weighted_metrics=[keras.metrics.MeanSquaredError(name="sq")])
-    losses, errors = LossAverages(window_size=4, decay=0.8), Errors(y)
+    losses, errors = LossAverages(window_size=4, decay=0.8), BatchErrors(y)
     fit(model, losses, errors, y=y, **options)
 
     history = losses.history
-    both = list(zip(errors.batches, parts(w) * 2, strict=True))
+    both = list(zip(errors.batches, split_batches(w) * 2, strict=True))
     raw = [np.mean(v * e**2) for e, v in both]
     assert_exact(history["loss_raw"], raw)
     assert_exact(history["mae_raw"], errors.absolute())
@@ -55,12 +55,12 @@ def test_raw_is_the_batchs_own_loss(weights: str) -> None:
     assert_close(history["loss_sma"], sma(history["loss_raw"], 4))
     assert_close(history["loss_ema"], ema(history["loss_raw"], 0.8))
     assert_close(history["mae_ema"], ema(history["mae_raw"], 0.8))
-    # Another curve than Keras': the check must be able to fail.
+    # The losses must vary, or Keras' running mean would pass too.
     assert np.abs(np.diff(raw)).max() > 0.05
 
 
-def test_curves_are_whole_where_nobody_looks_at_batches() -> None:
-    """They are then worked out for many batches at a time: for more of them than one time takes."""
+def test_curves_are_complete_without_batch_callbacks() -> None:
+    """Batches are then averaged in groups; this run has more batches than one group."""
     x, y = np.repeat(X, 15, 0), np.repeat(Y, 15, 0)
     model, losses = build(rate=0.0), LossAverages(window_size=5, decay=0.95)
     squares = squares_of(model, x, y)
@@ -75,8 +75,8 @@ def test_curves_are_whole_where_nobody_looks_at_batches() -> None:
         assert history[name] == [curve[len(want) - 1], curve[-1]]
 
 
-def test_logs_of_batches_and_epochs() -> None:
-    losses, seen = LossAverages(window_size=3, decay=0.7), Seen()
+def test_batch_and_epoch_logs_hold_the_averages() -> None:
+    losses, seen = LossAverages(window_size=3, decay=0.7), LogRecorder()
     history = fit(build(metrics=["mae"]), losses, seen, validation_data=(X[:9], Y[:9])).history
     names = names_with("loss", "mae")
     assert losses.averages.keys() == names
@@ -89,28 +89,28 @@ def test_logs_of_batches_and_epochs() -> None:
     assert history["loss"] != history["loss_raw"]
 
 
-def test_keras_values_stay_the_same_to_the_bit() -> None:
-    """Its own losses and metrics, of batches and epochs, and the weights."""
+def test_keras_values_are_bit_identical_with_loss_averages() -> None:
+    """Compare losses and metrics of batches and epochs, and the weights."""
     found = []
     for ours in ([], [LossAverages()]):
         metrics = ["mae", keras.metrics.RootMeanSquaredError(name="r")]
-        model, seen = build(metrics=metrics), Seen()
+        model, seen = build(metrics=metrics), LogRecorder()
         history = fit(model, *ours, seen, validation_data=(X[:9], Y[:9])).history
         curves = {name: seen.curve(name).tolist() for name in ("loss", "mae", "r")}
         for name in ("loss", "mae", "r", "val_loss", "val_mae"):
             curves["epoch " + name] = history[name]
-        found.append((curves, [one.tolist() for one in arrays(model)]))
+        found.append((curves, [one.tolist() for one in float64_weights(model)]))
     assert found[0] == found[1]
 
 
-def test_a_batch_that_is_not_finite_spoils_itself_only() -> None:
+def test_nonfinite_batch_does_not_spoil_later_averages() -> None:
     y = Y.copy()
     y[2 * BATCH] = 6.0
 
     def error(y: Any, y_pred: Any) -> Any:
         return keras.ops.where(y > 5.0, np.float32(np.nan), keras.ops.abs(y - y_pred))
 
-    losses, seen = LossAverages(decay=0.5), Seen()
+    losses, seen = LossAverages(decay=0.5), LogRecorder()
     fit(build(metrics=[error]), losses, seen, y=y, epochs=1)
     raw = np.array(losses.history["error_raw"])
     assert np.isnan(raw).tolist() == [False, False, True, False, False, False]

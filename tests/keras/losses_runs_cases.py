@@ -1,4 +1,4 @@
-"""Tests of LossAverages beside other callbacks, and in run after run; see test_backends.py."""
+"""Tests of LossAverages with other callbacks and over several runs; see test_backends.py."""
 
 import json
 from pathlib import Path
@@ -16,20 +16,20 @@ from .data import MARKS
 from .losses import (
     BATCHES,
     COMPILED,
-    Errors,
+    BatchErrors,
     X,
     Y,
-    arrays,
     assert_exact,
     build,
     fit,
+    float64_weights,
 )
 
 pytestmark = MARKS
 
 
 @on_one_backend
-def test_callbacks_that_read_the_logs_must_come_later(tmp_path: Path) -> None:
+def test_callbacks_that_read_logs_must_follow_loss_averages(tmp_path: Path) -> None:
     table = keras.callbacks.CSVLogger(tmp_path / "log.csv")
     early: list[tuple[Any, str]] = [
         (table, "CSVLogger reads the logs"),
@@ -38,16 +38,16 @@ def test_callbacks_that_read_the_logs_must_come_later(tmp_path: Path) -> None:
         (keras.callbacks.ReduceLROnPlateau("loss_sma"), "ReduceLROnPlateau monitors 'loss_sma'"),
     ]
     model = build()
-    before = arrays(model)
+    before = float64_weights(model)
     for other, what in early:
         with pytest.raises(ArgumentError, match=f"{what}.*put LossAverages first in the list"):
             fit(model, EMAWeights(), other, LossAverages())
     table.csv_file.close()
-    assert all((one == two).all() for one, two in zip(before, arrays(model), strict=True))
+    assert all((one == two).all() for one, two in zip(before, float64_weights(model), strict=True))
     with pytest.raises(ArgumentError, match="two LossAverages"):
         fit(model, LossAverages(), LossAverages())
 
-    # One that is called by another is in no list.
+    # A callback that another one calls is in no list.
     inner = LossAverages()
     inner.set_model(model)
     hooks = ("on_train_begin", "on_train_batch_begin", "on_train_batch_end", "on_train_end")
@@ -61,7 +61,7 @@ def test_callbacks_that_read_the_logs_must_come_later(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="on_train_batch_begin"):
         lone.on_train_batch_end(0, {})
     lone.on_train_end()
-    # These need nothing of ours.
+    # These callbacks read none of our logs.
     fit(
         model,
         keras.callbacks.EarlyStopping("val_loss"),
@@ -71,7 +71,7 @@ def test_callbacks_that_read_the_logs_must_come_later(tmp_path: Path) -> None:
     )
 
 
-def test_averages_go_on_in_the_next_fit_and_nothing_is_compiled_again() -> None:
+def test_averages_continue_in_the_next_fit_without_recompiling() -> None:
     calls: list[int] = []
 
     def loss(y: Any, y_pred: Any) -> Any:
@@ -79,7 +79,7 @@ def test_averages_go_on_in_the_next_fit_and_nothing_is_compiled_again() -> None:
         return keras.ops.mean(keras.ops.square(y - y_pred), axis=-1)
 
     model = build(loss=loss)
-    losses, errors = LossAverages(window_size=50, decay=0.95), Errors()
+    losses, errors = LossAverages(window_size=50, decay=0.95), BatchErrors()
     fit(model, losses, errors)
     traced = len(calls)
     assert not isinstance(vars(model)["train_function"], type(losses._sums))
@@ -89,13 +89,13 @@ def test_averages_go_on_in_the_next_fit_and_nothing_is_compiled_again() -> None:
     assert_close(losses.history["loss_ema"], ema(losses.history["loss_raw"], 0.95))
     if COMPILED:
         assert len(calls) == traced
-    assert fit(model, epochs=1).history.keys() == {"loss"}  # without us, as ever
+    assert fit(model, epochs=1).history.keys() == {"loss"}  # no trace of LossAverages
     losses.reset()
     assert not losses.averages
     assert not losses.history
 
 
-def test_resumed_run_goes_on_as_if_never_interrupted() -> None:
+def test_resumed_run_equals_an_uninterrupted_one() -> None:
     whole = LossAverages(window_size=7, decay=0.9)
     fit(build(), whole, epochs=4)
     model, first = build(), LossAverages(window_size=7, decay=0.9)

@@ -1,4 +1,4 @@
-"""Models that are made once for all cases, and their weights."""
+"""Models that are built once for all cases, and their weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,12 +35,12 @@ def build(
 MAKERS: dict[str, Callable[[], Any]] = {
     "plain": build,
     "other": build,
-    # Keras does not take up the random numbers of a Dropout where it left them.
+    # Keras does not resume the random numbers of a Dropout.
     "resumable": lambda: build(dropout=0.0),
     "eager": lambda: build(run_eagerly=True),
     "accumulating": lambda: build(keras.optimizers.SGD(0.1, gradient_accumulation_steps=4)),
     "several": lambda: build(steps_per_execution=4),
-    # The largest scale there is: it overflows until it has been halved a few times.
+    # The largest scale, which overflows until it has been halved a few times.
     "scaled": lambda: build(
         keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=2.0**127)
     ),
@@ -50,7 +50,7 @@ _models: dict[str, tuple[Any, list[np.ndarray]]] = {}
 
 
 def values(variables: Any) -> list[np.ndarray]:
-    """Copies of variables."""
+    """Return copies of variables."""
     return [np.array(keras.ops.convert_to_numpy(one)) for one in variables]
 
 
@@ -58,10 +58,10 @@ def state_of(model: Any) -> list[Any]:
     return [*model.variables, *model.optimizer.variables]
 
 
-def renew(model: Any, state: list[np.ndarray]) -> Any:
-    """Give a model the state that it had when it was new."""
+def reset_model(model: Any, state: list[np.ndarray]) -> Any:
+    """Reset a model to its initial state."""
     model._jax_state, model._jax_state_synced = None, True
-    model._initial_epoch = 0  # which BackupAndRestore sets
+    model._initial_epoch = 0  # set by BackupAndRestore
     model.stop_training = False
     for variable, value in zip(state_of(model), state, strict=True):
         variable.assign(value)
@@ -71,7 +71,7 @@ def renew(model: Any, state: list[np.ndarray]) -> Any:
 
 
 def model_of(kind: str = "plain") -> Any:
-    """The model of a kind, in the state that it had when it was new."""
+    """Return the model of a kind, reset to its initial state."""
     if kind not in _models:
         keras.utils.set_random_seed(11)
         made = MAKERS[kind]()
@@ -79,10 +79,10 @@ def model_of(kind: str = "plain") -> Any:
         _models[kind] = made, values(state_of(made))
     model, first = _models[kind]
     vars(model).pop("evaluate", None)
-    return renew(model, first)
+    return reset_model(model, first)
 
 
-def synced(model: Any) -> Any:
+def sync_jax(model: Any) -> Any:
     if BACKEND == "jax":
         model.jax_state_sync()
     return model
@@ -93,8 +93,8 @@ def names_of(variables: Any) -> list[str]:
 
 
 def weights(model: Any) -> Weights:
-    """Copies of a model's weights by name."""
-    found = synced(model).weights
+    """Return copies of a model's weights by name."""
+    found = sync_jax(model).weights
     return dict(zip(names_of(found), values(found), strict=True))
 
 
@@ -102,20 +102,20 @@ def set_weights(model: Any, given: Weights) -> None:
     model.set_weights([given[name] for name in names_of(model.weights)])
 
 
-def trained(model: Any, of: Weights | None = None) -> Weights:
-    """What is trained, of a model's weights or of others of the same names."""
-    of = weights(model) if of is None else of
-    return {name: of[name] for name in names_of(model.trainable_weights)}
+def trained_weights(model: Any, source: Weights | None = None) -> Weights:
+    """Select the trainable entries of a model's weights, or of weights with the same names."""
+    source = weights(model) if source is None else source
+    return {name: source[name] for name in names_of(model.trainable_weights)}
 
 
-def loaded(path: Path) -> Weights:
+def read_weights(path: Path) -> Weights:
     other = model_of("other")
     other.load_weights(path)
     return weights(other)
 
 
 def assert_same(got: Weights, want: Weights) -> None:
-    """Equal to the bit."""
+    """Assert that weights are bit-identical."""
     assert got.keys() == want.keys()
     for name in want:
         assert got[name].dtype == want[name].dtype, name
@@ -123,7 +123,7 @@ def assert_same(got: Weights, want: Weights) -> None:
 
 
 def differ(one: Weights, other: Weights) -> bool:
-    """Whether every tensor differs."""
+    """Return whether every tensor differs."""
     return all(one[name].tobytes() != other[name].tobytes() for name in one)
 
 

@@ -1,4 +1,4 @@
-"""Runs with an average and without, and the callbacks that look on or raise."""
+"""Runs with and without an average, and callbacks that record or raise."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,11 +9,11 @@ import numpy as np
 from fastema.keras import EMAWeights
 
 from .data import DECAY, fit
-from .models import Weights, assert_same, model_of, trained, values, weights
+from .models import Weights, assert_same, model_of, trained_weights, values, weights
 
 
-class Recorder(keras.callbacks.Callback):
-    """The weights at every step of the optimizer: wherever they changed."""
+class StepRecorder(keras.callbacks.Callback):
+    """Record the weights after each optimizer step, that is whenever they changed."""
 
     def on_train_begin(self, logs: Any = None) -> None:
         self.start = weights(self.model)
@@ -23,40 +23,40 @@ class Recorder(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         before = self.steps[-1] if self.steps else self.start
         self.batches += 1
-        names = trained(self.model)
+        names = trained_weights(self.model)
         if not before or any((now != before[name]).any() for name, now in names.items()):
             self.steps.append(weights(self.model))
 
 
-class Seen(keras.callbacks.Callback):
-    """What there is to see at the hooks of other callbacks: the weights, if nothing else."""
+class HookRecorder(keras.callbacks.Callback):
+    """Record what ``look`` sees at each hook: by default the weights."""
 
     def __init__(self, look: Callable[[Any], Any] = weights) -> None:
         super().__init__()
         self.look = look
         self.at: dict[str, list[Any]] = {}
 
-    def _note(self, hook: str) -> None:
+    def _record(self, hook: str) -> None:
         self.at.setdefault(hook, []).append(self.look(self.model))
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._note("epoch_begin")
+        self._record("epoch_begin")
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self._note("epoch_end")
+        self._record("epoch_end")
 
     def on_test_begin(self, logs: Any = None) -> None:
-        self._note("test_begin")
+        self._record("test_begin")
 
     def on_test_end(self, logs: Any = None) -> None:
-        self._note("test_end")
+        self._record("test_end")
 
     def on_predict_begin(self, logs: Any = None) -> None:
-        self._note("predict_begin")
+        self._record("predict_begin")
 
 
-class Raising(keras.callbacks.Callback):
-    """Raises an error at some hooks, after so many calls of them."""
+class ErrorAt(keras.callbacks.Callback):
+    """Raise an error at these hooks, after ``after`` calls."""
 
     def __init__(self, error: type[BaseException], *hooks: str, after: int = 0) -> None:
         super().__init__()
@@ -69,23 +69,23 @@ class Raising(keras.callbacks.Callback):
             raise self.error("planted")
 
 
-_recorded: dict[tuple[str, int], Recorder] = {}
+_runs: dict[tuple[str, int], StepRecorder] = {}
 
 
-def recorded(kind: str = "plain", epochs: int = 2) -> Recorder:
-    """A run without any average, of the same model: to be called before ``model_of``."""
-    if (kind, epochs) not in _recorded:
-        recorder = Recorder()
+def record_run(kind: str = "plain", epochs: int = 2) -> StepRecorder:
+    """Run the same model without an average; call this before ``model_of``."""
+    if (kind, epochs) not in _runs:
+        recorder = StepRecorder()
         fit(model_of(kind), recorder, epochs=epochs)
         assert all(np.isfinite(one.astype(np.float64)).all() for one in recorder.steps[-1].values())
-        _recorded[kind, epochs] = recorder
-    return _recorded[kind, epochs]
+        _runs[kind, epochs] = recorder
+    return _runs[kind, epochs]
 
 
-def expected(
-    run: Recorder, decay: Callable[[int], float] = lambda n: DECAY, steps: slice = slice(None)
+def expected_average(
+    run: StepRecorder, decay: Callable[[int], float] = lambda n: DECAY, steps: slice = slice(None)
 ) -> Weights:
-    """The recursion in float64; what is not trained is that of the last step."""
+    """Average the steps in float64; moving statistics come from the last step."""
     avg = {name: one.astype(np.float64) for name, one in run.start.items()}
     names = [name for name in avg if "moving" not in name]
     taken = run.steps[steps]
@@ -101,8 +101,8 @@ def average(ema: EMAWeights, which: int = 0) -> Weights:
     return dict(zip(found, values(found.values()), strict=True))
 
 
-class Fitted(NamedTuple):
-    """A model that was trained with an average, and what both were then."""
+class FittedModel(NamedTuple):
+    """A model trained with an average, and copies of both after training."""
 
     model: Any
     ema: EMAWeights
@@ -115,8 +115,8 @@ class Fitted(NamedTuple):
         assert_same(average(self.ema), self.avg)
 
 
-def fitted(kind: str = "plain") -> Fitted:
-    """An epoch without validation."""
+def fit_model(kind: str = "plain") -> FittedModel:
+    """Fit a model for one epoch without validation."""
     model, ema = model_of(kind), EMAWeights(DECAY)
     fit(model, ema, epochs=1, validation_data=None)
-    return Fitted(model, ema, weights(model), average(ema))
+    return FittedModel(model, ema, weights(model), average(ema))

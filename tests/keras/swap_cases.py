@@ -12,16 +12,16 @@ import pytest
 from fastema.compat.keras import SwapEMAWeights
 
 from .data import BACKEND, MARKS, XV, YV, X, Y, fit
-from .models import Weights, assert_same, differ, renew, state_of, trained, values
-from .runs import Raising, Seen
+from .models import Weights, assert_same, differ, reset_model, state_of, trained_weights, values
+from .runs import ErrorAt, HookRecorder
 
 pytestmark = MARKS
 
 State = tuple[Weights, Weights]
-"""The weights of a model that are trained, and their averages in its optimizer."""
+"""A model's trainable weights, and their averages in its optimizer."""
 
 
-def new(policy: str = "float32", wrap: Any = None) -> Any:
+def new_model(policy: str = "float32", wrap: Any = None) -> Any:
     keras.utils.set_random_seed(11)
     layers = [
         keras.layers.Dense(6, "relu", name="first", dtype=policy),
@@ -34,39 +34,39 @@ def new(policy: str = "float32", wrap: Any = None) -> Any:
     return model
 
 
-class Made(NamedTuple):
-    """A model, and what it was when it was new."""
+class PooledModel(NamedTuple):
+    """A model, its optimizer, and their initial state."""
 
     model: Any
     optimizer: Any
     state: list[np.ndarray]
 
-    def is_as_made(self) -> bool:
-        """Whether it is no more than its state that tests have changed."""
-        return self.model.optimizer is self.optimizer and not left_in(self.model)
+    def is_reusable(self) -> bool:
+        """Return whether tests changed nothing but the state."""
+        return self.model.optimizer is self.optimizer and not names_left_in(self.model)
 
 
-_free: dict[tuple[str, Any], list[Made]] = {}
-_lent: list[tuple[tuple[str, Any], Made]] = []
+_free: dict[tuple[str, Any], list[PooledModel]] = {}
+_lent: list[tuple[tuple[str, Any], PooledModel]] = []
 
 
-def build(policy: str = "float32", wrap: Any = None) -> Any:
-    """A model as ``new`` makes it, with an optimizer that has its variables."""
+def borrow_model(policy: str = "float32", wrap: Any = None) -> Any:
+    """Take a free model from the pool, with a built optimizer and its initial state."""
     free = _free.setdefault((policy, wrap), [])
     if not free:
-        model = new(policy, wrap)
+        model = new_model(policy, wrap)
         model.optimizer.build(model.trainable_variables)
-        free.append(Made(model, model.optimizer, values(state_of(model))))
+        free.append(PooledModel(model, model.optimizer, values(state_of(model))))
     made = free.pop()
     _lent.append(((policy, wrap), made))
-    return renew(made.model, made.state)
+    return reset_model(made.model, made.state)
 
 
 @pytest.fixture(autouse=True)
-def models_are_given_back() -> Iterator[None]:
+def return_models() -> Iterator[None]:
     yield
     for kind, made in _lent:
-        if made.is_as_made():
+        if made.is_reusable():
             _free[kind].append(made)
     _lent.clear()
 
@@ -76,7 +76,7 @@ def optimizer_of(model: Any) -> Any:
 
 
 def state(model: Any) -> State:
-    raw = trained(model)
+    raw = trained_weights(model)
     return raw, dict(zip(raw, values(averages_of(model)), strict=True))
 
 
@@ -85,15 +85,15 @@ def averages_of(model: Any) -> list[Any]:
 
 
 def assert_state(found: Any, weights: Weights, averages: Weights) -> None:
-    """Equal to the bit, of a model or as it was noted."""
+    """Assert that a model, or a recorded state, has exactly these weights and averages."""
     found = found if isinstance(found, tuple) else state(found)
     assert_same(found[0], weights)
     assert_same(found[1], averages)
 
 
-def stepped() -> tuple[Any, State]:
-    """A model after three steps by hand."""
-    model = build()
+def train_by_hand() -> tuple[Any, State]:
+    """Train a model for three batches; return it and its state."""
+    model = borrow_model()
     for _ in range(3):
         model.train_on_batch(X[:8], Y[:8])
     before = state(model)
@@ -102,15 +102,15 @@ def stepped() -> tuple[Any, State]:
 
 
 @cache
-def reference(epochs: int = 2, policy: str = "float32") -> list[State]:
-    """Of the same run without any swap, after each epoch."""
-    seen = Seen(state)
-    fit(build(policy), seen, epochs=epochs, validation_data=None)
+def reference_states(epochs: int = 2, policy: str = "float32") -> list[State]:
+    """Return the states after each epoch of the same run without a swap."""
+    seen = HookRecorder(state)
+    fit(borrow_model(policy), seen, epochs=epochs, validation_data=None)
     return seen.at["epoch_end"]
 
 
-def left_in(model: Any) -> set[str]:
-    """What of the callback's is in the objects of the user."""
+def names_left_in(model: Any) -> set[str]:
+    """Return the attributes that the callback left in the user's objects."""
     return {
         name
         for of in (model, optimizer_of(model))
@@ -126,27 +126,27 @@ CALLS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("policy", ["float32", "float16"])
-def test_validation_runs_with_the_average_and_every_bit_comes_back(policy: str) -> None:
-    want = reference(3, policy=policy)
-    model, seen = build(policy), Seen(state)
+def test_validation_uses_the_average_and_restores_every_bit(policy: str) -> None:
+    want = reference_states(3, policy=policy)
+    model, seen = borrow_model(policy), HookRecorder(state)
     fit(model, SwapEMAWeights(), seen, epochs=3)
     for at_test, at_end, (weights, averages) in zip(
         seen.at["test_begin"], seen.at["epoch_end"], want, strict=True
     ):
-        assert_state(at_end, weights, averages)  # training took no notice
-        assert_state(at_test, averages, weights)  # while the optimizer holds the weights
+        assert_state(at_end, weights, averages)  # training is unaffected
+        assert_state(at_test, averages, weights)  # the optimizer holds the weights
     assert differ(*want[0])
 
 
-def test_a_failing_evaluation_gives_the_weights_back() -> None:
-    ((weights, averages),) = reference(1)
-    model, swap = build(), SwapEMAWeights()
+def test_failed_evaluation_restores_the_weights() -> None:
+    ((weights, averages),) = reference_states(1)
+    model, swap = borrow_model(), SwapEMAWeights()
     with pytest.raises(RuntimeError, match="planted"):
-        fit(model, swap, Raising(RuntimeError, "on_test_batch_end"))
-    # On JAX even a failing fit ends with the average.
+        fit(model, swap, ErrorAt(RuntimeError, "on_test_batch_end"))
+    # On JAX, Keras ends even a failed fit with the average.
     assert_state(model, averages if BACKEND == "jax" else weights, averages)
 
-    model, before = stepped()
+    model, before = train_by_hand()
     statistics = values(model.non_trainable_variables)
 
     class Bad(keras.utils.PyDataset):
@@ -154,20 +154,20 @@ def test_a_failing_evaluation_gives_the_weights_back() -> None:
             return 2
 
         def __getitem__(self, index: int) -> Any:
-            return (X[:4, :3] if index else X[:4]), Y[:4]  # of another width
+            return (X[:4, :3] if index else X[:4]), Y[:4]  # wrong width
 
-    # Each backend has an error of its own.
+    # Each backend raises its own error.
     with pytest.raises(Exception):  # noqa: B017, PT011
         model.evaluate(Bad(), verbose=0, callbacks=[swap])
     assert_state(model, *before)
     for one, known in zip(values(model.non_trainable_variables), statistics, strict=True):
         assert one.tobytes() == known.tobytes()
     CALLS["evaluate"](model, swap)
-    assert_same(trained(model), before[0])
+    assert_same(trained_weights(model), before[0])
 
 
-def test_a_saved_model_goes_on(tmp_path: Path) -> None:
-    want, model = reference(3), build()
+def test_saved_model_resumes_training(tmp_path: Path) -> None:
+    want, model = reference_states(3), borrow_model()
 
     def save(epoch: int, logs: Any) -> None:
         if epoch == 0:
@@ -175,7 +175,7 @@ def test_a_saved_model_goes_on(tmp_path: Path) -> None:
 
     saves = keras.callbacks.LambdaCallback(on_epoch_end=save)
     fit(model, saves, SwapEMAWeights(swap_on_epoch=True))
-    model, seen = keras.models.load_model(tmp_path / "model.keras"), Seen(state)
+    model, seen = keras.models.load_model(tmp_path / "model.keras"), HookRecorder(state)
     fit(model, SwapEMAWeights(), seen, epochs=3, initial_epoch=1)
     for at_test, known in zip(seen.at["test_begin"], want[1:], strict=True):
         for got, exact in zip(at_test, known[::-1], strict=True):
@@ -194,27 +194,27 @@ def test_a_saved_model_goes_on(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("after", ["predict", "fit", "swapping fit"])
 @pytest.mark.parametrize("which", ["same", "fresh", "none"])
-def test_a_fit_that_is_cut_short(error: Any, after: str, which: str, hook: str) -> None:
-    model, swap = build(), SwapEMAWeights(swap_on_epoch=True)
+def test_interrupted_fit_keeps_the_weights(error: Any, after: str, which: str, hook: str) -> None:
+    model, swap = borrow_model(), SwapEMAWeights(swap_on_epoch=True)
     with pytest.raises(error, match="planted"):
-        fit(model, swap, Raising(error, hook), epochs=3)
-    want = reference(1)[0] if hook == "on_epoch_end" else state(model)
+        fit(model, swap, ErrorAt(error, hook), epochs=3)
+    want = reference_states(1)[0] if hook == "on_epoch_end" else state(model)
     on_epoch = after == "swapping fit"
     some = {"same": [swap], "fresh": [SwapEMAWeights(on_epoch)], "none": []}[which]
     if after in CALLS:
         CALLS[after](model, *some)
-        if BACKEND != "jax":  # where even a failing fit ends with the average
+        if BACKEND != "jax":  # on JAX a failed fit ends with the average
             assert_state(model, *want)
     elif BACKEND == "jax":
-        if which != "none":  # Keras cannot go on there, see above
+        if which != "none":  # Keras alone cannot continue there
             fit(model, *some, epochs=1)
             assert_same(*state(model))
     else:
         start: list[Weights] = []
         note = keras.callbacks.LambdaCallback(
-            on_train_batch_begin=lambda batch, logs: start or start.append(trained(model))
+            on_train_batch_begin=lambda batch, logs: start or start.append(trained_weights(model))
         )
         fit(model, *some, note, epochs=1)
         assert_same(start[0], want[0])
         assert_same(*state(model))
-    assert left_in(model) == set() or (BACKEND, which) == ("jax", "none")
+    assert names_left_in(model) == set() or (BACKEND, which) == ("jax", "none")

@@ -1,4 +1,4 @@
-"""fastema.keras and fastema.compat.keras: some cases here, and all of them on each backend."""
+"""fastema.keras and fastema.compat.keras: some cases in this process, all on each backend."""
 
 import sys
 from pathlib import Path
@@ -7,23 +7,23 @@ import pytest
 from keras.src.utils import module_utils
 
 from ..support.requirements import require_packages
-from .backends import BACKENDS, run
+from .backends import BACKENDS, run_cases
 from .evaluation_cases import (
-    test_evaluate_and_predict_with_the_average_and_every_bit_comes_back,  # noqa: F401
-    test_validation_runs_with_the_average,  # noqa: F401
+    test_evaluate_and_predict_use_the_average_and_restore_every_bit,  # noqa: F401
+    test_validation_uses_the_average,  # noqa: F401
 )
 from .losses_cases import (
-    test_keras_values_stay_the_same_to_the_bit,  # noqa: F401
-    test_logs_of_batches_and_epochs,  # noqa: F401
-    test_raw_is_the_batchs_own_loss,  # noqa: F401
+    test_batch_and_epoch_logs_hold_the_averages,  # noqa: F401
+    test_keras_values_are_bit_identical_with_loss_averages,  # noqa: F401
+    test_raw_curve_is_the_loss_of_each_batch,  # noqa: F401
 )
 from .swap_cases import (
-    models_are_given_back,  # noqa: F401
-    test_validation_runs_with_the_average_and_every_bit_comes_back,  # noqa: F401
+    return_models,  # noqa: F401
+    test_validation_uses_the_average_and_restores_every_bit,  # noqa: F401
 )
 from .weights_cases import (
     pytestmark,  # noqa: F401
-    test_average_is_the_recursion_over_all_steps,  # noqa: F401
+    test_average_equals_the_recursion_over_all_steps,  # noqa: F401
     test_saved_weights_are_the_average,  # noqa: F401
     test_swap_on_epoch_shows_the_average_to_later_callbacks,  # noqa: F401
 )
@@ -33,13 +33,13 @@ NEEDS = ("safetensors",)
 
 @pytest.fixture(autouse=True)
 def _no_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keras' set_random_seed would import it, for nothing: half a gigabyte."""
+    """Keep Keras' set_random_seed from importing TensorFlow, which takes half a gigabyte."""
     if "tensorflow" not in sys.modules:
         monkeypatch.setattr(module_utils.tensorflow, "_available", False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_all_cases(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_all_cases_pass(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     require_packages(backend)
-    run(backend, tmp_path, *["--full"] * request.config.option.full).judge()
+    run_cases(backend, tmp_path, *["--full"] * request.config.option.full).fail_on_problems()

@@ -15,8 +15,8 @@ from fastema.keras import EMAWeights
 
 from .backends import on_one_backend
 from .data import BATCH, BATCHES, DECAY, MARKS, XV, YV, fit
-from .models import Weights, assert_near, assert_same, loaded, model_of, set_weights, weights
-from .runs import Raising, Recorder, Seen, average, expected, recorded
+from .models import Weights, assert_near, assert_same, model_of, read_weights, set_weights, weights
+from .runs import ErrorAt, HookRecorder, StepRecorder, average, expected_average, record_run
 
 pytestmark = MARKS
 
@@ -29,34 +29,34 @@ RULES: dict[str, tuple[dict[str, Any], Callable[[int], float]]] = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_average_is_the_recursion_over_all_steps(rule: str) -> None:
-    run = recorded()
+def test_average_equals_the_recursion_over_all_steps(rule: str) -> None:
+    run = record_run()
     options, decay = RULES[rule]
     model, ema = model_of(), EMAWeights(**options)
     fit(model, ema)
     assert ema.ema.num_updates == len(run.steps) == 2 * BATCHES
     assert rule != "default" or ema.ema.decay == 0.999
-    assert_near(average(ema), expected(run, decay), len(run.steps))
-    assert_same(weights(model), run.steps[-1])  # training took no notice
+    assert_near(average(ema), expected_average(run, decay), len(run.steps))
+    assert_same(weights(model), run.steps[-1])  # training is unaffected
 
 
 @pytest.mark.parametrize("how", ["in two fits", "before one that syncs", "after one that syncs"])
-def test_average_goes_on_in_a_second_fit_and_beside_a_callback_that_syncs_jax(how: str) -> None:
-    run = recorded()
+def test_average_continues_in_a_second_fit_and_beside_a_jax_sync(how: str) -> None:
+    run = record_run()
     model, ema = model_of(), EMAWeights(DECAY)
     if how == "in two fits":
         fit(model, ema, epochs=1)
         fit(model, ema, epochs=1)
     else:
-        fit(model, *([ema, Recorder()] if "before" in how else [Recorder(), ema]))
+        fit(model, *([ema, StepRecorder()] if "before" in how else [StepRecorder(), ema]))
     assert ema.ema.num_updates == 2 * BATCHES
-    assert_near(average(ema), expected(run), len(run.steps))
+    assert_near(average(ema), expected_average(run), len(run.steps))
     assert_same(weights(model), run.steps[-1])
 
 
 @pytest.mark.parametrize("kind", ["accumulating", "scaled"])
-def test_batches_that_are_no_step_of_the_optimizer_are_not_counted(kind: str) -> None:
-    run = recorded(kind)
+def test_batches_without_an_optimizer_step_are_not_counted(kind: str) -> None:
+    run = record_run(kind)
     steps = len(run.steps)
     assert (steps == 3) if kind == "accumulating" else (0 < steps < run.batches)
     assert run.batches == 12
@@ -64,18 +64,18 @@ def test_batches_that_are_no_step_of_the_optimizer_are_not_counted(kind: str) ->
     fit(model, ema)
     assert ema.ema.num_updates == steps
     assert kind != "scaled" or steps == int(model.optimizer.iterations)
-    assert_near(average(ema), expected(run), steps)
+    assert_near(average(ema), expected_average(run), steps)
 
 
 def test_swap_on_epoch_shows_the_average_to_later_callbacks() -> None:
-    run = recorded()
+    run = record_run()
     model, ema = model_of(), EMAWeights(DECAY, swap_on_epoch=True)
-    before, after, wrote = Seen(), Seen(), []
+    before, after, wrote = HookRecorder(), HookRecorder(), []
     at_end = keras.callbacks.LambdaCallback(on_train_end=lambda logs: wrote.append(weights(model)))
     fit(model, before, ema, after, at_end)
     for epoch, last in enumerate([BATCHES, 2 * BATCHES]):
         assert_same(before.at["epoch_end"][epoch], run.steps[last - 1])
-        assert_near(after.at["epoch_end"][epoch], expected(run, steps=slice(last)), last)
+        assert_near(after.at["epoch_end"][epoch], expected_average(run, steps=slice(last)), last)
     assert_same(after.at["epoch_begin"][1], run.steps[BATCHES - 1])
     assert_same(weights(model), run.steps[-1])
     assert_same(wrote[0], run.steps[-1])
@@ -89,16 +89,16 @@ def checkpoint(path: Path, **options: Any) -> Any:
 @on_one_backend
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("swap_on_epoch", [False, True])
-def test_the_best_epoch_is_that_of_the_average_for_callbacks_that_come_later(
+def test_later_callbacks_keep_the_average_of_the_best_epoch(
     swap_on_epoch: bool, first: bool, tmp_path: Path
 ) -> None:
     epochs, other, losses = 4, model_of("other"), []
-    run = recorded(epochs=epochs)
+    run = record_run(epochs=epochs)
     for epoch in range(1, epochs + 1):
-        set_weights(other, expected(run, steps=slice(epoch * BATCHES)))
+        set_weights(other, expected_average(run, steps=slice(epoch * BATCHES)))
         losses.append(other.evaluate(XV, YV, batch_size=BATCH, verbose=0))
     best = int(np.argmax(losses)) + 1
-    assert best < epochs  # for the sake of the test the best is the worst, which is not the last
+    assert best < epochs  # "best" is the highest loss, so it is not the last epoch
     model, ema = model_of(), EMAWeights(DECAY, swap_on_epoch=swap_on_epoch)
     path, best_is = tmp_path / "best.weights.h5", {"monitor": "val_loss", "mode": "max"}
     theirs = [
@@ -107,12 +107,12 @@ def test_the_best_epoch_is_that_of_the_average_for_callbacks_that_come_later(
     ]
     history = fit(model, *([*theirs, ema] if first else [ema, *theirs]), epochs=epochs).history
     np.testing.assert_allclose(history["val_loss"], losses, rtol=1e-4)
-    for found in (loaded(path), weights(model)):  # early stopping wrote it at the end
+    for found in (read_weights(path), weights(model)):  # early stopping restores the best weights
         if swap_on_epoch and not first:
-            assert_near(found, expected(run, steps=slice(best * BATCHES)), best * BATCHES)
+            assert_near(found, expected_average(run, steps=slice(best * BATCHES)), best * BATCHES)
         else:
             assert_same(found, run.steps[best * BATCHES - 1])
-    assert_near(average(ema), expected(run), epochs * BATCHES)  # whatever was written elsewhere
+    assert_near(average(ema), expected_average(run), epochs * BATCHES)
     assert not ema.applied
 
 
@@ -125,7 +125,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("dtype", OPTIONS)
-def test_a_resumed_run_is_to_the_bit_that_of_one_piece(
+def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(
     tmp_path: Path, dtype: str, first: bool
 ) -> None:
     def callbacks(folder: str) -> tuple[EMAWeights, list[Any]]:
@@ -136,7 +136,7 @@ def test_a_resumed_run_is_to_the_bit_that_of_one_piece(
 
     def cut_short(model: Any, *callbacks: Any, after: int) -> None:
         with pytest.raises(KeyboardInterrupt):
-            fit(model, *callbacks, Raising(KeyboardInterrupt, "on_train_batch_end", after=after),
+            fit(model, *callbacks, ErrorAt(KeyboardInterrupt, "on_train_batch_end", after=after),
                 epochs=3)  # fmt: skip
 
     model = model_of("resumable")
@@ -159,11 +159,11 @@ def test_a_resumed_run_is_to_the_bit_that_of_one_piece(
 
 def test_saved_weights_are_the_average(tmp_path: Path) -> None:
     path, again = tmp_path / "new" / "average.weights.h5", tmp_path / "again.weights.h5"
-    run = recorded()
+    run = record_run()
     model, ema = model_of(), EMAWeights(DECAY, save_path=path)
     fit(model, ema, epochs=1)
     assert_same(weights(model), run.steps[BATCHES - 1])
-    assert_same(loaded(path), average(ema))
+    assert_same(read_weights(path), average(ema))
     kept: Weights = {}
 
     def midway(batch: int, logs: Any) -> None:
@@ -172,7 +172,7 @@ def test_saved_weights_are_the_average(tmp_path: Path) -> None:
             kept.update(average(ema))
 
     fit(model, ema, keras.callbacks.LambdaCallback(on_train_batch_end=midway), epochs=1)
-    assert_same(loaded(again), kept)
+    assert_same(read_weights(again), kept)
     assert_same(weights(model), run.steps[-1])
 
 
@@ -189,6 +189,6 @@ def test_saved_weights_are_the_average(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_options_that_are_refused_at_once(options: dict[str, Any], words: str) -> None:
+def test_invalid_options_are_refused_at_construction(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ArgumentError, match=words):
         EMAWeights(**options)

@@ -1,4 +1,4 @@
-"""Real runs of Lightning: what its bar, loggers and checkpoints show of smoothed losses."""
+"""Real Lightning runs: smoothed losses in loggers, histories and checkpoints."""
 
 import csv
 from pathlib import Path
@@ -31,7 +31,7 @@ WINDOW, DECAY = 5, 0.8
 
 
 class Regression(pl.LightningModule):
-    """Notes the loss and the size of each batch as ``training_step`` sees them."""
+    """Record the loss and the size of each batch in ``training_step``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Regression(pl.LightningModule):
 
     @property
     def curves(self) -> dict[str, np.ndarray]:
-        """What the averages of the losses are to be, each weighing as its batch is large."""
+        """The expected averages of the losses, weighted by batch size."""
         sizes = [float(size) for _, size in self.seen]
         return {
             "train_loss_raw": np.array(self.losses),
@@ -66,7 +66,7 @@ class Regression(pl.LightningModule):
 
 
 def loader(samples: int = 43, batch: int = 8) -> DataLoader[Any]:
-    """Six batches, the last one short, each with losses of its own."""
+    """Return a loader of six batches, the last one short."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(samples, 3, generator=generator)
     y = x.sum(1, keepdim=True) + torch.randn(samples, 1, generator=generator)
@@ -77,39 +77,39 @@ def trainer(folder: Path, *callbacks: Callback, **options: Any) -> pl.Trainer:
     return quiet_trainer(folder, *callbacks, **{"max_epochs": 3, **options})
 
 
-def made(kind: type[Regression] = Regression, *given: Any) -> Regression:
+def build_module(kind: type[Regression] = Regression, *given: Any) -> Regression:
     torch.manual_seed(1)
     return kind(*given)
 
 
-def recorded(
+def record_run(
     folder: Path, *callbacks: Callback, module: Regression | None = None, **options: Any
 ) -> tuple[Regression, LossAverages]:
-    """A run with averages that keep all they give."""
-    module, averages = module or made(), LossAverages(WINDOW, DECAY, record=True)
+    """Train with averages that record their history."""
+    module, averages = module or build_module(), LossAverages(WINDOW, DECAY, record=True)
     trainer(folder, averages, *callbacks, **options).fit(module, loader())
     return module, averages
 
 
-def rows(folder: Path, name: str) -> dict[int, float]:
-    """A column of a CSVLogger, by step."""
+def csv_column(folder: Path, name: str) -> dict[int, float]:
+    """Return a column of a CSVLogger by step."""
     with open(next(folder.rglob("metrics.csv")), newline="") as file:
         return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
 
 
-def test_loggers_and_history_hold_the_curves_of_the_definition(tmp_path: Path) -> None:
+def test_loggers_and_history_match_the_definition(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb")]
-    module, averages = recorded(tmp_path, logger=loggers)
+    module, averages = record_run(tmp_path, logger=loggers)
     assert len(module.losses) == 18
     assert len({size for _, size in module.seen}) == 2  # a short last batch
     found = EventAccumulator(str(next((tmp_path / "tb").rglob("events.*")).parent)).Reload()
     for name, curve in module.curves.items():
         assert_close(averages.history[name], curve)
-        logged = rows(tmp_path / "csv", name)
+        logged = csv_column(tmp_path / "csv", name)
         assert list(logged) == list(range(18))
-        assert_close(list(logged.values()), curve)  # in double precision, as they are
+        assert_close(list(logged.values()), curve)  # in full double precision
         points = found.Scalars(name)
         assert [point.step for point in points] == list(range(18))
         np.testing.assert_array_equal([p.value for p in points], curve.astype(np.float32))
@@ -118,7 +118,7 @@ def test_loggers_and_history_hold_the_curves_of_the_definition(tmp_path: Path) -
 
 
 class Logging(Regression):
-    """Logs its loss and other metrics, per step, per epoch, both, and now and then."""
+    """Log the loss and other metrics: per step, per epoch, both, or at some steps."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = self.loss_of(batch)
@@ -133,8 +133,8 @@ class Logging(Regression):
         self.log("val_loss", batch[1].square().mean(), on_step=True, on_epoch=True)
 
 
-def test_what_is_logged_per_step_is_smoothed_and_nothing_else(tmp_path: Path) -> None:
-    module, averages = made(Logging), LossAverages(WINDOW, DECAY, record=True)
+def test_only_metrics_logged_per_step_are_smoothed(tmp_path: Path) -> None:
+    module, averages = build_module(Logging), LossAverages(WINDOW, DECAY, record=True)
     run = trainer(
         tmp_path, averages, logger=CSVLogger(tmp_path), num_sanity_val_steps=1, val_check_interval=2
     )
@@ -153,53 +153,53 @@ def test_what_is_logged_per_step_is_smoothed_and_nothing_else(tmp_path: Path) ->
         assert_close(averages.history[f"{name}_ema"], ema(values, DECAY, weights))
     assert list(averages.steps["odd"]) == at_odd
     header = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()[0].split(",")
-    # What the module logs itself is not logged again, and each of the names is there once.
+    # The module's own metrics are not logged again, and each name occurs once.
     assert not [name for name in header if name.endswith("_raw")]
     assert sorted(n for n in header if n.endswith("_ema")) == [f"{n}_ema" for n in sorted(want)]
 
 
-def test_metrics_are_chosen_by_name_and_wrong_names_are_told(tmp_path: Path) -> None:
+def test_metrics_are_chosen_by_name_and_unknown_names_warn(tmp_path: Path) -> None:
     averages = LossAverages(metrics=("error", "by_epoch", "nothing"), loss="objective", record=True)
     with pytest.warns(UserWarning, match=r"logged 'by_epoch', 'nothing'; call .*on_step=True"):
-        trainer(tmp_path, averages).fit(made(Logging), loader())
+        trainer(tmp_path, averages).fit(build_module(Logging), loader())
     assert set(averages.steps) == {"objective", "error"}
     averages = LossAverages(metrics=(), record=True)
-    trainer(tmp_path, averages).fit(module := made(Logging), loader())
+    trainer(tmp_path, averages).fit(module := build_module(Logging), loader())
     assert set(averages.steps) == {"train_loss"}
     np.testing.assert_array_equal(averages.history["train_loss_raw"], module.losses)
     averages = LossAverages(loss=None, metrics=("odd",), raw=False, decay=None, record=True)
-    trainer(tmp_path, averages).fit(made(Logging), loader())
+    trainer(tmp_path, averages).fit(build_module(Logging), loader())
     assert set(averages.averages) == {"odd_sma"}
 
 
 @pytest.mark.parametrize("stop_after", [6, 8])
-def test_a_resumed_run_goes_on_with_the_curve(tmp_path: Path, stop_after: int) -> None:
+def test_resumed_run_continues_the_curve(tmp_path: Path, stop_after: int) -> None:
     def saving() -> ModelCheckpoint:
         return ModelCheckpoint(tmp_path / "saved", every_n_train_steps=stop_after, save_top_k=-1)
 
     run = trainer(tmp_path, LossAverages(WINDOW, DECAY), saving(), max_steps=stop_after)
-    run.fit(module := made(), loader())
+    run.fit(module := build_module(), loader())
     (path,) = (tmp_path / "saved").glob("*.ckpt")
-    torch.load(path, weights_only=True)  # nothing in it that would have to be trusted
+    torch.load(path, weights_only=True)  # loads without trusting the file
 
     averages = LossAverages(WINDOW, DECAY, record=True)
     run = trainer(tmp_path, averages, saving())
-    run.fit(resumed := made(), loader(), ckpt_path=path)
+    run.fit(resumed := build_module(), loader(), ckpt_path=path)
     rest = len(resumed.losses)
     assert rest >= 10
-    # Within an epoch a plain loader begins again: these are the losses that there were.
+    # A plain loader restarts within an epoch, so append the losses that were really seen.
     module.seen += resumed.seen
     for name in ("train_loss_sma", "train_loss_ema"):
         assert_close(averages.history[name][-rest:], module.curves[name][-rest:])
 
-    if stop_after == 6:  # between epochs it is the run that there would have been, to the bit
-        _, whole = recorded(tmp_path)
+    if stop_after == 6:  # between epochs, bit-identical to an uninterrupted run
+        _, whole = record_run(tmp_path)
         for name, curve in whole.history.items():
             np.testing.assert_array_equal(averages.history[name][-rest:], curve[-rest:])
 
     other = LossAverages(WINDOW + 1, DECAY, record=True)
     with pytest.warns(UserWarning, match="LossAverages starts again"):
-        trainer(tmp_path, other, saving()).fit(resumed := made(), loader(), ckpt_path=path)
+        trainer(tmp_path, other, saving()).fit(resumed := build_module(), loader(), ckpt_path=path)
     assert_close(other.history["train_loss_ema"], resumed.curves["train_loss_ema"])
 
 
@@ -211,6 +211,6 @@ def test_a_resumed_run_goes_on_with_the_curve(tmp_path: Path, stop_after: int) -
         ({"window_size": 0}, "window_size"),
     ],
 )
-def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         LossAverages(**options)

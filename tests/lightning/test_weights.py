@@ -1,4 +1,4 @@
-"""``fastema.lightning.EMACallback``: what is averaged, evaluated, saved and left in the model."""
+"""``fastema.lightning.EMACallback``: what it averages, evaluates, saves and leaves behind."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ NAME = "fastema.lightning.EMACallback"
 
 
 class Regression(pl.LightningModule):
-    """Notes its weights after each step, and those that validation sees."""
+    """Record the weights after each step and those that validation uses."""
 
     def __init__(self, fails_at: int = -1) -> None:
         super().__init__()
@@ -71,28 +71,28 @@ def trainer(tmp_path: Path) -> Callable[..., pl.Trainer]:
     return make
 
 
-def averaged(weights: list[torch.Tensor], decay: float = DECAY) -> torch.Tensor:
+def average_of(weights: list[torch.Tensor], decay: float = DECAY) -> torch.Tensor:
     average = weights[0].double()
     for x in weights[1:]:
         average = decay * average + (1 - decay) * x.double()
     return average.float()
 
 
-def test_validation_and_the_end_have_the_average_and_training_never_does(
+def test_validation_and_the_end_use_the_average_but_training_does_not(
     trainer: Callable[..., pl.Trainer],
 ) -> None:
     module, ema = Regression(), EMACallback(DECAY)
     trainer(ema, num_sanity_val_steps=0).fit(module)
     assert len(module.trained) == 9
-    torch.testing.assert_close(module.validated[0], averaged(module.trained[:5]))
-    torch.testing.assert_close(module.validated[-1], averaged(module.trained))
-    torch.testing.assert_close(module.layer.weight.detach(), averaged(module.trained))
+    torch.testing.assert_close(module.validated[0], average_of(module.trained[:5]))
+    torch.testing.assert_close(module.validated[-1], average_of(module.trained))
+    torch.testing.assert_close(module.layer.weight.detach(), average_of(module.trained))
     plain = Regression()
     trainer().fit(plain)
     assert all(map(torch.equal, module.trained, plain.trained))
 
 
-def test_weights_come_back_when_validation_fails(trainer: Callable[..., pl.Trainer]) -> None:
+def test_failed_validation_restores_the_weights(trainer: Callable[..., pl.Trainer]) -> None:
     module, ema = Regression(fails_at=2), EMACallback(DECAY)
     with pytest.raises(RuntimeError, match="validation failed"):
         trainer(ema, num_sanity_val_steps=0).fit(module)
@@ -101,7 +101,7 @@ def test_weights_come_back_when_validation_fails(trainer: Callable[..., pl.Train
 
 
 @pytest.mark.parametrize("at_end", ["average", "raw"])
-def test_a_resumed_run_continues_to_the_bit(
+def test_resumed_run_is_bit_identical(
     at_end: Any, trainer: Callable[..., pl.Trainer], tmp_path: Path
 ) -> None:
     def callback() -> EMACallback:
@@ -126,7 +126,7 @@ def test_a_resumed_run_continues_to_the_bit(
     assert is_average == (at_end == "average")
 
 
-def test_a_checkpoint_gives_the_average_without_the_callback(
+def test_checkpoint_yields_the_average_without_the_callback(
     trainer: Callable[..., pl.Trainer], tmp_path: Path
 ) -> None:
     saving = ModelCheckpoint(tmp_path / "saved")
@@ -140,7 +140,7 @@ def test_a_checkpoint_gives_the_average_without_the_callback(
     assert torch.equal(fresh.layer.weight, module.layer.weight)
 
 
-def test_a_checkpoint_saved_in_validation_has_the_weights_in_training(
+def test_checkpoint_saved_in_validation_holds_the_training_weights(
     trainer: Callable[..., pl.Trainer], tmp_path: Path
 ) -> None:
     path = tmp_path / "inside.ckpt"
@@ -153,10 +153,10 @@ def test_a_checkpoint_saved_in_validation_has_the_weights_in_training(
     trainer(EMACallback(DECAY), Saves(), num_sanity_val_steps=0, epochs=1).fit(module)
     saved = torch.load(path, weights_only=True)["state_dict"]["layer.weight"]
     assert torch.equal(saved, module.trained[-1])
-    torch.testing.assert_close(module.layer.weight.detach(), averaged(module.trained))
+    torch.testing.assert_close(module.layer.weight.detach(), average_of(module.trained))
 
 
-def test_bad_arguments_are_refused_at_once() -> None:
+def test_invalid_arguments_are_refused() -> None:
     for options, words in (
         ({"decay": (0.9, 0.99)}, r"which=None.*0 to 1"),
         ({"at_end": "best"}, "at_end='best'"),

@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture(params=["eagerly", "traced"])
 def way(request: pytest.FixtureRequest) -> Any:
-    """How an update is called: as it is, or within a function of TensorFlow."""
+    """Call updates eagerly or within a ``tf.function``."""
     from . import ways
 
     return getattr(ways, request.param)

@@ -1,4 +1,4 @@
-"""Values of ``fastema.tensorflow`` beside those of ``tf.train``, and their order."""
+"""Averages of ``fastema.tensorflow`` beside those of ``tf.train``, and their order."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from fastema.tensorflow import ExponentialMovingAverage
 from ..support import reference
 from ..support.arrays import assert_same
 from ..support.tolerance import unit_roundoff
-from .variables import CODES, LARGE, SCALE, Rng, drawn, move, stored, values, variables
+from .variables import CODES, LARGE, SCALE, Rng, draw, move, to_array, values, variables
 from .ways import Way, assert_moves, averages
 
 pytestmark = pytest.mark.tensorflow
@@ -19,13 +19,13 @@ pytestmark = pytest.mark.tensorflow
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("code", CODES)
-def test_values_to_the_bit(code: str, rounding: str, way: Way, rng: Rng) -> None:
+def test_averages_match_the_reference_exactly(code: str, rounding: str, way: Way, rng: Rng) -> None:
     weights = variables(rng, code)
     ema = ExponentialMovingAverage(0.97, rounding=rounding, seed=9)
     update = way(lambda: ema.apply(weights))
     names: dict[int, str] = {}
     for step in range(8):
-        before = [stored(one) for one in (averages(ema, weights) if step else weights)]
+        before = [to_array(one) for one in (averages(ema, weights) if step else weights)]
         if step:
             move(rng, weights)
         update()
@@ -37,15 +37,15 @@ def test_values_to_the_bit(code: str, rounding: str, way: Way, rng: Rng) -> None
                 key = reference.tensor_key(names[id(average)])
                 words = reference.random_words(9, step, key, np.arange(old.size))
             want = reference.lerp(
-                *(x.reshape(-1) for x in (old, stored(weight))), 1.0 - 0.97, code, code, words
+                *(x.reshape(-1) for x in (old, to_array(weight))), 1.0 - 0.97, code, code, words
             )
-            assert_same(stored(average), want.reshape(old.shape), code)
+            assert_same(to_array(average), want.reshape(old.shape), code)
 
 
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("code", CODES)
-def test_the_same_as_tensorflow(code: str, counted: bool, way: Way, rng: Rng) -> None:
-    """Fifty steps side by side, at a decay that float32 and bfloat16 hold exactly."""
+def test_averages_match_tensorflow(code: str, counted: bool, way: Way, rng: Rng) -> None:
+    """Compare fifty steps, at a decay that float32 and bfloat16 hold exactly."""
     decay = 0.9375
     weights = variables(rng, code)
     count = tf.Variable(0, dtype=tf.int64) if counted else None
@@ -53,8 +53,8 @@ def test_the_same_as_tensorflow(code: str, counted: bool, way: Way, rng: Rng) ->
     theirs = tf.train.ExponentialMovingAverage(decay, count)
     update = way(lambda: ours.apply(weights))
     u = max(unit_roundoff(code), unit_roundoff("f32") if counted else 0.0)
-    # Of theirs, five roundings a step, of numbers up to twice the scale: of the weight, of a
-    # difference, of products and sums. What an error leaves behind shrinks by the decay.
+    # Theirs rounds five times a step (the weight, a difference, products, sums), with numbers
+    # up to twice the scale. Each error then shrinks by the decay at every step.
     bound = 5 * u * 2 * SCALE / (1 - decay)
     moved = 0.0
     for step in range(50):
@@ -72,7 +72,7 @@ def test_the_same_as_tensorflow(code: str, counted: bool, way: Way, rng: Rng) ->
     assert moved > 20 * bound or code in ("f16", "bf16")
 
 
-def test_variables_are_read_at_each_update(way: Way, rng: Rng) -> None:
+def test_decay_and_count_variables_are_read_at_each_update(way: Way, rng: Rng) -> None:
     weights = variables(rng, "f64", [(4,)])
     decay, count = tf.Variable(0.5, dtype=tf.float64), tf.Variable(0)
     ema = ExponentialMovingAverage(decay, count)
@@ -84,8 +84,8 @@ def test_variables_are_read_at_each_update(way: Way, rng: Rng) -> None:
         assert_moves(rng, weights, ema, update, 1 - min(d, (1 + n) / (10 + n)))
 
 
-def test_an_average_in_bfloat16_moves() -> None:
-    """Theirs stands still, as ours does to nearest; at random it moves as it should."""
+def test_bfloat16_average_moves_where_nearest_rounding_stalls() -> None:
+    """Theirs stalls, and so does ours to nearest; stochastic rounding follows the weights."""
     weight = tf.Variable(tf.ones([4000], tf.bfloat16))
     ours = ExponentialMovingAverage(0.999)
     nearest = ExponentialMovingAverage(0.999, rounding="nearest")
@@ -101,8 +101,8 @@ def test_an_average_in_bfloat16_moves() -> None:
     assert mean == pytest.approx(2 - 0.999**100, abs=0.01)
 
 
-def test_order_within_a_function(rng: Rng) -> None:
-    weight = tf.Variable(drawn(rng, (LARGE,)))
+def test_updates_keep_their_order_within_a_function(rng: Rng) -> None:
+    weight = tf.Variable(draw(rng, (LARGE,)))
     ema = ExponentialMovingAverage(0.75)
     ema.apply([weight])
     start = weight.numpy().copy()
@@ -110,7 +110,7 @@ def test_order_within_a_function(rng: Rng) -> None:
     @tf.function
     def function(first: Any, second: Any) -> tuple[Any, ...]:
         average = ema.average(weight)
-        before = average + 0.0  # computed there and then, where a value read may come later
+        before = average + 0.0  # computed here; a plain read may be delayed
         weight.assign(first)
         ema.apply([weight])
         between = average + 0.0
@@ -121,7 +121,7 @@ def test_order_within_a_function(rng: Rng) -> None:
         return before, between, after
 
     for _ in range(5):
-        first, second = drawn(rng, (LARGE,)), drawn(rng, (LARGE,))
+        first, second = draw(rng, (LARGE,)), draw(rng, (LARGE,))
         before, between, after = function(first, second)
         np.testing.assert_array_equal(before, start)
         middle = 0.75 * start + 0.25 * first

@@ -1,4 +1,4 @@
-"""``fastema.tensorflow`` with Keras on TensorFlow: the backend is a matter of the process."""
+"""``fastema.tensorflow`` with Keras, in a process where TensorFlow is its backend."""
 
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ import tensorflow as tf
 
 from fastema.tensorflow import ExponentialMovingAverage
 
-from .variables import drawn
+from .variables import draw
 
 pytestmark = pytest.mark.tensorflow
 
 on_tensorflow = pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="run by test_in_another_process"
+    keras.backend.backend() != "tensorflow", reason="needs KERAS_BACKEND=tensorflow"
 )
 
 
@@ -27,7 +27,7 @@ def dense(count: int = 3) -> Any:
 
 
 @on_tensorflow
-def test_a_model_that_is_fitted(rng: np.random.Generator, tmp_path: Path) -> None:
+def test_keras_model_averages_itself_during_fit(rng: np.random.Generator, tmp_path: Path) -> None:
     class Model(keras.Model):
         def __init__(self) -> None:
             super().__init__()
@@ -46,7 +46,7 @@ def test_a_model_that_is_fitted(rng: np.random.Generator, tmp_path: Path) -> Non
         now = model.dense.kernel.numpy().astype(np.float64)
         seen.append(seen[-1] + 0.25 * (now - seen[-1]))
 
-    x = drawn(rng, (40, 3)).astype(np.float32)
+    x = draw(rng, (40, 3)).astype(np.float32)
     model = Model()
     model(x)
     model.compile(keras.optimizers.SGD(0.05), "mse", jit_compile=False)

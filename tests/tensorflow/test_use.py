@@ -1,4 +1,4 @@
-"""Names, checkpoints and swaps of ``fastema.tensorflow``, and what it refuses."""
+"""Names, checkpoints, swaps and refusals of ``fastema.tensorflow``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import tensorflow as tf
 from fastema.errors import ArgumentError, BridgeError, DTypeError, LayoutError, StateError
 from fastema.tensorflow import ExponentialMovingAverage
 
-from .variables import CODES, SCALE, Rng, averaged, move, stored, values, variables
+from .variables import CODES, SCALE, Rng, build_average, move, to_array, values, variables
 from .ways import Way, assert_equal, averages, eagerly, traced
 
 pytestmark = pytest.mark.tensorflow
 
 
-def test_names_as_tensorflow_gives_them() -> None:
+def test_names_match_tensorflow() -> None:
     weights = [
         tf.Variable([1.0, 2.0], name="a/w"),
         tf.Variable(1.0, name="w"),
@@ -46,8 +46,8 @@ def test_names_as_tensorflow_gives_them() -> None:
     assert ours.average_name("loss") == "loss/slow_one"
 
 
-class Trained(tf.Module):
-    """A model that averages its own weights, and a loss."""
+class SelfAveraging(tf.Module):
+    """A model that averages its own weights and a loss."""
 
     def __init__(self, rng: Rng, code: str = "f32") -> None:
         super().__init__()
@@ -68,16 +68,16 @@ class Trained(tf.Module):
     def total(self) -> Any:
         return tf.reduce_sum([tf.reduce_sum(tf.cast(w, tf.float64)) for w in self.weights])
 
-    def train(self, first: int, last: int) -> Trained:
+    def train(self, first: int, last: int) -> SelfAveraging:
         for step in range(first, last):
             self.step(tf.constant(step, tf.int64))
         return self
 
     def state(self) -> dict[str, np.ndarray]:
-        return {name: stored(average) for name, average in self.ema.shadow.items()}
+        return {name: to_array(average) for name, average in self.ema.shadow.items()}
 
 
-def assert_states_equal(got: Trained, want: Trained) -> None:
+def assert_states_equal(got: SelfAveraging, want: SelfAveraging) -> None:
     assert got.state().keys() == want.state().keys()
     for name, value in want.state().items():
         np.testing.assert_array_equal(got.state()[name], value, err_msg=name)
@@ -85,14 +85,12 @@ def assert_states_equal(got: Trained, want: Trained) -> None:
 
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("code", ["f32", "bf16"])
-def test_a_resumed_run_goes_on_to_the_bit(
-    code: str, before: bool, rng: Rng, tmp_path: Path
-) -> None:
-    """Random rounding, debiasing and all, restored before the averages exist or after."""
-    whole = Trained(rng, code).train(0, 4)
+def test_resumed_run_is_bit_identical(code: str, before: bool, rng: Rng, tmp_path: Path) -> None:
+    """With random rounding and debiasing, restored before or after the averages exist."""
+    whole = SelfAveraging(rng, code).train(0, 4)
     path = tf.train.Checkpoint(model=whole).save(tmp_path / "half")
     whole.train(4, 9)
-    resumed = Trained(rng, code)
+    resumed = SelfAveraging(rng, code)
     if not before:
         resumed.train(50, 52)
     status = tf.train.Checkpoint(model=resumed).restore(path)
@@ -106,25 +104,25 @@ def test_a_resumed_run_goes_on_to_the_bit(
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_a_swap_is_exact(code: str, rng: Rng) -> None:
-    weights, ema = averaged(rng, 0.9, code)
+def test_swapped_shows_averages_and_restores_every_bit(code: str, rng: Rng) -> None:
+    weights, ema = build_average(rng, 0.9, code)
     for _ in range(2):
         ema.apply(weights)
         move(rng, weights)
-    raw, mean = [stored(w) for w in weights], [stored(a) for a in averages(ema, weights)]
+    raw, mean = [to_array(w) for w in weights], [to_array(a) for a in averages(ema, weights)]
     held = [weight.read_value() for weight in weights]
     for _ in range(2):
         with ema.swapped():
-            assert_equal([stored(w) for w in weights], mean)
-            assert_equal([stored(a) for a in averages(ema, weights)], raw)
-        assert_equal([stored(w) for w in weights], raw)
-        assert_equal([stored(a) for a in averages(ema, weights)], mean)
+            assert_equal([to_array(w) for w in weights], mean)
+            assert_equal([to_array(a) for a in averages(ema, weights)], raw)
+        assert_equal([to_array(w) for w in weights], raw)
+        assert_equal([to_array(a) for a in averages(ema, weights)], mean)
     assert_equal([tensor.numpy().tobytes() for tensor in held], [a.tobytes() for a in raw])
     ema.apply(weights)
 
 
-def test_a_swap_is_taken_back_after_an_error(rng: Rng, tmp_path: Path) -> None:
-    weights, ema = averaged(rng)
+def test_refused_call_inside_swapped_restores_the_weights(rng: Rng, tmp_path: Path) -> None:
+    weights, ema = build_average(rng)
     checkpoint = tf.train.Checkpoint(ema=ema)
     path = checkpoint.save(tmp_path / "c")
     update = traced(lambda: ema.apply(weights))
@@ -150,15 +148,15 @@ def test_a_swap_is_taken_back_after_an_error(rng: Rng, tmp_path: Path) -> None:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """In the background an interrupt is ignored."""
+    """Install the default SIGINT handler: a background process ignores interrupts."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupt_of_a_swap_leaves_the_weights(rng: Rng) -> None:
-    weights, ema = averaged(rng)
+def test_interrupted_swap_restores_the_weights(rng: Rng) -> None:
+    weights, ema = build_average(rng)
     raw = values(weights)
     for when in (0, 1):
         with ema.swapped():
@@ -181,7 +179,7 @@ def test_an_interrupt_of_a_swap_leaves_the_weights(rng: Rng) -> None:
         ema.apply(weights)
 
 
-def refused() -> Iterator[tuple[str, type[Exception], str, Callable[[], Any]]]:
+def refusals() -> Iterator[tuple[str, type[Exception], str, Callable[[], Any]]]:
     yield "no list", BridgeError, "list of variables", lambda: tf.Variable([1.0])
     yield "a tensor", BridgeError, "list of variables", lambda: tf.constant([1.0])
     yield "a module", BridgeError, "list of variables", lambda: tf.Module()
@@ -201,10 +199,12 @@ def refused() -> Iterator[tuple[str, type[Exception], str, Callable[[], Any]]]:
 
 
 @pytest.mark.parametrize(
-    ("error", "words", "given"), [pytest.param(*rest, id=name) for name, *rest in refused()]
+    ("error", "words", "given"), [pytest.param(*rest, id=name) for name, *rest in refusals()]
 )
-def test_lists_that_are_refused(error: type[Exception], words: str, given: Any, way: Way) -> None:
-    """Before anything is created or written, also of what stands before it in the list."""
+def test_invalid_variables_are_refused_before_any_change(
+    error: type[Exception], words: str, given: Any, way: Way
+) -> None:
+    """Valid variables that come before the invalid one are not touched either."""
     weight = tf.Variable([1.0, 2.0], name="w")
     ema = ExponentialMovingAverage(0.5)
     ema.apply({"w": weight, "loss": tf.constant(4.0)})
@@ -214,7 +214,7 @@ def test_lists_that_are_refused(error: type[Exception], words: str, given: Any, 
         wrong = [weight, tf.Variable(3.0, name="fresh"), *wrong]
     elif isinstance(wrong, dict):
         wrong = {"w": weight, "fresh": tf.Variable(3.0)} | wrong
-    # Errors while a function is traced are of a class of TensorFlow's.
+    # TensorFlow raises its own class for errors in tracing.
     kinds = error if way is eagerly else Exception
     with pytest.raises(kinds, match=words):
         way(lambda: ema.apply(wrong))()

@@ -1,4 +1,4 @@
-"""Variables of TensorFlow, and an average of them."""
+"""TensorFlow variables, and an average of them."""
 
 from typing import Any
 
@@ -10,21 +10,21 @@ from fastema.tensorflow import ExponentialMovingAverage
 SHAPES = [(), (0, 3), (1,), (7,), (5, 4), (3, 1, 2, 2), (300, 41)]
 CODES = {"f16": tf.float16, "bf16": tf.bfloat16, "f32": tf.float32, "f64": tf.float64}
 SCALE = 4.0  # no weight of these tests is larger
-LARGE = 300_000  # of which an update takes long enough for a race to show
+LARGE = 300_000  # elements: an update takes long enough to show a race
 
 Rng = np.random.Generator
 
 
-def drawn(rng: Rng, shape: tuple[int, ...]) -> np.ndarray:
+def draw(rng: Rng, shape: tuple[int, ...]) -> np.ndarray:
     return rng.uniform(-SCALE, SCALE, shape)
 
 
 def variables(rng: Rng, code: str = "f32", shapes: Any = SHAPES) -> list[Any]:
-    return [tf.Variable(tf.cast(drawn(rng, s), CODES[code]), name=f"v/{len(s)}") for s in shapes]
+    return [tf.Variable(tf.cast(draw(rng, s), CODES[code]), name=f"v/{len(s)}") for s in shapes]
 
 
-def averaged(rng: Rng, decay: float = 0.9, *given: Any) -> tuple[list[Any], Any]:
-    """Variables, and their average, which begins with what they were before they moved."""
+def build_average(rng: Rng, decay: float = 0.9, *given: Any) -> tuple[list[Any], Any]:
+    """Return variables and an average that started from their previous values."""
     weights, ema = variables(rng, *given), ExponentialMovingAverage(decay)
     ema.apply(weights)
     move(rng, weights)
@@ -33,15 +33,15 @@ def averaged(rng: Rng, decay: float = 0.9, *given: Any) -> tuple[list[Any], Any]
 
 def move(rng: Rng, weights: list[Any]) -> None:
     for weight in weights:
-        weight.assign(tf.cast(drawn(rng, tuple(weight.shape)), weight.dtype))
+        weight.assign(tf.cast(draw(rng, tuple(weight.shape)), weight.dtype))
 
 
 def values(weights: Any) -> list[np.ndarray]:
-    """Copies, in float64."""
+    """Return float64 copies."""
     return [np.array(weight.numpy(), np.float64) for weight in weights]
 
 
-def stored(variable: Any) -> np.ndarray:
-    """A copy as the reference wants it: bfloat16 as bits."""
+def to_array(variable: Any) -> np.ndarray:
+    """Return a copy for the reference, bfloat16 as its bits."""
     array = np.array(variable.numpy())
     return array.view(np.uint16) if variable.dtype == tf.bfloat16 else array

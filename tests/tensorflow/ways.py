@@ -1,4 +1,4 @@
-"""Ways to call an update, and what it is to make of averages."""
+"""Eager and traced calls of an update, and checks of the averages."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,13 +16,13 @@ def eagerly(work: Callable[[], object]) -> Callable[[], object]:
 
 
 def traced(work: Callable[[], object]) -> Callable[[], object]:
-    """The work as a function, which is not traced again at a later call."""
+    """Return the work as a ``tf.function`` that later calls do not retrace."""
     traces: list[int] = []
 
     @tf.function
     def function() -> None:
         traces.append(1)
-        assert len(traces) <= 2  # twice where it creates variables, says TensorFlow
+        assert len(traces) <= 2  # TensorFlow traces twice to create variables
         work()
 
     return function
@@ -40,7 +40,7 @@ def assert_equal(got: Any, want: Any) -> None:
 def assert_moves(
     rng: Rng, weights: list[Any], ema: Any, update: Callable[[], object], share: float
 ) -> None:
-    """An update, in float64, takes averages a share of the way to weights that have moved."""
+    """Assert that an update moves averages by ``share`` of the way to new weights."""
     before = values(averages(ema, weights))
     move(rng, weights)
     update()

@@ -1,4 +1,4 @@
-"""``fastema.torch.update_bn`` against torch's own, and what it does where torch's gives up."""
+"""``fastema.torch.update_bn`` against torch's own, and where it does more."""
 
 import copy
 import sys
@@ -21,12 +21,12 @@ DIMS = {nn.BatchNorm1d: 0, nn.SyncBatchNorm: 0, nn.BatchNorm2d: 2, nn.BatchNorm3
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seed() -> None:
     torch.manual_seed(0)
 
 
-def net(norm: Any = nn.BatchNorm1d, momentum: float | None = 0.3) -> nn.Module:
-    """Two layers of norms, with statistics that no reset would give."""
+def build_net(norm: Any = nn.BatchNorm1d, momentum: float | None = 0.3) -> nn.Module:
+    """Build a model of two norms, whose statistics differ from a reset."""
     model = nn.Sequential(norm(3, momentum=momentum), nn.ReLU(), norm(3, momentum=momentum))
     for buffer in model.buffers():
         buffer.copy_(17 + torch.rand(buffer.shape))
@@ -42,20 +42,20 @@ def failing_loader(after: int, error: BaseException) -> Iterator[Tensor]:
     raise error
 
 
-def state(model: nn.Module) -> dict[str, Tensor]:
+def clone(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def assert_equal(got: Any, want: Any) -> None:
-    """Every parameter and buffer, bit for bit."""
-    got, want = (state(x) if isinstance(x, nn.Module) else dict(x) for x in (got, want))
+    """Assert that all parameters and buffers are equal, bit for bit."""
+    got, want = (clone(x) if isinstance(x, nn.Module) else dict(x) for x in (got, want))
     assert got.keys() == want.keys()
     for name, tensor in want.items():
         assert torch.equal(got[name], tensor), name
 
 
-def by_torch(model: nn.Module, loader: Any) -> nn.Module:
-    """The model after torch's update_bn; the one given is left alone."""
+def update_with_torch(model: nn.Module, loader: Any) -> nn.Module:
+    """Return a copy of the model after torch's update_bn."""
     model = copy.deepcopy(model)
     swa_utils.update_bn(loader, model)
     return model
@@ -63,12 +63,12 @@ def by_torch(model: nn.Module, loader: Any) -> nn.Module:
 
 @pytest.mark.parametrize("momentum", [0.3, None])
 @pytest.mark.parametrize("norm", DIMS, ids=lambda norm: norm.__name__)
-def test_statistics_equal_torchs(norm: type[nn.Module], momentum: float | None) -> None:
-    model, loader = net(norm, momentum), inputs(dims=DIMS[norm])
-    before, expected = state(model), by_torch(model, loader)
+def test_statistics_match_torch(norm: type[nn.Module], momentum: float | None) -> None:
+    model, loader = build_net(norm, momentum), inputs(dims=DIMS[norm])
+    before, expected = clone(model), update_with_torch(model, loader)
     update_bn(loader, model)
     assert_equal(model, expected)
-    changed = {name for name, was in before.items() if not torch.equal(was, state(model)[name])}
+    changed = {name for name, was in before.items() if not torch.equal(was, clone(model)[name])}
     assert changed == {name for name, _ in model.named_buffers()}
     assert [model[0].momentum, model[2].momentum] == [momentum] * 2
 
@@ -76,24 +76,24 @@ def test_statistics_equal_torchs(norm: type[nn.Module], momentum: float | None) 
 @pytest.mark.parametrize(
     "layer", [nn.LayerNorm(2), nn.BatchNorm1d(3, track_running_stats=False)], ids=str
 )
-def test_without_statistics_the_loader_is_not_touched(layer: nn.Module) -> None:
+def test_model_without_statistics_does_not_read_the_loader(layer: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(3, 2), layer).eval()
     update_bn(failing_loader(0, AssertionError("touched")), model)
     assert not model.training
 
 
-def test_layers_that_saw_no_batch_keep_their_statistics() -> None:
-    """torch's leaves them reset: mean 0, variance 1."""
-    model, loader = net(), inputs()
-    used, unused = by_torch(model[0], loader), state(model[2])
+def test_layers_without_batches_keep_their_statistics() -> None:
+    """torch's function leaves them reset: mean 0, variance 1."""
+    model, loader = build_net(), inputs()
+    used, unused = update_with_torch(model[0], loader), clone(model[2])
     update_bn(loader, model, forward=lambda model, batch: model[0](batch))
     assert_equal(model[0], used)
     assert_equal(model[2], unused)
 
 
 def test_each_module_keeps_its_own_mode_and_no_gradients_are_recorded() -> None:
-    """torch's gives all modules the mode of the outermost one."""
-    model = net().train()
+    """torch's function gives all modules the mode of the outermost one."""
+    model = build_net().train()
     model[2].eval()
 
     def forward(model: nn.Module, batch: Tensor) -> None:
@@ -107,22 +107,22 @@ def test_each_module_keeps_its_own_mode_and_no_gradients_are_recorded() -> None:
 
 @pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("after", [0, 1, 3])
-def test_an_error_of_the_loader_loses_nothing(after: int, error: BaseException) -> None:
-    model = net(momentum=0.3)
+def test_loader_error_changes_nothing(after: int, error: BaseException) -> None:
+    model = build_net(momentum=0.3)
     model[2].momentum = None
     model[2].running_mean[1] = torch.nan
     model.eval()
     pointers = {name: buffer.data_ptr() for name, buffer in model.named_buffers()}
-    before = {name: tensor.numpy().tobytes() for name, tensor in state(model).items()}
+    before = {name: tensor.numpy().tobytes() for name, tensor in clone(model).items()}
     with pytest.raises(type(error)):
         update_bn(failing_loader(after, error), model)
-    assert {name: tensor.numpy().tobytes() for name, tensor in state(model).items()} == before
+    assert {name: tensor.numpy().tobytes() for name, tensor in clone(model).items()} == before
     assert {name: buffer.data_ptr() for name, buffer in model.named_buffers()} == pointers
     assert [model[0].momentum, model[2].momentum] == [0.3, None]
     assert not any(module.training for module in model.modules())
 
 
-REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
+UNUSABLE: dict[str, tuple[Any, type[Exception], str]] = {
     "empty": ([], ArgumentError, "no batch"),
     "used up": (iter([]), ArgumentError, "no batch"),
     "last of one": ([*inputs(2), torch.randn(1, 3)], ValueError, "more than 1 value per"),
@@ -130,11 +130,11 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_used_loses_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    loader, error, message = REFUSED[case]
-    model = (Named() if case == "names" else net()).eval()
-    before = state(model)
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_unusable_loader_changes_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, error, message = UNUSABLE[case]
+    model = (NamedInputs() if case == "names" else build_net()).eval()
+    before = clone(model)
     with pytest.raises(error, match=message):
         update_bn(loader, model)
     monkeypatch.setitem(sys.modules, "rich.progress", None)
@@ -144,12 +144,12 @@ def test_what_cannot_be_used_loses_nothing(case: str, monkeypatch: pytest.Monkey
     assert not any(module.training for module in model.modules())
 
 
-class Named(nn.Module):
-    """Takes two inputs by name."""
+class NamedInputs(nn.Module):
+    """Take two inputs by name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = net()
+        self.inner = build_net()
         self.seen: list[float] = []
 
     def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -157,8 +157,8 @@ class Named(nn.Module):
         return self.inner(x * scale)
 
 
-class PassOn(nn.Module):
-    """A wrapper as the data parallel ones are."""
+class Wrapper(nn.Module):
+    """Wrap a module as data parallel wrappers do."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -172,26 +172,26 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "bare": lambda model: model,
     "averaged": swa_utils.AveragedModel,
     "compiled": lambda model: torch.compile(model, backend="eager"),
-    "twice": lambda model: PassOn(PassOn(model)),
+    "twice": lambda model: Wrapper(Wrapper(model)),
 }
 
 
 @pytest.mark.parametrize("kind", [dict, UserDict])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_mapping_is_passed_by_name(wrapper: str, kind: type) -> None:
-    named = Named()
+def test_mapping_batches_are_passed_by_name(wrapper: str, kind: type) -> None:
+    named = NamedInputs()
     model = WRAPPERS[wrapper](named)
-    held = model.module if wrapper == "averaged" else named  # which copies the model
+    held = model.module if wrapper == "averaged" else named  # it copies the model
     loader = [kind(label=torch.zeros(9), x=x, scale=2.0) for x in inputs()]
-    expected = by_torch(named.inner, [2.0 * batch["x"] for batch in loader])
+    expected = update_with_torch(named.inner, [2.0 * batch["x"] for batch in loader])
     update_bn(loader, model)
     assert_equal(held.inner, expected)
     assert held.seen == [2.0] * 4
 
 
 @pytest.mark.parametrize("kind", ["EMA", "SWA", "SMA"])
-def test_the_average_keeps_its_statistics_and_the_weights_get_theirs(kind: str) -> None:
-    model, loader = net(), inputs()
+def test_update_bn_in_swapped_spares_the_weights_statistics(kind: str) -> None:
+    model, loader = build_net(), inputs()
     average = getattr(fastema, kind)(model)
     for _ in range(3):
         with torch.no_grad():
@@ -199,17 +199,17 @@ def test_the_average_keeps_its_statistics_and_the_weights_get_theirs(kind: str) 
                 parameter += torch.randn_like(parameter)
             model(inputs(1)[0])
         average.update()
-    raw = state(model)
+    raw = clone(model)
     with pytest.raises(OSError, match="disk"), average.swapped():
         update_bn(failing_loader(2, OSError("disk")), model)
     assert_equal(model, raw)
     with average.swapped():
         assert not torch.equal(model[0].weight, raw["0.weight"])
-        expected = by_torch(model, loader)
+        expected = update_with_torch(model, loader)
         update_bn(loader, model)
         assert_equal(model, expected)
     assert_equal(model, raw)
     assert not torch.equal(expected[0].running_mean, raw["0.running_mean"])
-    assert_equal(average.shadow, {name: state(expected)[name] for name in average.shadow})
+    assert_equal(average.shadow, {name: clone(expected)[name] for name in average.shadow})
     with average.swapped():
         assert_equal(model, expected)

@@ -1,4 +1,4 @@
-"""Trainers of that network with an average of its weights."""
+"""Trainers of the recording network with an average of its weights."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from transformers import Trainer
 
 from fastema.transformers import EMACallback
 
-from .network import DECAY, Network, Noting
+from .network import DECAY, Network, Recorder
 from .runs import quiet_trainer
 
 
@@ -21,15 +21,15 @@ def trainer(folder: Path, *callbacks: Any, model: Any = None, **options: Any) ->
 
 
 class Run(NamedTuple):
-    """A trainer, its model, a callback that looks on, and the average that comes after it."""
+    """A trainer, its model, a recorder, and the EMA callback that comes after the recorder."""
 
     trainer: Trainer
     model: Any
-    noting: Noting
+    recorder: Recorder
     ema: EMACallback
 
 
-def prepared(
+def prepare_run(
     folder: Path,
     ema: EMACallback | None = None,
     *,
@@ -37,15 +37,15 @@ def prepared(
     model: Any = None,
     **options: Any,
 ) -> Run:
-    model, noting, ema = model or Network(), Noting(), ema or EMACallback(DECAY)
-    made = trainer(folder, *(first or []), noting, ema, model=model, **options)
-    return Run(made, model, noting, ema)
+    model, recorder, ema = model or Network(), Recorder(), ema or EMACallback(DECAY)
+    made = trainer(folder, *(first or []), recorder, ema, model=model, **options)
+    return Run(made, model, recorder, ema)
 
 
-def trained(
+def train_run(
     folder: Path, ema: EMACallback | None = None, *, resume: Any = None, **options: Any
 ) -> Run:
-    """As ``prepared``, trained, from a checkpoint perhaps."""
-    run = prepared(folder, ema, **options)
+    """Prepare a run and train it, optionally from a checkpoint."""
+    run = prepare_run(folder, ema, **options)
     run.trainer.train(str(resume) if resume else None)
     return run

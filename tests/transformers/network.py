@@ -1,4 +1,4 @@
-"""A network that notes what it is evaluated with, and a callback that notes its weights."""
+"""A network and a callback that record the weights in evaluation and in training."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4}
 
 
 class Network(torch.nn.Module):
-    """Notes its weights in each evaluation, by the step of the run that it is in."""
+    """Record the weights of each forward pass in evaluation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,8 +35,8 @@ class Network(torch.nn.Module):
         return {"loss": (found - labels).square().mean(), "logits": found}
 
 
-class At(TrainerCallback):
-    """Calls a function at an event, with the state and the control of the run."""
+class CallAt(TrainerCallback):
+    """Call a function at an event, with the run's state and control."""
 
     def __init__(self, event: str, call: Callable[[Any, Any], object]) -> None:
         def called(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -45,33 +45,33 @@ class At(TrainerCallback):
         setattr(self, event, called)
 
 
-class Noting(TrainerCallback):
-    """Keeps the weights as they are at events."""
+class Recorder(TrainerCallback):
+    """Record the weights at events."""
 
     def __init__(self) -> None:
-        self.begun: State = {}
+        self.start: State = {}
         self.steps: list[State] = []
         self.seen: list[tuple[str, State]] = []
         for event in ("evaluate", "predict", "prediction_step"):
-            setattr(self, f"on_{event}", partial(self._see, event))
+            setattr(self, f"on_{event}", partial(self._record, event))
 
     def on_train_begin(self, *_: Any, model: Any, **kwargs: Any) -> None:
-        self.begun = snapshot(model)
+        self.start = snapshot(model)
 
     def on_step_end(self, *_: Any, model: Any, **kwargs: Any) -> None:
         self.steps.append(snapshot(model))
 
-    def _see(self, event: str, *_: Any, model: Any, **kwargs: Any) -> None:
+    def _record(self, event: str, *_: Any, model: Any, **kwargs: Any) -> None:
         self.seen.append((event, snapshot(model)))
 
     def average(self, upto: int | None = None) -> State:
-        """Of the steps so far, as `average_of` computes it."""
-        return average_of(self.begun, self.steps[:upto])
+        """Return the average of the recorded steps, up to ``upto``."""
+        return average_of(self.start, self.steps[:upto])
 
 
-def average_of(begun: State, steps: list[State], decay: float = DECAY) -> State:
-    """In float64; buffers are those of the last step."""
-    found = {name: value.double() for name, value in begun.items()}
+def average_of(start: State, steps: list[State], decay: float = DECAY) -> State:
+    """Average steps in float64; buffers come from the last step."""
+    found = {name: value.double() for name, value in start.items()}
     for step in steps:
         for name, value in step.items():
             if "running" in name or "num_batches" in name:
@@ -82,7 +82,7 @@ def average_of(begun: State, steps: list[State], decay: float = DECAY) -> State:
 
 
 def average_in(folder: Path) -> State:
-    """The averaged tensors beside a checkpoint, by the names that the model has."""
+    """Return the averages saved in a checkpoint folder, by the model's names."""
     found = load_file(folder / FILE)
     return {
         name.removeprefix("shadow.0."): value for name, value in found.items() if name != "state"

@@ -28,7 +28,7 @@ def quiet_trainer(
     given: dict[str, Any],
     **options: Any,
 ) -> Trainer:
-    """Make a trainer on the CPU that reports and saves nothing but what the options say."""
+    """Build a CPU trainer that reports and saves only what the options ask for."""
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "use_cpu": True,

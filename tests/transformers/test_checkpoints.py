@@ -16,8 +16,8 @@ from fastema.errors import CheckpointError
 from fastema.transformers import EMACallback
 
 from ..support.torch_states import assert_near, assert_same, snapshot
-from .averaged import trained, trainer
-from .network import DECAY, EVERY_FOUR, FILE, SAVED, STEPS, At, Network, Noting, average_in
+from .averaged import train_run, trainer
+from .network import DECAY, EVERY_FOUR, FILE, SAVED, STEPS, CallAt, Network, Recorder, average_in
 from .runs import MARKS
 
 NEEDS = ("accelerate",)
@@ -37,12 +37,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_all_options_of_an_average_are_passed_on_and_resumed_to_the_bit(
+def test_each_option_reaches_the_average_and_resumes_bit_identically(
     tmp_path: Path, option: str
 ) -> None:
     options = {"decay": DECAY, **OPTIONS[option]}
-    run = trained(tmp_path, EMACallback(**options), **EVERY_FOUR, **SAVED)
-    again = trained(
+    run = train_run(tmp_path, EMACallback(**options), **EVERY_FOUR, **SAVED)
+    again = train_run(
         tmp_path / "rest", EMACallback(**options), resume=tmp_path / "checkpoint-8", **EVERY_FOUR
     )
     assert_same(snapshot(again.model), snapshot(run.model))
@@ -51,37 +51,37 @@ def test_all_options_of_an_average_are_passed_on_and_resumed_to_the_bit(
 
     which = options.pop("which", None)
     expected = fastema.EMA(begun := Network(), **options)
-    noting = Noting()
-    trainer(tmp_path / "plain", noting).train()
-    for step in noting.steps:
+    recorder = Recorder()
+    trainer(tmp_path / "plain", recorder).train()
+    for step in recorder.steps:
         begun.load_state_dict(step)
         expected.update()
     with expected.swapped(which=which):
         assert_same(snapshot(run.model), snapshot(begun))
 
 
-def test_checkpoints_hold_the_weights_and_the_average_in_files_of_their_own(tmp_path: Path) -> None:
-    noting = trained(tmp_path, save_total_limit=2, **SAVED).noting
+def test_checkpoints_hold_weights_and_average_in_separate_files(tmp_path: Path) -> None:
+    recorder = train_run(tmp_path, save_total_limit=2, **SAVED).recorder
     assert sorted(one.name for one in tmp_path.iterdir()) == ["checkpoint-12", "checkpoint-8"]
     for step in (8, 12):
         folder = tmp_path / f"checkpoint-{step}"
-        assert_same(load_file(folder / "model.safetensors"), noting.steps[step - 1])
-        assert_near(average_in(folder), noting.average(step))
+        assert_same(load_file(folder / "model.safetensors"), recorder.steps[step - 1])
+        assert_near(average_in(folder), recorder.average(step))
         assert not [one for one in folder.iterdir() if one.name.startswith(".")]
 
 
 @pytest.mark.parametrize("how", ["a path", "the last", "elsewhere", "by name", "added"])
-def test_an_interrupted_run_goes_on_to_the_bit(tmp_path: Path, how: str) -> None:
+def test_interrupted_run_resumes_bit_identically(tmp_path: Path, how: str) -> None:
     def stop(state: Any, control: Any) -> None:
         control.should_training_stop = state.global_step == 8
 
-    whole, folder = trained(tmp_path / "whole", **EVERY_FOUR), tmp_path / "run"
-    # The average is written before or after others see the checkpoint.
-    trained(folder, first=[At("on_save", stop)], **SAVED)
+    whole, folder = train_run(tmp_path / "whole", **EVERY_FOUR), tmp_path / "run"
+    # Another callback sees the checkpoint before the average is written.
+    train_run(folder, first=[CallAt("on_save", stop)], **SAVED)
     saved: Any = str(folder / "checkpoint-8")
     if how == "elsewhere":
         saved = shutil.move(saved, tmp_path / "moved")
-    model, rest, ema = Network(), Noting(), EMACallback(DECAY)
+    model, rest, ema = Network(), Recorder(), EMACallback(DECAY)
     run = trainer(folder, rest, model=model, **EVERY_FOUR, **SAVED)
     if how == "added":
         run.add_callback(ema)
@@ -92,7 +92,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(tmp_path: Path, how: str) -> None
     else:
         run.train(True if how == "the last" else saved)
     assert len(rest.steps) == 4
-    assert_same(rest.steps[-1], whole.noting.steps[-1])
+    assert_same(rest.steps[-1], whole.recorder.steps[-1])
     assert_same(snapshot(model), snapshot(whole.model))
     assert_same(model.evaluated[-1], whole.model.evaluated[-1])
     assert ema.ema.num_updates == STEPS
@@ -121,7 +121,7 @@ def change_one_weight(folder: Path) -> None:
 
 
 def run_without_average(folder: Path) -> None:
-    """Train into the folders of a run that had an average."""
+    """Train without an average into the folders of a run that had one."""
     old = (folder / FILE).read_bytes()
     trainer(folder.parent, **SAVED, learning_rate=0.3).train()
     assert (folder / FILE).read_bytes() == old
@@ -141,25 +141,25 @@ OTHER_WEIGHTS = r"average of other weights.*model.safetensors"
         (run_without_average, [{}, {"on_missing": "begin"}], OTHER_WEIGHTS),
     ],
 )
-def test_a_checkpoint_with_an_average_that_does_not_fit_is_refused(
+def test_checkpoint_with_a_mismatched_average_is_refused(
     tmp_path: Path, changes: Callable[[Path], object], options: list[Any], message: str
 ) -> None:
-    trained(tmp_path, **SAVED)
+    train_run(tmp_path, **SAVED)
     changes(tmp_path / "checkpoint-8")
     for given in options:
         with pytest.raises(CheckpointError, match=message):
-            trained(
+            train_run(
                 tmp_path / "rest", EMACallback(DECAY, **given), resume=tmp_path / "checkpoint-8"
             )
 
 
 @pytest.mark.parametrize("at_end", ["average", "raw"])
 @pytest.mark.parametrize("limit", [None, 1])
-def test_the_best_model_is_the_one_whose_average_is(
+def test_best_model_is_chosen_by_its_average(
     tmp_path: Path, at_end: Any, limit: int | None
 ) -> None:
-    # Large steps: the loss is greatest somewhere in the middle, and that is what is looked for.
-    run, model, noting, ema = trained(
+    # With large steps the highest loss, "best" here, is somewhere in the middle.
+    run, model, recorder, ema = train_run(
         tmp_path, EMACallback(0.5, at_end=at_end), load_best_model_at_end=True,
         metric_for_best_model="loss", greater_is_better=True, save_total_limit=limit,
         learning_rate=1.0, lr_scheduler_type="constant", eval_strategy="steps", eval_steps=1,
@@ -170,7 +170,7 @@ def test_the_best_model_is_the_one_whose_average_is(
     assert 0 < best < len(losses) - 1
     assert run.state.best_global_step == best + 1
     assert run.state.best_metric == losses[best]
-    raw, average = noting.steps[best], model.evaluated[best]
+    raw, average = recorder.steps[best], model.evaluated[best]
     assert_same(snapshot(model), average if at_end == "average" else raw)
     assert run.evaluate()["eval_loss"] == losses[best]
     assert ema.ema.num_updates == best + 1

@@ -1,4 +1,4 @@
-"""Real runs of the Hugging Face Trainer: what its logs show of smoothed losses."""
+"""Real Hugging Face Trainer runs: smoothed losses in its logs."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ WINDOW, DECAY = 3, 0.7
 
 
 class Regression(torch.nn.Module):
-    """Notes the loss of each training step."""
+    """Record the loss of each training step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,8 +50,8 @@ def column(run: Trainer, name: str) -> list[float]:
     return [entry[name] for entry in run.state.log_history if name in entry]
 
 
-class Seeing(TrainerCallback):
-    """Keeps what it is given to log."""
+class LogRecorder(TrainerCallback):
+    """Record the logs passed to callbacks."""
 
     def __init__(self) -> None:
         self.logs: list[dict[str, Any]] = []
@@ -62,14 +62,14 @@ class Seeing(TrainerCallback):
         self.logs.append({**(logs or {}), "step": state.global_step})
 
 
-def test_logs_and_history_hold_the_curves_of_the_definition(tmp_path: Path, capsys: Any) -> None:
-    model, seeing = Regression(), Seeing()
+def test_logs_and_history_match_the_definition(tmp_path: Path, capsys: Any) -> None:
+    model, seeing = Regression(), LogRecorder()
     run = trainer(tmp_path, LossAverages(WINDOW, DECAY), seeing, model=model)
     run.train()
     losses = column(run, "loss")
     at = [4, 8, 12, 16]
     assert [entry["step"] for entry in run.state.log_history if "loss" in entry] == at
-    # The Trainer's loss is the mean since it logged last, in float32.
+    # The Trainer logs the mean loss since the last log, in float32.
     means = [np.mean(model.seen[end - 4 : end]) for end in at]
     np.testing.assert_allclose(losses, means, rtol=1e-6)
     for name, curve in (("loss_sma", sma(losses, WINDOW)), ("loss_ema", ema(losses, DECAY))):
@@ -78,19 +78,19 @@ def test_logs_and_history_hold_the_curves_of_the_definition(tmp_path: Path, caps
     assert not column(run, "loss_raw")
     printed = capsys.readouterr().out
     assert f"'loss_ema': '{column(run, 'loss_ema')[-1]:.4g}'" in printed
-    # The summary at the end of the run has no loss of a step.
+    # The summary at the end of the run holds no averages.
     assert not {"loss_sma", "loss_ema"} & run.state.log_history[-1].keys()
 
 
 @pytest.mark.parametrize("restored", [False, True])
-def test_a_resumed_run_draws_the_same_curve_to_the_bit(tmp_path: Path, restored: bool) -> None:
+def test_resumed_run_draws_a_bit_identical_curve(tmp_path: Path, restored: bool) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 8, "logging_steps": 2}
     whole = trainer(tmp_path / "whole", LossAverages(WINDOW, DECAY), **options)
     whole.train()
     saved = tmp_path / "whole" / "checkpoint-8"
     json.loads((saved / "trainer_state.json").read_text())
 
-    averages, seeing = LossAverages(WINDOW, DECAY), Seeing()
+    averages, seeing = LossAverages(WINDOW, DECAY), LogRecorder()
     rest = trainer(
         tmp_path / "rest", seeing, restore_callback_states_from_checkpoint=restored, **options
     )
@@ -102,13 +102,13 @@ def test_a_resumed_run_draws_the_same_curve_to_the_bit(tmp_path: Path, restored:
         assert [logs[name] for logs in seeing.logs if name in logs] == column(whole, name)[4:]
         assert averages.averages[name] == column(whole, name)[-1]
 
-    # The first run may have had other averages, or none.
+    # A resumed run may use another window than the first run.
     wider = trainer(tmp_path / "wider", LossAverages(WINDOW + 2, DECAY), **options)
     wider.train(resume_from_checkpoint=str(saved))
     assert_close(column(wider, "loss_sma")[4:], sma(column(whole, "loss"), WINDOW + 2)[4:])
 
 
-def test_wrong_arguments() -> None:
+def test_invalid_arguments_are_refused() -> None:
     for options, words in (
         ({"metrics": "loss"}, r"metrics='loss': expected names, such as \('loss',\)"),
         ({"metrics": ()}, r"metrics=\(\)"),

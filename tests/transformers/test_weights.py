@@ -1,4 +1,4 @@
-"""Real runs of the Hugging Face Trainer with a moving average of its weights."""
+"""Real Hugging Face Trainer runs with a moving average of the weights."""
 
 import socket
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ from fastema.errors import ArgumentError, StateError
 from fastema.transformers import EMACallback
 
 from ..support.torch_states import State, assert_near, assert_same, differ, snapshot
-from .averaged import prepared, trained, trainer
-from .network import DECAY, EVERY_FOUR, FILE, SAVED, STEPS, At, Network, Noting
+from .averaged import prepare_run, train_run, trainer
+from .network import DECAY, EVERY_FOUR, FILE, SAVED, STEPS, CallAt, Network, Recorder
 from .runs import MARKS, data
 
 NEEDS = ("accelerate",)
@@ -30,31 +30,28 @@ pytestmark = MARKS
 
 
 @pytest.mark.parametrize("at_end", ["average", "raw"])
-def test_each_evaluation_and_the_end_have_the_average_of_the_definition(
-    tmp_path: Path, at_end: Any
-) -> None:
-    run, model, noting, ema = trained(
+def test_each_evaluation_and_the_end_use_the_defined_average(tmp_path: Path, at_end: Any) -> None:
+    run, model, recorder, ema = train_run(
         tmp_path, EMACallback(DECAY, at_end=at_end), eval_on_start=True, **EVERY_FOUR
     )
-    assert len(noting.steps) == ema.ema.num_updates == STEPS
-    assert_same(noting.begun, snapshot(Network()))
-    assert_same(model.evaluated[0], noting.begun)
+    assert len(recorder.steps) == ema.ema.num_updates == STEPS
+    assert_same(recorder.start, snapshot(Network()))
+    assert_same(model.evaluated[0], recorder.start)
     for evaluated, step in zip(model.evaluated[1:], (4, 8, 12), strict=True):
-        assert_near(evaluated, noting.average(step))
-    # Events after an evaluation see the weights, those within it the average.
-    steps = iter([noting.begun, *noting.steps[3::4]])
+        assert_near(evaluated, recorder.average(step))
+    # Events after an evaluation see the weights; events within it see the average.
+    steps = iter([recorder.start, *recorder.steps[3::4]])
     within = iter(model.evaluated)
-    for event, seen in noting.seen:
+    for event, seen in recorder.seen:
         assert_same(seen, next(within if event == "prediction_step" else steps))
     average = model.evaluated[-1]
-    at_the_end = average if at_end == "average" else noting.steps[-1]
+    at_the_end = average if at_end == "average" else recorder.steps[-1]
     assert_same(snapshot(model), at_the_end)
 
-    other = Noting()
+    other = Recorder()
     trainer(tmp_path, other).train()
-    for one, same in zip(noting.steps, other.steps, strict=True):
-        assert_same(one, same)  # evaluations and the average change nothing
-    # After training, too.
+    for one, same in zip(recorder.steps, other.steps, strict=True):
+        assert_same(one, same)  # training is unaffected
     metrics = run.evaluate()
     assert metrics["eval_loss"] == run.state.log_history[-1]["eval_loss"]
     run.predict(data(8))
@@ -68,16 +65,16 @@ def test_each_evaluation_and_the_end_have_the_average_of_the_definition(
     assert_same(load_file(tmp_path / "average" / "model.safetensors"), average)
 
 
-def test_gradient_accumulation_counts_steps_of_the_optimizer(tmp_path: Path) -> None:
-    run = trained(tmp_path, gradient_accumulation_steps=4, num_train_epochs=3)
+def test_gradient_accumulation_counts_optimizer_steps(tmp_path: Path) -> None:
+    run = train_run(tmp_path, gradient_accumulation_steps=4, num_train_epochs=3)
     steps = run.trainer.state.global_step
-    assert run.ema.ema.num_updates == len(run.noting.steps) == steps == 6
-    assert_near(snapshot(run.model), run.noting.average())
+    assert run.ema.ema.num_updates == len(run.recorder.steps) == steps == 6
+    assert_near(snapshot(run.model), run.recorder.average())
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["model", "metric"])
-def test_an_evaluation_that_fails_leaves_the_weights(
+def test_failed_evaluation_restores_the_weights(
     tmp_path: Path, where: str, error: type[BaseException]
 ) -> None:
     class Failing(Network):
@@ -92,42 +89,42 @@ def test_an_evaluation_that_fails_leaves_the_weights(
             raise error("in the middle")
         return {}
 
-    run, model, noting, ema = prepared(tmp_path, model=Failing(), **EVERY_FOUR)
+    run, model, recorder, ema = prepare_run(tmp_path, model=Failing(), **EVERY_FOUR)
     run.compute_metrics = metrics
     with pytest.raises(error, match="in the middle"):
         run.train()
-    assert len(noting.steps) == 8
-    assert_same(snapshot(model), noting.steps[-1])
-    assert_near(model.evaluated[-1], noting.average())
+    assert len(recorder.steps) == 8
+    assert_same(snapshot(model), recorder.steps[-1])
+    assert_near(model.evaluated[-1], recorder.average())
     assert not ema.ema.applied
     with ema.swapped():
         assert_same(snapshot(model), model.evaluated[-1])
 
 
 @pytest.mark.parametrize("event", ["on_step_begin", "on_save"])
-def test_a_forgotten_average_is_never_trained(tmp_path: Path, event: str) -> None:
+def test_average_left_in_the_model_is_never_trained(tmp_path: Path, event: str) -> None:
     def forget(state: Any, control: Any) -> None:
         if state.global_step == 4:
             ema.ema.apply_shadow()
 
-    ema, noting = EMACallback(DECAY), Noting()
-    run = trainer(tmp_path, noting, At(event, forget), ema, **SAVED)
+    ema, recorder = EMACallback(DECAY), Recorder()
+    run = trainer(tmp_path, recorder, CallAt(event, forget), ema, **SAVED)
     with pytest.raises(StateError, match="while the average is in the model"):
         run.train()
-    assert len(noting.steps) == 4
+    assert len(recorder.steps) == 4
     ema.ema.restore()
-    assert_same(snapshot(run.model), noting.steps[-1])
+    assert_same(snapshot(run.model), recorder.steps[-1])
 
 
-def words(samples: int = 16, length: int = 6) -> list[dict[str, torch.Tensor]]:
+def sequences(samples: int = 16, length: int = 6) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(3, 20, (samples, length), generator=generator)
     return [{"input_ids": row, "labels": row.clone()} for row in rows]
 
 
 @contextmanager
-def noting_encoder(model: Any, noted: list[State]) -> Iterator[None]:
-    """What ``generate`` calls first is not ``forward``."""
+def recording_encoder(model: Any, noted: list[State]) -> Iterator[None]:
+    """Record the weights in the encoder: ``generate`` calls it before ``forward``."""
     encoder = model.get_encoder()
     handle = encoder.register_forward_pre_hook(
         lambda module, args: None if module.training else noted.append(snapshot(model))
@@ -138,7 +135,7 @@ def noting_encoder(model: Any, noted: list[State]) -> Iterator[None]:
         handle.remove()
 
 
-def test_generation_sees_the_average(tmp_path: Path) -> None:
+def test_generation_uses_the_average(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = BartConfig(
         vocab_size=20, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
@@ -146,24 +143,24 @@ def test_generation_sees_the_average(tmp_path: Path) -> None:
         max_position_embeddings=16, dropout=0.0,
     )  # fmt: skip
     noted: list[State] = []
-    run, model, noting, ema = prepared(
+    run, model, recorder, ema = prepare_run(
         tmp_path, EMACallback(DECAY, at_end="raw"), model=BartForConditionalGeneration(config),
-        kind=Seq2SeqTrainer, arguments=Seq2SeqTrainingArguments, train_dataset=words(),
-        eval_dataset=words(4), max_steps=4, eval_strategy="steps", eval_steps=2,
+        kind=Seq2SeqTrainer, arguments=Seq2SeqTrainingArguments, train_dataset=sequences(),
+        eval_dataset=sequences(4), max_steps=4, eval_strategy="steps", eval_steps=2,
         predict_with_generate=True, generation_max_length=8,
     )  # fmt: skip
-    with noting_encoder(model, noted):
+    with recording_encoder(model, noted):
         run.train()
-        run.predict(words(4))
+        run.predict(sequences(4))
     assert len(noted) >= 3
     with ema.swapped():
         average = snapshot(model)
     assert_same(noted[-1], average)
-    assert differ(noted[0], noting.steps[1])
-    assert_same(snapshot(model), noting.steps[-1])
-    for event, seen in noting.seen:
+    assert differ(noted[0], recorder.steps[1])
+    assert_same(snapshot(model), recorder.steps[-1])
+    for event, seen in recorder.seen:
         assert event == "prediction_step" or any(
-            not differ(seen, step) for step in (noting.steps[1], noting.steps[3])
+            not differ(seen, step) for step in (recorder.steps[1], recorder.steps[3])
         )
 
 
@@ -231,7 +228,7 @@ def test_two_processes_keep_one_average(python: Any, tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-6" / FILE).exists()
 
 
-def test_wrong_arguments(tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
     for options, message in (
         ({"decay": 1.5}, "decay"),
         ({"at_end": "both"}, "at_end='both': expected one of average, raw"),
