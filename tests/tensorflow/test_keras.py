@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from fastema.tensorflow import ExponentialMovingAverage
 
+from ..support.process import ROOT, run_python
 from .variables import draw
 
 pytestmark = pytest.mark.tensorflow
@@ -19,11 +20,11 @@ on_tensorflow = pytest.mark.skipif(
 )
 
 
-def dense(count: int = 3) -> Any:
-    layers = [keras.layers.Dense(4, use_bias=False) for _ in range(count)]
-    model = keras.Sequential([*layers, keras.layers.Dense(2, name="out_1")])
-    model.build((None, 4))
-    return model
+@pytest.mark.slow
+def test_with_keras_on_tensorflow_in_another_process() -> None:
+    arguments = "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", __file__
+    done = run_python(*arguments, environment={"KERAS_BACKEND": "tensorflow"}, cwd=ROOT)
+    assert "1 passed" in done.stdout, done.stdout
 
 
 @on_tensorflow
