@@ -1,6 +1,7 @@
 """Real runs of the Hugging Face Trainer: what its logs show of smoothed losses."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from fastema.errors import ArgumentError
 from fastema.transformers import LossAverages
 
 from ..support.smoothing import assert_close, ema, sma
-from .runs import MARKS, quiet_trainer
+from . import averaged
+from .network import Network
+from .runs import MARKS
 
 NEEDS = ("accelerate", "tensorboard")
 
@@ -23,27 +26,7 @@ pytestmark = MARKS
 WINDOW, DECAY = 3, 0.7
 
 
-class Regression(torch.nn.Module):
-    """Notes the loss of each training step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.layer = torch.nn.Linear(3, 1)
-        self.seen: list[float] = []
-
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        loss = (self.layer(x) - labels).square().mean()
-        if self.training:
-            self.seen.append(loss.item())
-        return {"loss": loss, "logits": self.layer(x)}
-
-
-def trainer(
-    folder: Path, *callbacks: Any, model: torch.nn.Module | None = None, **options: Any
-) -> Trainer:
-    options = {"num_train_epochs": 3, "logging_steps": 4, **options}
-    return quiet_trainer(folder, *callbacks, given={"model": model or Regression()}, **options)
+trainer = partial(averaged.trainer, num_train_epochs=3, logging_steps=4)
 
 
 def column(run: Trainer, name: str) -> list[float]:
@@ -63,14 +46,14 @@ class Seeing(TrainerCallback):
 
 
 def test_logs_and_history_hold_the_curves_of_the_definition(tmp_path: Path, capsys: Any) -> None:
-    model, seeing = Regression(), Seeing()
+    model, seeing = Network(), Seeing()
     run = trainer(tmp_path, LossAverages(WINDOW, DECAY), seeing, model=model)
     run.train()
     losses = column(run, "loss")
     at = [4, 8, 12, 16]
     assert [entry["step"] for entry in run.state.log_history if "loss" in entry] == at
     # The Trainer's loss is the mean since it logged last, in float32.
-    means = [np.mean(model.seen[end - 4 : end]) for end in at]
+    means = [np.mean(model.losses[end - 4 : end]) for end in at]
     np.testing.assert_allclose(losses, means, rtol=1e-6)
     for name, curve in (("loss_sma", sma(losses, WINDOW)), ("loss_ema", ema(losses, DECAY))):
         assert_close(column(run, name), curve)
@@ -106,6 +89,17 @@ def test_a_resumed_run_draws_the_same_curve_to_the_bit(tmp_path: Path, restored:
     wider = trainer(tmp_path / "wider", LossAverages(WINDOW + 2, DECAY), **options)
     wider.train(resume_from_checkpoint=str(saved))
     assert_close(column(wider, "loss_sma")[4:], sma(column(whole, "loss"), WINDOW + 2)[4:])
+
+
+def test_evaluations_are_smoothed_and_loggers_that_come_first_are_named(tmp_path: Path) -> None:
+    averages = LossAverages(WINDOW, DECAY, metrics=["loss", "eval_loss"])
+    options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 6, "logging_steps": 5}
+    run = trainer(tmp_path, averages, report_to="tensorboard", **options)
+    with pytest.warns(UserWarning, match=r"\['tensorboard'\] are called before.*attach"):
+        run.train()
+    assert len(column(run, "eval_loss")) == 3
+    for name in ("loss", "eval_loss"):
+        assert_close(column(run, f"{name}_ema"), ema(column(run, name), DECAY))
 
 
 def test_wrong_arguments() -> None:

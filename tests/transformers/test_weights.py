@@ -1,8 +1,6 @@
 """Real runs of the Hugging Face Trainer with a moving average of its weights."""
 
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,19 +123,6 @@ def words(samples: int = 16, length: int = 6) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row.clone()} for row in rows]
 
 
-@contextmanager
-def noting_encoder(model: Any, noted: list[State]) -> Iterator[None]:
-    """What ``generate`` calls first is not ``forward``."""
-    encoder = model.get_encoder()
-    handle = encoder.register_forward_pre_hook(
-        lambda module, args: None if module.training else noted.append(snapshot(model))
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def test_generation_sees_the_average(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = BartConfig(
@@ -152,9 +137,12 @@ def test_generation_sees_the_average(tmp_path: Path) -> None:
         eval_dataset=words(4), max_steps=4, eval_strategy="steps", eval_steps=2,
         predict_with_generate=True, generation_max_length=8,
     )  # fmt: skip
-    with noting_encoder(model, noted):
-        run.train()
-        run.predict(words(4))
+    # What ``generate`` calls first is not ``forward``.
+    model.get_encoder().register_forward_pre_hook(
+        lambda module, args: None if module.training else noted.append(snapshot(model))
+    )
+    run.train()
+    run.predict(words(4))
     assert len(noted) >= 3
     with ema.swapped():
         average = snapshot(model)
@@ -251,3 +239,29 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         EMACallback().attach(run)
     with pytest.raises(StateError, match="has an EMACallback already"):
         trainer(tmp_path, EMACallback(), EMACallback())
+
+
+def test_training_without_a_trainer_a_checkpoint_or_whole_weights_is_refused(
+    tmp_path: Path,
+) -> None:
+    run, alone = trainer(tmp_path), EMACallback(evaluate_with_average=False)
+    for ema, error, words in (
+        (EMACallback(), StateError, r"cannot find the trainer.*call attach\(trainer\)"),
+        (alone, StateError, "resumes at step 8.*resume_from_checkpoint"),
+        (EMACallback().attach(run), ArgumentError, "sharded"),
+    ):
+        with pytest.raises(error, match=words):
+            ema.on_train_begin(run.args, run.state, run.control, model=run.model)
+        run.state.global_step, run.is_fsdp_enabled = 8, ema is alone
+
+
+def test_evaluation_in_bfloat16_or_without_the_average(tmp_path: Path) -> None:
+    run = trained(tmp_path, EMACallback(DECAY, at_end="raw"), bf16_full_eval=True)
+    run.trainer.evaluate()
+    for name, average in run.noting.average().items():
+        dtype = torch.bfloat16 if average.is_floating_point() else average.dtype
+        torch.testing.assert_close(run.model.evaluated[-1][name], average.to(dtype))
+        assert torch.equal(run.model.state_dict()[name], run.noting.steps[-1][name].to(dtype))
+    run.ema.evaluate_with_average = False
+    run.trainer.evaluate()
+    assert_same(run.model.evaluated[-1], snapshot(run.model))
