@@ -177,10 +177,21 @@ REQUESTS: list[tuple[dict[str, float], str]] = [
 ]
 
 
-def test_impossible_requests_are_refused(tmp_path: Path) -> None:
+def test_impossible_requests_and_mixed_runs_are_refused(tmp_path: Path) -> None:
     posthoc.save_snapshot(updated_average(), tmp_path)
     for arguments, text in REQUESTS:
         with pytest.raises(errors.ArgumentError, match=text):
             posthoc.synthesize(tmp_path, **arguments)
     with pytest.raises(errors.ArgumentError, match="PowerEMA"):
         posthoc.save_snapshot(updated_average(fastema.EMA), tmp_path / "nowhere")
+    paths = []
+    for every, size in ((1, 3), (2, 3), (1, 4)):
+        ema = fastema.PowerEMA({"w": np.ones(size)}, 0.1, update_every=every)
+        with pytest.raises(errors.StateError, match="save a snapshot after the first update"):
+            posthoc.save_snapshot(ema, tmp_path)
+        ema.update(steps=2 * size - 4)
+        paths += posthoc.save_snapshot(ema, tmp_path / f"{every} {size}")
+    odd = paths[:2], paths[::2], Path(__file__).parent
+    for some, words in zip(odd, ("update_every", "'w' in step0", "no snapshots in "), strict=True):
+        with pytest.raises(errors.CheckpointError, match=words):
+            posthoc.synthesize(some, sigma_rel=0.12)

@@ -17,7 +17,6 @@ from fastema.errors import CheckpointError, StorageError
 from fastema.layout.dtypes import dtype
 
 from ..support.damage import header_of, replace_header
-from .conftest import files_up_to
 
 NEEDS = ("safetensors",)
 
@@ -46,20 +45,12 @@ def test_safetensors_reads_the_written_file(tmp_path: Path) -> None:
     assert files.read(path).metadata == {"note": "x", "n": "3"}
 
 
-@pytest.mark.parametrize(
-    ("name", "array"),
-    [
-        ("x", np.ones((4, 6)).T),
-        ("x", np.ones(8)[::2]),
-        ("x", np.ones(3, np.complex128)),
-        ("\ud800", np.ones(3)),
-    ],
-)
-def test_unsupported_tensors_are_refused_before_a_file_exists(
-    name: str, array: np.ndarray, tmp_path: Path
-) -> None:
-    with pytest.raises(CheckpointError, match=r"x: |name"):
-        files.write(tmp_path / "a.safetensors", {name: describe(array)})
+def test_unsupported_tensors_are_refused_before_a_file_exists(tmp_path: Path) -> None:
+    for array in (np.ones((4, 6)).T, np.ones(8)[::2], np.ones(3, np.complex128)):
+        with pytest.raises(CheckpointError, match="x: "):
+            files.write(tmp_path / "a.safetensors", {"x": describe(array)})
+    with pytest.raises(CheckpointError, match="name"):
+        files.write(tmp_path / "a.safetensors", {"\ud800": describe(np.ones(3))})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,8 +111,14 @@ def test_full_disk_is_a_storage_error_and_keeps_the_old_file(tmp_path: Path) -> 
     before = path.read_bytes()
     large = np.random.default_rng(0).standard_normal(100_000)
     said = r"cannot write .*a\.safetensors: .*[Ff]ile too large"
-    with files_up_to(40_000), pytest.raises(StorageError, match=said):
-        files.write(path, {"x": describe(large)})
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+    try:
+        with pytest.raises(StorageError, match=said):
+            files.write(path, {"x": describe(large)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -142,11 +139,12 @@ def test_weighted_sum_equals_float64(
     made, arrays = [], []
     for i in range(5):
         one = {n: generator.standard_normal(s).astype(kind) for n, s in SHAPES.items()}
+        one |= {n: np.full(s, np.nan, kind) for n, s in SHAPES.items() if i == 2}
         arrays.append(one | {"steps": np.array(10 * i)})
         path = tmp_path / f"{i}.safetensors"
         files.write(path, {n: describe(x) for n, x in arrays[i].items()})
         made.append(files.read(path))
-    coefficients = [3.0, -2.5, 0.25, 1.5, -1.25]
+    coefficients = [3.0, -2.5, 0.0, 1.5, -1.25]  # a file with coefficient 0 has no part
     kinds = {name: dtype("i64" if name == "steps" else to) for name in arrays[0]}
     memories = allocate((describe(arrays[0][name]), code) for name, code in kinds.items())
     result = dict(zip(kinds, memories, strict=True))
@@ -157,7 +155,7 @@ def test_weighted_sum_equals_float64(
     tolerance = 2.0**-24 if to == "f32" else 2.0**-47
     for name in SHAPES:
         each = zip(coefficients, arrays, strict=True)
-        want = sum(c * one[name].astype(np.float64) for c, one in each)
+        want = sum(c * one[name].astype(np.float64) for c, one in each if c)
         got = result[name][0]
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * 1e-3 + 1e-15)
     assert result["steps"][0] == 40  # from the last file

@@ -1,12 +1,13 @@
 """Checkpoints of every library: averages found, inspected, loaded and converted."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastema
@@ -15,6 +16,7 @@ from fastema.checkpoint.conversion import LIBRARIES
 from fastema.checkpoint.transfer import tensors_of
 from fastema.errors import ArgumentError, CheckpointError
 from fastema.rules import Constant
+from fastema.rules.ema import InverseGamma
 
 from ..support.peers import PEERS
 
@@ -97,15 +99,7 @@ def test_average_is_loaded_from_its_librarys_state(name: str, owner: str) -> Non
     assert_same(read, wanted)
 
 
-WRITTEN = {
-    "swa_utils": "swa_utils default",
-    "torch_ema": "torch_ema",
-    "ema_pytorch": next(name for name in STATES if name.startswith("ema_pytorch")),
-    "diffusers": "diffusers",
-    "litema": next(name for name in STATES if name.startswith("litema")),
-    "mmengine": next(name for name in STATES if name.startswith("mmengine")),
-    "timm": "timm ModelEmaV3",
-}
+WRITTEN = {name.split()[0]: name for name in reversed(STATES) if name != "timm ModelEmaV2"}
 """Target library of a conversion, and the peer that loads the result."""
 
 
@@ -217,6 +211,23 @@ def test_average_is_found_in_a_training_checkpoint(name: str) -> None:
         assert torch.equal(next(iter(weights.values())), next(iter(WEIGHTS.values())))
 
 
+def test_diffusers_state_or_folder_continues_with_its_decay(inside: Path) -> None:
+    save_file(MODEL, inside / "diffusion_pytorch_model.safetensors")
+    for options, rule in (
+        ({"decay": 0.9, "min_decay": 0.9}, Constant(0.9)),
+        ({"decay": 0.4}, Constant(0.4)),
+        ({"decay": 0.9}, None),  # grows one step behind fastema's warm-up
+        ({"use_ema_warmup": True, "power": 0.75}, InverseGamma(0.9999, 1.0, 0.75, 0.0)),
+    ):
+        options |= {"optimization_step": 9, "update_after_step": 0}
+        torch.save({**options, "shadow_params": [torch.ones(2)]}, "ema.pt")
+        (inside / "config.json").write_text(json.dumps(options))
+        for path, names in (("ema.pt", "places"), (inside, "full")):
+            found = load(path)
+            assert (found.library, found.names, found.num_updates) == ("diffusers", names, 9)
+            assert (found.schedule and found.schedule.rules[0]) == rule
+
+
 STATE: dict[str, Callable[[str, Any], None]] = {
     "safetensors": lambda path, ema: save(ema, path),
     "torch.save": lambda path, ema: torch.save(ema.state_dict(), path),
@@ -292,15 +303,22 @@ def test_plain_weights_and_averages_of_other_models_are_refused() -> None:
     assert load("model.pt").library == "model"
     done = convert("model.pt", "d2go.pt", to="d2go")
     assert done.lost == ["an average: the source holds only a model's weights"]
-    torch.save({"decay": 0.9, "num_updates": 3, "shadow_params": [torch.ones(2)]}, "list.pt")
     ema = fastema.EMA(build_model(), decay=0.9)
     before = ema.state_dict()
-    for path, said in (
-        ("model.pt", "holds a model's weights and no average"),
-        ("list.pt", "a list of 1 tensors, whose shapes"),
+    counters = {"decay": 0.9, "num_updates": 3}
+    for content, said in (
+        (MODEL, "holds a model's weights and no average"),
+        ({**counters, "shadow_params": [torch.ones(2)]}, "a list of 1 tensors, whose shapes"),
+        ({**counters, "shadow_params": 3}, "'shadow_params' is not a list of tensors"),
+        ({**counters, "shadow_params": []}, "an average without tensors"),
+        ({"n_averaged": torch.tensor(0.5), "module.w": torch.ones(1)}, "is 0.5, expected a count"),
+        ({"n_averaged": torch.ones(3), "module.w": torch.ones(1)}, "'n_averaged' is not a number"),
+        ({"format": "fastema", "schedule": 3, "shadow": [{}]}, "its schedule is invalid"),
+        ({"state": {"algorithms": [("EMA", {"ema_model": None})]}}, "before its average began"),
     ):
-        with pytest.raises(CheckpointError, match=said):
-            load_into(ema, path)
+        torch.save(content, "odd.pt")
+        with pytest.raises(CheckpointError, match=f"odd.pt.*{said}"):
+            load_into(ema, "odd.pt")
     assert_same(dict(ema.shadow), before["shadow"][0])
 
 

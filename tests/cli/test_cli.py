@@ -1,6 +1,7 @@
 """The commands version, doctor, plan, bench, average, inspect and convert, as typed."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,6 @@ from ..support.process import run_python
 
 NEEDS = ("safetensors", "torch")
 
-# Refuses to import the given names, as in an installation without the extra.
-WITHOUT = """
-import sys
-from fastema.cli import main
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in sys.argv[1:]:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Refuse())
-sys.exit(main(["demo"]))
-"""
-
 
 def test_version_interrupts_and_unknown_commands(
     fastema: Any, monkeypatch: pytest.MonkeyPatch
@@ -48,15 +35,32 @@ def test_version_interrupts_and_unknown_commands(
     assert fastema("plan --params 7B", code=130).err == "fastema plan: interrupted\n"
 
 
-@pytest.mark.parametrize(
-    ("missing", "named"),
-    [("sklearn", "scikit-learn is"), ("matplotlib rich", "matplotlib and rich are")],
-)
-def test_missing_packages_are_named_with_the_pip_command(missing: str, named: str) -> None:
-    done = run_python("-c", WITHOUT, *missing.split())
-    assert (done.returncode, done.stdout) == (2, "")
-    way = 'install what this command needs: pip install "fastema[demo]"'
-    assert done.stderr == f"fastema demo: {named} not installed; {way}\n"
+def test_missing_packages_are_named_with_the_pip_command(
+    fastema: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for missing, named in (("rich", "rich is"), ("sklearn", "scikit-learn and rich are")):
+        monkeypatch.setitem(sys.modules, missing, None)
+        out, err = fastema("demo", code=2)
+        assert (out, err[-30:]) == ("", ': pip install "fastema[demo]"\n')
+        assert err.startswith(f"fastema demo: {named} not installed; ")
+
+
+def test_plan_counts_the_bytes_and_seconds_of_each_way(fastema: Any) -> None:
+    line = "plan --params 64B --world 64 --hbm 2000 --link 50 --host 80 --step 0.5"
+    table = [" ".join(one.split()) for one in fastema(line).out.splitlines()]
+    assert table[0].startswith("64,000,000,000 weights in bf16, 64 ranks; per rank")
+    assert table[6].endswith(" 2 GB - 6 GB - 3 ms 0.60%")
+    assert "; ".join(table[3:6] + table[7:9]) == (
+        "on each GPU, float32 256 GB - 640 GB - 320 ms 64.00%; sharded, float32 4 GB - 10 GB - "
+        "5 ms 1.00%; sharded, bf16+16 4 GB - 10 GB - 5 ms 1.00%; sharded, every 10 steps 4 GB - "
+        "10 GB - 0.5 ms 0.10%; on the host, float32 - 6 GB 12 GB 2 GB 1.2 s 240.00%"
+    )
+    *_, host = json.loads(fastema(f"{line} --json").out)
+    assert list(host.values())[2:] == [0.0, 6e9, 12e9, 2e9, 1.2]
+    out = " ".join(fastema("plan --params 1e8 --every 5").out.split())
+    assert "GPU, every 5 steps 400 MB - 1 GB - 0.0597 ms on the host" in out
+    assert 'GPU, every 5 steps fastema.EMA(model, shadow_dtype="float32", update_every=5)' in out
+    assert "argument --params: expected a number above" in fastema("plan --params 0", code=2).err
 
 
 def test_doctor_reports_the_setup_and_detects_wrong_kernels(
@@ -124,6 +128,7 @@ def test_bench_takes_shapes_from_a_checkpoint_or_config(bench: Any) -> None:
     torch.save({"model": tensors}, "model.pt")
     assert "model.pt: 8 weights in 1 tensor" in bench("--checkpoint model.pt").out
     assert sum(one.numel() for one in shapes._gpt2()) == 124_439_808
+    assert "expected one of timm:NAME, torchvision:NAME" in bench("--model Net", code=2).err
     pytest.importorskip("transformers")
     assert len(shapes._of_model("transformers:GPT2Config")) == 148
 
@@ -155,25 +160,32 @@ def test_average_of_named_checkpoints_is_their_mean(run: Any, tmp_path: Path) ->
 
 def test_several_averages_of_a_folder_get_distinct_names(run: Any, tmp_path: Path) -> None:
     out, _ = run("--dir . --last 3 --swa --ema 0.999 --ema 0.9 --wsm 1-sqrt -o merged.safetensors")
-    found = {p.name: load_file(p)["w"][0].item() for p in tmp_path.glob("merged*")}
-    weights = 0.999**450, 0.999**400 - 0.999**450, 1 - 0.999**400
-    short = found.pop("merged-ema0.9.safetensors")
-    assert short == pytest.approx(9)  # the previous one is 400 steps older
+    found = {p.name[7:-12]: load_file(p)["w"][0].item() for p in tmp_path.glob("merged-*")}
     assert found == {
-        "merged-swa.safetensors": pytest.approx((4.5 + 5 + 9) / 3),
-        "merged-ema0.999.safetensors": pytest.approx(
-            sum(w * v for w, v in zip(weights, (4.5, 5, 9), strict=True))
-        ),
-        "merged-wsm-1-sqrt.safetensors": pytest.approx(
-            (1 / 3) ** 0.5 * 4.5 + ((2 / 3) ** 0.5 - (1 / 3) ** 0.5) * 5 + (1 - (2 / 3) ** 0.5) * 9
-        ),
+        "swa": pytest.approx((4.5 + 5 + 9) / 3),
+        "ema0.999": pytest.approx(np.diff([0, 0.999**450, 0.999**400, 1]) @ (4.5, 5, 9)),
+        "ema0.9": pytest.approx(9),  # the previous one is 400 steps older
+        "wsm-1-sqrt": pytest.approx(np.diff(np.sqrt([0, 1 / 3, 2 / 3, 1])) @ (4.5, 5, 9)),
     }
     assert "step-900.safetensors   900" in out
+
+
+def test_average_dry_run_writes_nothing_and_json_reports_the_average(run: Any) -> None:
+    out, err = run("--dir . --window 401 --weights=-1,1.5 --dry-run -o mean.safetensors")
+    assert out.endswith("would read 64 B and write mean.safetensors\n")
+    warning = "warning: some weights are negative: the result is not an average"
+    assert err.splitlines() == ["warning: the weights sum to 0.5, not to 1", warning]
+    assert not Path("mean.safetensors").exists()
+    found = json.loads(run("--dir . --last 2 --json -o mean.safetensors").out)
+    assert [one["step"] for one in found["checkpoints"]] == [500, 900]
+    made = {"path": "mean.safetensors", "average": "swa", "weights": [0.5, 0.5], "written": True}
+    assert (found["outputs"], found["bytes_read"]) == ([made], 64)
 
 
 NO_AVERAGE = {
     "-o x.safetensors": "name checkpoints, or a folder of them: --dir DIR",
     "--dir . step-100.safetensors -o x.safetensors": "not both",
+    "step-100.safetensors --last 2 -o x.safetensors": "--last, --window and --min-spacing",
     "--dir .": "name the output: -o OUT",
     "--dir nothing -o x.safetensors": "cannot read nothing: No such file or directory",
     "--dir . --last 9 -o x.safetensors": "last=9: 5 checkpoints of . qualify",

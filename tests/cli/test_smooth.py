@@ -101,6 +101,12 @@ def test_smoothed_columns_are_skipped_and_json_is_read(path: Path, smooth: Any) 
     assert printed.err.startswith(f"{path}: 3 rows, step 10 to 20\n")
 
 
+def test_standard_input_is_read_as_utf8(monkeypatch: pytest.MonkeyPatch, smooth: Any) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO("step,µ\n0,1.0\n1,3.0\n".encode("utf-8-sig")), "ascii")
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert smooth("-", "--sma", 2).out == "step,µ,µ_sma\n0,1.0,1.0\n1,3.0,2.0\n"
+
+
 def test_plot_shows_the_selected_columns(
     path: Path, monkeypatch: pytest.MonkeyPatch, smooth: Any
 ) -> None:

@@ -214,3 +214,28 @@ def test_resumed_run_continues_the_curve(tmp_path: Path, stop_after: int) -> Non
 def test_invalid_arguments_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         LossAverages(**options)
+
+
+def test_bar_gets_every_batch_and_loggers_some_also_in_a_continued_run(tmp_path: Path) -> None:
+    logged: dict[str, list[int]] = {}
+
+    class Watching(Regression):
+        def log(self, name: str, *args: Any, **options: Any) -> None:
+            logged.setdefault(name, []).append(len(self.seen) - 1)
+            super().log(name, *args, **options)
+
+    module, averages = build_module(Watching), LossAverages(WINDOW, DECAY, record=True)
+    run = trainer(tmp_path, averages, accumulate_grad_batches=4, log_every_n_steps=50)
+    for run.fit_loop.max_epochs in (1, 2):
+        run.fit(module, loader())
+    assert logged["train_loss_raw"] == [5, 11]  # the last of each epoch
+    assert logged["train_loss_ema"] == list(range(12))
+    # A power of two divides exactly.
+    np.testing.assert_array_equal(averages.history["train_loss_raw"], module.losses)
+
+
+def test_weight_of_a_batch_is_the_length_of_its_first_tensor() -> None:
+    length = LossAverages().batch_size
+    assert length({"name": "x", "ids": torch.ones(4, 9), "label": torch.ones(2)}) == 4
+    assert length(("text", [None, (torch.ones(5), torch.ones(6))])) == 5
+    assert length({"no": "tensor"}) == length(torch.tensor(2.0)) == 1

@@ -166,3 +166,8 @@ def test_invalid_arguments_are_refused() -> None:
             EMACallback(**options)  # type: ignore[arg-type]
     with pytest.raises(StateError, match="no average yet"):
         _ = EMACallback().ema
+
+
+def test_only_batches_with_a_step_count(trainer: Callable[..., pl.Trainer]) -> None:
+    trainer(ema := EMACallback(DECAY), accumulate_grad_batches=3).fit(Regression())
+    assert ema.ema.num_updates == 4  # two steps in each epoch of four batches

@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections import UserDict
+from collections import UserDict, namedtuple
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 import fastema
-from fastema.errors import ArgumentError
+from fastema.errors import ArgumentError, BridgeError
 from fastema.torch import update_bn
+
+from ..support.requirements import require_packages
 
 pytestmark = pytest.mark.torch
 
@@ -140,8 +142,33 @@ def test_unusable_loader_changes_nothing(case: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     with pytest.raises(ArgumentError, match="pip install rich"):
         update_bn(inputs(), model, progress=True)
+    with pytest.raises(BridgeError, match="run the model once"):
+        update_bn(loader, nn.Sequential(nn.LazyBatchNorm1d()))
     assert_equal(model, before)
     assert not any(module.training for module in model.modules())
+
+
+Point = namedtuple("Point", "x text")
+
+
+def test_all_nested_tensors_move_to_the_device_and_progress_is_on_standard_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    require_packages("rich")
+    x = torch.randn(4, 3)
+    batch = {"list": [x, (x, 1)], "point": Point(x, "a"), "mapping": UserDict(x=x), "none": None}
+
+    def forward(model: nn.Module, batch: Any) -> None:
+        first, (second, one) = batch["list"]
+        (third, text), fourth = batch["point"], batch["mapping"]["x"]
+        # The meta device shows a move without a second device.
+        assert all(tensor.is_meta for tensor in (first, second, third, fourth))
+        assert (one, text, batch["none"], type(batch["point"])) == (1, "a", None, Point)
+        model(x)
+
+    update_bn([batch], build_net(), "meta", progress=True, forward=forward)
+    printed = capsys.readouterr()
+    assert ("BatchNorm statistics" in printed.err, printed.out) == (True, "")
 
 
 class NamedInputs(nn.Module):

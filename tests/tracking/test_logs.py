@@ -129,6 +129,28 @@ def test_json_rows_are_read_as_curves(text: str) -> None:
     assert "note" not in curves
 
 
+LONG = "9" * 70_000  # two are too long for one cell
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "step  loss   acc \n  1  0.5   0.25\n 2  0.25  0.5 \n",
+        "step;loss;acc\n1;0,5;0,25\n2;0,25;0,5\n",
+        f"step\tloss\tacc\tx\ty\n1\t0.5\t0.25\t{LONG}\t{LONG}\n2\t0.25\t0.5\t1\t1\n",
+        '{"step": [1, 2, 3], "loss": [0.5, 0.25, null], "acc": [0.25, 0.5]}',
+        json.dumps([{"step": n, "of": {"loss": 1 / 2**n, "acc": n / 4}} for n in (1, 2)]),
+    ],
+    ids=["spaces", "decimal commas", "long lines", "lists of JSON", "nested JSON"],
+)
+def test_separators_and_layouts_give_the_same_curves(text: str) -> None:
+    table = read_table(io.StringIO(text))
+    curves = {name.removeprefix("of/"): curve for name, curve in table.curves("step").items()}
+    assert_curve(curves["loss"], [1, 2], [0.5, 0.25])
+    assert_curve(curves["acc"], [1, 2], [0.25, 0.5])
+    assert len(set(map(len, table.cells.values()))) == 1
+
+
 TABLE = (
     "epoch,step,loss,val_loss,lr,lr-SGD,time,acc,acc_ema,acc_sma_20,grad_ema,once,gain_raw,gain_ema\n"
     "0,0,3,1,1,1,1,4,4,4,4,1,1,1\n0,1,2,1,1,1,2,5,5,5,5,,1,1\n"
@@ -152,6 +174,9 @@ def test_metrics_are_selected_by_pattern_or_by_default() -> None:
     ("text", "complaint"),
     [
         (" \n\n", "is empty"),
+        ('""\n""\n', "no column names: its lines are empty"),
+        ("a,b\n\0,1\n", "is not a text file; the first line must name the columns"),
+        (f"step,loss\n1,{LONG * 2}\n", "line 2: field larger than field limit"),
         ("step,loss\n", "no row yet"),
         ("1,2\n3,4\n", "the first line contains numbers; it must name the columns"),
         ("step,loss\n1,2\n2,3,4\n", "line 3: 3 cells, but the first line names 2"),
@@ -240,6 +265,12 @@ def test_runs_in_subfolders_are_prefixed_and_non_scalars_ignored(tmp_path: Path)
     for seed, prefix in enumerate(("", "train/", "deep/er/")):
         assert_points(curves[f"{prefix}loss"], points(4, seed))
     assert set(read(tmp_path / "train")) == {"global_step", "loss", "step"}
+
+
+def test_restarted_run_drops_the_points_from_its_step_on(tmp_path: Path) -> None:
+    write(tmp_path, {"loss": points(8, 1)}, kind="simple")
+    write(tmp_path, {"loss": points(5, 2, start=5)}, kind="simple", restart=5)
+    assert_points(read(tmp_path)["loss"], [*points(8, 1)[:5], *points(5, 2, start=5)])
 
 
 def test_truncated_event_file_is_read_but_a_damaged_one_refused(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ KERAS = SimpleNamespace(
 RESUMED = SimpleNamespace(history={"loss": [4.0, 3.0]}, epoch=[7, 8])
 COLUMNS = {"step": [10, 20, 30], "loss": [3.0, 2.0, 1.0], "lr": [0.1] * 3, "note": ["a"] * 3}
 ROWS = [
-    *({"loss": 2.0 - i, "lr": 1e-3, "step": 10 * i, "epoch": i / 2} for i in range(3)),
+    *({"loss": np.float32(2 - i), "lr": 1e-3, "step": 10 * i, "epoch": i / 2} for i in range(3)),
     {"eval_loss": 0.5, "step": 20, "epoch": 1.0},
     {"eval_loss": 0.25, "step": 30, "epoch": 1.5},
 ]
@@ -184,3 +184,27 @@ def test_picture_is_written_as_png_svg_and_pdf(tmp_path: Path) -> None:
         assert isinstance(figure, Figure)
         assert out.read_bytes().startswith(start)
         assert [text.get_text() for text in figure.texts] == ["a run"]
+
+
+def test_chosen_metrics_are_drawn_with_the_averages_of_the_history() -> None:
+    names = ("loss_raw", "loss", "loss_sma", "loss_ema_0.99", "lr")
+    columns = {name: draw_curve(90, seed) for seed, name in enumerate(names)}
+    rate, loss = panels(columns, ["lr", "loss", "lr"], averages=BOTH, raw=False)
+    assert (rate.name, list(by_label(rate))) == ("lr", ["SMA 20", "EMA 0.9"])
+    assert (loss.name, list(by_label(loss))) == ("loss", ["as reported", "SMA", "EMA 0.99"])
+    for line, name in zip(panels(columns, "loss", averages=BOTH)[0].lines, names, strict=False):
+        np.testing.assert_array_equal(line.curve.values, columns[name])
+    with pytest.raises(ArgumentError, match=r"no metric los; there are\n  - loss"):
+        plot(columns, "los")
+
+
+def test_metric_is_drawn_into_given_axes_and_too_many_metrics_are_counted() -> None:
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    assert plot({"step": [0, 90_000], "a": [1, 2]}, ax=right, title="mine") is figure
+    assert (len(left.get_lines()), right.get_title(loc="left")) == (0, "mine")
+    assert right.xaxis.get_major_formatter()(20_000, 0) == "20k"
+    with pytest.raises(ArgumentError, match=r"one metric; select one with metrics=: a, b"):
+        plot({"a": [1, 2], "b": [2, 1]}, ax=left)
+    figure = plot({f"m{i}": [2.0, 1.0] for i in range(27)})
+    assert (len(figure.axes), figure.texts[0].get_text()[:18]) == (24, "and 3 more metrics")

@@ -157,6 +157,19 @@ def test_zero_weight_leaves_the_average_unchanged(make: Factory) -> None:
     assert (average.num_updates, average.num_skipped) == (2, 0)
 
 
+def test_invalid_series_is_refused_and_changes_nothing() -> None:
+    average, none, two = SimpleMovingAverage(), None, [1.0, 2.0]
+    for values, weights, words in (
+        *((odd, none, "real numbers") for odd in (["a"], [1j], {"a": 1.0}, np.zeros(2, "M8[s]"))),
+        *(([[1.0]], none, r"one dimension, got shape \(1, 1\)"), (1.0, none, "one dimension")),
+        (two, [1.0], "one for each of 2 values, got 1"),
+        *((two, [1.0, odd], r"weights\[1\]=") for odd in (-1.0, math.nan, 1e-101, 1e101)),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            average.update_many(values, weights)
+    assert average.num_updates == 0
+
+
 SETTINGS: list[tuple[Any, str, tuple[Any, ...]]] = [
     (SimpleMovingAverage, "window_size", (0, -1, 2.0, True, "3", None, 10**13)),
     (ExponentialMovingAverage, "decay", (1.0, -0.1, math.nan, "0.9", None)),
@@ -208,7 +221,7 @@ STATES: list[tuple[MovingAverage, Any]] = [
     (THREE, SLOW.state_dict()),
     (SLOW, ExponentialMovingAverage(0.8).state_dict()),
     (SLOW, ExponentialMovingAverage(0.9, True).state_dict()),
-    *((THREE, THREE.state_dict() | wrong) for wrong in ({"products": [1.0]}, {"average": "x"})),
+    *((THREE, THREE.state_dict() | {name: [1.0]}) for name in ("products", "weights", "average")),
     *((THREE, {}), (SLOW, None), (SLOW, SLOW.state_dict() | {"state": 1})),
 ]
 
@@ -375,6 +388,8 @@ def test_lazy_float_acts_as_a_float_and_is_read_once() -> None:
     assert np.float64(x) == 2.5
     assert np.asarray([x], np.float64).tolist() == [2.5]
     assert device.reads == 2  # one per lazy float
+    assert (x.real, x.imag, x.item()) == (2.5, 0.0, 2.5)
+    assert x.__torch_function__(divmod, (), (x, 2)) == (1.0, 0.5)
     assert type(pickle.loads(pickle.dumps(x))) is float
 
 
@@ -401,3 +416,25 @@ def test_device_values_are_read_on_access_or_when_too_many_wait(make: Any) -> No
     assert device.reads == 0
     average.update(device.value(4.0))
     assert device.reads == MAX_PENDING
+
+
+def test_unreadable_value_raises_its_error_and_spoils_no_other() -> None:
+    device, average = Device(), SimpleMovingAverage(9, on_nonfinite="raise")
+    given: list[Any] = [device.value(x) for x in (1.0, math.nan, 3.0)]
+    found = [average.update(x) for x in (*given, LazyFloat(lambda: 1 / 0))]
+    found.append(average.update(1.0, device.value(-1.0)))
+    with pytest.raises(NonFiniteError, match="nan"):
+        _ = average.average
+    average.reset()
+    assert (found[0], found[2], average.num_updates) == (1.0, 2.0, 0)
+    for place, error in ((1, NonFiniteError), (3, ZeroDivisionError), (4, ArgumentError)) * 2:
+        with pytest.raises(error):
+            float(found[place])
+    smoother = MetricSmoother(2, None, record=True)
+    for x in (1.0, LazyFloat(lambda: 1 / 0)):
+        smoother.update({"loss": x})
+    with pytest.raises(ZeroDivisionError):
+        _ = smoother.averages
+    assert math.isnan(smoother.averages["loss_raw"])
+    assert smoother.update({"loss": 3.0}) == {"loss_raw": 3.0, "loss_sma": 2.0}
+    np.testing.assert_equal(smoother.history["loss_sma"].tolist(), [1.0, math.nan, 2.0])

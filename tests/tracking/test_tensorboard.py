@@ -14,6 +14,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from fastema.errors import ArgumentError, BridgeError, CheckpointError, StateError
 from fastema.tracking import TensorBoardWriter, logs
+from fastema.tracking.lazy_float import LazyFloat
 
 from ..support.requirements import require_packages
 from ..support.smoothing import assert_close, ema, sma
@@ -126,6 +127,25 @@ def test_resumed_run_writes_the_same_curves(tmp_path: Path) -> None:
                 other.load_state_dict(wrong)
         assert other.add_scalar("loss", 5.0)["loss_sma"] == 5.0
     assert read(tmp_path / "other", "raw").steps == [0]
+
+
+def test_points_are_written_when_many_or_overdue_and_an_unreadable_one_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    writer = TensorBoardWriter(tmp_path, flush_secs=10.0, max_queue=12)
+    written = []
+    for later in (0.0, 0.0, 0.0, 0.0, 9.0, 1.0, 0.0):
+        clock[0] += later
+        writer.add_scalar("loss", 1.5)  # three points
+        written.append(len(read(tmp_path, "raw").steps))
+    assert written == [0, 0, 0, 4, 4, 6, 6]
+    for x in (LazyFloat(lambda: 1 / 0), 3.0):
+        writer.add_scalar("loss", x)
+    with pytest.raises(ZeroDivisionError):
+        writer.close()
+    assert read(tmp_path, "sma").steps == [*range(7), 8]
 
 
 def test_wrong_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

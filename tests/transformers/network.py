@@ -18,7 +18,7 @@ SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4}
 
 
 class Network(torch.nn.Module):
-    """Record the weights of each forward pass in evaluation."""
+    """Record the weights of each forward pass in evaluation, and the loss of each training step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,12 +27,16 @@ class Network(torch.nn.Module):
         self.norm = torch.nn.BatchNorm1d(4)
         self.second = torch.nn.Linear(4, 1)
         self.evaluated: list[State] = []
+        self.losses: list[float] = []
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         if not self.training:
             self.evaluated.append(snapshot(self))
         found = self.second(torch.tanh(self.norm(self.first(x.to(self.first.weight.dtype)))))
-        return {"loss": (found - labels).square().mean(), "logits": found}
+        loss = (found - labels).square().mean()
+        if self.training:
+            self.losses.append(loss.item())
+        return {"loss": loss, "logits": found}
 
 
 class CallAt(TrainerCallback):

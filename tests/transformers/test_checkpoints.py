@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Trainer
 
 import fastema.transformers
 from fastema.checkpoint import files
@@ -16,8 +17,19 @@ from fastema.errors import CheckpointError
 from fastema.transformers import EMACallback
 
 from ..support.torch_states import assert_near, assert_same, snapshot
-from .averaged import train_run, trainer
-from .network import DECAY, EVERY_FOUR, FILE, SAVED, STEPS, CallAt, Network, Recorder, average_in
+from .averaged import prepare_run, train_run, trainer
+from .network import (
+    DECAY,
+    EVERY_FOUR,
+    FILE,
+    SAVED,
+    STEPS,
+    CallAt,
+    Network,
+    Recorder,
+    average_in,
+    average_of,
+)
 from .runs import MARKS
 
 NEEDS = ("accelerate",)
@@ -174,3 +186,51 @@ def test_best_model_is_chosen_by_its_average(
     assert_same(snapshot(model), average if at_end == "average" else raw)
     assert run.evaluate()["eval_loss"] == losses[best]
     assert ema.ema.num_updates == best + 1
+
+
+@pytest.mark.parametrize("spoil", [lose_average, change_one_weight])
+def test_best_model_whose_average_does_not_fit_keeps_its_own_weights(
+    tmp_path: Path, spoil: Callable[[Path], object]
+) -> None:
+    spoils = CallAt("on_save", lambda state, _: spoil(tmp_path / f"checkpoint-{state.global_step}"))
+    run = prepare_run(tmp_path, first=[spoils], load_best_model_at_end=True, **EVERY_FOUR, **SAVED)
+    with pytest.warns(
+        UserWarning, match=r"has (no|the wrong) ema\.safetensors.*holds the training"
+    ):
+        run.trainer.train()
+    raw = load_file(f"{run.trainer.state.best_model_checkpoint}/model.safetensors")
+    run.trainer.evaluate()
+    assert_same(snapshot(run.model), raw)
+    assert_same(run.model.evaluated[-1], raw)
+
+
+def test_resumed_average_keeps_its_schedule_or_begins_where_asked_to(tmp_path: Path) -> None:
+    whole, saved = train_run(tmp_path, **SAVED), tmp_path / "checkpoint-8"
+    with pytest.warns(UserWarning, match=r"with its saved schedule,.*0\.8.*not with.*0\.9"):
+        run = train_run(tmp_path / "rest", EMACallback(0.9), resume=saved)
+    assert_same(snapshot(run.model), snapshot(whole.model))
+    lose_average(saved)
+    run = train_run(tmp_path / "rest", EMACallback(DECAY, on_missing="begin"), resume=saved)
+    begun = load_file(saved / "model.safetensors")
+    assert_near(snapshot(run.model), average_of(begun, run.recorder.steps))
+
+
+def test_average_is_saved_by_other_callbacks_and_by_trainers_with_their_own_checkpoints(
+    tmp_path: Path,
+) -> None:
+    class Saving(Trainer):
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            if self.state.global_step == 5:
+                Path(tmp_path, "checkpoint-5").mkdir()
+
+    def ask(state: Any, control: Any) -> None:
+        if state.global_step in (5, 6):
+            run.trainer._save_checkpoint(run.model, trial=None)
+
+    run = prepare_run(tmp_path, first=[CallAt("on_step_end", ask)], kind=Saving)
+    own = run.trainer.save_model = run.trainer.save_model
+    with pytest.raises(CheckpointError, match=r"not in .*checkpoint-6.*_get_output_dir"):
+        run.trainer.train()
+    assert vars(run.trainer)["save_model"] == own
+    assert len(run.recorder.steps) == run.ema.ema.num_updates - 1 == 5
+    assert_near(average_in(tmp_path / "checkpoint-5"), run.recorder.average())

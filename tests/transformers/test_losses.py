@@ -1,6 +1,7 @@
 """Real Hugging Face Trainer runs: smoothed losses in its logs."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from fastema.errors import ArgumentError
 from fastema.transformers import LossAverages
 
 from ..support.smoothing import assert_close, ema, sma
-from .runs import MARKS, quiet_trainer
+from . import averaged
+from .network import Network
+from .runs import MARKS
 
 NEEDS = ("accelerate", "tensorboard")
 
@@ -23,27 +26,7 @@ pytestmark = MARKS
 WINDOW, DECAY = 3, 0.7
 
 
-class Regression(torch.nn.Module):
-    """Record the loss of each training step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.layer = torch.nn.Linear(3, 1)
-        self.seen: list[float] = []
-
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        loss = (self.layer(x) - labels).square().mean()
-        if self.training:
-            self.seen.append(loss.item())
-        return {"loss": loss, "logits": self.layer(x)}
-
-
-def trainer(
-    folder: Path, *callbacks: Any, model: torch.nn.Module | None = None, **options: Any
-) -> Trainer:
-    options = {"num_train_epochs": 3, "logging_steps": 4, **options}
-    return quiet_trainer(folder, *callbacks, given={"model": model or Regression()}, **options)
+trainer = partial(averaged.trainer, num_train_epochs=3, logging_steps=4)
 
 
 def column(run: Trainer, name: str) -> list[float]:
@@ -63,14 +46,14 @@ class LogRecorder(TrainerCallback):
 
 
 def test_logs_and_history_match_the_definition(tmp_path: Path, capsys: Any) -> None:
-    model, seeing = Regression(), LogRecorder()
+    model, seeing = Network(), LogRecorder()
     run = trainer(tmp_path, LossAverages(WINDOW, DECAY), seeing, model=model)
     run.train()
     losses = column(run, "loss")
     at = [4, 8, 12, 16]
     assert [entry["step"] for entry in run.state.log_history if "loss" in entry] == at
     # The Trainer logs the mean loss since the last log, in float32.
-    means = [np.mean(model.seen[end - 4 : end]) for end in at]
+    means = [np.mean(model.losses[end - 4 : end]) for end in at]
     np.testing.assert_allclose(losses, means, rtol=1e-6)
     for name, curve in (("loss_sma", sma(losses, WINDOW)), ("loss_ema", ema(losses, DECAY))):
         assert_close(column(run, name), curve)
@@ -108,13 +91,24 @@ def test_resumed_run_draws_a_bit_identical_curve(tmp_path: Path, restored: bool)
     assert_close(column(wider, "loss_sma")[4:], sma(column(whole, "loss"), WINDOW + 2)[4:])
 
 
+def test_evaluations_are_smoothed_and_loggers_that_come_first_are_named(tmp_path: Path) -> None:
+    averages = LossAverages(WINDOW, DECAY, metrics=["loss", "eval_loss"])
+    options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 6, "logging_steps": 5}
+    run = trainer(tmp_path, averages, report_to="tensorboard", **options)
+    with pytest.warns(UserWarning, match=r"\['tensorboard'\] are called before.*attach"):
+        run.train()
+    assert len(column(run, "eval_loss")) == 3
+    for name in ("loss", "eval_loss"):
+        assert_close(column(run, f"{name}_ema"), ema(column(run, name), DECAY))
+
+
 def test_invalid_arguments_are_refused() -> None:
-    for options, words in (
+    for options, sequences in (
         ({"metrics": "loss"}, r"metrics='loss': expected names, such as \('loss',\)"),
         ({"metrics": ()}, r"metrics=\(\)"),
         ({"decay": 1.5}, "decay"),
     ):
-        with pytest.raises(ArgumentError, match=words):
+        with pytest.raises(ArgumentError, match=sequences):
             LossAverages(**options)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match=r"attach\(Linear\): expected a transformers.Trainer"):
         LossAverages().attach(torch.nn.Linear(1, 1))

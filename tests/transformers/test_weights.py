@@ -1,8 +1,6 @@
 """Real Hugging Face Trainer runs with a moving average of the weights."""
 
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,19 +120,6 @@ def sequences(samples: int = 16, length: int = 6) -> list[dict[str, torch.Tensor
     return [{"input_ids": row, "labels": row.clone()} for row in rows]
 
 
-@contextmanager
-def recording_encoder(model: Any, noted: list[State]) -> Iterator[None]:
-    """Record the weights in the encoder: ``generate`` calls it before ``forward``."""
-    encoder = model.get_encoder()
-    handle = encoder.register_forward_pre_hook(
-        lambda module, args: None if module.training else noted.append(snapshot(model))
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def test_generation_uses_the_average(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = BartConfig(
@@ -149,9 +134,12 @@ def test_generation_uses_the_average(tmp_path: Path) -> None:
         eval_dataset=sequences(4), max_steps=4, eval_strategy="steps", eval_steps=2,
         predict_with_generate=True, generation_max_length=8,
     )  # fmt: skip
-    with recording_encoder(model, noted):
-        run.train()
-        run.predict(sequences(4))
+    # ``generate`` calls the encoder before ``forward``.
+    model.get_encoder().register_forward_pre_hook(
+        lambda module, args: None if module.training else noted.append(snapshot(model))
+    )
+    run.train()
+    run.predict(sequences(4))
     assert len(noted) >= 3
     with ema.swapped():
         average = snapshot(model)
@@ -248,3 +236,29 @@ def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
         EMACallback().attach(run)
     with pytest.raises(StateError, match="has an EMACallback already"):
         trainer(tmp_path, EMACallback(), EMACallback())
+
+
+def test_training_without_a_trainer_a_checkpoint_or_whole_weights_is_refused(
+    tmp_path: Path,
+) -> None:
+    run, alone = trainer(tmp_path), EMACallback(evaluate_with_average=False)
+    for ema, error, sequences in (
+        (EMACallback(), StateError, r"cannot find the trainer.*call attach\(trainer\)"),
+        (alone, StateError, "resumes at step 8.*resume_from_checkpoint"),
+        (EMACallback().attach(run), ArgumentError, "sharded"),
+    ):
+        with pytest.raises(error, match=sequences):
+            ema.on_train_begin(run.args, run.state, run.control, model=run.model)
+        run.state.global_step, run.is_fsdp_enabled = 8, ema is alone
+
+
+def test_evaluation_in_bfloat16_or_without_the_average(tmp_path: Path) -> None:
+    run = train_run(tmp_path, EMACallback(DECAY, at_end="raw"), bf16_full_eval=True)
+    run.trainer.evaluate()
+    for name, average in run.recorder.average().items():
+        dtype = torch.bfloat16 if average.is_floating_point() else average.dtype
+        torch.testing.assert_close(run.model.evaluated[-1][name], average.to(dtype))
+        assert torch.equal(run.model.state_dict()[name], run.recorder.steps[-1][name].to(dtype))
+    run.ema.evaluate_with_average = False
+    run.trainer.evaluate()
+    assert_same(run.model.evaluated[-1], snapshot(run.model))
