@@ -55,9 +55,7 @@ def test_failed_block_keeps_the_previous_model(
     assert binding.container is other
 
 
-def test_mismatched_model_changes_nothing(
-    sides: tuple[dict[str, Any], dict[str, Any]],
-) -> None:
+def test_mismatched_model_changes_nothing(sides: tuple[dict[str, Any], dict[str, Any]]) -> None:
     avg, x = sides
     binding = Binding(avg, x, match_by_name)
     raw = {name: one.copy() for name, one in avg.items()}

@@ -18,13 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import fastema
 from fastema.bridges.torch import describe
-from fastema.errors import (
-    ArgumentError,
-    FastemaError,
-    LayoutError,
-    NonFiniteError,
-    StateError,
-)
+from fastema.errors import ArgumentError, FastemaError, LayoutError, NonFiniteError, StateError
 
 from .layouts import build, build_net, gather, is_member, meshes, set_weights, weights
 

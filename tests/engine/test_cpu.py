@@ -105,9 +105,7 @@ def test_a_launch_completes_when_threads_cannot_start(
     assert first.entered == entered
 
 
-def test_default_thread_count_is_the_number_of_usable_cpus(
-    python: Callable[..., str],
-) -> None:
+def test_default_thread_count_is_the_number_of_usable_cpus(python: Callable[..., str]) -> None:
     python("""
         import os
         import fastema

@@ -193,3 +193,11 @@ def test_each_change_is_seen_in_its_share() -> None:
         watching = watch(leaves_of(held))
         held.append(make(3))
         assert shares(watching) == [True] + [False] * 15
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_every_move_and_change_of_structure_is_noticed(move: str) -> None:
+    net = new_net()
+    watching = watches(leaves_of(net))
+    MOVES[move](net)
+    assert all(notices_change(one) for one in watching)

@@ -13,17 +13,7 @@ from fastema.keras import EMAWeights, LossAverages
 from ..support.smoothing import assert_close, ema
 from .backends import on_one_backend
 from .data import MARKS
-from .losses import (
-    BATCHES,
-    COMPILED,
-    BatchErrors,
-    X,
-    Y,
-    assert_exact,
-    build,
-    fit,
-    float64_weights,
-)
+from .losses import BATCHES, COMPILED, BatchErrors, X, Y, assert_exact, build, fit, float64_weights
 
 pytestmark = MARKS
 

@@ -1,6 +1,7 @@
 """Runs with and without an average, and callbacks that record or raise."""
 
 from collections.abc import Callable
+from functools import partialmethod
 from typing import Any, NamedTuple
 
 import keras
@@ -36,23 +37,14 @@ class HookRecorder(keras.callbacks.Callback):
         self.look = look
         self.at: dict[str, list[Any]] = {}
 
-    def _record(self, hook: str) -> None:
+    def _record(self, hook: str, *_: Any, **__: Any) -> None:
         self.at.setdefault(hook, []).append(self.look(self.model))
 
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._record("epoch_begin")
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self._record("epoch_end")
-
-    def on_test_begin(self, logs: Any = None) -> None:
-        self._record("test_begin")
-
-    def on_test_end(self, logs: Any = None) -> None:
-        self._record("test_end")
-
-    def on_predict_begin(self, logs: Any = None) -> None:
-        self._record("predict_begin")
+    on_epoch_begin = partialmethod(_record, "epoch_begin")
+    on_epoch_end = partialmethod(_record, "epoch_end")
+    on_test_begin = partialmethod(_record, "test_begin")
+    on_test_end = partialmethod(_record, "test_end")
+    on_predict_begin = partialmethod(_record, "predict_begin")
 
 
 class ErrorAt(keras.callbacks.Callback):

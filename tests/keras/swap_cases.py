@@ -1,9 +1,8 @@
 """Tests of fastema.compat.keras on the backend that KERAS_BACKEND names; see test_backends.py."""
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
@@ -21,67 +20,31 @@ State = tuple[Weights, Weights]
 """A model's trainable weights, and their averages in its optimizer."""
 
 
-def new_model(policy: str = "float32", wrap: Any = None) -> Any:
-    keras.utils.set_random_seed(11)
-    layers = [
-        keras.layers.Dense(6, "relu", name="first", dtype=policy),
-        keras.layers.BatchNormalization(name="norm", momentum=0.5, dtype=policy),
-        keras.layers.Dense(1, name="last", dtype=policy),
-    ]
-    model = keras.Sequential([keras.Input((4,)), *layers], name="net")
-    optimizer = keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.8)
-    model.compile(wrap(optimizer) if wrap else optimizer, "mse")
-    return model
+_models: dict[str, tuple[Any, Any, list[np.ndarray]]] = {}
 
 
-class PooledModel(NamedTuple):
-    """A model, its optimizer, and their initial state."""
-
-    model: Any
-    optimizer: Any
-    state: list[np.ndarray]
-
-    def is_reusable(self) -> bool:
-        """Return whether tests changed nothing but the state."""
-        return self.model.optimizer is self.optimizer and not names_left_in(self.model)
-
-
-_free: dict[tuple[str, Any], list[PooledModel]] = {}
-_lent: list[tuple[tuple[str, Any], PooledModel]] = []
-
-
-def borrow_model(policy: str = "float32", wrap: Any = None) -> Any:
-    """Take a free model from the pool, with a built optimizer and its initial state."""
-    free = _free.setdefault((policy, wrap), [])
-    if not free:
-        model = new_model(policy, wrap)
+def borrow_model(policy: str = "float32") -> Any:
+    """Return a model with a built optimizer, in its initial state; reuse an unchanged one."""
+    model, optimizer, first = _models.get(policy, (None, None, []))
+    if model is None or model.optimizer is not optimizer or names_left_in(model):
+        keras.utils.set_random_seed(11)
+        layers = [
+            keras.layers.Dense(6, "relu", name="first", dtype=policy),
+            keras.layers.BatchNormalization(name="norm", momentum=0.5, dtype=policy),
+            keras.layers.Dense(1, name="last", dtype=policy),
+        ]
+        model = keras.Sequential([keras.Input((4,)), *layers], name="net")
+        model.compile(keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.8), "mse")
         model.optimizer.build(model.trainable_variables)
-        free.append(PooledModel(model, model.optimizer, values(state_of(model))))
-    made = free.pop()
-    _lent.append(((policy, wrap), made))
-    return reset_model(made.model, made.state)
-
-
-@pytest.fixture(autouse=True)
-def return_models() -> Iterator[None]:
-    yield
-    for kind, made in _lent:
-        if made.is_reusable():
-            _free[kind].append(made)
-    _lent.clear()
-
-
-def optimizer_of(model: Any) -> Any:
-    return getattr(model.optimizer, "inner_optimizer", model.optimizer)
+        first = values(state_of(model))
+        _models[policy] = model, model.optimizer, first
+    return reset_model(model, first)
 
 
 def state(model: Any) -> State:
     raw = trained_weights(model)
-    return raw, dict(zip(raw, values(averages_of(model)), strict=True))
-
-
-def averages_of(model: Any) -> list[Any]:
-    return optimizer_of(model)._model_variables_moving_average
+    averages = model.optimizer._model_variables_moving_average
+    return raw, dict(zip(raw, values(averages), strict=True))
 
 
 def assert_state(found: Any, weights: Weights, averages: Weights) -> None:
@@ -113,7 +76,7 @@ def names_left_in(model: Any) -> set[str]:
     """Return the attributes that the callback left in the user's objects."""
     return {
         name
-        for of in (model, optimizer_of(model))
+        for of in (model, model.optimizer)
         for name, value in vars(of).items()
         if type(value).__module__.startswith("fastema")
     }

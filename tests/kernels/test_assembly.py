@@ -61,9 +61,7 @@ def test_halves_are_converted_by_the_hardware(assembly: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-def test_halves_are_averaged_without_hardware_conversion(
-    python: Callable[..., str],
-) -> None:
+def test_halves_are_averaged_without_hardware_conversion(python: Callable[..., str]) -> None:
     script = """
         import numpy as np
         import fastema

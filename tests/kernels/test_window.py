@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from numba import njit
 
 from fastema.kernels import table as abi
 from fastema.kernels.table import BLOCK
@@ -130,19 +129,3 @@ def test_strided_means_equal_dense_ones_to_the_bit(formats: tuple[str, ...]) -> 
 
 
 WINDOW, SLOT, TURN, NEXT = abi.WINDOW, abi.SLOT, abi.TURN, abi.NEXT
-
-
-@njit
-def steps(made, table, rows, number, numbers, control, x, mean, history, at):
-    """Run the kernel over a history and return the means after the updates ``at``."""
-    kept = np.empty((len(at), x.size))
-    number_of = 0
-    for i in range(len(history)):
-        x[:] = history[i]
-        number[0] = min(i + 1, control[WINDOW])
-        control[SLOT], control[TURN], control[NEXT] = i % control[WINDOW], i + 1, 0
-        made(table, rows, numbers, control.ctypes.data)
-        if number_of < len(at) and at[number_of] == i:
-            kept[number_of] = mean
-            number_of += 1
-    return kept

@@ -11,17 +11,7 @@ import fastema
 from fastema.errors import StateError
 
 from .kinds import KINDS, assert_unchanged, build_trained, full_state, which
-from .weights import (
-    FLOATS,
-    Net,
-    assert_bits,
-    bits,
-    net,
-    refresh_,
-    snapshot,
-    train_,
-    values,
-)
+from .weights import FLOATS, Net, assert_bits, bits, net, refresh_, snapshot, train_, values
 
 pytestmark = pytest.mark.torch
 

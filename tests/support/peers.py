@@ -255,6 +255,7 @@ def _factory_of(name: str, lists: bool = False) -> Callable[..., Any]:
     return make
 
 
+TIMM = ("ModelEma", "ModelEmaV2", "ModelEmaV3")
 SWA_KINDS = ("default", "ema multi", "ema", "swa multi", "swa")
 DECAYS: dict[str, Options] = {f"decay {d}": {"decay": d} for d in (0.9, 0.0, 0.3, 1.0)}
 
@@ -307,30 +308,19 @@ PEERS: dict[str, Peer] = {
         update=lambda average, model, n: average.step(model.parameters()),
     ),
     **{
-        f"swa_utils {kind}": Peer(
+        f"swa_utils {kind}{' of buffers' if buffers else ''}": Peer(
             ours="swa_utils",
             home="torch.optim.swa_utils",
             make=_make_averaged_model,
             weight=swa_weight,
-            schedules={"weights": {"kind": kind}},
-            slow={"kind": kind, "decay": 0.9998} if kind.startswith("ema") else None,
-            averaged=is_parameter,
+            schedules={"buffers" if buffers else "weights": {"kind": kind, "use_buffers": buffers}},
+            slow={"kind": kind, "decay": 0.9998} if kind[:3] == "ema" and not buffers else None,
+            averaged=is_saved_float if buffers else is_parameter,
             update=_update_parameters,
             # Theirs averages lists with a float32 weight, even in float64.
             exact=kind != "swa multi",
         )
-        for kind in SWA_KINDS
-    },
-    **{
-        f"swa_utils {kind} of buffers": Peer(
-            ours="swa_utils",
-            home="torch.optim.swa_utils",
-            make=_make_averaged_model,
-            weight=swa_weight,
-            schedules={"buffers": {"kind": kind, "use_buffers": True}},
-            update=_update_parameters,
-            exact=kind != "swa multi",
-        )
+        for buffers in (False, True)
         for kind in SWA_KINDS
     },
     **{
@@ -348,34 +338,19 @@ PEERS: dict[str, Peer] = {
         for kind in SWA_KINDS[1:]
         for buffers in (False, True)
     },
-    "timm ModelEma": Peer(
-        ours="timm",
-        home="timm.utils.model_ema",
-        make=_factory_of("ModelEma"),
-        weight=constant_weight,
-        schedules=DECAYS,
-        slow={"decay": 0.9998},
-        inside="ema",
-        resumes=False,
-    ),
-    "timm ModelEmaV2": Peer(
-        ours="timm",
-        home="timm.utils.model_ema",
-        make=_factory_of("ModelEmaV2"),
-        weight=constant_weight,
-        schedules=DECAYS,
-        slow={"decay": 0.9998},
-        resumes=False,
-    ),
-    "timm ModelEmaV3": Peer(
-        ours="timm",
-        home="timm.utils.model_ema",
-        make=_factory_of("ModelEmaV3"),
-        weight=constant_weight,
-        schedules=DECAYS,
-        slow={"decay": 0.9998},
-        resumes=False,
-    ),
+    **{
+        f"timm {name}": Peer(
+            ours="timm",
+            home="timm.utils.model_ema",
+            make=_factory_of(name),
+            weight=constant_weight,
+            schedules=DECAYS,
+            slow={"decay": 0.9998},
+            inside=inside,
+            resumes=False,
+        )
+        for name, inside in zip(TIMM, ("ema", "module", "module"), strict=True)
+    },
     "timm ModelEmaV3 by step": Peer(
         ours="timm",
         home="timm.utils.model_ema",

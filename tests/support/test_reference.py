@@ -128,12 +128,6 @@ def test_random_rounding_picks_a_neighbor_and_is_unbiased(code: str) -> None:
         assert (np.diff(np.abs(got)) >= 0).all()
 
 
-def _mixed(x: int) -> int:
-    x = (x ^ x >> 16) * 0x7FEB352D % 2**32
-    x = (x ^ x >> 15) * 0x846CA68B % 2**32
-    return x ^ x >> 16
-
-
 def test_split_gives_the_nearest_bfloat16_and_the_low_bits() -> None:
     values = np.concatenate([numbers(20_000, "f32", 1), numbers(20_000, "f32", 2, "bits")])
     ties = (np.arange(1 << 16, dtype=np.uint32) << np.uint32(16) | np.uint32(0x8000)).view("f4")
