@@ -217,8 +217,6 @@ HANDLERS = """
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
-def test_a_signal_handler_that_saves_does_not_deadlock(
-    name: str, python: Callable[..., str]
-) -> None:
+def test_signal_handler_that_saves_does_not_deadlock(name: str, python: Callable[..., str]) -> None:
     """The signal arrives during a compilation, and again during a launch."""
     assert python(HANDLERS, name, timeout=60.0).split() == ["saved", "saved", "done"]

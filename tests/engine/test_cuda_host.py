@@ -111,9 +111,7 @@ def test_a_run_resumes_on_the_other_device_to_the_bit(gpu: StubGpu, there: bool)
 
 
 @pytest.mark.parametrize("capturable", [False, True])
-def test_an_update_is_one_launch_per_group_and_no_other_call(
-    gpu: StubGpu, capturable: bool
-) -> None:
+def test_update_is_one_launch_per_group_and_no_other_call(gpu: StubGpu, capturable: bool) -> None:
     weights = {f"w{k}": torch.randn(1 + k % 300) for k in range(1000)}
     model = torch.nn.ParameterDict(weights)
     model.register_buffer("count", torch.tensor(3))

@@ -19,9 +19,7 @@ from ..support.stub_gpu import StubGpu, gpu
 __all__ = ["gpu"]
 
 
-def test_a_capture_on_a_device_that_is_not_current_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_capture_on_a_device_not_current_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch reports the current device: the graph would be empty and the work run now."""
     current, captured = [0], set[int]()
 

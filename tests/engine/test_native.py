@@ -167,9 +167,7 @@ def test_shipped_code_needs_no_compiler_and_gives_the_same_results(
     assert json.loads(python(script, str(other), NUMBA_CACHE_DIR=cache)) == [[143.0] * 2, True]
 
 
-def test_the_stamp_covers_every_kernel_source(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stamp_covers_every_kernel_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "kernels"
     shutil.copytree(KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(stamps, "__file__", str(copy / "stamp.py"))

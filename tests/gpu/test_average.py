@@ -93,7 +93,7 @@ def test_updates_swaps_saves_and_resumed_runs_equal_the_cpu(
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("model", ["f32", "bf16", "f64"])
-def test_a_guard_skips_or_names_nonfinite_weights(
+def test_guard_skips_or_names_nonfinite_weights(
     device: torch.device, model: str, bad: float
 ) -> None:
     given = Twins(LAYOUTS, FLOATS[model], device)

@@ -17,7 +17,6 @@ _draw = np.random.default_rng(23)
 X = _draw.normal(size=(COUNT, 4)).astype(np.float32)
 Y = np.sin(X.sum(1, keepdims=True)).astype(np.float32)
 W = _draw.uniform(0.2, 3.0, COUNT).astype(np.float32)
-LABELS = (Y > 0.2).astype(np.float32)
 
 
 def build(rate: float = 0.05, *, kind: type = keras.Sequential, **compiled: Any) -> Any:
@@ -55,12 +54,6 @@ class BatchErrors(keras.callbacks.Callback):
         x, y = split_batches(X)[batch], split_batches(self.y)[batch]
         self.batches.append((x @ kernel + bias - y)[:, 0])
 
-    def losses(self) -> Curve:
-        return np.array([np.mean(one**2) for one in self.batches])
-
-    def absolute(self) -> Curve:
-        return np.array([np.mean(np.abs(one)) for one in self.batches])
-
 
 class LogRecorder(keras.callbacks.Callback):
     """Record the logs that callbacks after ours receive."""
@@ -88,13 +81,3 @@ def assert_exact(got: Any, want: Any, roundings: int = 12) -> None:
     got = np.asarray(got, np.float64)
     assert got.shape == want.shape
     np.testing.assert_allclose(got, want, rtol=roundings * 2.0**-24, atol=1e-7)
-
-
-def squares_of(model: Any, x: np.ndarray = X, y: np.ndarray = Y) -> Curve:
-    """Return the squared error of each sample."""
-    kernel, bias = float64_weights(model)
-    return (x @ kernel + bias - y)[:, 0] ** 2
-
-
-def names_with(*metrics: str) -> set[str]:
-    return {f"{name}_{kind}" for name in metrics for kind in ("raw", "sma", "ema")}

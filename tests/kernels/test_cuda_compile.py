@@ -257,9 +257,7 @@ def test_strided_kernels_spill_nothing(
 
 
 @pytest.mark.parametrize("variant", variant_params(CLOCKS, [(CLOCK, ())]))
-def test_the_clock_spills_nothing(
-    variant: Variant, compiled: Callable[[Variant], cuda.Binary]
-) -> None:
+def test_clock_spills_nothing(variant: Variant, compiled: Callable[[Variant], cuda.Binary]) -> None:
     made = compiled(variant)
     check_resources(made, variant)
     names = {one.name for one in disassemble(made.cubin).instructions}

@@ -79,9 +79,7 @@ def make_mean(
         for one in FORMATS
     ],
 )
-def test_mean_and_remainder_equal_the_mean_of_the_ring(
-    formats: tuple[str, ...], window: int
-) -> None:
+def test_mean_and_remainder_equal_the_ring_mean(formats: tuple[str, ...], window: int) -> None:
     dst, src, ring, rest = formats
     code, size = dst.strip("~"), 3 * (BLOCK + 5)
     x = numbers(size, src, 0)

@@ -48,9 +48,7 @@ STORED = [("float32", None), ("float32", "bfloat16"), ("float32", "bf16+16"), ("
 
 
 @pytest.mark.parametrize(("weights", "stored"), STORED)
-def test_swapped_yields_a_new_tree_and_changes_nothing_else(
-    weights: str, stored: str | None
-) -> None:
+def test_swapped_yields_a_new_tree_and_changes_no_other(weights: str, stored: str | None) -> None:
     tree = params(0, weights)
     ema = fastema.EMA(tree, 0.5, shadow_dtype=stored)
     for n in range(1, 4):

@@ -278,9 +278,7 @@ def test_autograd_graph_from_within_a_swap_raises_after_it(later: int) -> None:
 
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}], ids=str)
-def test_an_optimizer_step_in_a_block_raises_and_restores_the_weights(
-    options: dict[str, bool],
-) -> None:
+def test_optimizer_step_in_a_block_raises_and_restores_weights(options: dict[str, bool]) -> None:
     def step(model: nn.Module) -> None:
         model(torch.ones(1, 2)).sum().backward()
         torch.optim.AdamW(model.parameters(), lr=0.1, **options).step()

@@ -238,9 +238,7 @@ def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
         trainer(tmp_path, EMACallback(), EMACallback())
 
 
-def test_training_without_a_trainer_a_checkpoint_or_whole_weights_is_refused(
-    tmp_path: Path,
-) -> None:
+def test_training_without_trainer_checkpoint_or_whole_weights_is_refused(tmp_path: Path) -> None:
     run, alone = trainer(tmp_path), EMACallback(evaluate_with_average=False)
     for ema, error, sequences in (
         (EMACallback(), StateError, r"cannot find the trainer.*call attach\(trainer\)"),
