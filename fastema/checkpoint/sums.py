@@ -181,10 +181,6 @@ class _Workbench:
         return done
 
 
-def _room_for(itemsize: int) -> Bytes:
-    return np.zeros(_ROOM * itemsize, np.uint8)
-
-
 def _spec(memory: Bytes, kind: DType) -> TensorSpec:
     return TensorSpec(memory.ctypes.data, (_ROOM,), (1,), kind.code, "cpu", owner=memory)
 
