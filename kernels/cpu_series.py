@@ -1,7 +1,7 @@
 """Moving averages of a whole series at once: rolling sums and means, exponential averages.
 
-Every sum is kept as two floats, the second of which is the rounding residual of the first. Each
-result is therefore rounded only once or twice from the exact one.
+Every sum is kept as two floats: the rounded sum and its rounding residual. Each result is therefore
+rounded only once or twice from the exact one.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def _changed(trained: Sequence[FreezeState]) -> bool:
 
 
 class SampledSide(WatchedSide):
-    """Watched tensors of which each call checks one share of :data:`SHARES`, in turn."""
+    """Watched tensors in :data:`SHARES` shares; each call checks the next share."""
 
     def __init__(
         self, leaves: Leaves, container: Any, trained: Sequence[FreezeState], *, transient: bool

@@ -247,7 +247,7 @@ def _at_epochs(epochs: Sequence[int], values: NDArray[np.float64]) -> NDArray[np
 
 
 def _read_mapping(history: Mapping[Any, Any], *, blank_nan: bool = False) -> MetricCurves:
-    """Return the curves of a mapping of names to numbers, one of which may count the steps."""
+    """Return the curves of a mapping from names to numbers; a column of steps becomes the axis."""
     if history and all(isinstance(curve, Curve) for curve in history.values()):
         return MetricCurves({str(name): curve for name, curve in history.items()})
     columns = {}
