@@ -14,6 +14,19 @@ PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 STANDARD = Path("-")  # standard input or output
 
 
+def add_state_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--key`` and ``--index``, which choose an average inside a checkpoint."""
+    parser.add_argument(
+        "--key", help="key of the state inside a larger checkpoint, such as trainer.ema"
+    )
+    parser.add_argument(
+        "--index",
+        type=int,
+        default=0,
+        help="which average to take, if there are several (%(default)s)",
+    )
+
+
 def number(
     kind: Callable[[str], _T], accepts: Callable[[_T], bool], expected: str
 ) -> Callable[[str], _T]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastema.cli.arguments import decay
+from fastema.cli.arguments import add_state_arguments, decay
 
 SUMMARY = "Convert an average to the format of another library."
 EXTRA = "torch"
@@ -42,15 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decay", type=decay, help="decay for further updates, if the source stores none"
     )
-    parser.add_argument(
-        "--key", help="key of the state inside a larger checkpoint, such as trainer.ema"
-    )
-    parser.add_argument(
-        "--index",
-        type=int,
-        default=0,
-        help="which average to take, if there are several (%(default)s)",
-    )
+    add_state_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

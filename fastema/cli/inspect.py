@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastema.cli.arguments import add_state_arguments
+
 if TYPE_CHECKING:
     from fastema.checkpoint import Description
 
@@ -26,15 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  fastema inspect last.ckpt --key callbacks.ema --json\n"
     )
     parser.add_argument("path", type=Path, help="a checkpoint: a file or a folder")
-    parser.add_argument(
-        "--key", help="key of the state inside a larger checkpoint, such as trainer.ema"
-    )
-    parser.add_argument(
-        "--index",
-        type=int,
-        default=0,
-        help="which average to take, if there are several (%(default)s)",
-    )
+    add_state_arguments(parser)
     parser.add_argument(
         "--check", action="store_true", help="read all of it and verify the checksums"
     )
