@@ -29,6 +29,10 @@ class PeerCalls:
     restore: Callable[[], object] | None = None  # restore the weights
 
 
+Setup = Callable[[nn.Module, float, torch.dtype], PeerCalls]
+"""Starts averaging: ``setup(model, decay, average_dtype)``."""
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why a peer does not run a mix of dtypes.
@@ -64,7 +68,7 @@ class Peer:
     """
 
     name: str
-    setup: Callable[[nn.Module, float, torch.dtype], PeerCalls]
+    setup: Setup
     module: str | None = None
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
     rounds_weights: bool = False
@@ -110,16 +114,11 @@ def _foreach_cast(model: nn.Module, decay: float, dtype: torch.dtype) -> PeerCal
     return PeerCalls(update, lambda: averages)
 
 
-Setup = Callable[[nn.Module, float, torch.dtype], PeerCalls]
-"""Starts averaging: ``setup(model, decay, average_dtype)``."""
-
 Options = Callable[[nn.Module, float, torch.dtype], dict[str, Any]]
 """Returns options for a peer's class: ``options(model, decay, average_dtype)``."""
 
 
-def _setup_class(
-    name: str, options: Options, *, copies_first: bool = False, swaps: bool = False
-) -> Setup:
+def _setup_class(name: str, options: Options, *, copies_first: bool = False) -> Setup:
     """Return the set-up of a peer's own class, as described in the table of the tests.
 
     Parameters
@@ -130,8 +129,6 @@ def _setup_class(
         Returns options of the class that keep the decay constant.
     copies_first
         Whether the first update only copies the weights. Set-up then runs it.
-    swaps
-        Whether the class has ``store``, ``copy_to`` and ``restore``.
     """
     peer = AVERAGES[name]
 
@@ -144,17 +141,18 @@ def _setup_class(
             found = peer.averages(average, model)
             return [found[name] for name in names]
 
-        def apply() -> None:
-            average.store(list(model.parameters()))
-            average.copy_to(list(model.parameters()))
-
-        def restore() -> None:
-            average.restore(list(model.parameters()))
-
         if copies_first:
             peer.update(average, model, 0)
         update = partial(peer.update, average, model, 1)
-        return PeerCalls(update, averages, *((apply, restore) if swaps else ()))
+        if not hasattr(average, "store"):
+            return PeerCalls(update, averages)
+        weights = list(model.parameters())
+
+        def apply() -> None:
+            average.store(weights)
+            average.copy_to(weights)
+
+        return PeerCalls(update, averages, apply, partial(average.restore, weights))
 
     return setup
 
@@ -192,7 +190,7 @@ def _diffusers(foreach: bool) -> Setup:
         # The decay always warms up, except with min_decay == decay.
         return {"decay": decay, "min_decay": decay, "foreach": foreach}
 
-    return _setup_class("diffusers", options, copies_first=True, swaps=True)
+    return _setup_class("diffusers", options, copies_first=True)
 
 
 def setup_ema(**options: Any) -> Setup:
@@ -249,7 +247,7 @@ PEERS: tuple[Peer, ...] = (
     Peer("AveragedModel avg_fn", _swa("ema"), rounds_weights=True),
     Peer(
         "torch_ema",
-        _setup_class("torch_ema", _torch_ema, swaps=True),
+        _setup_class("torch_ema", _torch_ema),
         module="torch_ema",
         swap="torch_ema store + copy_to + restore",
     ),
