@@ -40,6 +40,11 @@ def test_update_of_gathered_parameters_is_refused(run: Run) -> None:
     run(cases.check_gathered)
 
 
+def test_classes_of_parameter_lists_refuse_shards(run: Run) -> None:
+    for messages in run(cases.catch_list_refusals):
+        assert all("fastema.EMA(model)" in message for message in messages)
+
+
 def test_differing_ranks_are_named_on_every_rank(run: Run) -> None:
     for messages in run(cases.catch_differing_ranks):
         options, nonfinite, policy, steps, pair = messages

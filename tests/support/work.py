@@ -5,8 +5,11 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import fastema
 from fastema.engine import watch
 from fastema.kernels.watch_table import TENSORS
+
+PACKAGE = fastema.__path__[0]
 
 
 def count_lines(call: Callable[[], Any]) -> int:
@@ -25,9 +28,7 @@ def count_lines(call: Callable[[], Any]) -> int:
         return line
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
-        if "fastema" not in frame.f_code.co_filename or "/tests/" in frame.f_code.co_filename:
-            return None
-        return line(frame, event, arg)
+        return line(frame, event, arg) if frame.f_code.co_filename.startswith(PACKAGE) else None
 
     before = sys.gettrace()
     sys.settrace(trace)
