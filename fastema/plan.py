@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Final, Literal, TypeAlias
+from numbers import Real
+from typing import Any, ClassVar, Final, TypeAlias
 
 from fastema.binding.binding import Binding, Match
+from fastema.binding.policies import Policies, Policy, Rounding, check_literal
 from fastema.binding.sides import FreezeState
 from fastema.bridges.memory import allocate
 from fastema.bridges.registry import leaves_of, list_iterators, reshard
@@ -17,12 +19,12 @@ from fastema.errors import ArgumentError, DTypeError, LayoutError, StateError, f
 from fastema.layout.device_context import LaunchArgs, check_seed
 from fastema.layout.dtypes import average_of, parse_dtype
 from fastema.layout.group import Pair, check_pair, drop_repeated, refuse_overlap, refuse_unwritable
-from fastema.layout.spec import Leaves, Role
+from fastema.layout.spec import Leaf, Leaves, Opaque, Role
 
 __all__ = ["Plan", "PolicyOf", "copy_", "lerp_", "mean_between", "swap_"]
 
-PolicyOf: TypeAlias = Callable[[str, Role], Literal["average", "copy", "skip"]]
-"""``policy(name, role)`` decides what to do with a tensor of ``x``."""
+PolicyOf: TypeAlias = Callable[[str, Role], Policy]
+"""``policy(name, role)`` returns what to do with a tensor."""
 
 _OPERATIONS: Final = {
     "lerp": {"averaged": "lerp", "copied": "copy"},
@@ -31,30 +33,34 @@ _OPERATIONS: Final = {
 }
 """Kernel operations of :class:`Plan` methods, for averaged and copied tensors."""
 
-_MARKS = {"nearest": "", "stochastic": "~"}
+_MARKS: Final[dict[str, str]] = {"nearest": "", "stochastic": "~"}
 """Suffixes of kernel formats, by rounding."""
 
 
-def _without_skipped(leaves: Leaves, policy: PolicyOf, roles: Mapping[str, Role]) -> Leaves:
-    """Return the leaves that a policy does not skip; ``roles`` maps names to roles."""
-    kept = {name for name in leaves.roles if _decide(policy, name, roles[name]) != "skip"}
-    items = [leaf for leaf in leaves.items if leaf.name in kept]
-    opaque = [one for one in leaves.opaque if one.name in kept]
+def _without(leaves: Leaves, skipped: Container[str]) -> Leaves:
+    """Return the leaves except those with skipped names."""
+    items = [leaf for leaf in leaves.items if leaf.name not in skipped]
+    opaque = [one for one in leaves.opaque if one.name not in skipped]
     return replace(leaves, items=items, opaque=opaque)
+
+
+def _named(*sides: Leaves) -> list[Leaf | Opaque]:
+    return [one for side in sides for of_side in (side.items, side.opaque) for one in of_side]
+
+
+def _roles(avg: Leaves, x: Leaves) -> dict[str, Role]:
+    """Return the roles of all tensors: a buffer if either side says so, otherwise that in ``x``."""
+    buffers = {one.name for one in _named(avg) if one.role == "buffer"}
+    theirs = x.roles
+    return {
+        name: "buffer" if name in buffers else theirs.get(name, "weight")
+        for name in {**avg.roles, **theirs}
+    }
 
 
 def _resharded_leaves(container: Any) -> Leaves:
     reshard(container)
     return leaves_of(container)
-
-
-def _decide(policy: PolicyOf, name: str, role: Role) -> str:
-    answer = policy(name, role)
-    if answer not in ("average", "copy", "skip"):
-        raise ArgumentError(
-            f"policy({name!r}, {role!r}) is {answer!r}: expected 'average', 'copy' or 'skip'"
-        )
-    return answer
 
 
 def match_leaves(dst: Leaves, src: Leaves, called: tuple[str, str]) -> list[Pair]:
@@ -96,40 +102,41 @@ def match_leaves(dst: Leaves, src: Leaves, called: tuple[str, str]) -> list[Pair
     return drop_repeated(pairs)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _PairSelection:
     """Selects the pairs of a plan. Holds no reference to the plan: no cycle."""
 
-    policy: PolicyOf | None
+    policy: PolicyOf
     mark: str
     called: tuple[str, str]
+    with_transient: bool  # whether buffers with persistent=False take part
+    is_checked: bool = False  # later calls accept patterns whose tensors are gone
 
     def __call__(self, avg: Leaves, x: Leaves) -> Match:
-        """Return the pairs that the policy does not skip; with a policy, integers are copied."""
-        policy, roles = self.policy, {**avg.roles, **x.roles}
-        dst, src = avg, x
-        if policy is not None:
-            dst, src = (_without_skipped(side, policy, roles) for side in (avg, x))
-        pairs = [self._with_rounding(pair) for pair in match_leaves(dst, src, self.called)]
+        """Return the pairs that the policy does not skip; integers and booleans are copied."""
+        named = _named(avg, x)
+        if isinstance(self.policy, Policies) and not self.is_checked:
+            self.policy.check_used(named)
+        self.is_checked = True
+        chosen = {name: self.policy(name, role) for name, role in _roles(avg, x).items()}
+        skipped = {name for name, policy in chosen.items() if policy == "skip"}
+        if not self.with_transient:
+            skipped |= {one.name for one in named if not one.persistent}
+        dst, src = (_without(side, skipped) for side in (avg, x))
         parts: dict[str, list[Pair]] = {"averaged": [], "copied": []}
-        for pair in pairs:
+        for pair in match_leaves(dst, src, self.called):
             refuse_unwritable(pair.name, pair.dst)
-            is_copied = policy is not None and (
-                pair.dst.kind.whole or policy(pair.name, roles[pair.name]) == "copy"
-            )
-            parts["copied" if is_copied else "averaged"].append(pair)
+            is_copied = pair.dst.kind.whole or chosen[pair.name] == "copy"
+            parts["copied" if is_copied else "averaged"].append(self._with_rounding(pair))
         return Match(parts, dst, src, self._policy_parameters(x))
 
     def _policy_parameters(self, x: Leaves) -> list[FreezeState]:
         """Return the parameters whose policy depends on ``requires_grad``."""
-        policy = self.policy
-        if policy is None:
-            return []
         return [
             FreezeState(leaf.spec.owner, leaf.spec.owner.requires_grad)
             for leaf in x.items
             if leaf.role != "buffer" and hasattr(leaf.spec.owner, "requires_grad")
-            if policy(leaf.name, "weight") != policy(leaf.name, "frozen")
+            if self.policy(leaf.name, "weight") != self.policy(leaf.name, "frozen")
         ]
 
     def _with_rounding(self, pair: Pair) -> Pair:
@@ -151,19 +158,26 @@ class Plan:
         Containers with the same names or positions and shapes, from any mix of frameworks. ``avg``
         is written; ``x`` only by :meth:`swap_`. JAX arrays, TensorFlow tensors and read-only NumPy
         arrays can only be in ``x``. Dtypes may differ among float64, float32, float16 and bfloat16,
-        and between complex64 and complex128. Integers and booleans need equal dtypes, and
-        :meth:`lerp_` rejects them unless there is a ``policy``.
+        and between complex64 and complex128. Integers and booleans need equal dtypes and are
+        copied.
     rounding : {"nearest", "stochastic"}
         Rounding of 16-bit floats in :meth:`lerp_`, to nearest by default. Rounding to nearest loses
         changes below half of the last place of ``avg``; stochastic rounding keeps them on average.
     seed : int
         Seed for stochastic rounding, from 0 (the default) to 2**63 - 1. The random bits also depend
         on the number of the call, the tensor's name and the element's index in the tensor.
-    policy : callable, optional
-        ``policy(name, role)`` returns ``"average"``, ``"copy"`` or ``"skip"`` for each tensor of
-        ``x``. The role is ``"weight"``, in modules also ``"frozen"`` or ``"buffer"``. :meth:`lerp_`
-        copies tensors with ``"copy"``, integers and booleans; skipped ones may be missing on either
-        side. It is called whenever the tensors are matched. Without it all tensors must be floats.
+    frozen : {"average", "copy", "skip"}
+        What :meth:`lerp_` does with parameters of ``x`` that need no gradient: average them (the
+        default), copy or skip them. Skipped tensors take part in no operation and may be missing on
+        either side.
+    buffers : {"copy", "average", "skip"}
+        What :meth:`lerp_` does with buffers of modules, such as BatchNorm statistics: ``copy`` (the
+        default) keeps those of ``x``, ``average`` averages floats. Integers and booleans are always
+        copied. Buffers registered with ``persistent=False`` are always skipped.
+    policy : mapping of str to {"average", "copy", "skip"}, optional
+        What to do with names that match a pattern (:mod:`fnmatch`), such as ``{"*.expert_bias":
+        "average", "visual.*": "skip"}``, instead of ``frozen`` and ``buffers``; see
+        :class:`fastema.EMA`. The first matching pattern wins.
 
     Attributes
     ----------
@@ -175,7 +189,7 @@ class Plan:
     Raises
     ------
     ArgumentError
-        If ``rounding``, ``seed`` or a result of ``policy`` is invalid.
+        If an option is invalid, or a pattern matches no name.
     LayoutError
         If names, shapes or devices differ, if ``avg`` overlaps ``x`` or itself, or is expanded or
         read-only.
@@ -192,9 +206,18 @@ class Plan:
     >>> plan.lerp_(0.25); plan.lerp_(0.25)
     >>> avg[0]
     array([0.4375, 0.4375], dtype=float32)
+
+    A target network, whose parameters follow and whose BatchNorm statistics are copied:
+
+    >>> import copy, torch
+    >>> online = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    >>> target = copy.deepcopy(online)
+    >>> plan = Plan(target, online)
+    >>> plan.lerp_(0.005)
     """
 
     _container_labels: ClassVar = ("the first", "the second")
+    _with_transient: ClassVar = False
 
     def __init__(
         self,
@@ -203,16 +226,20 @@ class Plan:
         *,
         rounding: str = "nearest",
         seed: int = 0,
-        policy: PolicyOf | None = None,
+        frozen: Policy = "average",
+        buffers: Policy = "copy",
+        policy: Mapping[str, Policy] | None = None,
     ) -> None:
-        if rounding not in _MARKS:
-            raise ArgumentError(f"rounding={rounding!r}: expected one of {', '.join(_MARKS)}")
+        self._bind(avg, x, Policies.of(frozen, buffers, policy), rounding, seed)
+
+    def _bind(self, avg: Any, x: Any, policy: PolicyOf, rounding: str, seed: int) -> None:
+        check_literal(rounding, "rounding", Rounding)
         self._seed, self.calls = check_seed(seed), 0
         self._lock = rlock()
         self.binding = Binding(
             list_iterators(avg),
             list_iterators(x),
-            _PairSelection(policy, _MARKS[rounding], self._container_labels),
+            _PairSelection(policy, _MARKS[rounding], self._container_labels, self._with_transient),
             labels=("avg ", "x "),
             look=_resharded_leaves,
         )
@@ -232,9 +259,9 @@ class Plan:
         exact, is_random = self.binding.cached("lerp", self._inspect_lerp)
         if exact:
             raise DTypeError(
-                "only floats are averaged:\n"
+                "lerp_() has no average of these tensors:\n"
                 + format_problems(exact)
-                + "\nLeave them out, or pass a policy: integers are then copied, as in fastema.EMA."
+                + "\nUse copy_(), or leave them out by policy={'name': 'skip'}."
             )
         if is_random and self.binding.capturing():
             raise StateError(
@@ -243,10 +270,18 @@ class Plan:
             )
 
     def _inspect_lerp(self) -> tuple[list[str], bool]:
-        """Return averaged tensors that are not floats, and whether rounding is stochastic."""
-        pairs = self.binding.pairs_by_tag["averaged"]
-        exact = [f"{one.name!r} is {one.dst.dtype}" for one in pairs if one.dst.kind.real is None]
-        return exact, any(pair.form.endswith("~") for pair in pairs)
+        """Return tensors that make an average impossible, and whether rounding is stochastic.
+
+        Integers and booleans are copied, but only beside other tensors: alone they are a mistake.
+        """
+        averaged, copied = (self.binding.pairs_by_tag[tag] for tag in ("averaged", "copied"))
+        alone = not averaged and all(pair.dst.kind.whole for pair in copied)
+        exact = [
+            f"{pair.name!r} is {pair.dst.dtype}"
+            for pair in (copied if alone else averaged)
+            if pair.dst.kind.real is None
+        ]
+        return exact, any(pair.form.endswith("~") for pair in averaged)
 
     def _check_swap(self) -> None:
         self.binding.cached("swap", self._refuse_unswappable)
@@ -276,7 +311,8 @@ class Plan:
             If ``weight`` is not a finite number, or if ``x`` is left out although the previous call
             used its immutable arrays.
         DTypeError
-            If a tensor has an integer or boolean dtype and there is no ``policy``.
+            If all tensors are integers or booleans, or if a float8 tensor is neither copied nor
+            skipped.
         LayoutError, BridgeError
             If tensors no longer match; nothing was written.
         StateError
@@ -290,9 +326,12 @@ class Plan:
         >>> avg
         array([0.25, 0.25])
         """
-        if not math.isfinite(weight):
-            raise ArgumentError(f"weight={weight!r}: expected a finite number, 1 - decay")
-        self._run("lerp", self._check_lerp, x, weight)
+        if not isinstance(weight, Real) or not math.isfinite(weight):
+            raise ArgumentError(
+                f"weight={weight!r}: expected a finite number, 1 - decay (float(weight) for a "
+                "tensor)"
+            )
+        self._run("lerp", self._check_lerp, x, float(weight))
 
     def check(self, x: Any = None) -> None:
         """Raise the errors that :meth:`lerp_` would raise, without writing anything.

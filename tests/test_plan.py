@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastema
-from fastema.errors import ArgumentError, FastemaError
+from fastema.errors import ArgumentError, DTypeError, FastemaError
 
 nn = torch.nn
 
@@ -121,34 +121,89 @@ def test_mismatched_container_is_refused_until_it_fits_again() -> None:
     np.testing.assert_array_equal(avg["a"], np.full(4, 3.0))
 
 
-def test_policy_averages_copies_and_skips_by_name_and_role() -> None:
-    def policy(name: str, role: str) -> Any:
-        return {"skipped": "skip", "copied": "copy"}.get(name, "average")
-
+def test_policy_averages_copies_and_skips_by_pattern() -> None:
     avg = {"w": np.array([1.0, 2.0]), "copied": np.array([3.0]), "n": np.array([4]), "old": {}}
     x = {"w": np.array([3.0, 2.0]), "copied": np.array([5.0]), "n": np.array([6])}
-    x["skipped"] = np.array([7.0])
-    plan = fastema.Plan(avg, x, policy=policy)
+    x["skipped.w"] = np.array([7.0])
+    plan = fastema.Plan(avg, x, policy={"skipped.*": "skip", "cop*": "copy", "*": "average"})
     plan.lerp_(0.25)
     assert (avg["w"].tolist(), avg["copied"].tolist(), avg["n"].tolist()) == ([1.5, 2], [5], [6])
     x["n"], x["w"] = np.array([9]), np.array([1.5, 6.0])
+    del x["skipped.w"]  # skipped tensors may come and go
     plan.lerp_(0.5)
     assert (avg["w"].tolist(), avg["n"].tolist()) == ([1.5, 4], [9])
     plan.swap_()
-    assert (avg["n"].tolist(), x["w"].tolist(), x["skipped"].tolist()) == ([9], [1.5, 4], [7])
+    assert (avg["n"].tolist(), x["w"].tolist()) == ([9], [1.5, 4])
+
+
+def batch_norm_network(seed: int) -> Any:
+    """Return a network with BatchNorm, random statistics, and a buffer outside its state dict."""
+    torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    net[0].bias.requires_grad_(False)
-    mine = {name: tensor.clone() + 1 for name, tensor in net.state_dict().items()}
-    asked: dict[str, str] = {}
+    net.register_buffer("mask", torch.randn(2), persistent=False)
+    for name, tensor in net.state_dict().items():
+        tensor.copy_(torch.randn(tensor.shape) if "num" not in name else torch.tensor(seed))
+    return net
 
-    def by_role(name: str, role: str) -> Any:
-        asked.setdefault(name, role)  # the plan may ask again with another role
-        return "copy" if role == "buffer" else "average"
 
-    fastema.Plan(mine, net, policy=by_role).lerp_(0.5)
-    assert (asked["0.weight"], asked["0.bias"]) == ("weight", "frozen")
-    assert torch.equal(mine["1.running_var"], net[1].running_var)
-    assert torch.allclose(mine["0.bias"], net[0].bias + 0.5)
+@pytest.mark.parametrize("source", ["module", "state_dict"])
+def test_plan_without_options_updates_a_target_network_with_batch_norm(source: str) -> None:
+    online, target = batch_norm_network(5), batch_norm_network(6).requires_grad_(False)
+    mask, before = target.mask.clone(), {n: t.clone() for n, t in target.state_dict().items()}
+    x = online if source == "module" else online.state_dict()
+    plan = fastema.Plan(target, x)
+    plan.lerp_(0.25)
+    for name, now in target.state_dict().items():
+        want = online.state_dict()[name]
+        if name.endswith(("weight", "bias")):
+            want = (before[name].double() + 0.25 * (want.double() - before[name].double())).float()
+        torch.testing.assert_close(now, want, rtol=1e-6, atol=1e-7)
+    assert torch.equal(target.mask, mask)
+    fastema.copy_(target, x)
+    assert_equal(target.state_dict(), snapshot(online.state_dict()))
+
+
+def test_frozen_and_buffers_options_of_a_plan_mean_what_they_mean_for_ema() -> None:
+    for options in (
+        {"buffers": "average"},
+        {"buffers": "skip", "frozen": "copy"},
+        {"frozen": "skip", "policy": {"*running_var": "average", "1.bias": "skip"}},
+    ):
+        net = batch_norm_network(7)
+        net[0].bias.requires_grad_(False)
+        own = {"frozen": "average", **options}  # the default of a plan
+        ema = fastema.EMA(net, 0.75, **own)
+        avg = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+        plan = fastema.Plan(avg, net, **options)
+        for name, tensor in net.state_dict().items():
+            tensor.add_(torch.randn(tensor.shape) if "num" not in name else 3)
+        before = snapshot(avg)
+        ema.update()
+        plan.lerp_(0.25)
+        for name, tensor in avg.items():
+            assert torch.equal(tensor, ema.shadow[name] if name in ema.shadow else before[name])
+
+
+def test_plan_follows_parameters_that_are_frozen_later() -> None:
+    net = batch_norm_network(8)
+    avg = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+    plan = fastema.Plan(avg, net, frozen="skip")
+    plan.lerp_(0.5)
+    net[0].requires_grad_(False)
+    with torch.no_grad():
+        net[0].weight.add_(1)
+    before = avg["0.weight"].clone()
+    plan.lerp_(0.5)
+    assert torch.equal(avg["0.weight"], before)
+
+
+def test_integers_alone_are_not_averaged() -> None:
+    avg, x = np.array([1, 2]), np.array([3, 4])
+    with pytest.raises(DTypeError, match=r"'array' is i64[\s\S]*copy_\(\)"):
+        fastema.lerp_(avg, x, 0.5)
+    assert avg.tolist() == [1, 2]
+    fastema.swap_(avg, x)
+    assert avg.tolist() == [3, 4]
 
 
 def test_random_rounding_moves_a_bfloat16_average_by_the_exact_mean() -> None:
@@ -176,7 +231,16 @@ def test_invalid_options_are_refused() -> None:
     for options, message in (
         ({"rounding": "up"}, "rounding"),
         ({"seed": -1}, "seed"),
-        ({"policy": lambda name, role: "Skip"}, r"policy\('0', 'weight'\) is"),
+        ({"rounding": ["up"]}, "rounding"),
+        ({"policy": lambda name, role: "skip"}, "expected a mapping of name patterns to policies"),
+        ({"policy": {1: "skip"}}, "expected a mapping of name patterns to policies"),
+        ({"policy": {"0": "Skip"}}, r"policy\['0'\]='Skip': expected one of average, copy, skip"),
+        ({"policy": {"1": "skip"}}, "no name matches\n.*'1'\nThe model has '0'"),
+        ({"frozen": np.array([1, 2])}, "frozen=.*expected one of average, copy, skip"),
+        ({"buffers": "none"}, "buffers='none': expected one of average, copy, skip"),
     ):
         with pytest.raises(ArgumentError, match=message):
             fastema.Plan([np.ones(2)], [np.ones(2)], **options)
+    for weight in (float("nan"), "0.5", None, torch.ones(2)):
+        with pytest.raises(ArgumentError, match=r"weight=.*expected a finite number, 1 - decay"):
+            fastema.lerp_([np.ones(2)], [np.ones(2)], weight)  # type: ignore[arg-type]

@@ -43,7 +43,15 @@ def _tensors(leaves: Leaves) -> dict[str, Tensor]:
 
 
 class _Plan(Plan):
+    """Plan with a function as its policy, also for buffers that are not in a state dict."""
+
     _container_labels: ClassVar = ("the average", "the model")
+    _with_transient: ClassVar = True
+
+    def __init__(
+        self, avg: Any, x: Any, policy: PolicyOf, *, rounding: str = "nearest", seed: int = 0
+    ) -> None:
+        self._bind(avg, x, policy, rounding, seed)
 
 
 # -- averages on other devices --------------------------------------------------------------------
@@ -314,7 +322,7 @@ class ModelAverager:
         bits: dict[str, Any] = {"rounding": self._rounding, "seed": self._seed}
         if not self._devices_differ(weights):
             self.forget()
-            self._plan = _Plan(self._averaged, model, policy=self._policy, **bits)
+            self._plan = _Plan(self._averaged, model, self._policy, **bits)
             return self._plan, model
         ours = _tensors(leaves_of(self._averaged))
         fits = self._stage is not None and self._stage.fits(ours, weights)
@@ -324,7 +332,7 @@ class ModelAverager:
                 if policy(one.name, one.role) != "skip":
                     raise one.error
             stage = _StagedWeights(ours, weights)
-            self._plan = _Plan(self._averaged, stage.tensors, policy=policy, **bits)
+            self._plan = _Plan(self._averaged, stage.tensors, policy, **bits)
             self._stage, self._roles = stage, weights.roles
         assert self._plan is not None
         self._stage.copy_from(weights)
@@ -349,7 +357,7 @@ class ModelAverager:
                 name: one.detach().to(theirs[name].device) if name in theirs else one
                 for name, one in _tensors(leaves_of(averages)).items()
             }
-        Plan(model, averages, policy=self._policy_by_role(weights)).copy_()
+        _Plan(model, averages, self._policy_by_role(weights)).copy_()
 
     def swapped(self, model: Any) -> RestoringBlock[None]:
         """Return a block in which the model holds the average; restore the raw weights on exit.

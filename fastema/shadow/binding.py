@@ -62,7 +62,7 @@ class _Matcher:
         frozen = [
             FreezeState(leaf.spec.owner, before=False)
             for leaf in model.items
-            if leaf.name in names.must_stay_frozen and leaf.role == "frozen"
+            if leaf.role == "frozen" and names.must_stay_frozen(leaf.name)
         ]
         return Match(parts, model, model.select_names({*entries, *names.aliases}), frozen)
 

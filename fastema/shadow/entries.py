@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from fastema.binding.policies import Policies, Policy
 from fastema.binding.swap import SPLIT
-from fastema.errors import ArgumentError, DTypeError, LayoutError, format_problems
+from fastema.errors import DTypeError, LayoutError, format_problems
 from fastema.layout.dtypes import DType, average_of, parse_dtype
 from fastema.layout.group import refuse_shared_elements
-from fastema.layout.spec import Leaf, Leaves, Opaque, Role, TensorSpec
+from fastema.layout.spec import Leaf, Leaves, Opaque, TensorSpec
 
 __all__ = [
     "Names",
-    "Policy",
-    "Rounding",
     "Selection",
     "ShadowFormat",
     "companion",
     "select",
 ]
-
-Policy = Literal["average", "copy", "skip"]
-Rounding = Literal["nearest", "stochastic"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +29,17 @@ class Names:
     frozen: set[str]  # frozen parameters that are copied
     buffers: set[str]  # buffers that are copied or averaged
     aliases: dict[str, str]  # further name of a tied weight: the name it is averaged under
-    chosen: set[str]  # names whose policy comes from a pattern
-    patterns: Mapping[str, Policy]  # the user's, in order
+    policies: Policies  # the user's
 
     def may_appear(self, name: str) -> bool:
         """Return whether a pattern skips a new tensor, for example an adapter added later."""
-        matching = (policy for one, policy in self.patterns.items() if fnmatchcase(name, one))
-        return next(matching, None) == "skip"
+        return self.policies.by_pattern(name) == "skip"
 
-    @property
-    def must_stay_frozen(self) -> set[str]:
-        """Names of parameters that must stay frozen."""
-        return (self.skipped | self.frozen) - self.chosen
+    def must_stay_frozen(self, name: str) -> bool:
+        """Return whether a parameter has no average because it is frozen."""
+        return (name in self.skipped or name in self.frozen) and self.policies.by_pattern(
+            name
+        ) is None
 
 
 class Selection(NamedTuple):
@@ -57,42 +50,7 @@ class Selection(NamedTuple):
     names: Names
 
 
-def match_patterns(leaves: Leaves, patterns: Mapping[str, Policy]) -> dict[str, Policy]:
-    """Return the policy of every name that a pattern matches; the first matching pattern wins.
-
-    Raises
-    ------
-    ArgumentError
-        For patterns that match no name.
-    """
-    found: dict[str, Policy] = {}
-    unused = dict.fromkeys(patterns)
-    named: list[Leaf | Opaque] = [*leaves.items, *leaves.opaque]
-    for one in named:
-        matching = [pattern for pattern in patterns if fnmatchcase(one.name, pattern)]
-        if matching and one.persistent:
-            found[one.name] = patterns[matching[0]]
-            for pattern in matching:
-                unused.pop(pattern, None)
-    if unused:
-        names = [one.name for one in named if one.persistent]
-        raise ArgumentError(
-            "policy: no name matches\n"
-            + format_problems(map(repr, unused))
-            + f"\nThe model has {', '.join(map(repr, names[:3]))}"
-            + (f" and {len(names) - 3} more; " if len(names) > 3 else "; ")
-            + "a name is matched as a whole ('*.bias'), and buffers registered with "
-            "persistent=False are never averaged."
-        )
-    return found
-
-
-def select(
-    leaves: Leaves,
-    frozen: Policy,
-    buffers: Policy,
-    patterns: Mapping[str, Policy] | None = None,
-) -> Selection:
+def select(leaves: Leaves, policies: Policies) -> Selection:
     """Sort a container's leaves by policy, tied weights once; refuse tensors without an average.
 
     Non-persistent buffers, such as cached tables and masks, are skipped under every policy: they
@@ -107,19 +65,19 @@ def select(
     ArgumentError
         For a pattern that matches no name.
     """
-    of_role: dict[Role, Policy] = {"weight": "average", "frozen": frozen, "buffer": buffers}
-    chosen = match_patterns(leaves, patterns or {})
-
-    def policy(one: Leaf | Opaque) -> Policy:
-        return chosen.get(one.name, of_role[one.role])
+    named: list[Leaf | Opaque] = [*leaves.items, *leaves.opaque]
+    policies.check_used(named)
+    chosen: dict[str, Policy] = {one.name: policies(one.name, one.role) for one in named}
 
     for one in leaves.opaque:
-        if one.persistent and policy(one) != "skip":
+        if one.persistent and chosen[one.name] != "skip":
             raise one.error
     skipped = {one.name for one in leaves.opaque}
-    skipped |= {leaf.name for leaf in leaves.items if not leaf.persistent or policy(leaf) == "skip"}
+    skipped |= {
+        leaf.name for leaf in leaves.items if not leaf.persistent or chosen[leaf.name] == "skip"
+    }
     held = [leaf for leaf in leaves.items if leaf.name not in skipped]
-    wanted = [leaf for leaf in held if policy(leaf) == "average"]
+    wanted = [leaf for leaf in held if chosen[leaf.name] == "average"]
     averages = {leaf.name for leaf in wanted if leaf.spec.kind.real is not None}
     problems = [
         f"{leaf.name}: {leaf.spec.dtype} is not averaged, only copied"
@@ -160,7 +118,7 @@ def select(
         refuse_shared_elements(leaf.name, leaf.spec)
     still = {leaf.name for leaf in copied if leaf.role == "frozen"}
     statistics = {leaf.name for leaf in held if leaf.role == "buffer"}
-    names = Names(skipped, still, statistics, aliases, {*chosen}, patterns or {})
+    names = Names(skipped, still, statistics, aliases, policies)
     return Selection(averaged, copied, names)
 
 

@@ -109,7 +109,7 @@ def _find_new_or_unfrozen(leaves: Leaves, entries: Mapping[str, Entry], names: N
     return problems + [
         f"{leaf.name!r} is trained now but was frozen when the average was built"
         for leaf in leaves.items
-        if leaf.role == "weight" and leaf.name in names.must_stay_frozen
+        if leaf.role == "weight" and names.must_stay_frozen(leaf.name)
     ]
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from fastema.binding.binding import Binding, Match
+from fastema.binding.policies import Policies
 from fastema.binding.sides import NO_LEAVES, FreezeState
 from fastema.binding.swap import WriteWatch
 from fastema.bridges.registry import leaves_of, link_of, list_iterators, reshard, state_of
@@ -34,8 +35,6 @@ from fastema.shadow.options import (
     OnNonFinite,
     Policy,
     WhenBehind,
-    check_literal,
-    check_patterns,
     parse_destination,
 )
 from fastema.shadow.views import Shadow
@@ -118,11 +117,7 @@ class OffloadedEMA(EMA[Any]):
         module = list_iterators(weights)
         reshard(module)
         leaves = leaves_of(module)
-        policies = (
-            check_literal(frozen, "frozen", Policy),
-            check_literal(buffers, "buffers", Policy),
-        )
-        chosen = select(leaves, *policies, check_patterns(policy))
+        chosen = select(leaves, Policies.of(frozen, buffers, policy))
         kept: dict[str, Policy] = {leaf.name: "average" for leaf in chosen.averaged}
         kept |= {leaf.name: "copy" for leaf in chosen.copied}
         if on_nonfinite != "propagate" and any(
@@ -173,7 +168,7 @@ class OffloadedEMA(EMA[Any]):
         frozen = [
             FreezeState(leaf.spec.owner, before=False)
             for leaf in model.items
-            if leaf.name in names.must_stay_frozen and leaf.role == "frozen"
+            if leaf.role == "frozen" and names.must_stay_frozen(leaf.name)
         ]
         return Match({}, NO_LEAVES, model.select_names({*self._kept, *names.aliases}), frozen)
 

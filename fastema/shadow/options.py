@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
+from fastema.binding.policies import Policy, Rounding, check_literal
 from fastema.binding.swap import SPLIT
 from fastema.bridges.registry import bridge_of, dtype_code
 from fastema.errors import ArgumentError, BridgeError, DTypeError
 from fastema.layout.dtypes import DType, parse_dtype
-from fastema.shadow.entries import Policy, Rounding, ShadowFormat
+from fastema.shadow.entries import ShadowFormat
 
 __all__ = [
     "OnNonFinite",
@@ -18,7 +19,6 @@ __all__ = [
     "Rounding",
     "WatchMode",
     "check_literal",
-    "check_patterns",
     "check_which",
     "dtype_of",
     "format_of",
@@ -57,28 +57,6 @@ def check_which(which: int | None, decay: Any) -> int | None:
 def select_shared_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the shared keyword arguments among the ``locals()`` of a constructor."""
     return {name: value for name, value in arguments.items() if name in _OPTIONS}
-
-
-def check_patterns(policy: Any) -> dict[str, Policy]:
-    """Return the policies by name pattern that a user passed; raise an ArgumentError if invalid."""
-    if policy is None:
-        return {}
-    if not isinstance(policy, Mapping):
-        raise ArgumentError(
-            f"policy={policy!r}: expected a mapping of name patterns to policies, such as "
-            "{'*.expert_bias': 'average', 'visual.*': 'skip'}"
-        )
-    return {
-        str(pattern): check_literal(value, f"policy[{pattern!r}]", Policy)
-        for pattern, value in policy.items()
-    }
-
-
-def check_literal(value: Any, name: str, known: Any) -> Any:
-    """Return a value of a literal type; raise an ArgumentError with the valid ones otherwise."""
-    if value not in get_args(known):
-        raise ArgumentError(f"{name}={value!r}: expected one of {', '.join(get_args(known))}")
-    return value
 
 
 def dtype_of(value: Any) -> DType | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, get_args
 
+from fastema.binding.policies import Rounding
 from fastema.bridges.names import plain_names
 from fastema.bridges.registry import describe
 from fastema.errors import ArgumentError, CheckpointError, FastemaError, format_problems
 from fastema.layout.spec import TensorSpec
 from fastema.rules import Debiased, Rule, Schedule, Window
 from fastema.rules.rule import LOG_NEGLIGIBLE, to_plain_value
-from fastema.shadow.entries import Rounding
 from fastema.shadow.foreign import explain_foreign_state, unflatten_state
 from fastema.shadow.store import PARTS, Tensors
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic
 
+from fastema.binding.policies import Policies
 from fastema.binding.sides import SampledSide, WatchedSide
 from fastema.bridges.registry import leaves_of, list_iterators, ranks_of, reshard, world_of
 from fastema.engine.collector import pause_gc
@@ -26,7 +27,6 @@ from fastema.shadow.options import (
     Rounding,
     WatchMode,
     check_literal,
-    check_patterns,
     dtype_of,
     format_of,
 )
@@ -84,8 +84,7 @@ class UpdatableAverage(Generic[Weights]):
         ring: tuple[int, Any, bool] | None = None,
     ) -> None:
         self._schedule = Schedule(rules, update_every, start_after)
-        frozen = check_literal(frozen, "frozen", Policy)
-        buffers = check_literal(buffers, "buffers", Policy)
+        policies = Policies.of(frozen, buffers, policy)
         self._watch = _WATCHES[check_literal(watch, "watch", WatchMode)]
         self._on_nonfinite = check_literal(on_nonfinite, "on_nonfinite", OnNonFinite)
         if capturable and on_nonfinite == "raise":
@@ -106,7 +105,7 @@ class UpdatableAverage(Generic[Weights]):
         container = list_iterators(weights)
         reshard(container)
         leaves = leaves_of(container)
-        selection = select(leaves, frozen, buffers, check_patterns(policy))
+        selection = select(leaves, policies)
         self._store = Store.of(selection, self._format)
         self._names = selection.names
         self._done = self._num_skipped = 0
