@@ -16,6 +16,7 @@ __all__ = [
     "FastemaError",
     "LayoutError",
     "NonFiniteError",
+    "OptionError",
     "PeerError",
     "StateError",
     "StorageError",
@@ -28,6 +29,10 @@ class FastemaError(Exception):
 
 class ArgumentError(FastemaError, ValueError):
     """An argument has an invalid value."""
+
+
+class OptionError(ArgumentError, TypeError):
+    """A function was called with an option that it does not have."""
 
 
 class BridgeError(FastemaError, TypeError):

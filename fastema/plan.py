@@ -16,6 +16,7 @@ from fastema.bridges.memory import allocate
 from fastema.bridges.registry import leaves_of, list_iterators, reshard
 from fastema.engine.locks import rlock
 from fastema.errors import ArgumentError, DTypeError, LayoutError, StateError, format_problems
+from fastema.hints import check_options
 from fastema.layout.device_context import LaunchArgs, check_seed
 from fastema.layout.dtypes import average_of, parse_dtype
 from fastema.layout.group import Pair, check_pair, drop_repeated, refuse_overlap, refuse_unwritable
@@ -219,6 +220,7 @@ class Plan:
     _container_labels: ClassVar = ("the first", "the second")
     _with_transient: ClassVar = False
 
+    @check_options
     def __init__(
         self,
         avg: Any,

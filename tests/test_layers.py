@@ -23,7 +23,7 @@ FRAMEWORKS = (
 )
 COMPILER = "numba numpy llvmlite"
 CALLBACKS = (
-    ".errors .shadow .plan .binding .checkpoint .tracking .rules .bridges .engine.blocks"
+    ".errors .hints .shadow .plan .binding .checkpoint .tracking .rules .bridges .engine.blocks"
     " .engine.interrupts numpy"
 )
 MOVING = f"{LAYOUT} .bridges.registry .bridges.dlpack .bridges.moving .bridges.names numpy alone"
@@ -37,6 +37,7 @@ TABLE = {
     " lazy:numpy lazy:torch",
     "errors": "",
     "lazy": "",
+    "hints": ".errors",
     "kernels": f"{COMPILER} not:numba.cuda",
     "kernels.scalar": "numpy",
     "kernels.table": "numpy alone",
@@ -73,17 +74,17 @@ TABLE = {
     **dict.fromkeys(("bridges.torch_parts", "bridges.torch_ranks"), f"{LAYOUT} torch alone"),
     "bridges.torch_foreach": f"{LAYOUT} .kernels.table .kernels.operations numpy torch alone",
     "binding": f"{LAYOUT} .engine .bridges",
-    "plan": BELOW_AVERAGES,
-    "shadow": f"{BELOW_AVERAGES} .rules numpy lazy:typing_extensions",
-    "tracking": ".errors .rules .engine .bridges .lazy numpy",
+    "plan": f"{BELOW_AVERAGES} .hints",
+    "shadow": f"{BELOW_AVERAGES} .hints .rules numpy lazy:typing_extensions",
+    "tracking": ".errors .hints .rules .engine .bridges .lazy numpy",
     "tracking.plots.picture": ".errors .tracking numpy matplotlib",
     "tracking.plots": ".errors .tracking numpy lazy:matplotlib",
-    "tracking.tensorboard": ".errors .tracking .rules numpy lazy:tensorboard",
+    "tracking.tensorboard": ".errors .hints .tracking .rules numpy lazy:tensorboard",
     "tracking.logs.event_files": ".errors .tracking numpy lazy:tensorboard",
     "keras": f"{CALLBACKS} keras",
     "lightning": f"{CALLBACKS} lightning pytorch_lightning torch",
     "transformers": f"{CALLBACKS} transformers torch",
-    "tensorflow": ".errors .plan .binding .bridges .engine.blocks .engine.interrupts numpy"
+    "tensorflow": ".errors .hints .plan .binding .bridges .engine.blocks .engine.interrupts numpy"
     " tensorflow",
     "checkpoint": f"{LAYOUT} .shadow .engine .bridges .rules numpy",
     "checkpoint.conversion": f"{LAYOUT} .shadow .bridges .rules lazy:torch",

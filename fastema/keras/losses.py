@@ -11,6 +11,7 @@ from typing import Any, Final
 import keras
 
 from fastema.errors import ArgumentError, FastemaError, StateError
+from fastema.hints import check_options
 from fastema.keras.sums import BatchSums
 from fastema.tracking.scalar import OnNonFinite
 from fastema.tracking.smoother import MetricSmoother, SmoothedMetrics
@@ -131,6 +132,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
     >>> fastema.tracking.plot(losses)                                       # doctest: +SKIP
     """
 
+    @check_options
     def __init__(
         self,
         window_size: int | None = 20,

@@ -18,6 +18,7 @@ from fastema.checkpoint import files, state
 from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, CheckpointError, StateError
+from fastema.hints import check_options
 from fastema.keras.guards import ErrorGuard, MethodGuard, guard_use, refuse_writes
 from fastema.keras.steps import OptimizerSteps, unwrap_optimizers
 from fastema.keras.ways import CopyingSwap, WriteAwareSwap
@@ -130,6 +131,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     https://doi.org/10.1137/0330046
     """
 
+    @check_options
     def __init__(
         self,
         decay: float | Rule | Sequence[float | Rule] = 0.999,

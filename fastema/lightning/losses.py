@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastema.errors import ArgumentError, CheckpointError
+from fastema.hints import check_options
 from fastema.lightning.packages import Callback
 from fastema.tracking.scalar import OnNonFinite
 from fastema.tracking.smoother import MetricSmoother, SmoothedMetrics
@@ -78,6 +79,7 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
     always starts again.
     """
 
+    @check_options
     def __init__(
         self,
         window_size: int | None = 20,

@@ -9,6 +9,7 @@ import torch
 
 from fastema.bridges.registry import is_divided
 from fastema.errors import ArgumentError, StateError
+from fastema.hints import check_options
 from fastema.lightning.packages import Callback
 from fastema.rules import Rule
 from fastema.shadow import EMA
@@ -82,6 +83,7 @@ class EMACallback(Callback):  # type: ignore[misc]
     >>> callback = EMACallback(rules.warmup(0.999), shadow_dtype="float32")
     """
 
+    @check_options
     def __init__(
         self,
         decay: float | Rule | Sequence[float | Rule] = 0.999,

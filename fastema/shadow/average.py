@@ -115,7 +115,7 @@ class Average(SaveableAverage[Weights]):
             try:
                 return object.__getattribute__(self, name)
             except AttributeError as error:
-                from fastema.shadow.hints import suggest_name
+                from fastema.hints import suggest_name
 
                 raise AttributeError(f"{error}{suggest_name(name)}", name=name, obj=self) from None
 

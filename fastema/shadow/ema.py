@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from fastema.errors import ArgumentError
+from fastema.hints import check_options
 from fastema.rules import Constant, Rule, Window, debiased
 from fastema.shadow.average import Average, Weights
 from fastema.shadow.options import OnNonFinite, Policy, Rounding, WatchMode, select_shared_options
@@ -135,6 +136,7 @@ class EMA(Average[Weights]):
     _on_host: ClassVar[Any] = None
     """Class that ``offload=True`` builds; set by :mod:`fastema.shadow.offload`."""
 
+    @check_options
     def __init__(
         self,
         weights: Weights,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastema.hints import check_options
 from fastema.rules import power
 from fastema.shadow.average import Average, Weights
 from fastema.shadow.options import OnNonFinite, Policy, Rounding, WatchMode, select_shared_options
@@ -63,6 +64,7 @@ class PowerEMA(Average[Weights]):
     https://arxiv.org/abs/2312.02696, section 3
     """
 
+    @check_options
     def __init__(
         self,
         weights: Weights,

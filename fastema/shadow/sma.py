@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from fastema.errors import ArgumentError
+from fastema.hints import check_options
 from fastema.layout.device_context import LaunchArgs
 from fastema.rules import Window
 from fastema.shadow.average import Average, Weights
@@ -82,6 +83,7 @@ class SMA(Average[Weights]):
 
     _operation: ClassVar[str] = "window"
 
+    @check_options
     def __init__(
         self,
         weights: Weights,

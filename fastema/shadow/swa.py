@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastema.hints import check_options
 from fastema.rules import CumulativeMean
 from fastema.shadow.average import Average, Weights
 from fastema.shadow.options import OnNonFinite, Policy, Rounding, WatchMode, select_shared_options
@@ -57,6 +58,7 @@ class SWA(Average[Weights]):
     https://arxiv.org/abs/1803.05407
     """
 
+    @check_options
     def __init__(
         self,
         weights: Weights,

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastema.engine import series
 from fastema.errors import ArgumentError
+from fastema.hints import check_options
 from fastema.rules.checks import validate_decay
 from fastema.tracking.scalar import SCALE, Floats, MovingAverage, OnNonFinite, Run
 
@@ -53,6 +54,7 @@ class ExponentialMovingAverage(MovingAverage):
 
     __slots__ = ("_debias", "_decay", "_state")
 
+    @check_options
     def __init__(
         self, decay: float = 0.9, debias: bool = False, *, on_nonfinite: OnNonFinite = "show"
     ) -> None:

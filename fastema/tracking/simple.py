@@ -10,6 +10,7 @@ import numpy as np
 
 from fastema.engine import series
 from fastema.errors import ArgumentError
+from fastema.hints import check_options
 from fastema.rules.checks import validate_int
 from fastema.tracking.scalar import SCALE, Floats, MovingAverage, OnNonFinite, Run
 from fastema.tracking.window import WindowSum
@@ -56,6 +57,7 @@ class SimpleMovingAverage(MovingAverage):
 
     __slots__ = ("_products", "_weights", "_window_size")
 
+    @check_options
     def __init__(self, window_size: int = 20, *, on_nonfinite: OnNonFinite = "show") -> None:
         self._window_size = validate_int(window_size, "window_size", 1)
         if window_size > LARGEST_WINDOW:

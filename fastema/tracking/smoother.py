@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias, cast
 
 from fastema.errors import ArgumentError, CheckpointError, NonFiniteError
+from fastema.hints import check_options
 from fastema.tracking.exponential import ExponentialMovingAverage
 from fastema.tracking.lazy_float import LazyFloat, number
 from fastema.tracking.scalar import (
@@ -58,6 +59,7 @@ class MetricSmoother:
     {'loss_raw': 2.0, 'loss_sma': 2.0, 'loss_ema': 2.0}
     """
 
+    @check_options
     def __init__(
         self,
         window_size: int | None = 20,

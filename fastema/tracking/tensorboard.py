@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fastema.errors import ArgumentError, CheckpointError, StateError
+from fastema.hints import check_options
 from fastema.rules.checks import validate_at_least, validate_int
 from fastema.tracking.scalar import OnNonFinite
 from fastema.tracking.smoother import MetricSmoother, validate_step
@@ -62,6 +63,7 @@ class TensorBoardWriter:
         (``pip install fastema[tracking]``).
     """
 
+    @check_options
     def __init__(
         self,
         folder: str | os.PathLike[str],

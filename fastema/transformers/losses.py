@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from fastema.errors import ArgumentError
+from fastema.hints import check_options
 from fastema.tracking import MetricSmoother
 from fastema.tracking.scalar import OnNonFinite
 
@@ -59,6 +60,7 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
     window.
     """
 
+    @check_options
     def __init__(
         self,
         window_size: int | None = 20,

@@ -22,6 +22,7 @@ from fastema.bridges.registry import is_divided
 from fastema.checkpoint import files
 from fastema.checkpoint.state import read_state, write_state
 from fastema.errors import ArgumentError, CheckpointError, StateError
+from fastema.hints import check_options
 from fastema.rules import Rule
 from fastema.shadow import EMA
 from fastema.shadow.options import (
@@ -171,6 +172,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         in an unknown folder.
     """
 
+    @check_options
     def __init__(
         self,
         decay: float | Rule | Sequence[float | Rule] = 0.9999,

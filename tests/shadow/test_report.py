@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import fastema
-from fastema import rules
+from fastema import hints, rules
 from fastema.errors import StateError
 from fastema.rules.units import effective_steps
-from fastema.shadow import hints
 
 from .weights import net
 

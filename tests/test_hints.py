@@ -1,0 +1,90 @@
+"""Names of other libraries: errors say which option or attribute of fastema is meant."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastema
+from fastema import hints, tracking
+from fastema.errors import ArgumentError, OptionError
+
+WEIGHTS = [np.ones(3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": 0.9}, r"EMA\(\) has no option 'beta': use decay, .*old average.* pass 1 - beta"),
+        ({"alpha": 0.1}, r"use decay, .*then pass decay=1 - alpha.*old average, pass decay=alpha"),
+        ({"momentum": 0.9}, "decay=1 - momentum"),
+        ({"tau": 0.005}, "decay=1 - tau"),
+        ({"half_life": 10}, r"decay=fastema\.rules\.half_life\(steps\)"),
+        ({"warmup": True}, r"decay=fastema\.rules\.warmup\(0\.999\)"),
+        ({"update_every_n_steps": 2}, "use update_every$"),
+        ({"update_after_step": 2}, "use start_after"),
+        ({"dtype": "float32"}, "use shadow_dtype"),
+        ({"use_buffers": True}, "use buffers, 'copy', 'average' or 'skip'"),
+        ({"exclude": ["bias"]}, r"use policy, .*policy=\{'visual\.\*': 'skip'\}"),
+        ({"strict": False}, r"use policy, .*policy=\{'adapter\.\*': 'skip'\}"),
+        ({"device": "cpu"}, "use offload"),
+        ({"model": WEIGHTS}, "use weights, the first argument"),
+        ({"foreach": True}, "leave foreach out"),
+        ({"update_evry": 2}, "did you mean update_every?"),
+        ({"qqq": 2}, "its options: weights, decay, zero_debias"),
+    ],
+)
+def test_option_of_another_library_raises_with_the_option_that_is_meant(
+    options: dict[str, Any], message: str
+) -> None:
+    given = () if "model" in options else (WEIGHTS,)
+    with pytest.raises(OptionError, match=message) as caught:
+        fastema.EMA(*given, **options)
+    assert isinstance(caught.value, TypeError)
+    assert isinstance(caught.value, ArgumentError)
+
+
+CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
+    "SWA": (fastema.SWA, {"swa_start": 3}, r"SWA\(\) .*: use start_after"),
+    "SMA": (fastema.SMA, {"window_size": 3}, r"SMA\(\) .*: use window"),
+    "PowerEMA": (fastema.PowerEMA, {"sigma_rel": 0.1}, r"PowerEMA\(\) .*: use sigma_rels"),
+    "Plan": (fastema.Plan, {"target": [], "x": []}, r"Plan\(\) .*: use avg"),
+    "numbers": (tracking.ExponentialMovingAverage, {"alpha": 0.1}, "decay=1 - alpha"),
+    "window of numbers": (tracking.SimpleMovingAverage, {"window": 3}, "use window_size"),
+    "metrics": (tracking.MetricSmoother, {"window": 3}, "use window_size"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_every_class_suggests_an_option_that_it_has(call: str) -> None:
+    build, options, message = CALLS[call]
+    with pytest.raises(OptionError, match=message):
+        build(**options)
+
+
+@pytest.mark.parametrize("framework", ["keras", "lightning", "transformers"])
+def test_callbacks_suggest_an_option_that_they_have(framework: str) -> None:
+    pytest.importorskip("torch" if framework == "lightning" else framework)
+    pytest.importorskip(framework)
+    package = getattr(fastema, framework)
+    average = package.EMAWeights if framework == "keras" else package.EMACallback
+    with pytest.raises(OptionError, match="use decay, the weight of the old average"):
+        average(beta=0.9)
+    with pytest.raises(OptionError, match="use window_size"):
+        package.LossAverages(window=3)
+
+
+def test_signatures_are_those_of_the_constructors() -> None:
+    assert [*inspect.signature(fastema.EMA).parameters][:3] == ["weights", "decay", "zero_debias"]
+
+
+def test_no_name_is_listed_twice_for_one_option() -> None:
+    names = [(option.name, other) for option in hints._OPTIONS for other in option.others.split()]
+    assert len(set(names)) == len(names)
+
+
+def test_attribute_of_another_library_suggests_the_decay() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'alpha': use decay, the weight of"):
+        _ = fastema.EMA(WEIGHTS).alpha
