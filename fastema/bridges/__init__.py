@@ -38,8 +38,8 @@ Optional names are
 ``never_changes(array)``                return whether an array is immutable
 ``finder(specs, arrays)``               return a function that locates arrays that move, see
                                         :mod:`fastema.bridges.moving`
-``state_of(module)``                    return the entries of a module's state dict, with the
-                                        names that fastema uses
+``state_of(module)``                    return the entries of a module's state dict, each with
+                                        its name in fastema and its key without wrappers
 ``part_of``, ``is_divided``,            functions for arrays that are sharded over processes, see
 ``gather``, ``ranks_of``, ``reshard``, ``world_of``   :mod:`fastema.bridges.registry`
 ``value(holder)``,                      return, and replace, the array in a variable that gets a

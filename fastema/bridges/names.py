@@ -9,7 +9,7 @@ from fastema.errors import BridgeError, DTypeError
 from fastema.layout.dtypes import NAMES
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["LONE", "code_of", "describe_named", "plain_names", "refuse_repeated"]
+__all__ = ["LONE", "code_of", "describe_named", "plain_names", "refuse_repeated", "unwrapped_names"]
 
 LONE: Final = "array"
 """Name of an array that was passed on its own, outside of a container."""
@@ -45,17 +45,37 @@ def refuse_repeated(names: Iterable[str]) -> None:
         seen.add(name)
 
 
-def plain_names(names: Sequence[str]) -> list[str]:
-    """Return parameter names without the path components that wrapper modules add.
+def unwrapped_names(names: Sequence[str], parallel: Iterable[str] = ()) -> list[str]:
+    """Return names without the path components that wrapper modules add.
 
-    A leading ``module.`` (data parallel) is dropped if every name has it. All names stay unchanged
-    if two of them would become equal.
+    All names stay unchanged if two of them would become equal.
+
+    Parameters
+    ----------
+    names : sequence of str
+    parallel : iterable of str
+        Paths of the data parallel modules, whose only child is called ``module``.
     """
+    inner = sorted((f"{path}.module." if path else "module." for path in parallel), key=len)
     together = "\n".join(names)
-    if not any(one in together for one in _WRAPPERS) and not together.startswith("module."):
-        return list(names)  # no wrappers
-    paths = [[part for part in name.split(".") if part not in _WRAPPERS] for name in names]
-    while paths and all(len(path) > 1 and path[0] == "module" for path in paths):
-        paths = [path[1:] for path in paths]
-    plain = [".".join(path) for path in paths]
+    if not inner and not any(one in together for one in _WRAPPERS):
+        return list(names)
+    plain = []
+    for name in names:
+        for prefix in reversed(inner):  # the innermost first: its path has the outer ones
+            if name.startswith(prefix):
+                name = prefix.removesuffix("module.") + name.removeprefix(prefix)
+        plain.append(".".join(part for part in name.split(".") if part not in _WRAPPERS))
+    return plain if len(set(plain)) == len(plain) else list(names)
+
+
+def plain_names(names: Sequence[str], parallel: Iterable[str] = ()) -> list[str]:
+    """Return :func:`unwrapped_names`, without a leading ``module.`` that all names have.
+
+    Checkpoints and the containers of other libraries do not tell whether it is the component of a
+    data parallel wrapper.
+    """
+    plain = unwrapped_names(names, parallel)
+    while plain and all(name.startswith("module.") for name in plain):
+        plain = [name.removeprefix("module.") for name in plain]
     return plain if len(set(plain)) == len(plain) else list(names)

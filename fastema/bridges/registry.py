@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from fastema.bridges.names import LONE, describe_named, refuse_repeated
 from fastema.errors import ArgumentError, BridgeError, DTypeError
-from fastema.layout.spec import Leaf, Leaves, Ranks, TensorContainer, TensorSpec
+from fastema.layout.spec import Leaf, Leaves, Ranks, StateEntry, TensorContainer, TensorSpec
 
 __all__ = [
     "bridge_of",
@@ -246,17 +246,19 @@ def dtype_code(value: Any) -> str:
     raise ArgumentError(f"dtype={value!r}: expected a float dtype, or a name such as 'float32'")
 
 
-def state_of(container: Any) -> dict[str, tuple[str, Any]]:
-    """Return ``{key: (name, entry)}``: the names in :func:`leaves_of` of what a container saves.
+def state_of(container: Any) -> dict[str, StateEntry]:
+    """Return what a container saves: for a torch module the entries of ``state_dict()`` by key.
 
-    Keys and entries are those of ``state_dict()`` for a torch module. For any other container the
-    keys are the names.
+    For any other container the keys are the names in :func:`leaves_of`.
     """
     owner, _ = _walk_container(container)
     if owner is not None and hasattr(owner, "state_of"):
-        found: dict[str, tuple[str, Any]] = owner.state_of(container)
+        found: dict[str, StateEntry] = owner.state_of(container)
         return found
-    return {leaf.name: (leaf.name, leaf.spec.owner) for leaf in leaves_of(container).items}
+    return {
+        leaf.name: StateEntry(leaf.name, leaf.name, leaf.spec.owner)
+        for leaf in leaves_of(container).items
+    }
 
 
 def _flatten(

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastema.bridges.dlpack import exchange_address
-from fastema.bridges.names import describe_named, plain_names
+from fastema.bridges.names import describe_named, plain_names, unwrapped_names
 from fastema.bridges.torch_other import context_of
 from fastema.bridges.torch_parts import (
     describe_part,
@@ -28,7 +28,16 @@ from fastema.bridges.torch_ranks import MeshRanks
 from fastema.errors import BridgeError, DeviceError, DTypeError, FastemaError
 from fastema.layout.device_context import DeviceContext
 from fastema.layout.dtypes import NAME_OF
-from fastema.layout.spec import Attributes, Leaf, Leaves, Opaque, Role, TensorContainer, TensorSpec
+from fastema.layout.spec import (
+    Attributes,
+    Leaf,
+    Leaves,
+    Opaque,
+    Role,
+    StateEntry,
+    TensorContainer,
+    TensorSpec,
+)
 
 _NATIVE: Final[dict[str, torch.dtype]] = {
     code: getattr(torch, name) for code, name in NAME_OF.items() if hasattr(torch, name)
@@ -306,7 +315,8 @@ def walk(container: Any) -> Leaves | None:
     tensors = chain(parameters.values(), buffers.values())
     items: list[Leaf] = []
     opaque: list[Opaque] = []
-    for path, name, tensor in zip(paths, plain_names(paths), tensors, strict=True):
+    names = plain_names(paths, _parallel_paths(modules))
+    for path, name, tensor in zip(paths, names, tensors, strict=True):
         role: Role = "buffer"
         if path in parameters:
             role = "weight" if tensor.requires_grad else "frozen"
@@ -339,26 +349,40 @@ def _union(parts: Iterable[Iterable[tuple[str, torch.Tensor]]]) -> dict[str, tor
     return found
 
 
-def state_of(container: Any) -> dict[str, tuple[str, Any]]:
-    """Return ``{key: (name, entry)}`` for the entries of a module's ``state_dict()``.
+_PARALLEL: Final = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
 
-    ``name`` is the entry's name in :func:`walk`, or its key if :func:`walk` does not list it.
-    """
+
+def _parallel_paths(modules: Iterable[torch.nn.Module]) -> set[str]:
+    """Return the paths of the data parallel modules."""
+    return {
+        path
+        for one in modules
+        for path, module in one.named_modules(remove_duplicate=False)
+        if isinstance(module, _PARALLEL)
+    }
+
+
+def state_of(container: Any) -> dict[str, StateEntry]:
+    """Return the entries of a module's ``state_dict()`` by key."""
     modules = _modules(container)
     own: dict[str, torch.Tensor] = {}
     for one in modules:
         own |= one.named_parameters(remove_duplicate=False)
         own |= one.named_buffers(remove_duplicate=False)
-    plain = dict(zip(own, plain_names(list(own)), strict=True))
+    parallel = _parallel_paths(modules)
+    plain = dict(zip(own, plain_names(list(own), parallel), strict=True))
     names = {id(tensor): plain[name] for name, tensor in own.items()}
+    state = {key: entry for one in modules for key, entry in one.state_dict(keep_vars=True).items()}
     # A hook may have renamed or copied an entry: identify it by its tensor, then by its key.
     return {
-        key: (
+        key: StateEntry(
             names.get(id(entry), plain.get(key, key)),
+            unwrapped,
             entry.detach() if isinstance(entry, torch.Tensor) else entry,
         )
-        for one in modules
-        for key, entry in one.state_dict(keep_vars=True).items()
+        for (key, entry), unwrapped in zip(
+            state.items(), unwrapped_names(list(state), parallel), strict=True
+        )
     }
 
 

@@ -51,7 +51,7 @@ def describe_live(ema: Average[Any], which: int | None) -> LiveAverage:
     seen: set[str] = set()
     entries, state, names = ema._state_of(None, which)
     for key, kept in names.items():
-        value = state[key][1]
+        _, key, value = state[key]
         if kept in seen or not hasattr(value, "shape"):  # extra state is not a tensor
             continue
         seen.add(kept)

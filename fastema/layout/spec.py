@@ -22,6 +22,7 @@ __all__ = [
     "Ranks",
     "Role",
     "Sharding",
+    "StateEntry",
     "Structure",
     "TensorContainer",
     "TensorSpec",
@@ -219,6 +220,23 @@ class Opaque:
     error: FastemaError
     role: Role
     persistent: bool = True
+
+
+class StateEntry(NamedTuple):
+    """An entry of a container's state.
+
+    Attributes
+    ----------
+    name : str
+        Its name among the leaves; its key if it is not one of them.
+    key : str
+        Its key in the state of the model without wrappers.
+    value : tensor or object
+    """
+
+    name: str
+    key: str
+    value: Any
 
 
 class TensorContainer(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastema.bridges.registry import is_divided
+from fastema.bridges.registry import is_divided, state_of
 from fastema.errors import ArgumentError, StateError
 from fastema.hints import check_options
 from fastema.lightning.packages import Callback
@@ -179,7 +179,12 @@ class EMACallback(Callback):  # type: ignore[misc]
         finished = stage == "fit" and trainer.state.status == "running"
         if finished and self._ema is not None and self.at_end == "average":
             # Lightning has moved the module to the host by now.
-            pl_module.load_state_dict(self._ema.model_state_dict(which=self._which), strict=False)
+            averages = self._ema.model_state_dict(which=self._which)
+            own = state_of(pl_module)  # its keys have the components of wrappers
+            pl_module.load_state_dict(
+                {key: averages[one.key] for key, one in own.items() if one.key in averages},
+                strict=False,
+            )
 
     def _restore(self) -> None:
         if self._ema is not None and self._ema.applied:

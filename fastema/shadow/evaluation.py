@@ -16,6 +16,7 @@ from fastema.engine.interrupts import defer_signals
 from fastema.engine.program import Program
 from fastema.errors import BridgeError, StateError, format_problems
 from fastema.layout.group import check_pair, drop_repeated, refuse_overlap, refuse_unwritable
+from fastema.layout.spec import StateEntry
 from fastema.shadow.binding import ShadowSwap
 from fastema.shadow.matching import names_of_state, pair_with_model, refuse_other_holder
 from fastema.shadow.store import Entry
@@ -318,16 +319,19 @@ class SwappableAverage(UpdatableAverage[Weights]):
         Parameters
         ----------
         model : optional
-            See :meth:`update`. The result has its keys, with the prefixes of its wrappers.
+            See :meth:`update`.
         which : int, optional
             See :meth:`apply_shadow`.
 
         Returns
         -------
         dict of str to tensor
-            Averages rounded to the model's dtypes; tied weights share one tensor. Entries that the
-            average leaves out (frozen weights, extra state) are the model's own, not copies.
-            Containers without ``state_dict()`` give the names of :attr:`shadow` and of tied arrays.
+            The keys are those of the model without wrappers, as in :attr:`shadow`: the components
+            that DDP, ``torch.compile`` and activation checkpointing add, such as ``module.`` and
+            ``_orig_mod.``, are left out. Load it into the unwrapped model. The values are averages
+            rounded to the model's dtypes; tied weights share one tensor. Entries that the average
+            leaves out (frozen weights, extra state) are the model's own, not copies. Containers
+            without ``state_dict()`` give the names of :attr:`shadow` and of tied arrays.
 
         Raises
         ------
@@ -350,7 +354,7 @@ class SwappableAverage(UpdatableAverage[Weights]):
             self._refuse_applied("model_state_dict")
             entries, found, kept = self._state_of(model, which)
             averaged = {name: key for key, name in reversed(kept.items()) if name in entries}
-            wanted = {name: describe(found[key][1]) for name, key in averaged.items()}
+            wanted = {name: describe(found[key].value) for name, key in averaged.items()}
             # Allocate each tensor on its own, so that keeping one does not keep all of them.
             made = {name: allocate([(spec, spec.kind)])[0] for name, spec in wanted.items()}
             pairs = [
@@ -361,11 +365,11 @@ class SwappableAverage(UpdatableAverage[Weights]):
                 check_pair(pair)
             Program({"all": pairs}).run({"all": "cast_back"})
             shown = {name: entries[name].to_framework(array) for name, (array, _) in made.items()}
-            return {key: shown.get(kept[key], entry) for key, (_, entry) in found.items()}
+            return {one.key: shown.get(kept[key], one.value) for key, one in found.items()}
 
     def _state_of(
         self, model: Any, which: int | None
-    ) -> tuple[Mapping[str, Entry], Mapping[str, tuple[str, Any]], dict[str, str]]:
+    ) -> tuple[Mapping[str, Entry], Mapping[str, StateEntry], dict[str, str]]:
         """Return an average's entries, the model's state, and for its keys the entries' names."""
         entries = self._store.sets[self._average_index(which)]
         self._sync()

@@ -8,7 +8,7 @@ from typing import Any
 from fastema.bridges.registry import leaves_of
 from fastema.errors import LayoutError, StateError, format_problems
 from fastema.layout.group import Pair
-from fastema.layout.spec import Leaf, Leaves, Sharding, TensorSpec
+from fastema.layout.spec import Leaf, Leaves, Sharding, StateEntry, TensorSpec
 from fastema.shadow.entries import Names
 from fastema.shadow.store import Entry
 
@@ -114,7 +114,7 @@ def _find_new_or_unfrozen(leaves: Leaves, entries: Mapping[str, Entry], names: N
 
 
 def names_of_state(
-    found: Mapping[str, tuple[str, Any]], entries: Mapping[str, Entry], names: Names
+    found: Mapping[str, StateEntry], entries: Mapping[str, Entry], names: Names
 ) -> dict[str, str]:
     """Return the average's name for every key of a model's state dict.
 
@@ -123,11 +123,13 @@ def names_of_state(
     LayoutError
         If averaged tensors have unknown keys: their raw values would pass for averages.
     """
-    kept = {key: names.aliases.get(name, name) for key, (name, _) in found.items()}
+    kept = {key: names.aliases.get(one.name, one.name) for key, one in found.items()}
     missing = {name for name, entry in entries.items() if entry.averaged} - {*kept.values()}
     known = {*entries, *names.skipped}
     strange = [
-        key for key, name in kept.items() if name not in known and hasattr(found[key][1], "shape")
+        key
+        for key, name in kept.items()
+        if name not in known and hasattr(found[key].value, "shape")
     ]
     if missing and strange:
         raise LayoutError(

@@ -400,7 +400,7 @@ class OffloadedEMA(EMA[Any]):
         reshard(container)
         found = state_of(container)
         names = names_of_state(found, self._store.sets[0], self._names)
-        theirs = {name: found[key][1] for key, name in names.items() if name in self._kept}
+        theirs = {name: found[key].value for key, name in names.items() if name in self._kept}
         with self._lock:
             self._drain_and_sync()
             staged = self._link.staging
@@ -408,7 +408,9 @@ class OffloadedEMA(EMA[Any]):
                 staged = {**staged, **link_of(theirs).staging}  # round once, to their dtypes
             held = super().model_state_dict(staged, which=which)
         return {
-            key: held[name].to(found[key][1].device) if name in held else found[key][1]
+            found[key].key: (
+                held[name].to(found[key].value.device) if name in held else found[key].value
+            )
             for key, name in names.items()
         }
 

@@ -1,11 +1,13 @@
 """Copies of the average: copy_to() and model_state_dict()."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 import fastema
 from fastema.errors import LayoutError, StateError
@@ -117,3 +119,76 @@ def test_copy_to_refuses_a_model_that_does_not_fit(what: str) -> None:
         ema.copy_to(target)
     assert all(name in str(caught.value) for name in names)
     assert_bits(target, before)
+
+
+class Scaled(nn.Linear):
+    """A layer with state that is not a tensor."""
+
+    def get_extra_state(self) -> Any:
+        return {"scale": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        assert state == {"scale": 3}
+
+
+def layered() -> Any:
+    torch.manual_seed(3)
+    return nn.Sequential(Scaled(3, 4), nn.BatchNorm1d(4), nn.Sequential(nn.Linear(4, 2)))
+
+
+def wrap_inside(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def wrap(model: Any) -> Any:
+        model[0], model[2] = make(model[0]), make(model[2])
+        return model
+
+    return wrap
+
+
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "ddp": nn.parallel.DistributedDataParallel,
+    "compiled": torch.compile,
+    "ddp of compiled": lambda model: nn.parallel.DistributedDataParallel(torch.compile(model)),
+    "compiled ddp": lambda model: torch.compile(nn.parallel.DistributedDataParallel(model)),
+    "checkpointed inside": wrap_inside(checkpoint_wrapper),
+    "compiled inside": wrap_inside(torch.compile),
+    "ddp inside": wrap_inside(nn.parallel.DistributedDataParallel),
+}
+
+
+@pytest.fixture
+def lone_rank() -> Iterator[None]:
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("lone_rank")
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_model_state_dict_has_the_names_of_the_unwrapped_model(wrapper: str, offload: bool) -> None:
+    wrapped = WRAPPERS[wrapper](layered())
+    ema = fastema.EMA(wrapped, 0.5, offload=offload)
+    refresh_(wrapped, 1)
+    ema.update()
+    state = ema.model_state_dict()
+    assert list(state) == list(layered().state_dict())
+    assert state.keys() == get_model_state_dict(wrapped).keys()  # in another order
+    assert set(ema.shadow) <= set(state)
+    bare = layered()
+    bare.load_state_dict(state)
+    for name, tensor in bare.state_dict().items():
+        assert name not in ema.shadow or torch.equal(tensor, ema.shadow[name]), name
+    # A state goes from the wrapped model to the unwrapped one and back.
+    one, two = fastema.EMA(layered(), 0.5), fastema.EMA(WRAPPERS[wrapper](layered()), 0.5)
+    one.load_state_dict(ema.state_dict())
+    two.load_state_dict(one.state_dict())
+    for other in (one, two):
+        assert_bits(dict(other.shadow), snapshot(dict(ema.shadow)))
+        assert list(other.model_state_dict()) == list(state)
+
+
+def test_model_state_dict_keeps_the_name_of_a_child_called_module() -> None:
+    model = nn.ModuleDict({"module": layered()})
+    ema = fastema.EMA(model, 0.5)
+    nn.ModuleDict({"module": layered()}).load_state_dict(ema.model_state_dict())
