@@ -105,23 +105,26 @@ def match_leaves(dst: Leaves, src: Leaves, called: tuple[str, str]) -> list[Pair
 
 @dataclass
 class _PairSelection:
-    """Selects the pairs of a plan. Holds no reference to the plan: no cycle."""
+    """Selects the pairs of a plan. Holds no reference to the plan: no cycle.
+
+    A user's :class:`Policies` skip buffers with ``persistent=False``; a function is asked for each.
+    """
 
     policy: PolicyOf
     mark: str
     called: tuple[str, str]
-    with_transient: bool  # whether buffers with persistent=False take part
     is_checked: bool = False  # later calls accept patterns whose tensors are gone
 
     def __call__(self, avg: Leaves, x: Leaves) -> Match:
         """Return the pairs that the policy does not skip; integers and booleans are copied."""
         named = _named(avg, x)
-        if isinstance(self.policy, Policies) and not self.is_checked:
-            self.policy.check_used(named)
+        options = self.policy if isinstance(self.policy, Policies) else None
+        if options is not None and not self.is_checked:
+            options.check_used(named)
         self.is_checked = True
         chosen = {name: self.policy(name, role) for name, role in _roles(avg, x).items()}
         skipped = {name for name, policy in chosen.items() if policy == "skip"}
-        if not self.with_transient:
+        if options is not None:
             skipped |= {one.name for one in named if not one.persistent}
         dst, src = (_without(side, skipped) for side in (avg, x))
         parts: dict[str, list[Pair]] = {"averaged": [], "copied": []}
@@ -218,7 +221,6 @@ class Plan:
     """
 
     _container_labels: ClassVar = ("the first", "the second")
-    _with_transient: ClassVar = False
 
     @check_options
     def __init__(
@@ -237,11 +239,12 @@ class Plan:
     def _bind(self, avg: Any, x: Any, policy: PolicyOf, rounding: str, seed: int) -> None:
         check_literal(rounding, "rounding", Rounding)
         self._seed, self.calls = check_seed(seed), 0
+        self._has_options = isinstance(policy, Policies)
         self._lock = rlock()
         self.binding = Binding(
             list_iterators(avg),
             list_iterators(x),
-            _PairSelection(policy, _MARKS[rounding], self._container_labels, self._with_transient),
+            _PairSelection(policy, _MARKS[rounding], self._container_labels),
             labels=("avg ", "x "),
             look=_resharded_leaves,
         )
@@ -274,10 +277,10 @@ class Plan:
     def _inspect_lerp(self) -> tuple[list[str], bool]:
         """Return tensors that make an average impossible, and whether rounding is stochastic.
 
-        Integers and booleans are copied, but only beside other tensors: alone they are a mistake.
+        A user's integers and booleans are copied beside other tensors; alone they are a mistake.
         """
         averaged, copied = (self.binding.pairs_by_tag[tag] for tag in ("averaged", "copied"))
-        alone = not averaged and all(pair.dst.kind.whole for pair in copied)
+        alone = self._has_options and not averaged and all(one.dst.kind.whole for one in copied)
         exact = [
             f"{pair.name!r} is {pair.dst.dtype}"
             for pair in (copied if alone else averaged)

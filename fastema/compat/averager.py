@@ -43,10 +43,9 @@ def _tensors(leaves: Leaves) -> dict[str, Tensor]:
 
 
 class _Plan(Plan):
-    """Plan with a function as its policy, also for buffers that are not in a state dict."""
+    """Plan with a function as its policy, which also decides for integers without any floats."""
 
     _container_labels: ClassVar = ("the average", "the model")
-    _with_transient: ClassVar = True
 
     def __init__(
         self, avg: Any, x: Any, policy: PolicyOf, *, rounding: str = "nearest", seed: int = 0
