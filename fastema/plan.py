@@ -238,7 +238,7 @@ class Plan:
 
     def _bind(self, avg: Any, x: Any, policy: PolicyOf, rounding: str, seed: int) -> None:
         check_literal(rounding, "rounding", Rounding)
-        self._seed, self.calls = check_seed(seed), 0
+        self._seed, self._calls = check_seed(seed), 0
         self._has_options = isinstance(policy, Policies)
         self._lock = rlock()
         self.binding = Binding(
@@ -256,9 +256,18 @@ class Plan:
         once = "" if swaps else f"plan.{operation}_(x=...)"
         with self._lock, binding.current(x, write=swaps, once=once) as program:
             check()
-            program.run(_OPERATIONS[operation], LaunchArgs((weight,), self._seed, self.calls))
-            self.calls += 1
+            program.run(_OPERATIONS[operation], LaunchArgs((weight,), self._seed, self._calls))
+            self._calls += 1
             binding.notify_write(*((0, 1) if swaps else (0,)))
+
+    @property
+    def calls(self) -> int:
+        """Operations so far; with stochastic rounding, set it when resuming."""
+        return self._calls
+
+    @calls.setter
+    def calls(self, calls: int) -> None:
+        self._calls = check_seed(calls, "calls")
 
     def _check_lerp(self) -> None:
         exact, is_random = self.binding.cached("lerp", self._inspect_lerp)

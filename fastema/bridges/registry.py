@@ -236,14 +236,17 @@ def reshard(container: Any) -> None:
             bridge.reshard(container)
 
 
-def dtype_code(value: Any) -> str:
-    """Return the code of any framework's dtype object; raise an ArgumentError otherwise."""
+def dtype_code(value: Any, option: str) -> str:
+    """Return the code of any framework's dtype object; raise an ArgumentError otherwise.
+
+    The error names the option that the value was given for.
+    """
     for bridge in _imported_bridges():
         if hasattr(bridge, "code"):
-            with suppress(DTypeError, TypeError):
+            with suppress(DTypeError, TypeError, ValueError):  # what np.dtype() raises
                 code: str = bridge.code(value)
                 return code
-    raise ArgumentError(f"dtype={value!r}: expected a float dtype, or a name such as 'float32'")
+    raise ArgumentError(f"{option}={value!r}: expected a float dtype, or a name such as 'float32'")
 
 
 def state_of(container: Any) -> dict[str, StateEntry]:

@@ -149,7 +149,7 @@ def transfer(tensor: torch.Tensor, device: str) -> torch.Tensor:
     try:
         # to() also accepts a dtype, which would return memory of another size: pass a device only.
         return tensor.detach().to(torch.device(device))
-    except (AssertionError, RuntimeError, TypeError, NotImplementedError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "no reason given")
         raise DeviceError(f"torch cannot move a tensor to {device}: {reason}") from error
 

@@ -84,7 +84,11 @@ class Link:
         for device in self._streams:  # afterwards the staging buffers may be overwritten
             torch.cuda.current_stream(device).synchronize()
 
-    def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def check(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        problem: str = "the model no longer matches the average",
+    ) -> None:
         """Raise a LayoutError if names, shapes, dtypes or placements have changed."""
         if tensors is self._checked:
             return
@@ -93,13 +97,11 @@ class Link:
         for name, one in tensors.items():
             was = self.staging.get(name)
             if was is not None and (now := _layout(one)) != _layout(was):
-                problems.append(f"{name!r} is now {now}, was {_layout(was)}")
+                problems.append(f"{name!r} is {now}, expected {_layout(was)}")
             elif local(one).is_cuda and one.device not in self._streams:
                 self._streams[one.device] = torch.cuda.Stream(one.device)
         if problems:
-            raise LayoutError(
-                "the model no longer matches the average:\n" + format_problems(problems)
-            )
+            raise LayoutError(f"{problem}:\n{format_problems(problems)}")
         self._checked = tensors
 
 

@@ -85,16 +85,16 @@ def set_num_threads(threads: int) -> None:
     Parameters
     ----------
     threads : int
-        At least 1. The default is the number of cores the process may run on, at most 32.
+        From 1 to 1024. The default is the number of cores the process may run on, at most 32.
 
     Raises
     ------
     ArgumentError
-        If ``threads`` is not a whole number of at least 1.
+        If ``threads`` is not such a number.
     """
     global _pool
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise ArgumentError(f"threads={threads!r}: expected a whole number of at least 1")
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+        raise ArgumentError(f"threads={threads!r}: expected a whole number from 1 to 1024")
     before, _pool = _pool, _Pool(threads)
     before.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -25,11 +26,11 @@ class LaunchArgs(NamedTuple):
     clocks: Mapping[str, int] = {}  # by device: address of a counter that replaces all above
 
 
-def check_seed(seed: Any) -> int:
+def check_seed(seed: Any, name: str = "seed") -> int:
     """Return the seed; raise an ArgumentError unless it is an integer from 0 to 2**63 - 1."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ArgumentError(f"seed={seed!r}: expected a whole number from 0 to 2**63 - 1")
-    return seed
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
+        raise ArgumentError(f"{name}={seed!r}: expected a whole number from 0 to 2**63 - 1")
+    return int(seed)
 
 
 Substitute = Callable[[LaunchArgs], NDArray[np.float64] | None]

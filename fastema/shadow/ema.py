@@ -9,7 +9,14 @@ from fastema.errors import ArgumentError
 from fastema.hints import check_options
 from fastema.rules import Constant, Rule, Window, debiased
 from fastema.shadow.average import Average, Weights
-from fastema.shadow.options import OnNonFinite, Policy, Rounding, WatchMode, select_shared_options
+from fastema.shadow.options import (
+    OnNonFinite,
+    Policy,
+    Rounding,
+    WatchMode,
+    check_flag,
+    select_shared_options,
+)
 
 __all__ = ["EMA"]
 
@@ -158,6 +165,7 @@ class EMA(Average[Weights]):
         offload: bool | Literal["skip"] = False,
     ) -> None:
         options = select_shared_options(locals())
+        zero_debias = check_flag(zero_debias, "zero_debias")
         if offload is not False:
             self._become_offloaded(weights, decay, zero_debias, offload, options)
             return
@@ -175,7 +183,7 @@ class EMA(Average[Weights]):
         # Not by __new__: signatures and type checkers would then report that method's.
         if type(self) is not EMA:
             raise ArgumentError(f"offload=True is for fastema.EMA, not for {type(self).__name__}")
-        if offload is not True and offload != "skip":
+        if offload is not True and not (isinstance(offload, str) and offload == "skip"):
             raise ArgumentError(f"offload={offload!r}: expected True, False or 'skip'")
         self.__class__ = self._on_host
         options["when_behind"] = "wait" if offload is True else "skip"

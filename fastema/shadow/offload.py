@@ -16,10 +16,11 @@ from fastema.binding.binding import Binding, Match
 from fastema.binding.policies import Policies
 from fastema.binding.sides import NO_LEAVES, FreezeState
 from fastema.binding.swap import WriteWatch
-from fastema.bridges.registry import leaves_of, link_of, list_iterators, reshard, state_of
+from fastema.bridges.names import describe_named
+from fastema.bridges.registry import describe, leaves_of, link_of, list_iterators, reshard, state_of
 from fastema.engine.blocks import BlockSteps
 from fastema.engine.interrupts import defer_signals
-from fastema.errors import ArgumentError
+from fastema.errors import ArgumentError, LayoutError, format_problems
 from fastema.layout.spec import Leaves, TensorSpec
 from fastema.rules import Rule
 from fastema.rules.checks import MAX_STEPS, validate_int
@@ -35,6 +36,7 @@ from fastema.shadow.options import (
     OnNonFinite,
     Policy,
     WhenBehind,
+    check_flag,
     parse_destination,
 )
 from fastema.shadow.views import Shadow
@@ -112,7 +114,7 @@ class OffloadedEMA(EMA[Any]):
         capturable: bool = False,
         **options: Any,
     ) -> None:
-        if capturable:
+        if check_flag(capturable, "capturable"):
             raise ArgumentError("capturable=True counts on the GPU, and offload=True on the host")
         module = list_iterators(weights)
         reshard(module)
@@ -310,6 +312,10 @@ class OffloadedEMA(EMA[Any]):
         ------
         StateError
             While the average is applied, or while it follows optimizers.
+        ArgumentError
+            If ``tensors`` is not a mapping.
+        BridgeError
+            If an entry is not a tensor with plain memory: a sparse or meta tensor, a string.
         LayoutError
             If a tensor is missing, or differs from the model's in shape, dtype or division.
         """
@@ -317,10 +323,30 @@ class OffloadedEMA(EMA[Any]):
         with self._lock:
             self._drain()
             self._refuse_applied("update_from_host")
-            found = {name: tensors[name] for name in self._kept if name in tensors}
-            self._link.fetch(found).complete()
+            self._link.fetch(self._check_host_tensors(tensors)).complete()
             self._update_locked(None, 1 + self._pending_steps)
             self._pending_steps = 0
+
+    def _check_host_tensors(self, tensors: Any) -> dict[str, Any]:
+        """Return the tensors of :meth:`update_from_host` that are averaged or copied."""
+        call = "update_from_host()"
+        if not isinstance(tensors, Mapping):
+            raise ArgumentError(
+                f"{call}: expected a mapping of the model's names to tensors in host memory, got a "
+                f"{type(tensors).__name__}"
+            )
+        missing = [f"{name!r} is missing" for name in self._kept if name not in tensors]
+        if missing:
+            raise LayoutError(
+                f"{call} needs all averaged and copied tensors:\n{format_problems(missing)}\n"
+                "Pass them by the names that ema.shadow has."
+            )
+        found = {name: tensors[name] for name in self._kept}
+        for name, one in found.items():
+            describe_named(f"{call}: {name}", describe, one)
+        link_of(found)  # refuses arrays of other frameworks
+        self._link.check(found, f"{call}: the tensors do not match the model")
+        return found
 
     # -- evaluation -------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ __all__ = [
     "Policy",
     "Rounding",
     "WatchMode",
+    "check_flag",
     "check_literal",
     "check_which",
     "dtype_of",
@@ -59,11 +60,21 @@ def select_shared_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in _OPTIONS}
 
 
-def dtype_of(value: Any) -> DType | None:
-    """Return the dtype for a name such as ``"float32"`` or a framework's dtype; None for None."""
+def check_flag(value: Any, name: str) -> bool:
+    """Return a boolean option; raise an ArgumentError for anything else."""
+    if not isinstance(value, bool):
+        raise ArgumentError(f"{name}={value!r}: expected True or False")
+    return value
+
+
+def dtype_of(value: Any, option: str = "dtype") -> DType | None:
+    """Return the dtype for a name such as ``"float32"`` or a framework's dtype; None for None.
+
+    An error names the option that the value was given for.
+    """
     if value is None:
         return None
-    return parse_dtype(value if isinstance(value, str) else dtype_code(value))
+    return parse_dtype(value if isinstance(value, str) else dtype_code(value, option))
 
 
 def parse_destination(target: Sequence[Any], device: Any, dtype: Any) -> tuple[Any, Any]:
@@ -114,10 +125,15 @@ def _is_dtype(value: Any) -> bool:
     return True
 
 
-def format_of(shadow_dtype: Any, rounding: Any, num_averages: int) -> ShadowFormat:
-    """Return the storage format that the keyword arguments of an average describe."""
+def format_of(
+    shadow_dtype: Any, rounding: Any, num_averages: int, option: str = "shadow_dtype"
+) -> ShadowFormat:
+    """Return the storage format that the keyword arguments of an average describe.
+
+    Errors call ``shadow_dtype`` by the name ``option``.
+    """
     split = isinstance(shadow_dtype, str) and shadow_dtype == SPLIT
     if rounding is not None:
         check_literal(rounding, "rounding", Rounding)
-    wanted = dtype_of("bf16" if split else shadow_dtype)
+    wanted = dtype_of("bf16" if split else shadow_dtype, option)
     return ShadowFormat(wanted, split, rounding != "nearest", num_averages)

@@ -85,7 +85,7 @@ class SaveableAverage(SwappableAverage[Weights]):
                 store = store.on(device, ring_on_host=stored_as.ring_on_host)
             if dtype is not None:
                 rounding: Rounding = "stochastic" if stored_as.random else "nearest"
-                wanted = format_of(dtype, rounding, stored_as.num_averages)
+                wanted = format_of(dtype, rounding, stored_as.num_averages, "dtype")
                 stored_as = stored_as._replace(dtype=wanted.dtype, split=wanted.split)
                 store = store.cast(stored_as)
             binding = self._bind(self._binding.container, store)

@@ -104,7 +104,7 @@ class SMA(Average[Weights]):
         watch: WatchMode = "all",
     ) -> None:
         options = select_shared_options(locals())
-        if ring_device not in (None, "cpu"):
+        if ring_device is not None and not (isinstance(ring_device, str) and ring_device == "cpu"):
             raise ArgumentError(
                 f"ring_device={ring_device!r}: expected 'cpu', or None for the weights' device"
             )

@@ -26,6 +26,7 @@ from fastema.shadow.options import (
     Policy,
     Rounding,
     WatchMode,
+    check_flag,
     check_literal,
     dtype_of,
     format_of,
@@ -87,6 +88,8 @@ class UpdatableAverage(Generic[Weights]):
         policies = Policies.of(frozen, buffers, policy)
         self._watch = _WATCHES[check_literal(watch, "watch", WatchMode)]
         self._on_nonfinite = check_literal(on_nonfinite, "on_nonfinite", OnNonFinite)
+        capturable = check_flag(capturable, "capturable")
+        drift = check_flag(drift, "drift")
         if capturable and on_nonfinite == "raise":
             raise ArgumentError(
                 "on_nonfinite='raise' needs the host, which a captured graph does not ask; with "
@@ -100,7 +103,7 @@ class UpdatableAverage(Generic[Weights]):
         if ring is not None:
             window, dtype, on_host = ring
             self._format = self._format._replace(
-                window=window, ring=dtype_of(dtype), ring_on_host=on_host
+                window=window, ring=dtype_of(dtype, "ring_dtype"), ring_on_host=on_host
             )
         container = list_iterators(weights)
         reshard(container)

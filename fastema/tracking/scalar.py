@@ -54,7 +54,7 @@ class MovingAverage(ABC):
     __slots__ = ("_num_skipped", "_num_updates", "_on_nonfinite", "_pending", "_reading")
 
     def __init__(self, on_nonfinite: OnNonFinite) -> None:
-        if on_nonfinite not in get_args(OnNonFinite):
+        if not isinstance(on_nonfinite, str) or on_nonfinite not in get_args(OnNonFinite):
             raise ArgumentError(
                 f"on_nonfinite={on_nonfinite!r}: expected one of {', '.join(get_args(OnNonFinite))}"
             )

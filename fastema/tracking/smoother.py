@@ -108,6 +108,11 @@ class MetricSmoother:
         ArgumentError, BridgeError, NonFiniteError
             As in :meth:`MovingAverage.update`.
         """
+        if not isinstance(metrics, Mapping):
+            raise ArgumentError(
+                f"metrics={metrics!r}: expected a mapping of names to numbers, such as "
+                "{'loss': loss}"
+            )
         weight = cast(float, number(weight))
         if not isinstance(weight, LazyFloat) and weight:
             check_weight(weight)

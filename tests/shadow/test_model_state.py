@@ -163,6 +163,7 @@ def lone_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch.compile
 @pytest.mark.usefixtures("lone_rank")
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
