@@ -151,7 +151,10 @@ def transfer(tensor: torch.Tensor, device: str) -> torch.Tensor:
         return tensor.detach().to(torch.device(device))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "no reason given")
-        raise DeviceError(f"torch cannot move a tensor to {device}: {reason}") from error
+        raise DeviceError(
+            f"torch cannot move a tensor to {device}: {reason}; expected a device such as 'cpu' or "
+            "'cuda:0'"
+        ) from error
 
 
 def view(

@@ -17,10 +17,18 @@ from fastema.binding.policies import Policies
 from fastema.binding.sides import NO_LEAVES, FreezeState
 from fastema.binding.swap import WriteWatch
 from fastema.bridges.names import describe_named
-from fastema.bridges.registry import describe, leaves_of, link_of, list_iterators, reshard, state_of
+from fastema.bridges.registry import (
+    bridge_of,
+    describe,
+    leaves_of,
+    link_of,
+    list_iterators,
+    reshard,
+    state_of,
+)
 from fastema.engine.blocks import BlockSteps
 from fastema.engine.interrupts import defer_signals
-from fastema.errors import ArgumentError, LayoutError, format_problems
+from fastema.errors import ArgumentError, BridgeError, LayoutError, format_problems
 from fastema.layout.spec import Leaves, TensorSpec
 from fastema.rules import Rule
 from fastema.rules.checks import MAX_STEPS, validate_int
@@ -343,8 +351,11 @@ class OffloadedEMA(EMA[Any]):
             )
         found = {name: tensors[name] for name in self._kept}
         for name, one in found.items():
+            if not bridge_of(self._link.staging[name]).owns(one):
+                raise BridgeError(
+                    f"{call}: {name!r} is a {type(one).__name__}, expected a PyTorch tensor"
+                )
             describe_named(f"{call}: {name}", describe, one)
-        link_of(found)  # refuses arrays of other frameworks
         self._link.check(found, f"{call}: the tensors do not match the model")
         return found
 

@@ -296,7 +296,7 @@ class MovingAverage(ABC):
             other._num_updates = int(state["num_updates"])
             other._num_skipped = int(state["num_skipped"])
             other._set_state(state)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise CheckpointError(f"not the state of {self!r}: {error!r}") from None
         self._read_all_pending()
         for kind in type(self).__mro__:

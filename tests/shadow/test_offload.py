@@ -194,7 +194,7 @@ def test_refused_restore_loses_nothing() -> None:
         with pytest.raises(StateError, match="applied to another model"):
             offloaded.restore(net())
         model.half()
-        with pytest.raises(LayoutError, match=r"'head\.weight' is now torch\.float16"):
+        with pytest.raises(LayoutError, match=r"'head\.weight' is torch\.float16"):
             offloaded.restore()
         model.float()
         assert offloaded.applied

@@ -1,0 +1,142 @@
+"""Odd values of public arguments: each raises an error of fastema that names what is wrong."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastema
+from fastema import tracking
+from fastema.errors import (
+    ArgumentError,
+    BridgeError,
+    CheckpointError,
+    DeviceError,
+    FastemaError,
+    LayoutError,
+)
+
+pytestmark = pytest.mark.torch
+
+ARRAY, TENSOR = np.array([1, 2]), torch.ones(2)
+
+
+def linear() -> Any:
+    torch.manual_seed(0)
+    return nn.Linear(3, 2)
+
+
+OPTIONS: list[tuple[type, dict[str, Any], str]] = [
+    (fastema.EMA, {"frozen": ARRAY}, "frozen=.*expected one of average, copy, skip"),
+    (fastema.EMA, {"buffers": TENSOR}, "buffers=.*expected one of average, copy, skip"),
+    (fastema.EMA, {"policy": {"*": ARRAY}}, r"policy\['\*'\]=.*expected one of average, copy"),
+    (fastema.EMA, {"policy": {1: "skip"}}, "policy=.*expected a mapping of name patterns"),
+    (fastema.EMA, {"policy": lambda name, role: "skip"}, "policy=.*expected a mapping of name"),
+    (fastema.EMA, {"rounding": ARRAY}, "rounding=.*expected one of nearest, stochastic"),
+    (fastema.EMA, {"watch": ["all"]}, "watch=.*expected one of all, sample"),
+    (fastema.EMA, {"on_nonfinite": ARRAY}, "on_nonfinite=.*expected one of propagate, skip, raise"),
+    (fastema.EMA, {"drift": ARRAY}, "drift=.*expected True or False"),
+    (fastema.EMA, {"capturable": TENSOR}, "capturable=.*expected True or False"),
+    (fastema.EMA, {"zero_debias": ARRAY}, "zero_debias=.*expected True or False"),
+    (fastema.EMA, {"offload": ARRAY}, "offload=.*expected True, False or 'skip'"),
+    (fastema.EMA, {"shadow_dtype": {"*": 1}}, "shadow_dtype=.*expected a float dtype"),
+    (fastema.EMA, {"shadow_dtype": TENSOR}, "shadow_dtype=.*expected a float dtype"),
+    (fastema.EMA, {"shadow_dtype": {"a": {"b": None}}}, "shadow_dtype=.*expected a float dtype"),
+    (fastema.SMA, {"ring_dtype": TENSOR}, "ring_dtype=.*expected a float dtype"),
+    (fastema.SMA, {"ring_device": ARRAY}, "ring_device=.*expected 'cpu'"),
+    (fastema.EMA, {"seed": 0.5}, "seed=0.5: expected a whole number"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "message"), OPTIONS)
+def test_odd_option_raises_an_error_that_names_it(
+    kind: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        kind(linear(), **options)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_odd_destination_of_to_raises_and_changes_nothing(offload: bool) -> None:
+    ema = fastema.EMA(linear(), 0.5, offload=offload)
+    before = ema.shadow["weight"].data_ptr()
+    for move, error, message in (
+        (lambda: ema.to(10**30), FastemaError, str(10**30)),
+        (lambda: ema.to({"a": {"b": None}}), FastemaError, "a"),
+        (lambda: ema.to(dtype=TENSOR), ArgumentError, "dtype=.*expected a float dtype"),
+        (lambda: ema.to(dtype={"*": 1}), ArgumentError, "^dtype=.*expected a float dtype"),
+    ):
+        with pytest.raises(error, match=message):
+            move()
+    assert ema.shadow["weight"].data_ptr() == before
+    if not offload:
+        with pytest.raises(DeviceError, match="expected a device such as 'cpu' or 'cuda:0'"):
+            ema.to(10**30)
+
+
+HOST: dict[str, tuple[Any, type[FastemaError], str]] = {
+    "sparse": (torch.ones(2, 3).to_sparse(), BridgeError, "weight: .*sparse.*materialize it"),
+    "meta": (torch.ones(2, 3, device="meta"), BridgeError, "weight: .*meta.*materialize it"),
+    "text": ("x", BridgeError, "'weight' is a str, expected a PyTorch tensor"),
+    "none": (None, BridgeError, "'weight' is a NoneType, expected a PyTorch tensor"),
+    "array": (np.ones((2, 3), np.float32), BridgeError, "'weight' is a ndarray, expected"),
+    "shape": (torch.ones(3, 2), LayoutError, r"not match the model:\s*- 'weight' is .*, expected"),
+    "dtype": (torch.ones(2, 3).double(), LayoutError, "'weight' is torch.float64.* expected torch"),
+}
+
+
+@pytest.mark.parametrize("what", HOST)
+def test_update_from_host_refuses_an_odd_tensor_by_name(what: str) -> None:
+    odd, error, message = HOST[what]
+    ema = fastema.EMA(linear(), 0.5, offload=True)
+    before = {name: tensor.clone() for name, tensor in ema.shadow.items()}
+    with pytest.raises(error, match=rf"(?s)update_from_host\(\): .*{message}"):
+        ema.update_from_host({"bias": torch.ones(2), "weight": odd})
+    assert ema.num_updates == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ema.shadow.items())
+
+
+def test_update_from_host_refuses_what_is_not_a_mapping_or_lacks_a_tensor() -> None:
+    ema = fastema.EMA(linear(), 0.5, offload=True)
+    for odd in (None, 3, "x", TENSOR, [TENSOR]):
+        with pytest.raises(ArgumentError, match=r"update_from_host\(\): expected a mapping of"):
+            ema.update_from_host(odd)  # type: ignore[attr-defined]
+    with pytest.raises(LayoutError, match=r"needs all .*\s*- 'weight' is missing"):
+        ema.update_from_host({"bias": torch.ones(2)})  # type: ignore[attr-defined]
+
+
+def damaged_state() -> None:
+    average = tracking.ExponentialMovingAverage()
+    state = average.state_dict()
+    average.load_state_dict({**state, "state": torch.ones(4, device="meta")})
+
+
+CALLS: dict[str, tuple[Callable[[], object], type[FastemaError], str]] = {
+    "metrics": (lambda: tracking.MetricSmoother().update(0.5), ArgumentError, "metrics=0.5: exp"),  # type: ignore[arg-type]
+    "on_nonfinite": (
+        lambda: tracking.SimpleMovingAverage(on_nonfinite=ARRAY),  # type: ignore[arg-type]
+        ArgumentError,
+        "on_nonfinite=.*expected one of",
+    ),
+    "state": (damaged_state, CheckpointError, "."),
+    "threads": (
+        lambda: fastema.set_num_threads(10**30),
+        ArgumentError,
+        "threads=.* from 1 to 1024",
+    ),
+    "calls": (
+        lambda: setattr(fastema.Plan([np.ones(2)], [np.ones(2)]), "calls", 10**30),
+        ArgumentError,
+        "calls=.*expected a whole number from 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_odd_argument_raises_an_error_that_names_it(call: str) -> None:
+    action, error, message = CALLS[call]
+    with pytest.raises(error, match=message):
+        action()
