@@ -48,7 +48,7 @@ from fastema.plan import Plan
 from fastema.rules.checks import MAX_STEPS, validate_int
 from fastema.rules.posthoc import ExponentialProfile, PowerProfile, Profile, solve
 from fastema.rules.power import Power, gamma_of, sigma_rel_of, validate_gamma
-from fastema.shadow.average import Average
+from fastema.shadow.average import Average, check_average
 from fastema.shadow.options import dtype_of
 
 __all__ = ["Snapshot", "Synthesized", "find_snapshots", "save_snapshot", "synthesize"]
@@ -130,6 +130,7 @@ def save_snapshot(
     -----
     All files belong to the same update: updates on other threads wait until they are written.
     """
+    check_average(average, "save_snapshot()")
     rules = average.schedule.rules
     chosen = [i for i, rule in enumerate(rules) if isinstance(rule, Power)]
     if not chosen:

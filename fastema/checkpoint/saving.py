@@ -16,7 +16,7 @@ from fastema.checkpoint.state import is_state, read_state, write_state
 from fastema.checkpoint.stored import load
 from fastema.engine.locks import lock
 from fastema.errors import CheckpointError
-from fastema.shadow.average import Average
+from fastema.shadow.average import Average, check_average
 from fastema.shadow.state import SavedOrMine
 
 __all__ = ["load_into", "save", "wait"]
@@ -84,6 +84,8 @@ def save(ema: Average[Any], path: str | os.PathLike[str], *, wait: bool = True) 
 
     Raises
     ------
+    ArgumentError
+        If ``ema`` is not an average.
     CheckpointError
         If the format cannot store a name or a dtype; if the path has an extension of torch.save
         files; or if this process holds only a part of the average: use
@@ -105,6 +107,7 @@ def save(ema: Average[Any], path: str | os.PathLike[str], *, wait: bool = True) 
     >>> other.num_updates
     1
     """
+    check_average(ema, "save()")
     _writer.raise_failed(all_of_them=wait)  # an earlier write must not finish after this one
     target = Path(path)
     files.refuse_ending(target)
@@ -139,10 +142,13 @@ def load_into(
 
     Raises
     ------
+    ArgumentError
+        If ``ema`` is not an average.
     CheckpointError
         If the file is damaged, holds no average, or holds one of another kind or of other weights.
         ``ema`` is then unchanged.
     """
+    check_average(ema, "load_into()")
     _writer.raise_failed(all_of_them=True)
     file = Path(path)
     if file.is_file() and not is_torch_file(file):

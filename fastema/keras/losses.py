@@ -14,7 +14,7 @@ from fastema.errors import ArgumentError, FastemaError, StateError
 from fastema.hints import check_options
 from fastema.keras.sums import BatchSums
 from fastema.tracking.scalar import OnNonFinite
-from fastema.tracking.smoother import MetricSmoother, SmoothedMetrics
+from fastema.tracking.smoother import MetricSmoother, SmoothedMetrics, check_metric_names
 
 __all__ = ["LossAverages"]
 
@@ -145,9 +145,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         record: bool = True,
     ) -> None:
         super().__init__()
-        if isinstance(metrics, str):
-            raise ArgumentError(f"metrics={metrics!r}: expected a sequence: metrics=({metrics!r},)")
-        self._metric_names = None if metrics is None else tuple(metrics)
+        self._metric_names = None if metrics is None else check_metric_names(metrics)
         self._smoother = MetricSmoother(
             window_size, decay, raw=raw, debias=debias, on_nonfinite=on_nonfinite, record=record
         )

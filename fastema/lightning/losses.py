@@ -12,7 +12,7 @@ from fastema.errors import ArgumentError, CheckpointError
 from fastema.hints import check_options
 from fastema.lightning.packages import Callback
 from fastema.tracking.scalar import OnNonFinite
-from fastema.tracking.smoother import MetricSmoother, SmoothedMetrics
+from fastema.tracking.smoother import MetricSmoother, SmoothedMetrics, check_metric_names
 
 __all__ = ["LossAverages"]
 
@@ -96,11 +96,14 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
         batch_size: Callable[[Any], float] | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(metrics, str):
-            raise ArgumentError(f"metrics={metrics!r}: expected names, such as ({metrics!r},)")
-        if loss is None and metrics is not None and not metrics:
+        self.metrics = None if metrics is None else check_metric_names(metrics)
+        if loss is None and self.metrics == ():
             raise ArgumentError("loss=None, metrics=(): there is nothing to smooth")
-        self.metrics = None if metrics is None else tuple(metrics)
+        if batch_size is not None and not callable(batch_size):
+            raise ArgumentError(
+                f"batch_size={batch_size!r}: expected a function from a batch to its weight, such "
+                "as len"
+            )
         self.loss = loss
         self.prog_bar = prog_bar
         self.sync_dist = sync_dist

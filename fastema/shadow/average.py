@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastema.engine.program import Program
-from fastema.errors import StateError
+from fastema.errors import ArgumentError, StateError
 from fastema.shadow.reports import describe_rule, report
 from fastema.shadow.saving import SaveableAverage
 from fastema.shadow.updating import Weights
 from fastema.shadow.views import Drift
 
-__all__ = ["Average", "Weights"]
+__all__ = ["Average", "Weights", "check_average"]
+
+
+def check_average(value: Any, call: str) -> None:
+    """Raise an ArgumentError unless a value is an average, such as :class:`fastema.EMA`."""
+    if not isinstance(value, Average):
+        raise ArgumentError(
+            f"{call}: expected an average, such as fastema.EMA(model), as the first argument, got "
+            f"a {type(value).__name__}"
+        )
 
 
 class Average(SaveableAverage[Weights]):

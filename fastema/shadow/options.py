@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from numbers import Integral
 from typing import Any, Final, Literal
 
 from fastema.binding.policies import Policy, Rounding, check_literal
@@ -47,7 +48,9 @@ def check_which(which: int | None, decay: Any) -> int | None:
         If it is out of range, or missing with several averages.
     """
     count = len(decay) if isinstance(decay, Sequence) else 1
-    if which not in range(-count, count) and (which is not None or count > 1):
+    is_index = isinstance(which, Integral) and not isinstance(which, bool)
+    fits = is_index and which in range(-count, count)
+    if not fits and (which is not None or count > 1):
         raise ArgumentError(
             f"which={which!r}: expected a number from 0 to {count - 1}, the average of "
             f"decay={decay!r} to evaluate and to save"

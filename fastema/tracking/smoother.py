@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, TypeAlias, cast
 
 from fastema.errors import ArgumentError, CheckpointError, NonFiniteError
@@ -21,9 +21,19 @@ from fastema.tracking.scalar import (
 )
 from fastema.tracking.simple import SimpleMovingAverage
 
-__all__ = ["MetricSmoother", "SmoothedMetrics"]
+__all__ = ["MetricSmoother", "SmoothedMetrics", "check_metric_names"]
 
 Averages: TypeAlias = dict[str, MovingAverage]
+
+
+def check_metric_names(metrics: Any) -> tuple[str, ...]:
+    """Return the names of metrics as a tuple; raise an ArgumentError for anything else."""
+    if isinstance(metrics, str) or not isinstance(metrics, Sequence | Set):
+        example = metrics if isinstance(metrics, str) else "loss"
+        raise ArgumentError(f"metrics={metrics!r}: expected names, such as ({example!r},)")
+    if not all(isinstance(name, str) for name in metrics):
+        raise ArgumentError(f"metrics={metrics!r}: expected names, which are strings")
+    return tuple(metrics)
 
 
 class MetricSmoother:

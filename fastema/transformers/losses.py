@@ -12,6 +12,7 @@ from fastema.errors import ArgumentError
 from fastema.hints import check_options
 from fastema.tracking import MetricSmoother
 from fastema.tracking.scalar import OnNonFinite
+from fastema.tracking.smoother import check_metric_names
 
 __all__ = ["LossAverages"]
 
@@ -70,9 +71,9 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
         debias: bool = False,
         on_nonfinite: OnNonFinite = "show",
     ) -> None:
-        if isinstance(metrics, str) or not metrics:
-            raise ArgumentError(f"metrics={metrics!r}: expected names, such as ('loss',)")
-        self.metrics = tuple(metrics)
+        self.metrics = check_metric_names(metrics)
+        if not self.metrics:
+            raise ArgumentError("metrics=(): expected names, such as ('loss',)")
         # The logs already hold the raw values.
         self._smoother = MetricSmoother(
             window_size, decay, raw=False, debias=debias, on_nonfinite=on_nonfinite

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastema
-from fastema import tracking
+from fastema import checkpoint, tracking
 from fastema.errors import (
     ArgumentError,
     BridgeError,
@@ -133,6 +133,31 @@ CALLS: dict[str, tuple[Callable[[], object], type[FastemaError], str]] = {
         "calls=.*expected a whole number from 0",
     ),
 }
+
+
+@pytest.mark.parametrize("framework", ["keras", "lightning", "transformers"])
+def test_odd_option_of_a_callback_raises_an_error_that_names_it(framework: str) -> None:
+    pytest.importorskip(framework)
+    package = getattr(fastema, framework)
+    average = package.EMAWeights if framework == "keras" else package.EMACallback
+    for odd in (ARRAY, TENSOR, "x"):
+        with pytest.raises(ArgumentError, match=r"which=.*expected a number from 0"):
+            average(decay=(0.5, 0.9), which=odd)
+    for odd in (3, "loss", ARRAY, [1], {"loss": 1}):
+        with pytest.raises(ArgumentError, match=r"metrics=.*expected"):
+            package.LossAverages(metrics=odd)
+
+
+def test_arguments_in_the_wrong_order_are_named() -> None:
+    ema = fastema.EMA(linear())
+    power = fastema.PowerEMA(linear())
+    for call, message in (
+        (lambda: checkpoint.save("ema.safetensors", ema), r"save\(\): .*first argument, got a str"),
+        (lambda: checkpoint.load_into("ema.safetensors", ema), r"load_into\(\): .*got a str"),
+        (lambda: fastema.posthoc.save_snapshot("folder", power), r"save_snapshot\(\): .* a str"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("call", CALLS)
