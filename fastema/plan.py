@@ -50,13 +50,14 @@ def _named(*sides: Leaves) -> list[Leaf | Opaque]:
 
 
 def _roles(avg: Leaves, x: Leaves) -> dict[str, Role]:
-    """Return the roles of all tensors: a buffer if either side says so, otherwise that in ``x``."""
-    buffers = {one.name for one in _named(avg) if one.role == "buffer"}
-    theirs = x.roles
-    return {
-        name: "buffer" if name in buffers else theirs.get(name, "weight")
-        for name in {**avg.roles, **theirs}
-    }
+    """Return the roles of all tensors: those in ``x``, otherwise those in ``avg``.
+
+    In a list or dict every tensor is a weight: the buffers of ``avg`` are then those of both.
+    """
+    roles = {**avg.roles, **x.roles}
+    if x.structure is not None:
+        roles |= {one.name: one.role for one in _named(avg) if one.role == "buffer"}
+    return roles
 
 
 def _resharded_leaves(container: Any) -> Leaves:

@@ -177,7 +177,7 @@ PLANTED = {
     "plan": {
         "fastema/binding/binding.py": {"no rollback": ("binding._bound = self._before", "pass")},
         "fastema/plan.py": {
-            "calls not counted": ("            self.calls += 1\n", ""),
+            "calls not counted": ("            self._calls += 1\n", ""),
             "swap hidden from autograd": ("(0, 1) if swaps else (0,)", "(0,)"),
         },
     },
@@ -235,7 +235,12 @@ PLANTED = {
             ),
         },
         "fastema/shadow/matching.py": {"division unchecked": ("!= was", "!= was and name is None")},
-        "fastema/shadow/entries.py": {"last pattern decides": ("[matching[0]]", "[matching[-1]]")},
+        "fastema/binding/policies.py": {
+            "last pattern decides": (
+                "return next(matching, None)",
+                "return next(reversed([*matching]), None)",
+            )
+        },
         "fastema/checkpoint/folder.py": {
             "partial extents merged": ("extents[axis - 1] ==", "extents[axis - 1] <=")
         },

@@ -184,6 +184,14 @@ def test_frozen_and_buffers_options_of_a_plan_mean_what_they_mean_for_ema() -> N
             assert torch.equal(tensor, ema.shadow[name] if name in ema.shadow else before[name])
 
 
+def test_parameters_of_the_source_are_averaged_into_buffers_of_the_same_name() -> None:
+    net, avg = nn.Linear(2, 1), nn.Module()
+    for name, tensor in net.named_parameters():
+        avg.register_buffer(name, torch.zeros_like(tensor))
+    fastema.lerp_(avg, net, 0.25)
+    assert torch.equal(avg.weight, net.weight * 0.25)
+
+
 def test_plan_follows_parameters_that_are_frozen_later() -> None:
     net = batch_norm_network(8)
     avg = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
