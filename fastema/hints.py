@@ -189,7 +189,8 @@ def check_options(function: Callable[_Parameters, _Result]) -> Callable[_Paramet
     code = function.__code__
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     known = [name for name in names if name != "self"]
-    called = function.__qualname__.removesuffix(".__init__")
+    of_class = function.__qualname__.removesuffix(".__init__")
+    called = of_class if function.__name__ == "__init__" else function.__name__
 
     @wraps(function)
     def checked(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:

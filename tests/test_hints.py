@@ -76,6 +76,14 @@ def test_callbacks_suggest_an_option_that_they_have(framework: str) -> None:
         package.LossAverages(window=3)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_load_state_dict_says_that_it_is_always_strict(offload: bool) -> None:
+    torch = pytest.importorskip("torch")
+    ema = fastema.EMA([torch.ones(3)] if not offload else torch.nn.Linear(2, 2), offload=offload)
+    with pytest.raises(OptionError, match=r"^load_state_dict\(\) .*'strict': every mismatch is an"):
+        ema.load_state_dict(ema.state_dict(), strict=False)  # type: ignore[call-arg]
+
+
 def test_signatures_are_those_of_the_constructors() -> None:
     assert [*inspect.signature(fastema.EMA).parameters][:3] == ["weights", "decay", "zero_debias"]
 

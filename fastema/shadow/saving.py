@@ -11,6 +11,7 @@ from fastema.engine.collector import pause_gc
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.streams import keep_for_graphs
 from fastema.errors import ArgumentError, StateError
+from fastema.hints import check_options
 from fastema.shadow.binding import ShadowBinding
 from fastema.shadow.entries import ShadowFormat
 from fastema.shadow.evaluation import SwappableAverage
@@ -187,6 +188,7 @@ class SaveableAverage(SwappableAverage[Weights]):
             )
         return store.tensors()
 
+    @check_options
     def load_state_dict(self, state: Mapping[str, Any], *, schedule: SavedOrMine = "saved") -> None:
         """Load a saved average, so that the run continues to the bit as if never interrupted.
 
@@ -246,7 +248,7 @@ class SaveableAverage(SwappableAverage[Weights]):
             warnings.warn(
                 "the saved schedule replaces the one this average was built with; "
                 f"pass schedule='mine' to keep that one\n  saved: {saved.schedule}\n  mine: {own}",
-                stacklevel=2,
+                stacklevel=3,  # past check_options
             )
 
     def _change_rounding(self, rounding: Rounding) -> tuple[ShadowFormat, Store, ShadowBinding]:
