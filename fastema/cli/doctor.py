@@ -203,7 +203,7 @@ def _print(found: dict[str, Any]) -> None:
         kernels = "ship with the wheel" if gpu["shipped"] else "need compilers: fastema[cuda]"
         print(f"GPU        compute capability {gpu['capability']}; kernels {kernels}")
     folder, nbytes = found["cache"]["folder"], found["cache"]["bytes"]
-    place = folder or "no writable folder: every process compiles its kernels"
+    place = folder or "no folder that only you can write to: every process compiles its kernels"
     print(f"cache      {place}, {size(nbytes)}")
     wrong = [check for check in found["checks"] if check.error]
     number = len(found["checks"])

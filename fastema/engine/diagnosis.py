@@ -13,7 +13,7 @@ __all__ = ["Cache", "Gpu", "cache", "gpu", "shipped_level"]
 class Cache(NamedTuple):
     """The disk cache of compiled kernels."""
 
-    folder: Path | None  # None if no folder is writable: each process compiles again
+    folder: Path | None  # None if no folder is private and writable: each process compiles
     nbytes: int
 
 
