@@ -59,13 +59,12 @@ def test_each_cpu_and_each_compiler_has_its_own_cache_entry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Machines of different kinds may share a home directory."""
+    monkeypatch.setattr(native, "supported_levels", lambda: ())
+    monkeypatch.setattr(native, "_numba_config", lambda: None)
+    monkeypatch.setattr(native, "compiled", lambda *key: b"code")
     monkeypatch.setattr(disk_cache, "folder", lambda: tmp_path)
-
-    def entry() -> Path | None:
-        return disk_cache.entry("lerp", *native._code_dependencies(), suffix=".o")
-
-    seen = {entry()}
     for change in (
+        lambda: None,
         lambda: monkeypatch.setattr(
             native, "_detect_host", lambda: ("x86_64-linux", "other", "+avx2")
         ),
@@ -73,10 +72,76 @@ def test_each_cpu_and_each_compiler_has_its_own_cache_entry(
         lambda: monkeypatch.setenv("NUMBA_OPT", "1"),
         lambda: monkeypatch.setattr(disk_cache, "versions", lambda *names: ("numba 9.9",)),
     ):
-        assert entry() in seen
+        before = _files(tmp_path)
         change()
-        assert entry() not in seen
-        seen.add(entry())
+        for _ in range(2):
+            assert native._load_code("lerp", ("f32", "f32"), "flat") == b"code"
+        assert len(_files(tmp_path)) == len(before) + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("CPU_NAME", "generic"), ("OPT", 1), ("LOOP_VECTORIZE", 0), ("SLP_VECTORIZE", 1)),
+        *(("DISABLE_INTEL_SVML", 1), ("BOUNDSCHECK", 1), ("DEBUGINFO_DEFAULT", 1)),
+    ],
+)
+def test_numba_settings_made_in_python_change_the_entry_and_forbid_shipped_code(
+    name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from numba.core import config
+
+    default = native._find_target()
+    monkeypatch.setattr(config, name, value)
+    changed = native._find_target()
+    assert changed != default
+    assert native.supported_levels() == ()
+    monkeypatch.undo()
+    assert native._find_target() == default
+
+
+def test_numba_optimizing_to_the_maximum_is_not_its_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    default = native._find_target()
+    monkeypatch.setenv("NUMBA_OPT", "max")  # equals 3
+    from_environment = native._find_target()
+    monkeypatch.delenv("NUMBA_OPT")
+    assert from_environment.settings["OPT"] == "max"
+    assert native._find_target() == default
+
+
+def test_numba_that_is_imported_has_the_same_entries(python: Callable[..., str]) -> None:
+    script = """
+    import sys
+    from fastema.engine import native
+    before = native._find_target()
+    assert "numba" not in sys.modules
+    import numba
+    assert native._find_target() == before, native._find_target()
+    print(before.settings)
+    """
+    settings = dict.fromkeys(native._VARIABLES)
+    assert python(script, **settings).strip() == "{}"
+
+
+def test_settings_in_a_configuration_file_have_entries_of_their_own(
+    tmp_path: Path, python: Callable[..., str]
+) -> None:
+    pytest.importorskip("yaml")
+    (tmp_path / ".numba_config.yaml").write_text("cpu_name: generic\ncpu_features: ''\nopt: '1'\n")
+    script = """
+    import os, sys
+    from fastema.engine import native
+    plain = native._find_target()
+    os.chdir(sys.argv[1])
+    target = native._find_target()
+    assert target.processor == (plain.processor[0], "generic", ""), target
+    assert target.settings == {"OPT": "1"}, target
+    print(*native.supported_levels())
+    """
+    settings = dict.fromkeys(native._VARIABLES)
+    assert python(script, str(tmp_path), **settings).strip() == ""
 
 
 needs_levels = pytest.mark.skipif(
@@ -109,20 +174,21 @@ def test_a_processor_gets_the_best_code_it_can_run(
     monkeypatch.setattr(native, "_detect_features", lambda: dict.fromkeys(features.split(), True))
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
-    for name in native.SETTINGS:
+    monkeypatch.setattr(native, "_detect_host", lambda: ("x86_64-linux", "some", features))
+    monkeypatch.setattr(native, "_numba_config", lambda: None)
+    for name in native._VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    supported_levels = native.supported_levels.__wrapped__
-    assert list(supported_levels()) == found
+    assert list(native.supported_levels()) == found
     with monkeypatch.context() as patch:
         patch.setenv("NUMBA_CPU_NAME", "generic")
-        assert supported_levels() == ()
+        assert native.supported_levels() == ()
     with monkeypatch.context() as patch:
         patch.setattr(native.platform, "machine", lambda: "aarch64")
-        assert supported_levels() == ()
+        assert native.supported_levels() == ()
         with pytest.raises(RuntimeError, match="on x86-64"):
             build_kernels.build(Path("nowhere"), "cpu", [], 1)
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert supported_levels() == ()
+    assert native.supported_levels() == ()
 
 
 @pytest.fixture(scope="module")
