@@ -12,6 +12,7 @@ import platform
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib import import_module
 from typing import Any, Final, NamedTuple
 
 from fastema.engine import disk_cache, shipped
@@ -92,8 +93,7 @@ def _numba_config() -> Any:
     """
     if "numba" not in sys.modules and not os.path.isfile(_CONFIG_FILE):
         return None
-    from numba.core import config
-
+    config: Any = import_module("numba.core.config")
     config.reload_config()
     return config
 
