@@ -12,7 +12,6 @@ import platform
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
-from importlib import import_module
 from typing import Any, Final, NamedTuple
 
 from fastema.engine import disk_cache, shipped
@@ -86,16 +85,16 @@ def has_levels() -> bool:
     return sys.platform == "linux" and platform.machine() == "x86_64"
 
 
-def _numba_config() -> Any:
-    """Return Numba's configuration as its compiler will read it; None if it cannot be changed yet.
+def _numba_target() -> Any:
+    """Return the module that asks Numba; None if the environment alone decides.
 
-    Without a configuration file, a Numba that is not imported depends on the environment alone.
+    That is so while Numba is not imported, if there is no configuration file.
     """
     if "numba" not in sys.modules and not os.path.isfile(_CONFIG_FILE):
         return None
-    config: Any = import_module("numba.core.config")
-    config.reload_config()
-    return config
+    from fastema.kernels import target
+
+    return target
 
 
 class _Target(NamedTuple):
@@ -109,21 +108,11 @@ class _Target(NamedTuple):
 
 def _find_target() -> _Target:
     """Return what Numba compiles for now: this processor, unless its settings say otherwise."""
-    config = _numba_config()
     settings = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
-    if config is None:
+    numba = _numba_target()
+    if numba is None:
         return _Target(_detect_host(), settings)
-    from numba.core.compiler_lock import global_compiler_lock
-    from numba.core.registry import cpu_target
-
-    with global_compiler_lock:
-        processor = cpu_target.target_context.codegen().magic_tuple()
-    for name, default in _DEFAULTS.items():
-        value = getattr(config, name, default)
-        value = getattr(value, "_raw_value", value)  # "max", which equals 3
-        if value != default:
-            settings[name] = str(value)
-    return _Target(processor, settings)
+    return _Target(numba.processor(), settings | numba.changed_settings(_DEFAULTS))
 
 
 def supported_levels() -> tuple[str, ...]:
@@ -161,9 +150,11 @@ def _load_code(operation: str, formats: tuple[str, ...], layout: str) -> bytes:
 
 
 def _is_jit_disabled() -> bool:
-    config = _numba_config()
-    disabled: object = int(os.environ.get("NUMBA_DISABLE_JIT") or 0)
-    return bool(disabled if config is None else config.DISABLE_JIT)
+    numba = _numba_target()
+    if numba is None:
+        return os.environ.get("NUMBA_DISABLE_JIT", "0") != "0"
+    disabled: bool = numba.is_jit_disabled()
+    return disabled
 
 
 def function(operation: str, formats: tuple[str, ...], layout: str) -> Callable[..., int]:

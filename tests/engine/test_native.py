@@ -60,7 +60,7 @@ def test_each_cpu_and_each_compiler_has_its_own_cache_entry(
 ) -> None:
     """Machines of different kinds may share a home directory."""
     monkeypatch.setattr(native, "supported_levels", lambda: ())
-    monkeypatch.setattr(native, "_numba_config", lambda: None)
+    monkeypatch.setattr(native, "_numba_target", lambda: None)
     monkeypatch.setattr(native, "compiled", lambda *key: b"code")
     monkeypatch.setattr(disk_cache, "folder", lambda: tmp_path)
     for change in (
@@ -175,7 +175,7 @@ def test_a_processor_gets_the_best_code_it_can_run(
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(native, "_detect_host", lambda: ("x86_64-linux", "some", features))
-    monkeypatch.setattr(native, "_numba_config", lambda: None)
+    monkeypatch.setattr(native, "_numba_target", lambda: None)
     for name in native._VARIABLES:
         monkeypatch.delenv(name, raising=False)
     assert list(native.supported_levels()) == found
