@@ -103,6 +103,8 @@ def test_numba_settings_made_in_python_change_the_entry_and_forbid_shipped_code(
 def test_numba_optimizing_to_the_maximum_is_not_its_default(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    import numba  # noqa: F401
+
     default = native._find_target()
     monkeypatch.setenv("NUMBA_OPT", "max")  # equals 3
     from_environment = native._find_target()
