@@ -75,6 +75,7 @@ def _collect_findings() -> Iterator[tuple[str, Any]]:
     yield "missing", {name: extra for name, (extra, _) in _EXTRAS.items() if not _version(name)}
     yield "machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
     yield "threads", fastema.get_num_threads()
+    yield "shipped", diagnosis.shipped_targets()
     yield "cpu", {"shipped": diagnosis.shipped_level()}
     yield "gpu", diagnosis.gpu()._asdict()
     began = time.perf_counter()
@@ -196,6 +197,11 @@ def _print(found: dict[str, Any]) -> None:
     print(f"installed  {packages}")
     threads = found["threads"]
     print(f"machine    {found['machine']}; {threads} thread{'s' if threads > 1 else ''}")
+    parts = [
+        f"for {device.upper()}s: {', '.join(names) or 'none'}"
+        for device, names in found["shipped"].items()
+    ]
+    print(f"shipped    compiled kernels {'; '.join(parts)}")
     gpu = found["gpu"]
     if gpu["driver"]:
         print(f"GPU        no CUDA device ({gpu['driver']})")
