@@ -17,9 +17,13 @@ JOBS ?= auto
 PY := $(VENV)/bin/python
 ALONE := $(VENV)-numpy
 CUDA12 := $(VENV)-cuda12
+BUILD := $(VENV)-build
 # The toolkit that compiles a wheel's GPU kernels; they run with drivers for CUDA 12 and 13.
 TOOLKIT := cuda-bindings==12.9.10 cuda-core==1.2.2 cuda-toolkit[nvcc,nvjitlink,nvrtc]==12.9.2.0 \
   numba-cuda==0.30.4 numba==0.68.1
+# `--device cpu` needs no toolkit.
+ASKED := $(patsubst --device=%,%,$(filter cpu gpu --device=cpu --device=gpu,$(ARGS)))
+COMPILER := $(if $(filter-out cpu,$(or $(ASKED),gpu)),$(CUDA12),$(BUILD))
 PYTEST := -m pytest -n $(JOBS) --dist worksteal --durations=25 --durations-min=1
 # A stamp newer than these files means that the environment was installed from them.
 PINS := pyproject.toml constraints.txt Makefile
@@ -29,7 +33,7 @@ SAY = @printf '\n==> %s\n'
 .DELETE_ON_ERROR:
 # Two concurrent pips would break an environment.
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-full bench bench-quick gpu-check compiled wheel docs lint format dev clean \
+.PHONY: help demo test test-all test-full bench bench-quick gpu-check compiled wheel wheel-cpu docs lint format dev clean \
   release-check
 
 help:
@@ -40,13 +44,15 @@ help:
 	@echo "make bench-quick  the benchmarks in short, under four minutes"
 	@echo "make bench        the benchmarks in full: speed, accuracy, quality; an hour"
 	@echo "make gpu-check    on a machine with a CUDA GPU: build, test, benchmark; eight minutes"
+	@echo "make compiled ARGS=\"--device cpu\"  CPU kernels for this checkout: no first update compiles; ten minutes"
+	@echo "make wheel-cpu    wheel in dist/ for Linux on x86-64, with compiled kernels of CPUs alone; ten minutes"
 	@echo "make wheel        sdist and wheel in dist/, with compiled kernels of CPUs and GPUs; twenty minutes"
 	@echo "make docs         the documentation as a site, in site/; half a minute"
 	@echo "make lint         ruff check, ruff format --check, mypy"
 	@echo "make release-check  all of it, then wheel and sdist in empty environments; an hour"
 	@echo "make format       let ruff rewrite what it can"
 	@echo "make dev          all of the tools in $(VENV), and the pre-commit hooks"
-	@echo "make clean        remove $(VENV), $(ALONE), $(CUDA12), caches and build products"
+	@echo "make clean        remove $(VENV), $(ALONE), $(BUILD), $(CUDA12), caches and build products"
 
 demo: $(VENV)/.demo
 	$(SAY) "fastema demo $(ARGS)"
@@ -87,15 +93,23 @@ gpu-check:
 	@PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m bench gpu $(ARGS)
 
 # Also useful in a checkout: `make compiled ARGS="--device cpu"`.
-compiled: $(CUDA12)/.made
-	$(SAY) "compiling the kernels of processors and GPUs"
-	@$(CUDA12)/bin/python -m fastema.engine.build_kernels $(ARGS)
+compiled: $(COMPILER)/.made
+	$(SAY) "compiling kernels: fastema.engine.build_kernels $(ARGS)"
+	@$(COMPILER)/bin/python -m fastema.engine.build_kernels $(ARGS)
 
 # Runs in an empty folder: Python would import a `build` folder beside pyproject.toml as the tool.
 wheel: compiled $(VENV)/.test
 	$(SAY) "building the sdist and the wheel"
 	@root="$$PWD"; cd "$$(mktemp -d)" && \
-	  FASTEMA_RELEASE=1 "$$root/$(PY)" -m build --no-isolation --outdir "$$root/dist" "$$root"
+	  FASTEMA_RELEASE=1 "$(abspath $(PY))" -m build --no-isolation --outdir "$$root/dist" "$$root"
+
+# A wheel for the platform that its kernels are for; GPU kernels are compiled at first use, by fastema[cuda].
+wheel-cpu: $(BUILD)/.made
+	$(SAY) "compiling the kernels of processors"
+	@$(BUILD)/bin/python -m fastema.engine.build_kernels --device cpu $(ARGS)
+	$(SAY) "building the wheel"
+	@root="$$PWD"; cd "$$(mktemp -d)" && \
+	  FASTEMA_RELEASE=cpu "$(abspath $(BUILD))/bin/python" -m build --wheel --no-isolation --outdir "$$root/dist" "$$root"
 
 # Dead links and anchors are errors. Nothing is downloaded to build or read the site.
 docs: $(VENV)/.docs
@@ -128,8 +142,8 @@ dev: $(VENV)/.dev
 	@$(PY) -m pre_commit install
 
 clean:
-	$(SAY) "removing $(VENV), $(ALONE), $(CUDA12), caches and build products"
-	@rm -rf $(VENV) $(ALONE) $(CUDA12) fastema/compiled build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	$(SAY) "removing $(VENV), $(ALONE), $(BUILD), $(CUDA12), caches and build products"
+	@rm -rf $(VENV) $(ALONE) $(BUILD) $(CUDA12) fastema/compiled build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(VENV)/.made:
@@ -146,6 +160,12 @@ $(ALONE)/.made: $(PINS)
 	$(SAY) "making $(ALONE), with what fastema itself depends on"
 	@$(PYTHON) -m venv $(ALONE)
 	@$(ALONE)/bin/python -m pip install -c constraints.txt -e . hypothesis pytest pytest-xdist
+	@touch "$@"
+
+$(BUILD)/.made: $(PINS)
+	$(SAY) "making $(BUILD), with the compilers of CPU kernels and wheels"
+	@$(PYTHON) -m venv $(BUILD)
+	@$(BUILD)/bin/python -m pip install -c constraints.txt -e . build hatchling
 	@touch "$@"
 
 $(CUDA12)/.made: Makefile pyproject.toml

@@ -29,20 +29,25 @@ def profile(rule: rules.Rule, steps: int = STEPS) -> list[float]:
 
 
 def draw(target: Path) -> None:
-    """Draw all rules in one picture, on a ground that suits light and dark pages."""
-    from matplotlib import pyplot
+    """Draw all rules in one picture, on a transparent ground."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-    figure, axes = pyplot.subplots(figsize=(8, 3.6), dpi=150, layout="constrained")
+    from fastema.tracking.plots.style import EMA, INK, RAW, REPORTED, SMA, STYLE
+
     drawn = {name: profile(rule) for name, rule in SHOWN.items()}
     drawn[f"SMA, window={WINDOW}"] = [0.0] * (STEPS - WINDOW) + [1.0 / WINDOW] * WINDOW
-    for name, shares in drawn.items():
-        axes.plot(range(1, STEPS + 1), shares, label=name, linewidth=2)
-    axes.set(xlabel="step", ylabel="share in the average after step 1,000", xlim=(0, STEPS))
-    axes.set_ylim(0, 0.0135)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left")
-    target.parent.mkdir(exist_ok=True)
-    figure.savefig(target, metadata={"Software": None})
+    colors = (EMA, RAW, SMA, REPORTED, INK)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 3.6), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        for (name, shares), color in zip(drawn.items(), colors, strict=True):
+            axes.plot(range(1, STEPS + 1), shares, label=name, linewidth=2, color=color)
+        axes.set(xlabel="step", ylabel="share in the average after step 1,000", xlim=(0, STEPS))
+        axes.set_ylim(0, 0.0135)
+        axes.legend(frameon=False, loc="upper left")
+        target.parent.mkdir(exist_ok=True)
+        figure.savefig(target, metadata={"Software": None})
 
 
 if __name__ == "__main__":

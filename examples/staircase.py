@@ -30,7 +30,7 @@ from sklearn.datasets import load_digits
 from fastema.keras import LossAverages
 from fastema.tracking import TensorBoardWriter, logs, plot
 from fastema.tracking.logs import Curve
-from fastema.tracking.plots.style import GREY, INK, STYLE
+from fastema.tracking.plots.style import EDGE, GREY, INK, STYLE
 
 
 def main() -> None:
@@ -132,11 +132,11 @@ def draw(args: argparse.Namespace, curves: dict[str, Curve], true: list[float]) 
     steps = len(curves["loss"].steps) // args.epochs
     excess = np.mean(curves["loss"].values[steps - 1 :: steps] / true)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11.5, 6.6), dpi=150, facecolor="white")
+        figure = Figure(figsize=(11.5, 6.6), dpi=150)
         ax = figure.add_axes((0.07, 0.13, 0.82, 0.64))
         plot(curves, log=True, ax=ax)
         for epoch in range(1, args.epochs):
-            ax.axvline(epoch * steps - 0.5, color="#b6bcc4", linewidth=0.8, linestyle=(0, (4, 3)))
+            ax.axvline(epoch * steps - 0.5, color=EDGE, linewidth=0.8, linestyle=(0, (4, 3)))
         ax.plot(
             np.arange(1, args.epochs + 1) * steps - 1, true, "o", color=INK, zorder=4, clip_on=False
         )

@@ -280,7 +280,8 @@ def _ptx(operation: str, kernel, signature, capability: tuple[int, int]) -> Ptx:
         # Round a product and a sum separately, as on the CPU, unless the kernel uses fma.
         nvvm.compile_ir = partial(compiled, fma=False)
         try:
-            text, _ = cuda.compile_ptx(kernel, signature, cc=capability)
+            # Numba's settings would be the defaults of debug and opt.
+            text, _ = cuda.compile_ptx(kernel, signature, debug=False, opt=True, cc=capability)
         finally:
             dispatcher.get_current_device, nvvm.compile_ir = asked, compiled
     entry = re.search(r"\.entry\s+(\w+)", text)

@@ -79,11 +79,12 @@ PLANTED = {
     "native": {
         "fastema/engine/disk_cache.py": {
             "bad entry loaded": ("if stored[:_HEAD] == _make_header(body) else", "if True else"),
-            "group-writable folder trusted": ("(stat.S_IWGRP | stat.S_IWOTH)", "stat.S_IWOTH"),
+            "group-writable folder trusted": ("stat.S_IWGRP | stat.S_IWOTH", "stat.S_IWOTH"),
+            "another user's link followed": ("if status.st_uid not in trusted:", "if False:"),
             "two kernels share an entry": ("(name, SOURCE_STAMP, depends)", "(name, SOURCE_STAMP)"),
         },
         "fastema/engine/native.py": {
-            "settings ignored": ("if any(name in os.environ for name in SETTINGS):", "if False:"),
+            "settings ignored": ("        if value != default:\n", "        if False:\n"),
             "one feature for a level": ("if all(features.get(one)", "if any(features.get(one)"),
         },
         "kernels/cpu_watch.py": {"strides": ("store(dim, at + 1, load(strides, d))", "pass")},

@@ -142,3 +142,25 @@ def test_every_page_is_in_the_navigation_and_generated_tables_are_up_to_date() -
     command = [sys.executable, ROOT / "docs" / "generate.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md"]
+PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_of_code_fit_the_site_without_scrolling(page: str) -> None:
+    """docs/site.css says at which width of the window."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 98] == []
+
+
+def test_the_site_is_searched_and_read_without_a_network() -> None:
+    """The offline plugin adds a script from the network, unless one of its name is listed."""
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert re.search(r"^plugins:\n(  .*\n)*?  - search\n  - offline", text, re.MULTILINE)
+    (script,) = re.findall(r"^  polyfills: \[(.*iframe-worker.*)\]", text, re.MULTILINE)
+    assert (ROOT / "docs" / script).is_file()
+    assert re.search(r"^  font: false", text, re.MULTILINE)
+    assert "//" not in re.sub(r"#.*", "", text).replace('site_url: ""', "")

@@ -112,6 +112,56 @@ def test_build_fails_without_kernels_of_these_sources(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_cpu_wheel_has_cpu_kernels_alone_and_the_tag_of_their_platform(tmp_path: Path) -> None:
+    require_packages("build", "hatchling")
+    tree, out = tmp_path / "tree", tmp_path / "out"
+    out.mkdir()
+    skipped = shutil.ignore_patterns("__pycache__", "compiled", "kernels")
+    shutil.copytree(ROOT / "fastema", tree / "fastema", ignore=skipped)
+    for name in ("kernels", ".ci"):
+        shutil.copytree(ROOT / name, tree / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(ROOT / name, tree)
+    for target, sources in (("cpu/x86-64-v3", source_stamp()), ("gpu/sm_90", "0" * 16)):
+        folder = tree / "fastema" / "compiled" / target
+        folder.mkdir(parents=True)
+        (folder / "lerp.xz").write_bytes(b"code")
+        (folder.parent / "stamp").write_text(sources)
+    _run(*BUILD, "--wheel", "--outdir", out, tree, cwd=out, FASTEMA_RELEASE="cpu")
+    (path,) = out.iterdir()
+    assert path.name.endswith("-py3-none-manylinux_2_17_x86_64.whl")
+    with zipfile.ZipFile(path) as archive:
+        compiled = [name for name in archive.namelist() if name.startswith("fastema/compiled/")]
+    assert compiled == ["fastema/compiled/cpu/stamp", "fastema/compiled/cpu/x86-64-v3/lerp.xz"]
+
+
+def needed_environment(arguments: str) -> str:
+    """Return the environment in which ``make compiled`` would compile."""
+    command = ("make", "-n", "compiled", f"ARGS={arguments}", "VENV=.nowhere")
+    (line,) = [
+        one
+        for one in _run(*command, cwd=ROOT).splitlines()
+        if "build_kernels" in one and "python -m" in one
+    ]
+    return line.partition("/")[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        *(("", "-cuda12"), ("--device gpu", "-cuda12"), ("--device cpu --device gpu", "-cuda12")),
+        *(("--device cpu", "-build"), ("--operation lerp --device=cpu", "-build")),
+    ],
+)
+def test_kernels_of_cpus_are_compiled_without_a_gpu_toolkit(
+    arguments: str, environment: str
+) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    assert needed_environment(arguments) == f".nowhere{environment}"
+
+
+@pytest.mark.slow
 def test_installed_wheel_updates_an_average_and_has_its_command(
     dist_folder: Path, tmp_path: Path
 ) -> None:

@@ -12,26 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.race.report import Row
+from fastema.tracking.plots import style as plots
+from fastema.tracking.plots.style import EMA, GREY, INK, RAW, SMA
 
-INK, GREY = "#20242a", "#6b7280"
-COLOURS = {"EMA": "#1b5fa6", "SWA": "#e07b27", "SMA": "#3a8f5c"}
-STYLE: Any = {
-    "font.family": "DejaVu Sans",  # ships with matplotlib: the picture is the same everywhere
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": GREY,
-    "axes.edgecolor": "#b6bcc4",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "xtick.color": GREY,
-    "ytick.color": INK,
-    "ytick.major.size": 0,
-    "axes.grid": True,
-    "axes.grid.axis": "x",
-    "grid.color": "#e3e7ec",
-    "axes.axisbelow": True,
-}
+COLOURS = {"EMA": EMA, "SWA": RAW, "SMA": SMA}
+STYLE: Any = {**plots.STYLE, "ytick.color": INK, "axes.grid.axis": "x"}
 
 
 def format_signed(number: float, places: int) -> str:
@@ -43,14 +28,13 @@ def format_signed(number: float, places: int) -> str:
 def _panel(axes: Axes, title: str, rows: Sequence[Row]) -> None:
     """Draw changes against raw: a point per seed, the change of the mean, and its interval."""
     height, ticks, labels = 0.0, [], []
-    axes.axvline(0.0, color=INK, lw=1)
     right_of = axes.get_yaxis_transform()  # x in shares of the axes
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
     for schedule in dict.fromkeys(row["schedule"] for row in rows):
         (raw, *averages) = (row for row in rows if row["schedule"] == schedule)
         scale = {"transform": right_of, "va": "center"}
         text = f"{schedule} learning rate; raw: {raw['mean']:.4g}"
-        axes.text(0.0, height + 0.62, text, fontsize=9, color=GREY, bbox=box, **scale)
+        axes.text(0.0, height + 0.62, text, fontsize=9, color=GREY, **scale)
+        axes.plot([0.0, 0.0], [height + 0.4, height + 0.6 - len(averages)], color=INK, lw=1)
         for row in averages:
             colour = COLOURS[row["weights"]]
             change, *interval = row["change_percent"]
@@ -58,7 +42,7 @@ def _panel(axes: Axes, title: str, rows: Sequence[Row]) -> None:
             bar = {"lw": 9, "alpha": 0.25, "solid_capstyle": "butt"}
             axes.plot(interval, [height] * 2, color=colour, **bar)
             axes.scatter(points, [height] * len(points), s=13, color=colour, alpha=0.5, lw=0)
-            axes.scatter(change, height, s=70, color=colour, ec="white", lw=1.2, zorder=3)
+            axes.scatter(change, height, s=70, color=colour, lw=0, zorder=3)
             shown = f"{format_signed(change, 1)} %"
             axes.text(1.02, height, shown, color=colour, fontweight="bold", **scale)
             ticks.append(height)
@@ -79,7 +63,7 @@ def draw(rows: Sequence[Row], header: Mapping[str, Any], path: Path) -> None:
             panels.setdefault(f"{row['task'].capitalize()}: {row['metric']}", []).append(row)
     seeds = len(next(iter(panels.values()))[0]["scores"])
     with rc_context(STYLE):
-        figure = Figure(figsize=(11.5, 8.2), dpi=150, facecolor="white")
+        figure = Figure(figsize=(11.5, 8.2), dpi=150)
         grid = figure.subplots(2, len(panels) // 2)
         figure.subplots_adjust(
             left=0.065, right=0.925, top=0.83, bottom=0.115, hspace=0.42, wspace=0.34

@@ -75,6 +75,7 @@ def _collect_findings() -> Iterator[tuple[str, Any]]:
     yield "missing", {name: extra for name, (extra, _) in _EXTRAS.items() if not _version(name)}
     yield "machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
     yield "threads", fastema.get_num_threads()
+    yield "shipped", diagnosis.shipped_targets()
     yield "cpu", {"shipped": diagnosis.shipped_level()}
     yield "gpu", diagnosis.gpu()._asdict()
     began = time.perf_counter()
@@ -196,6 +197,11 @@ def _print(found: dict[str, Any]) -> None:
     print(f"installed  {packages}")
     threads = found["threads"]
     print(f"machine    {found['machine']}; {threads} thread{'s' if threads > 1 else ''}")
+    parts = [
+        f"for {device.upper()}s: {', '.join(names) or 'none'}"
+        for device, names in found["shipped"].items()
+    ]
+    print(f"shipped    compiled kernels {'; '.join(parts)}")
     gpu = found["gpu"]
     if gpu["driver"]:
         print(f"GPU        no CUDA device ({gpu['driver']})")
@@ -203,7 +209,7 @@ def _print(found: dict[str, Any]) -> None:
         kernels = "ship with the wheel" if gpu["shipped"] else "need compilers: fastema[cuda]"
         print(f"GPU        compute capability {gpu['capability']}; kernels {kernels}")
     folder, nbytes = found["cache"]["folder"], found["cache"]["bytes"]
-    place = folder or "no writable folder: every process compiles its kernels"
+    place = folder or "no folder that only you can write to: every process compiles its kernels"
     print(f"cache      {place}, {size(nbytes)}")
     wrong = [check for check in found["checks"] if check.error]
     number = len(found["checks"])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from fastema.engine import disk_cache, shipped
+from fastema.engine.locks import compiling
 from fastema.errors import DeviceError
 
 __all__ = ["INSTALL", "Cubin", "Key", "Unavailable", "cubin"]
@@ -56,9 +57,10 @@ def _unpacked(body: bytes) -> Cubin:
 
 def _compile(key: Key) -> Cubin:
     try:
-        from fastema.kernels import cuda
+        with compiling:
+            from fastema.kernels import cuda
 
-        made = cuda.compile_kernel(*key)
+            made = cuda.compile_kernel(*key)
     except Exception as error:  # the compilers' libraries share no base class of errors
         reason = next(iter(str(error).strip().splitlines()), "") or "no message"
         raise Unavailable(

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 from fastema.engine import disk_cache, native, shipped
 
-__all__ = ["Cache", "Gpu", "cache", "gpu", "shipped_level"]
+__all__ = ["Cache", "Gpu", "cache", "gpu", "shipped_level", "shipped_targets"]
 
 
 class Cache(NamedTuple):
     """The disk cache of compiled kernels."""
 
-    folder: Path | None  # None if no folder is writable: each process compiles again
+    folder: Path | None  # None if no folder is private and writable: each process compiles
     nbytes: int
 
 
@@ -35,6 +35,11 @@ def cache() -> Cache:
 def shipped_level() -> str:
     """Return the CPU level of the shipped kernels that run here; an empty string if none do."""
     return next(iter(native.supported_levels()), "") if shipped.has_kernels("cpu") else ""
+
+
+def shipped_targets() -> dict[str, list[str]]:
+    """Return what this installation has compiled kernels for, by kind of device."""
+    return {"cpu": shipped.targets("cpu"), "gpu": shipped.targets("gpu")}
 
 
 def gpu() -> Gpu:

@@ -10,20 +10,30 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from fastema.engine import disk_cache, shipped
 from fastema.kernels.variants import ENTRY
 
-__all__ = ["LEVELS", "SETTINGS", "compiled", "function", "has_levels", "supported_levels"]
+__all__ = ["LEVELS", "compiled", "function", "has_levels", "supported_levels"]
 
-SETTINGS: Final = tuple(
-    f"NUMBA_{name}"
-    for name in ("CPU_NAME", "CPU_FEATURES", "ENABLE_AVX", "OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE")
+_DEFAULTS: Final[Mapping[str, object]] = {
+    **{"OPT": 3, "LOOP_VECTORIZE": 1, "SLP_VECTORIZE": 0, "DISABLE_INTEL_SVML": 0},
+    **{"BOUNDSCHECK": None, "DEBUGINFO_DEFAULT": 0, "ENABLE_PROFILING": 0},
+    **{"EXTEND_VARIABLE_LIFETIMES": 0, "LLVM_REFPRUNE_PASS": 1, "LLVM_REFPRUNE_FLAGS": "all"},
+}
+"""Numba's settings that change the code, besides those of the processor, and their defaults."""
+
+_VARIABLES: Final = tuple(
+    f"NUMBA_{name.removesuffix('_DEFAULT')}"
+    for name in ("CPU_NAME", "CPU_FEATURES", "ENABLE_AVX", *_DEFAULTS)
 )
 """Environment variables that change the code that Numba generates."""
+
+_CONFIG_FILE: Final = ".numba_config.yaml"
+"""Numba reads its settings from here too, whenever it compiles: from the current folder."""
 
 _COMPILERS: Final = ("numba", "llvmlite")
 
@@ -62,6 +72,7 @@ def _detect_host() -> tuple[str, str, str]:
     return llvm.get_process_triple(), llvm.get_host_cpu_name(), _detect_features().flatten()
 
 
+@cache
 def _detect_features() -> Any:
     try:
         return _binding().get_host_cpu_features()
@@ -74,24 +85,44 @@ def has_levels() -> bool:
     return sys.platform == "linux" and platform.machine() == "x86_64"
 
 
-@cache
+def _numba_target() -> Any:
+    """Return the module that asks Numba; None if the environment alone decides.
+
+    That is so while Numba is not imported, if there is no configuration file.
+    """
+    if "numba" not in sys.modules and not os.path.isfile(_CONFIG_FILE):
+        return None
+    from fastema.kernels import target
+
+    return target
+
+
+class _Target(NamedTuple):
+    """What the machine code depends on, besides the kernel sources and the compilers' versions."""
+
+    processor: tuple[str, str, str]
+    """Triple, CPU name and features."""
+    settings: Mapping[str, str]
+    """Numba's settings that are not the default."""
+
+
+def _find_target() -> _Target:
+    """Return what Numba compiles for now: this processor, unless its settings say otherwise."""
+    settings = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    numba = _numba_target()
+    if numba is None:
+        return _Target(_detect_host(), settings)
+    return _Target(numba.processor(), settings | numba.changed_settings(_DEFAULTS))
+
+
 def supported_levels() -> tuple[str, ...]:
-    """Return the :data:`LEVELS` that run here, best first; none if :data:`SETTINGS` are in use."""
-    if not has_levels():
-        return ()
-    if any(name in os.environ for name in SETTINGS):
+    """Return the :data:`LEVELS` that run here, best first; none if Numba's settings are changed."""
+    if not has_levels() or _find_target() != (_detect_host(), {}):
         return ()
     features = _detect_features()
     return tuple(
         level for level, wanted in LEVELS.items() if all(features.get(one) for one in wanted)
     )
-
-
-def _code_dependencies() -> Iterator[object]:
-    """Yield what compiled code depends on besides the kernel sources."""
-    yield _detect_host()
-    yield [os.environ.get(name) for name in SETTINGS]
-    yield disk_cache.versions(*_COMPILERS)
 
 
 def compiled(operation: str, formats: tuple[str, ...], layout: str) -> bytes:
@@ -109,7 +140,8 @@ def _load_code(operation: str, formats: tuple[str, ...], layout: str) -> bytes:
     code = shipped.read("cpu", operation, formats, layout, supported_levels())
     if code is not None:
         return code
-    path = disk_cache.entry(operation, formats, layout, *_code_dependencies(), suffix=".o")
+    depends = *_find_target(), disk_cache.versions(*_COMPILERS)
+    path = disk_cache.entry(operation, formats, layout, *depends, suffix=".o")
     code = disk_cache.read(path)
     if code is None:
         code = compiled(operation, formats, layout)
@@ -117,9 +149,17 @@ def _load_code(operation: str, formats: tuple[str, ...], layout: str) -> bytes:
     return code
 
 
+def _is_jit_disabled() -> bool:
+    numba = _numba_target()
+    if numba is None:
+        return os.environ.get("NUMBA_DISABLE_JIT", "0") != "0"
+    disabled: bool = numba.is_jit_disabled()
+    return disabled
+
+
 def function(operation: str, formats: tuple[str, ...], layout: str) -> Callable[..., int]:
     """Return a kernel or function, loaded and callable with 64-bit integers."""
-    if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
+    if _is_jit_disabled():
         from fastema.kernels import cpu
 
         python: Callable[..., int] = cpu.function(operation, formats, layout)

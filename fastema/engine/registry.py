@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastema.engine.locks import lock
+from fastema.engine.locks import compiling
 from fastema.errors import DTypeError
 from fastema.kernels.operations import OPERATIONS
 
@@ -15,7 +15,6 @@ Kernel = Callable[[int, int, int, int], object]
 """A kernel: ``kernel(table, rows, numbers, control)``, see :mod:`fastema.kernels.table`."""
 
 _loaded: dict[tuple[str, tuple[str, ...], str], Callable[..., int]] = {}
-_making = lock()
 
 
 def kernel(operation: str, formats: tuple[str, ...], layout: str) -> Kernel:
@@ -36,7 +35,7 @@ def function(name: str) -> Callable[..., int]:
 
 
 def _load_once(*key: Any) -> Callable[..., int]:
-    with _making:
+    with compiling:
         if key not in _loaded:
             from fastema.engine import native
 

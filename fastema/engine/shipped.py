@@ -30,6 +30,7 @@ __all__ = [
     "has_kernels",
     "kernels",
     "read",
+    "targets",
     "write",
 ]
 
@@ -74,6 +75,13 @@ def has_kernels(device: Device) -> bool:
         return (FOLDER / device / "stamp").read_text(encoding="ascii") == _current_stamp()
     except OSError:
         return False
+
+
+def targets(device: Device) -> list[str]:
+    """Return the targets that a device's shipped kernels are for; none if there are no kernels."""
+    if not has_kernels(device):
+        return []
+    return sorted(path.name for path in (FOLDER / device).iterdir() if path.is_dir())
 
 
 def read(

@@ -79,8 +79,9 @@ _offloaded: weakref.WeakSet[Any] = weakref.WeakSet()
 
 def _wait_before_fork() -> None:
     for one in list(_offloaded):
-        if one._job is not None:
-            futures_wait([one._job])
+        job = one._job  # read once: another thread may be taking its result
+        if job is not None:
+            futures_wait([job])
 
 
 if hasattr(os, "register_at_fork"):

@@ -67,7 +67,10 @@ def test_doctor_reports_the_setup_and_detects_wrong_kernels(
     fastema: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli.doctor, "_BYTES", 48_000)
+    shipped = {"cpu": ["x86-64-v3", "x86-64-v4"], "gpu": []}
+    monkeypatch.setattr("fastema.engine.diagnosis.shipped_targets", lambda: shipped)
     out, err = fastema("doctor")
+    assert "compiled kernels for CPUs: x86-64-v3, x86-64-v4; for GPUs: none" in out
     assert err == ""
     threads = f"{get_num_threads()} thread"
     for said in (f"numpy {np.__version__}", "8 of 8 match their references", threads, "GB/s, read"):

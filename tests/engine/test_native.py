@@ -1,5 +1,6 @@
 """CPU kernels as machine code: cached, never stale, and loaded only from safe folders."""
 
+import compileall
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import CodeType, SimpleNamespace
 
 import pytest
 
@@ -57,13 +59,12 @@ def test_each_cpu_and_each_compiler_has_its_own_cache_entry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Machines of different kinds may share a home directory."""
+    monkeypatch.setattr(native, "supported_levels", lambda: ())
+    monkeypatch.setattr(native, "_numba_target", lambda: None)
+    monkeypatch.setattr(native, "compiled", lambda *key: b"code")
     monkeypatch.setattr(disk_cache, "folder", lambda: tmp_path)
-
-    def entry() -> Path | None:
-        return disk_cache.entry("lerp", *native._code_dependencies(), suffix=".o")
-
-    seen = {entry()}
     for change in (
+        lambda: None,
         lambda: monkeypatch.setattr(
             native, "_detect_host", lambda: ("x86_64-linux", "other", "+avx2")
         ),
@@ -71,10 +72,78 @@ def test_each_cpu_and_each_compiler_has_its_own_cache_entry(
         lambda: monkeypatch.setenv("NUMBA_OPT", "1"),
         lambda: monkeypatch.setattr(disk_cache, "versions", lambda *names: ("numba 9.9",)),
     ):
-        assert entry() in seen
+        before = _files(tmp_path)
         change()
-        assert entry() not in seen
-        seen.add(entry())
+        for _ in range(2):
+            assert native._load_code("lerp", ("f32", "f32"), "flat") == b"code"
+        assert len(_files(tmp_path)) == len(before) + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("CPU_NAME", "generic"), ("OPT", 1), ("LOOP_VECTORIZE", 0), ("SLP_VECTORIZE", 1)),
+        *(("DISABLE_INTEL_SVML", 1), ("BOUNDSCHECK", 1), ("DEBUGINFO_DEFAULT", 1)),
+    ],
+)
+def test_numba_settings_made_in_python_change_the_entry_and_forbid_shipped_code(
+    name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from numba.core import config
+
+    default = native._find_target()
+    monkeypatch.setattr(config, name, value)
+    changed = native._find_target()
+    assert changed != default
+    assert native.supported_levels() == ()
+    monkeypatch.undo()
+    assert native._find_target() == default
+
+
+def test_numba_optimizing_to_the_maximum_is_not_its_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import numba  # noqa: F401
+
+    default = native._find_target()
+    monkeypatch.setenv("NUMBA_OPT", "max")  # equals 3
+    from_environment = native._find_target()
+    monkeypatch.delenv("NUMBA_OPT")
+    assert from_environment.settings["OPT"] == "max"
+    assert native._find_target() == default
+
+
+def test_numba_that_is_imported_has_the_same_entries(python: Callable[..., str]) -> None:
+    script = """
+    import sys
+    from fastema.engine import native
+    before = native._find_target()
+    assert "numba" not in sys.modules
+    import numba
+    assert native._find_target() == before, native._find_target()
+    print(before.settings)
+    """
+    settings = dict.fromkeys(native._VARIABLES)
+    assert python(script, **settings).strip() == "{}"
+
+
+def test_settings_in_a_configuration_file_have_entries_of_their_own(
+    tmp_path: Path, python: Callable[..., str]
+) -> None:
+    pytest.importorskip("yaml")
+    (tmp_path / ".numba_config.yaml").write_text("cpu_name: generic\ncpu_features: ''\nopt: '1'\n")
+    script = """
+    import os, sys
+    from fastema.engine import native
+    plain = native._find_target()
+    os.chdir(sys.argv[1])
+    target = native._find_target()
+    assert target.processor == (plain.processor[0], "generic", ""), target
+    assert target.settings == {"OPT": "1"}, target
+    print(*native.supported_levels())
+    """
+    settings = dict.fromkeys(native._VARIABLES)
+    assert python(script, str(tmp_path), **settings).strip() == ""
 
 
 needs_levels = pytest.mark.skipif(
@@ -107,20 +176,21 @@ def test_a_processor_gets_the_best_code_it_can_run(
     monkeypatch.setattr(native, "_detect_features", lambda: dict.fromkeys(features.split(), True))
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
-    for name in native.SETTINGS:
+    monkeypatch.setattr(native, "_detect_host", lambda: ("x86_64-linux", "some", features))
+    monkeypatch.setattr(native, "_numba_target", lambda: None)
+    for name in native._VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    supported_levels = native.supported_levels.__wrapped__
-    assert list(supported_levels()) == found
+    assert list(native.supported_levels()) == found
     with monkeypatch.context() as patch:
         patch.setenv("NUMBA_CPU_NAME", "generic")
-        assert supported_levels() == ()
+        assert native.supported_levels() == ()
     with monkeypatch.context() as patch:
         patch.setattr(native.platform, "machine", lambda: "aarch64")
-        assert supported_levels() == ()
+        assert native.supported_levels() == ()
         with pytest.raises(RuntimeError, match="on x86-64"):
             build_kernels.build(Path("nowhere"), "cpu", [], 1)
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert supported_levels() == ()
+    assert native.supported_levels() == ()
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +253,69 @@ def test_stamp_covers_every_kernel_source(tmp_path: Path, monkeypatch: pytest.Mo
     assert stamp() not in seen
 
 
+@pytest.mark.parametrize("installed", ["zip", "pyc only", "pyc only, zip"])
+def test_stamp_changes_with_a_kernel_that_has_no_source_file(
+    installed: str, tmp_path: Path, python: Callable[..., str]
+) -> None:
+    script = """
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    from fastema.kernels import stamp
+    assert stamp.__file__.startswith(sys.argv[1])
+    print(stamp.source_stamp())
+    """
+    stamps_seen = []
+    for version in ("one", "two"):
+        tree = tmp_path / version
+        shutil.copytree(KERNELS, tree / "fastema" / "kernels")
+        (tree / "fastema" / "__init__.py").write_text("")
+        source = tree / "fastema" / "kernels" / "scalar.py"
+        source.write_text(source.read_text() + ("\n_EDITED = 1\n" if version == "two" else ""))
+        if "pyc" in installed:
+            compileall.compile_dir(tree, quiet=2, legacy=True)
+            for path in tree.rglob("*.py"):
+                path.unlink()
+        if "zip" in installed:
+            tree = Path(shutil.make_archive(str(tree), "zip", tree))
+        stamps_seen.append(python(script, str(tree)))
+    assert stamps_seen[0] != stamps_seen[1]
+
+
+def test_stamp_changes_with_the_bytecode_of_a_frozen_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frozen program's loader gives code objects, and no file."""
+    added = ""
+
+    def get_code(name: str) -> CodeType:
+        source = (KERNELS / f"{name.rpartition('.')[2]}.py").read_text()
+        return compile(source + added * name.endswith(".scalar"), name, "exec")
+
+    spec = SimpleNamespace(origin=None, loader=SimpleNamespace(get_code=get_code))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    monkeypatch.setattr(stamps, "__file__", str(tmp_path / "stamp.pyc"))
+    first = stamps.source_stamp()
+    assert stamps.source_stamp() == first
+    added = "\n_EDITED = 1\n"
+    edited = stamps.source_stamp()
+    added = "\n_EDITED = 2\n"
+    assert len({first, edited, stamps.source_stamp()}) == 3
+    monkeypatch.setattr("pkgutil.iter_modules", lambda *args: iter(()))
+    last_resort = stamps.source_stamp()
+    monkeypatch.setattr(fastema, "__version__", "99.0")
+    assert stamps.source_stamp() != last_resort
+
+
+def test_bytecode_is_described_alike_in_every_process(python: Callable[..., str]) -> None:
+    script = """
+    from fastema.kernels.stamp import _describe
+    source = "def f(x): return x in {'one', 'two', 'three', 'four'} and (0.5, -0.0, 'a', (1, {2}))"
+    print(_describe(compile(source, "somewhere", "exec")))
+    """
+    first, second = (python(script, PYTHONHASHSEED=seed) for seed in "12")
+    assert first == second
+
+
 def test_an_edited_kernel_is_recompiled(tmp_path: Path) -> None:
     package = tmp_path / "fastema"
     shutil.copytree(
@@ -212,18 +345,112 @@ def test_an_edited_kernel_is_recompiled(tmp_path: Path) -> None:
     assert run() == "2.5 2.5 2.5"
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX file modes")
+needs_owners = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX file modes")
+
+
+@pytest.fixture
+def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let the cache be in ``above/shared/fastema``, or else in ``private/fastema``."""
+    (tmp_path / "above" / "shared").mkdir(parents=True)
+    places = tmp_path / "above" / "shared" / "fastema", tmp_path / "private" / "fastema"
+    monkeypatch.setattr(disk_cache, "_roots", lambda: iter(places))
+    return tmp_path
+
+
+def chosen() -> str:
+    """Return which of the two places the cache is in."""
+    found = disk_cache.folder.__wrapped__()
+    assert found is not None
+    assert found.name == disk_cache.SOURCE_STAMP
+    assert stat.S_IMODE(found.stat().st_mode) == 0o700
+    return found.parents[1].name
+
+
+@needs_owners
 @pytest.mark.parametrize("open_to", [stat.S_IWGRP, stat.S_IWOTH])
-@pytest.mark.parametrize("level", ["root", "folder"])
-def test_a_folder_that_others_can_write_is_not_used(
-    level: str, open_to: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("level", [0, 1, 2, 3], ids=["folder", "root", "parent", "above"])
+def test_a_folder_that_others_can_write_or_exchange_is_not_used(
+    level: int, open_to: int, roots: Path
 ) -> None:
-    shared, private = tmp_path / "shared", tmp_path / "private"
-    monkeypatch.setattr(disk_cache, "_roots", lambda: iter([shared, private]))
-    folder = shared / disk_cache.SOURCE_STAMP
-    folder.mkdir(mode=0o700, parents=True)
-    exposed = shared if level == "root" else folder
+    assert chosen() == "shared"
+    folder = roots / "above" / "shared" / "fastema" / disk_cache.SOURCE_STAMP
+    exposed = [folder, *folder.parents][level]
     exposed.chmod(0o700 | open_to)
-    assert disk_cache.folder.__wrapped__() == private / disk_cache.SOURCE_STAMP
+    assert chosen() == "private"
     exposed.chmod(0o700)
-    assert disk_cache.folder.__wrapped__() == folder
+    assert chosen() == "shared"
+
+
+@needs_owners
+def test_a_cache_below_a_sticky_folder_is_used(roots: Path) -> None:
+    """In /tmp everyone can create files, but nobody can rename another user's."""
+    (roots / "above").chmod(0o1777)
+    assert chosen() == "shared"
+
+
+def pretend_owner(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a file, folder or link appear to belong to another user."""
+    another, lstat, fstat = os.geteuid() + 12_345, os.lstat, os.fstat
+    inode = lstat(path).st_ino
+
+    def owned(status: os.stat_result) -> os.stat_result:
+        if status.st_ino != inode:
+            return status
+        return os.stat_result((*status[:4], another, *status[5:]))
+
+    monkeypatch.setattr(os, "lstat", lambda path: owned(lstat(path)))
+    monkeypatch.setattr(os, "fstat", lambda descriptor: owned(fstat(descriptor)))
+
+
+@needs_owners
+@pytest.mark.parametrize("level", [0, 1, 2, 3], ids=["folder", "root", "parent", "above"])
+def test_a_folder_below_that_of_another_user_is_not_used(
+    level: int, roots: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert chosen() == "shared"
+    folder = roots / "above" / "shared" / "fastema" / disk_cache.SOURCE_STAMP
+    pretend_owner([folder, *folder.parents][level], monkeypatch)
+    assert chosen() == "private"
+
+
+@needs_owners
+@pytest.mark.parametrize("relative", [False, True])
+def test_only_links_of_this_user_lead_to_the_cache(
+    relative: bool, roots: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = roots / "above" / "shared"
+    link.rmdir()
+    target = roots / "elsewhere" / "big"
+    target.mkdir(parents=True)
+    link.symlink_to("../elsewhere/./big" if relative else target)
+    assert chosen() == "big"
+    # Later changes of the link lead nowhere else: the path was resolved when it was checked.
+    assert disk_cache.folder.__wrapped__() == target / "fastema" / disk_cache.SOURCE_STAMP
+    pretend_owner(link, monkeypatch)
+    assert chosen() == "private"
+
+
+@needs_owners
+def test_links_that_never_end_are_no_cache(roots: Path) -> None:
+    link = roots / "above" / "shared"
+    link.rmdir()
+    link.symlink_to(link)
+    assert chosen() == "private"
+
+
+@needs_owners
+@pytest.mark.parametrize("fault", ["link", "owner", "mode"])
+def test_an_entry_that_another_user_could_have_written_is_not_loaded(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry, code = tmp_path / "lerp.o", b"code"
+    disk_cache.write(entry, code)
+    assert disk_cache.read(entry) == code
+    if fault == "link":
+        entry.rename(tmp_path / "other.o")
+        entry.symlink_to(tmp_path / "other.o")
+    elif fault == "owner":
+        pretend_owner(entry, monkeypatch)
+    else:
+        entry.chmod(0o620)
+    assert disk_cache.read(entry) is None

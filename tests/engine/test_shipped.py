@@ -159,9 +159,12 @@ def test_ptx_with_fusible_arithmetic_is_refused(
 
 
 def test_kernels_of_other_sources_are_not_loaded(wheel: Path) -> None:
+    assert shipped.targets("gpu") == sorted(TARGETS)
+    assert shipped.targets("cpu") == []
     stamp = wheel / "gpu" / "stamp"
     stamp.write_text("0" * 16)
     assert read(*LERP, (9, 0)) is None
+    assert shipped.targets("gpu") == []
     stamp.unlink()
     assert read(*LERP, (9, 0)) is None
 

@@ -11,14 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from fastema.errors import ArgumentError, BridgeError
 from fastema.tracking import MetricSmoother
 from fastema.tracking.logs import Curve
-from fastema.tracking.plots import plot
+from fastema.tracking.plots import plot, style
 from fastema.tracking.plots.panels import Panel, averages, panels
-from fastema.tracking.plots.picture import thin_curve
+from fastema.tracking.plots.picture import _LOOKS, thin_curve
 
 from ..support.requirements import require_packages
 from ..support.smoothing import ema, sma
@@ -208,3 +210,48 @@ def test_metric_is_drawn_into_given_axes_and_too_many_metrics_are_counted() -> N
         plot({"a": [1, 2], "b": [2, 1]}, ax=left)
     figure = plot({f"m{i}": [2.0, 1.0] for i in range(27)})
     assert (len(figure.axes), figure.texts[0].get_text()[:18]) == (24, "and 3 more metrics")
+
+
+def contrast(color: str, ground: str) -> float:
+    """Return the contrast of two colors as WCAG 2 defines it, from 1 to 21."""
+    levels = []
+    for red, green, blue in (to_rgb(color), to_rgb(ground)):
+        linear = [
+            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)
+        ]
+        levels.append(float(np.dot(linear, (0.2126, 0.7152, 0.0722))) + 0.05)
+    return max(levels) / min(levels)
+
+
+@pytest.mark.parametrize("ground", ["#ffffff", "#1e2029", "#0d1117"])
+def test_colors_can_be_read_on_light_and_dark_pages(ground: str) -> None:
+    for text in (style.INK, style.GREY):
+        assert contrast(text, ground) > 3.8
+    lines = [look.label_color for looks in _LOOKS.values() for look in looks]
+    for line in (style.RAW, style.EMA, style.SMA, style.REPORTED, *lines):
+        assert contrast(line, ground) > 3.0
+
+
+def is_transparent(picture: Path) -> bool:
+    """Return whether most of a PNG file is transparent, its corners included."""
+    pixels = imread(picture)
+    alpha = pixels[..., 3] if pixels.shape[-1] == 4 else np.ones(pixels.shape[:2])
+    return bool(
+        (alpha == 0).mean() > 0.5 and not alpha[:: len(alpha) - 1, :: len(alpha[0]) - 1].any()
+    )
+
+
+def test_plots_have_a_transparent_ground(tmp_path: Path) -> None:
+    plot({"loss": draw_curve(50)}, out=tmp_path / "loss.png")
+    assert is_transparent(tmp_path / "loss.png")
+
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURES = [
+    path for folder in ("docs", "bench", "examples") for path in (ROOT / folder).rglob("*.png")
+]
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda path: path.name)
+def test_pictures_of_the_documentation_have_a_transparent_ground(picture: Path) -> None:
+    assert is_transparent(picture)

@@ -17,7 +17,7 @@ from fastema.cli.demo.speed import Machine
 from fastema.cli.demo.summary import Level, Tail
 from fastema.cli.demo.train import MOMENTUM, History, Score, Setup
 from fastema.tracking.plots.picture import heights_of, label_end, spread_labels, write_title
-from fastema.tracking.plots.style import EMA, GREY, PALE, RAW, STYLE
+from fastema.tracking.plots.style import EDGE, EMA, GREY, PALE, RAW, STYLE
 
 TILES = 14
 MARGIN = 0.045  # left of all text, as a share of the figure's width
@@ -29,7 +29,7 @@ def draw(setup: Setup, machine: Machine, history: History, out: Path) -> None:
     """Write the picture of a run to `out`; the suffix chooses the format."""
     seen = summary.tail(history)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11.5, 7.6), dpi=150, facecolor="white")
+        figure = Figure(figsize=(11.5, 7.6), dpi=150)
         rows = figure.add_gridspec(
             2,
             2,
@@ -154,7 +154,7 @@ def _disagreements(figure: Figure, place: SubplotSpec, setup: Setup, history: Hi
         tile = figure.add_subplot(tiles[0, column])
         tile.imshow(setup.digits.test_images[index, 0].numpy(), cmap="gray_r")
         tile.set(xticks=[], yticks=[])
-        tile.spines[:].set(visible=True, color="#d5dae0")
+        tile.spines[:].set(visible=True, color=EDGE)
         for row, (answers, color) in enumerate(
             ((history.raw_answers, RAW), (history.ema_answers, EMA))
         ):

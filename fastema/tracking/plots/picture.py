@@ -51,11 +51,11 @@ class _Style(NamedTuple):
 
 
 _LOOKS: Final[dict[Kind, list[_Style]]] = {
-    "raw": [_Style("#f3c49c", 0.8, RAW, 2.0)],
+    "raw": [_Style(f"{RAW}73", 0.8, RAW, 2.0)],
     "reported": [_Style(REPORTED, 1.8, REPORTED, 2.4)],
     # The SMA is thinner and on top, since the two are close to each other.
-    "sma": [_Style(color, 1.2, color, 2.8) for color in (SMA, "#0c6b50", "#63bfa3")],
-    "ema": [_Style(color, 2.4, color, 2.6) for color in (EMA, "#0d3057", "#6fa3d8")],
+    "sma": [_Style(color, 1.2, color, 2.8) for color in (SMA, "#0f8563", "#2fa583")],
+    "ema": [_Style(color, 2.4, color, 2.6) for color in (EMA, "#1f6fc4", "#5090dc")],
 }
 _ALONE: Final = _Style(INK, 1.6, INK, 2.0)
 _SPARSE: Final = 100  # a line with fewer points is drawn thicker
@@ -97,7 +97,7 @@ def _figure(found: Sequence[Panel], log: Log, title: str | None) -> Figure:
     note = 0.25 if len(shown) < len(found) else 0.0
     across, down = _LEFT + width + _LABELS, _ABOVE + height + _BELOW
     size = (columns * across, rows * down + top + note)
-    figure = Figure(figsize=size, dpi=150, facecolor="white")
+    figure = Figure(figsize=size, dpi=150)
     FigureCanvasAgg(figure)  # measures text without a full draw
     for place, panel in enumerate(shown):
         row, column = divmod(place, columns)
