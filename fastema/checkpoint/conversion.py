@@ -68,8 +68,9 @@ def convert(
     src : path
         A file or folder that :func:`load` can read.
     dst : path
-        The file to write, or a folder if ``to="safetensors"`` and the source is a folder. It is
-        replaced atomically: a failed conversion leaves the old file unchanged.
+        The file to write; with ``to="safetensors"`` also a new folder, if the source is a folder
+        and the name does not end in ``.safetensors``. A file is replaced atomically: a failed
+        conversion leaves the old one unchanged.
     to : str
         "fastema" (for :func:`load_into`), "safetensors" (the averaged weights alone), "swa_utils",
         "timm", "torch_ema", "ema_pytorch", "diffusers", "litema", "mmengine" or "d2go": the module

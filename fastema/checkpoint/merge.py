@@ -71,10 +71,10 @@ class Merge:
         every = sum(one.tensors[name].nbytes for one in self.checkpoints for name in names)
         return every + sum(self.last.tensors[name].nbytes for name in self.newest)
 
-    @property
-    def is_folder(self) -> bool:
-        """Whether the result is a folder."""
-        return self.last.path.is_dir() or len(self.last.layout) > 1
+    def writes_folder(self, out: Path) -> bool:
+        """Return whether the result is a folder: ``out`` does not end in .safetensors then."""
+        several = self.last.path.is_dir() or len(self.last.layout) > 1
+        return several and out.suffix != ".safetensors"
 
 
 def average(
@@ -99,9 +99,9 @@ def average(
         One finite weight per checkpoint, of any sign. Warn if one is negative, or if they do not
         sum to 1.
     out : path
-        A new folder if the newest checkpoint is a folder, otherwise a file. The result has the
-        names, dtypes and file layout of the newest checkpoint, in safetensors. Config and tokenizer
-        files are copied along.
+        A file whose name ends in ``.safetensors``; or a new folder, if the newest checkpoint is a
+        folder or several files: it gets their layout, and copies of config and tokenizer files. The
+        result has the names and dtypes of the newest checkpoint.
     key : str, optional
         Dotted key of the weights in each checkpoint; see :func:`open_checkpoint`.
     advance : function
@@ -258,7 +258,7 @@ def warn_of(weights: Sequence[float]) -> None:
 def _refuse_output(out: Path, made: Merge) -> None:
     for one in made.checkpoints:
         refuse_source(out, one, "one of the checkpoints")
-    if made.is_folder:
+    if made.writes_folder(out):
         check_vacant(out)
     elif out.is_dir():
         raise CheckpointError(f"{out} is a folder, and the result is a file; name a file in it")
@@ -345,11 +345,13 @@ def _open_output(
     made: Merge, out: Path, sources: str
 ) -> Iterator[Callable[[str, int, memoryview], None]]:
     """Yield a function that writes parts of tensors; keep the result only if the block succeeds."""
-    files = files_of(made.last.layout, made.last.tensors, _metadata(made, sources))
+    folder = made.writes_folder(out)
+    layout = made.last.layout if folder else {out.name: list(made.last.tensors)}
+    files = files_of(layout, made.last.tensors, _metadata(made, sources))
     for one in made.last.files:
         if one.name.endswith(".safetensors.index.json"):
             files = files._replace(index_name=one.name)
-    if made.is_folder:
+    if folder:
         source = made.last.path if made.last.path.is_dir() else made.last.path.parent
         with new_folder(out, files, source) as partial, _writing(partial, files) as write:
             yield write

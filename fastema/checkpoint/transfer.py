@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fastema.bridges.memory import bytes_of
 from fastema.bridges.names import plain_names
-from fastema.checkpoint.layouts import candidates
 from fastema.checkpoint.source import Checkpoint
 from fastema.checkpoint.stored import StoredAverage
 from fastema.errors import ArgumentError, CheckpointError, format_problems
@@ -18,6 +17,7 @@ from fastema.layout.dtypes import NAME_OF
 from fastema.rules.checks import validate_int
 from fastema.shadow import EMA
 from fastema.shadow.state import SavedOrMine
+from fastema.shadow.store import PARTS
 
 __all__ = [
     "averages_or_copies",
@@ -187,13 +187,12 @@ def load_averages(ema: EMA, averages: Mapping[str, Any], num_updates: int | None
 
 
 def load_stored(ema: Any, stored: StoredAverage, schedule: SavedOrMine) -> None:
-    """Load an average from another library's file, or from fastema's own ``torch.save`` file."""
-    if stored.library == "fastema":
-        try:
-            content = torch.load(stored.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises many types
-            raise CheckpointError(f"{stored.path} is damaged: {error}") from None
-        state = next(one for one in candidates(content) if one.get("format") == "fastema")
+    """Load an average from another library's file, or from a state of fastema in any layout."""
+    if stored.state is not None:
+        state = {
+            name: [tensors_of(one) for one in value] if name in PARTS else value
+            for name, value in stored.state.items()
+        }
         ema.load_state_dict(state, schedule=schedule)
         return
     load_averages(ema, _by_name(ema, stored), stored.num_updates)

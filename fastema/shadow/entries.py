@@ -37,6 +37,7 @@ class Names:
     aliases: dict[str, str]  # further name of a tied weight: the name it is averaged under
     chosen: set[str]  # names whose policy comes from a pattern
     patterns: Mapping[str, Policy]  # the user's, in order
+    parameters: list[str] | None = None  # of a torch module, in order, skipped ones too
 
     def may_appear(self, name: str) -> bool:
         """Return whether a pattern skips a new tensor, for example an adapter added later."""
@@ -160,7 +161,9 @@ def select(
         refuse_shared_elements(leaf.name, leaf.spec)
     still = {leaf.name for leaf in copied if leaf.role == "frozen"}
     statistics = {leaf.name for leaf in held if leaf.role == "buffer"}
-    names = Names(skipped, still, statistics, aliases, {*chosen}, patterns or {})
+    listed = leaves.parameters
+    parameters = None if listed is None else [aliases.get(name, name) for name in listed]
+    names = Names(skipped, still, statistics, aliases, {*chosen}, patterns or {}, parameters)
     return Selection(averaged, copied, names)
 
 

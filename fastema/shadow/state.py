@@ -15,7 +15,7 @@ from fastema.shadow.entries import Rounding
 from fastema.shadow.foreign import explain_foreign_state, unflatten_state
 from fastema.shadow.store import PARTS, Tensors
 
-__all__ = ["Saved", "SavedOrMine", "pack", "unpack"]
+__all__ = ["PARAMETERS", "Saved", "SavedOrMine", "pack", "unpack"]
 
 SavedOrMine = Literal["saved", "mine"]
 """Schedule to continue with after loading: that of the state, or that of the average."""
@@ -37,6 +37,9 @@ class Saved(NamedTuple):
 COUNTERS: Final = ("num_updates", "num_skipped", "seed")
 """Entries of a state that are whole numbers from 0 to 2**63 - 1."""
 
+PARAMETERS: Final = "parameters"
+"""Entry of a state that tells a torch module's parameters from its buffers, and their order."""
+
 LOG_DECAYS: Final = "log_decays"
 """Entry of a bias-corrected state: per average, the log of the initial weights' remaining share."""
 
@@ -48,8 +51,13 @@ def pack(
     log_decays: Sequence[float],
     rounding: Rounding,
     tensors: Tensors,
+    parameters: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Return a state dict of strings, numbers and tensors, which ``weights_only=True`` loads."""
+    """Return a state dict of strings, numbers and tensors, which ``weights_only=True`` loads.
+
+    ``parameters`` are the names of ``model.parameters()`` in order, if they are known: libraries
+    that store an average as a list need them.
+    """
     head = {"format": FORMAT, "version": VERSION, "kind": kind}
     debiased = {LOG_DECAYS: list(log_decays)} if _is_debiased(schedule) else {}
     return {
@@ -57,6 +65,7 @@ def pack(
         **counters,
         "schedule": schedule.to_dict(),
         "rounding": rounding,
+        **({} if parameters is None else {PARAMETERS: list(parameters)}),
         **debiased,
         **tensors,
     }

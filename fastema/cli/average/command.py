@@ -136,7 +136,7 @@ def _of_width(checkpoints: Sequence[Checkpoint], width: float) -> list[float]:
 def _outputs(out: Path, names: Sequence[str], made: Merge) -> list[Path]:
     if len(names) == 1:
         return [out]
-    suffix = "" if made.is_folder else out.suffix
+    suffix = "" if made.writes_folder(out) else out.suffix
     stem = out.name.removesuffix(suffix) if suffix else out.name
     return [out.with_name(f"{stem}-{name}{suffix}") for name in names]
 
