@@ -210,9 +210,8 @@ def plain_values(folder: Folder) -> dict[str, Any]:
 def check(path: Path) -> None:
     """Read a whole folder and verify its checksums; raise a CheckpointError if one differs."""
     folder = opened(path)
-    places = {
-        (one.path, one.begin, one.length) for stored in folder.tensors.values() for one in stored.chunks
-    }
+    chunks = [one for stored in folder.tensors.values() for one in stored.chunks]
+    places = {(one.path, one.begin, one.length) for one in chunks}
     for file, begin, length in sorted(places | {*folder.values.values()}):
         try:
             with file.open("rb") as whole:

@@ -6,7 +6,6 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -16,17 +15,7 @@ from fastema.bridges.registry import describe, memory_of
 from fastema.checkpoint import files
 from fastema.errors import CheckpointError, DTypeError
 
-__all__ = [
-    "find_average_file",
-    "is_state",
-    "load_state",
-    "read_state",
-    "verify_checksums",
-    "write_state",
-]
-
-_AVERAGE_FILE: Final = "ema.safetensors"
-"""Name of the file with the average in a folder that also has a model."""
+__all__ = ["is_state", "load_state", "read_state", "verify_checksums", "write_state"]
 
 _KEY: Final = "state"
 """Key of the plain values in a file's metadata, and name of the tensor that repeats them."""
@@ -63,12 +52,6 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], **metada
 def is_state(found: files.File) -> bool:
     """Return whether :func:`write_state` wrote a file."""
     return _KEY in found.metadata
-
-
-def find_average_file(folder: Path) -> Path | None:
-    """Return the file with an average's state in a folder that also has a model, or None."""
-    path = folder / _AVERAGE_FILE
-    return path if path.is_file() and is_state(files.read(path)) else None
 
 
 def verify_checksums(found: files.File) -> bool:

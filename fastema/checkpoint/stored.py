@@ -6,17 +6,21 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from fastema.checkpoint import files
 from fastema.checkpoint.content import Content, collect_tensors, open_content
 from fastema.checkpoint.layouts import Names, read
 from fastema.checkpoint.source import Checkpoint, open_checkpoint, step_of_name
-from fastema.checkpoint.state import find_average_file
+from fastema.checkpoint.state import is_state
 from fastema.errors import CheckpointError, FastemaError
 from fastema.rules import Schedule
 from fastema.shadow.store import PARTS
 
 __all__ = ["StoredAverage", "load", "open_weights"]
+
+_AVERAGE_FILE: Final = "ema.safetensors"
+"""Name of the file with the average in a checkpoint folder of the Hugging Face Trainer."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
     >>> found.library, found.names, found.options
     ('torch_ema', 'places', {'decay': 0.9, 'num_updates': 0})
     """
-    own = find_average_file(Path(path)) if key is None else None
+    own = _find_average_file(Path(path)) if key is None else None
     content, whole = open_content(own or Path(path), key)
     try:
         library, found = read(content, whole, index)
@@ -120,7 +124,8 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
     averages = collect_tensors(content, found.averages)
     if not averages.tensors:
         raise CheckpointError(f"{path} holds an average without tensors ({library})")
-    step = step_of_name(Path(path)) if whole is None else whole.step
+    step = None if whole is None else whole.step
+    step = step_of_name(Path(path)) if step is None else step
     return StoredAverage(
         Path(path),
         library,
@@ -134,6 +139,12 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
         None if found.parameters is None else list(found.parameters),
         None if found.state is None else _locate_state(content, found.state),
     )
+
+
+def _find_average_file(folder: Path) -> Path | None:
+    """Return the file with an average's state in a folder that also has a model, or None."""
+    path = folder / _AVERAGE_FILE
+    return path if path.is_file() and is_state(files.read(path)) else None
 
 
 def _locate_state(content: Content, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -173,6 +173,15 @@ def _choose_schedule(plain: Any, own: Schedule, which: SavedOrMine) -> Schedule:
     return own if same or which == "mine" else Schedule.from_dict(plain)
 
 
+def _would_discard(
+    own: Schedule, state: Mapping[str, Any], log_decays: tuple[float, ...] | None
+) -> bool:
+    """Return whether an average that has begun would be overwritten under another schedule."""
+    saved, count = state["schedule"], state["num_updates"]
+    began = isinstance(saved, Mapping) and count > saved.get("start_after", 0)
+    return began and not own.discards(1 << 40) and own.discards(count, log_decays)
+
+
 def _windows(schedule: Schedule) -> list[Rule | None]:
     """Return the rules with None in place of those that need no ring."""
     return [rule if isinstance(rule, Window) else None for rule in schedule.rules]
@@ -229,6 +238,11 @@ def unpack(
                 )
             if len(schedule.rules) != len(own.rules):
                 problems.append(f"it has {len(schedule.rules)} averages, not {len(own.rules)}")
+            elif which == "mine" and _would_discard(own, state, log_decays):
+                problems.append(
+                    f"its {state['num_updates']:,} updates are too few for schedule='mine', "
+                    f"{own}: the next one would replace the average by the weights"
+                )
             elif _windows(schedule) != _windows(own):
                 problems.append(f"{schedule.rules} need other rings than {own.rules}")
         for part, of_part in expected.items():
