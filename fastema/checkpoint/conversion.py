@@ -190,8 +190,8 @@ def _model_names(given: _Path | Sequence[str] | None, out: Path) -> _ModelNames 
 
 
 _HOW_TO_NAME: Final = (
-    "pass names: those of model.named_parameters() in order, as a list or in a .txt file with one "
-    "on each line"
+    "pass names: a .txt file with those of model.named_parameters() in order, one on each line, or "
+    "a list of them"
 )
 
 

@@ -169,7 +169,6 @@ def load_averages(ema: EMA, averages: Mapping[str, Any], num_updates: int | None
     own = _single_average(state)
     count = state["num_updates"] if num_updates is None else num_updates
     count = validate_int(count, "num_updates", 0)
-    _check_count(ema.schedule, count, num_updates)
     found = strip_wrapper_prefixes(averages)
     aliases = ema.aliases
     for name, kept in aliases.items():
@@ -185,6 +184,7 @@ def load_averages(ema: EMA, averages: Mapping[str, Any], num_updates: int | None
         raise CheckpointError(
             "the averages in the checkpoint do not fit the model:\n" + format_problems(problems)
         )
+    _check_count(ema.schedule, count, num_updates)
     tensors = {
         name: _cast_like(found[name], one) if name in found else one.clone()
         for name, one in own.items()
@@ -211,7 +211,7 @@ def _check_count(schedule: Schedule, count: int, num_updates: int | None) -> Non
         raise ArgumentError(
             f"the loaded average {counts}, and the next update with {describe_schedule(schedule)} "
             "would replace it by the weights: pass num_updates, the number of updates it has seen"
-            + (f", here {least:,} or more" if least else "")
+            + (f", here {least:,} or more" if start and least else "")
         )
     first, late = (schedule.weights(n + every, every) for n in (count, _LATE))
     if num_updates is None and not count and first != late:

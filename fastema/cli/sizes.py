@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["figure", "size"]
+from typing import Final
+
+__all__ = ["LINE", "figure", "size"]
+
+LINE: Final = 79
+"""Longest line that the commands print, in characters, unless a name in it is longer."""
 
 
 def figure(value: float) -> str:

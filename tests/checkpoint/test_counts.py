@@ -45,9 +45,11 @@ def test_average_without_a_count_is_refused_if_the_next_update_would_replace_it(
     torch.save({"ema": stored}, "best.pt")
     model, ema = build(kind, **options)
     before = {name: one.clone() for name, one in ema.shadow.items()}
-    with pytest.raises(ArgumentError, match=rf"pass num_updates.* here {least} or more") as caught:
+    with pytest.raises(
+        ArgumentError, match="would replace it by the weights: pass num_up"
+    ) as caught:
         load_into(ema, "best.pt")
-    assert "would replace it by the weights" in str(caught.value)
+    assert str(caught.value).endswith(f", here {least} or more") == ("start_after" in options)
     with pytest.raises(ArgumentError, match=f"counts {max(least - 1, 1)} updates|unknown age"):
         load_into(ema, "best.pt", num_updates=None if least == 1 else least - 1)
     assert ema.num_updates == 0
@@ -60,7 +62,7 @@ def test_average_without_a_count_is_refused_if_the_next_update_would_replace_it(
         ema.update()
     weight = model.weight.detach()
     share = (ema.shadow["weight"] - weight) / (stored["weight"] - weight)
-    assert bool((share > 0.01).all())
+    assert bool((share > 0.001).all())  # a power function gives its second weights nearly all
     assert bool((share < 1).all())
 
 

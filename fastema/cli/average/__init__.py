@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastema.cli.arguments import count, decay, number
+from fastema.cli.arguments import add_force, count, decay, number
 
 SUMMARY = "Average finished checkpoints: safetensors, torch files, Hugging Face and DCP folders."
 EXTRA = "posthoc"
@@ -52,9 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--out",
         type=Path,
-        help="a safetensors file, or a folder if the newest checkpoint is one; several averages "
-        "are named out-swa, out-ema0.99, ...",
+        help="a file, if the name ends in .safetensors; otherwise a folder, if the newest "
+        "checkpoint is one; several averages are named out-swa, out-ema0.99, ...",
     )
+    add_force(parser)
     parser.add_argument("--key", help="key of the weights inside a checkpoint, such as trainer.ema")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -17,6 +17,7 @@ from fastema.checkpoint.merge import Merge, check, merge, prepare, warn_of
 from fastema.checkpoint.select import select
 from fastema.checkpoint.source import Checkpoint
 from fastema.checkpoint.stored import open_weights
+from fastema.cli.arguments import check_new
 from fastema.cli.sizes import size
 from fastema.errors import ArgumentError, CheckpointError
 
@@ -35,6 +36,8 @@ def run(args: argparse.Namespace) -> None:
         warnings.simplefilter("always")
         if args.out is not None:
             check(made, wanted)
+            for out in outputs:
+                check_new(out, args.force)
         if args.weights is not None:
             warn_of(args.weights)
         if not args.json:

@@ -8,7 +8,7 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
-from fastema.cli.arguments import number, picture_path
+from fastema.cli.arguments import dtype_name, number, picture_path
 from fastema.errors import ArgumentError
 
 SUMMARY = "Time an update for your own model's shapes, against other libraries' averages."
@@ -43,10 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON file: a mapping of names to shapes, or a list of shapes",
     )
     parser.add_argument(
-        "--dtype", choices=_DTYPES, default="bfloat16", help="dtype of the weights (%(default)s)"
+        "--dtype",
+        type=dtype_name(*_DTYPES),
+        default="bfloat16",
+        help="dtype of the weights (%(default)s)",
     )
     parser.add_argument(
-        "--average", choices=_DTYPES, default="float32", help="dtype of the average (%(default)s)"
+        "--average",
+        metavar="DTYPE",
+        type=dtype_name(*_DTYPES),
+        default="float32",
+        help="dtype of the average (%(default)s)",
     )
     parser.add_argument("--device", default="cpu", help="torch device to run on (%(default)s)")
     parser.add_argument(
