@@ -96,8 +96,7 @@ def average(
         Checkpoints in any layout that :func:`open_checkpoint` reads, oldest first. For a state of
         fastema's own, its average is read, under the model's names.
     weights : sequence of float
-        One finite weight per checkpoint, of any sign. Warn if one is negative, or if they do not
-        sum to 1.
+        One finite weight per checkpoint, of any sign.
     out : path
         A file whose name ends in ``.safetensors``; or a new folder, if the newest checkpoint is a
         folder or several files: it gets their layout, and copies of config and tokenizer files. The
@@ -123,6 +122,12 @@ def average(
     StorageError
         If ``out`` cannot be written.
 
+    Warns
+    -----
+    UserWarning
+        If a weight is negative, or they do not sum to 1. If weights are quantized: packed numbers
+        are copied, not averaged.
+
     Examples
     --------
     >>> import tempfile, pathlib, torch
@@ -138,6 +143,9 @@ def average(
     made = prepare([open_weights(path, key) for path in paths])
     check(made, {Path(out): weights})
     warn_of(weights)
+    packed = describe_packed(made)
+    if packed:
+        warnings.warn(packed, stacklevel=2)
     merge(made, {Path(out): weights}, advance)
     return Path(out)
 
@@ -182,8 +190,34 @@ def _refuse_differences(made: Merge) -> None:
         raise CheckpointError("the checkpoints do not match:\n" + format_problems(problems))
 
 
+def describe_packed(made: Merge) -> str:
+    """Return a remark about quantized weights, which are left out of the average; "" if none."""
+    packed = [
+        name
+        for name in sorted(made.equal)
+        if (tensor := made.last.tensors[name]).size > 1
+        and tensor.kind.code != "bool"
+        and (tensor.kind.itemsize == 1 or name.endswith(_PACKED))
+    ]
+    if not packed:
+        return ""
+    codes = ", ".join(sorted({made.last.tensors[name].kind.code for name in packed}))
+    return (
+        f"{len(packed)} tensors hold quantized or packed numbers ({codes}), such as {packed[0]!r}: "
+        f"they are copied, not averaged, and must be equal in all checkpoints; only the other "
+        f"{len(made.averaged)} floating-point tensors are averaged"
+    )
+
+
+_PACKED: Final = ("qweight", "qzeros", "weight_packed")
+"""Endings of the names of weights that are packed into wider integers."""
+
+
 def _note(made: Merge) -> None:
     names = made.averaged
+    packed = describe_packed(made)
+    if packed:
+        made.notes.append(packed)
     if any(name.endswith(("running_mean", "running_var")) for name in names):
         made.notes.append(
             "batch-norm statistics are averaged like weights; recompute them with "
@@ -287,8 +321,8 @@ def _refuse_unequal(made: Merge, reads: Sequence[Read], advance: Callable[[int],
             problems.append(f"{name!r}, {tensor.kind.code}{list(tensor.shape)}: {what} that differ")
     if problems:
         raise CheckpointError(
-            "the mean of these would mean nothing (average before you quantize, or leave them out):"
-            "\n" + format_problems(problems)
+            "these tensors cannot be averaged (average before you quantize, or leave them out):\n"
+            + format_problems(problems)
         )
 
 

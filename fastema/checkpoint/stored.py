@@ -22,6 +22,9 @@ __all__ = ["StoredAverage", "load", "open_weights"]
 _AVERAGE_FILE: Final = "ema.safetensors"
 """Name of the file with the average in a checkpoint folder of the Hugging Face Trainer."""
 
+_TRAINING_FILE: Final = "training_weights.safetensors"
+"""Name of the file with the training weights beside it, if the folder's model is the average."""
+
 
 @dataclass(frozen=True)
 class StoredAverage:
@@ -126,6 +129,7 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
         raise CheckpointError(f"{path} holds an average without tensors ({library})")
     step = None if whole is None else whole.step
     step = step_of_name(Path(path)) if step is None else step
+    weights = None if found.weights is None else collect_tensors(content, found.weights)
     return StoredAverage(
         Path(path),
         library,
@@ -134,7 +138,7 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
         found.num_updates,
         found.schedule,
         dict(found.options),
-        None if found.weights is None else collect_tensors(content, found.weights),
+        weights if own is None else _open_training_weights(own),
         list(found.notes),
         None if found.parameters is None else list(found.parameters),
         None if found.state is None else _locate_state(content, found.state),
@@ -145,6 +149,16 @@ def _find_average_file(folder: Path) -> Path | None:
     """Return the file with an average's state in a folder that also has a model, or None."""
     path = folder / _AVERAGE_FILE
     return path if path.is_file() and is_state(files.read(path)) else None
+
+
+def _open_training_weights(average: Path) -> Checkpoint | None:
+    """Open the training weights in the folder of an average; None if it holds none."""
+    own = average.with_name(_TRAINING_FILE)
+    try:
+        found = open_checkpoint(own if own.is_file() else average.parent)
+    except CheckpointError:  # no model, or several
+        return None
+    return None if average in found.files else found
 
 
 def _locate_state(content: Content, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def _measure_bandwidth() -> float:
 
 
 def _print(found: dict[str, Any]) -> None:
-    from fastema.cli.sizes import LINE, size
+    from fastema.cli.sizes import LINE, duration, size
 
     def line(title: str, text: str) -> None:
         """Print a finding in as many lines as it needs, without breaking a path or a command."""
@@ -227,10 +227,11 @@ def _print(found: dict[str, Any]) -> None:
     line("kernels", f"{number - len(wrong)} of {number} match their references{came}")
     rate = found["GB/s"]
     line("memory", f"{rate:.3g} GB/s, read and written by all threads together")
-    line("update", "ms at that bandwidth, for averages of float32 in float32 and of bfloat16 in it")
+    line("update", "at that bandwidth, with a float32 average:")
     for count in (1e7, 1e8, 1e9):
-        costs = [f"{1e3 * count * nbytes / rate / 1e9:.3g} ms" for nbytes in (12, 10)]
-        line("", f"{count / 1e6:>6,.0f} million weights: {costs[0]} and {costs[1]}")
+        wide, narrow = (duration(count * nbytes / rate / 1e9) for nbytes in (12, 10))
+        weights = f"{count / 1e6:,.0f} million weights:".rjust(22)
+        print(f"{'':11}{weights} {wide} in float32, {narrow} in bfloat16")
     for extra in dict.fromkeys(found["missing"].values()):
         names = [name for name, one in found["missing"].items() if one == extra]
         why = dict.fromkeys(_EXTRAS[name][1] for name in names)

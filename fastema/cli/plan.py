@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([asdict(way) for way in found], indent=2))
         return 0
-    from fastema.cli.sizes import LINE, size
+    from fastema.cli.sizes import LINE, duration, size
 
     head = ["average", "GPU", "host", "moved", "link", "time"]
     if args.step:
@@ -134,13 +134,13 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     for way in found:
         row = [way.name, size(way.gpu_bytes), size(way.host_bytes), size(way.moved)]
-        row += [size(way.link_bytes), _duration(way.seconds)]
+        row += [size(way.link_bytes), duration(way.seconds)]
         if args.step:
             row.append(f"{way.seconds / args.step:.2%}")
         rows.append([cell if cell != "0 B" else "-" for cell in row])
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     ranks = f" on {args.world} ranks" if args.world > 1 else ""
-    share = ", and its share of a training step" if args.step else ""
+    share = " and share of a training step" if args.step else ""
     text = (
         f"{args.params:,.0f} weights in {args.dtype}{ranks}. For each rank: memory on the GPU and "
         "on the host in addition to the model, bytes that an update moves in memory and over the "
@@ -165,7 +165,3 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"\n{textwrap.fill(text, LINE)}")
     return 0
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

@@ -11,6 +11,7 @@ from torch import nn
 
 import fastema
 from fastema.checkpoint import average, convert, inspect, load, load_into, save
+from fastema.checkpoint.transfer import tensors_of
 from fastema.errors import CheckpointError
 
 NEEDS = ("safetensors", "torch")
@@ -44,7 +45,14 @@ def save_trainer(model: nn.Module, ema: fastema.EMA, folder: str) -> None:
     save(ema, f"{folder}/ema.safetensors")
 
 
-FOLDERS = {"dcp": save_dcp, "trainer": save_trainer}
+def save_trainer_average(model: nn.Module, ema: fastema.EMA, folder: str) -> None:
+    Path(folder).mkdir()
+    save_file(dict(ema.shadow), f"{folder}/model.safetensors")
+    save_file(model.state_dict(), f"{folder}/training_weights.safetensors")
+    save(ema, f"{folder}/ema.safetensors")
+
+
+FOLDERS = {"dcp": save_dcp, "trainer": save_trainer, "trainer, average": save_trainer_average}
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
@@ -55,8 +63,11 @@ def test_average_in_a_folder_is_described_converted_and_loaded(kind: str) -> Non
     assert (found.average.library, found.average.num_updates) == ("fastema", 1)
     assert found.average.schedule == ema.schedule
     assert (found.checkpoint.step, found.checked) == (7, "checksums")
+    if kind != "dcp":
+        weights = tensors_of(found.average.weights)
+        assert torch.equal(weights["0.weight"], model[0].weight)
     for out in ("out.safetensors", "out"):
-        if kind == "trainer" and out == "out":
+        if kind != "dcp" and out == "out":
             continue  # the average is one file
         done = convert("checkpoint-7", out, to="safetensors")
         assert done.source.library == "fastema"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from importlib.util import find_spec
 from typing import Any
 
@@ -99,12 +100,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(head: dict[str, Any], found: list[Any]) -> None:
-    from fastema.cli.sizes import figure
+    from fastema.cli.sizes import LINE, figure
 
-    print(
+    text = (
         f"{head['model']}: {head['elements']:,} weights in {head['tensors']:,} tensors, "
-        f"{head['weights']}, average {head['average']}, on {head['device']}\n"
+        f"{head['weights']}, average {head['average']}, on {head['device']}"
     )
+    print(f"{textwrap.fill(text, LINE)}\n")
     rows = [("", "ms", "x fastema", "GB/s", "of plain memory")]
     rows += [
         (
@@ -124,8 +126,10 @@ def _print(head: dict[str, Any], found: list[Any]) -> None:
         print("  ".join([name.ljust(wide[0]), *figures]).rstrip())
     for one in found:
         if one.ms is None:
-            print(f"{one.name.ljust(wide[0])}  {one.why}")
-    print(
-        "\nMedians; each way was interleaved with fastema. GB/s counts the bytes that an update "
-        "must move.\nPlain memory is the fastest kernel that only moves as many bytes."
+            why = textwrap.shorten(one.why, LINE - wide[0] - 2, placeholder="...")
+            print(f"{one.name.ljust(wide[0])}  {why}")
+    text = (
+        "Medians; each library was timed in turns with fastema. GB/s counts the bytes that an "
+        "update must move. Plain memory is the fastest kernel that only moves as many bytes."
     )
+    print(f"\n{textwrap.fill(text, LINE)}")
