@@ -203,9 +203,8 @@ def describe_packed(made: Merge) -> str:
         return ""
     codes = ", ".join(sorted({made.last.tensors[name].kind.code for name in packed}))
     return (
-        f"{len(packed)} tensors hold quantized or packed numbers ({codes}), such as {packed[0]!r}: "
-        f"they are copied, not averaged, and must be equal in all checkpoints; only the other "
-        f"{len(made.averaged)} floating-point tensors are averaged"
+        f"quantized or packed weights are copied, not averaged: {len(packed)} ({codes}), such as "
+        f"{packed[0]!r}; they must be equal in all checkpoints"
     )
 
 

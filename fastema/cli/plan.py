@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from fastema.cli.arguments import count, dtype_name, number
 
-SUMMARY = "Estimate the cost of averaging a large model: bytes per rank, seconds per update."
+SUMMARY = "Estimate what averaging a large model costs: bytes per rank, time per update."
 EXTRA = ""
 NEEDS: dict[str, str] = {}
 

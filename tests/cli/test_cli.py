@@ -46,6 +46,12 @@ def test_missing_packages_are_named_with_the_pip_command(
         assert err.startswith(f"fastema demo: {named} not installed; ")
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_fits_80_columns(command: str, fastema: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, fastema(f"{command} --help").out.splitlines())) < 80
+
+
 def test_plan_counts_the_bytes_and_seconds_of_each_way(fastema: Any) -> None:
     line = "plan --params 64B --world 64 --hbm 2000 --link 50 --host 80 --step 0.5"
     out = fastema(line).out
@@ -243,9 +249,9 @@ def test_quantized_weights_are_said_to_be_left_out(run: Any, tmp_path: Path) -> 
         tensors["norm"] = tensors["norm"].float()
         save_file(tensors, tmp_path / f"quantized-{step}.safetensors")
     names = "quantized-1.safetensors quantized-2.safetensors"
-    said = "2 tensors hold quantized or packed numbers (i32, u8), such as 'a.qweight': they are cop"
+    said = "quantized or packed weights are copied, not averaged: 2 (i32, u8), such as 'a.qweight'"
     assert f"note: {said}" in run(f"{names} -o mean.safetensors").out
-    with pytest.warns(UserWarning, match="only the other 1 floating-point tensors are averaged"):
+    with pytest.warns(UserWarning, match="packed weights are copied, not averaged: 2"):
         average(names.split(), [0.5, 0.5], tmp_path / "again.safetensors")
 
 
