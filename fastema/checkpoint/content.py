@@ -108,6 +108,10 @@ def open_content(path: Path, key: str | None) -> tuple[Content, Checkpoint | Non
     return Content(path, leaves, None, whole.format), whole
 
 
+_DEEPEST: Final = 64
+"""Limit on the nesting of a saved state."""
+
+
 def _nest(folder: dcp.Folder) -> dict[Any, Any]:
     """Return the state that was saved in a folder of torch.distributed.checkpoint."""
     found: dict[Any, Any] = {}
@@ -117,7 +121,11 @@ def _nest(folder: dcp.Folder) -> dict[Any, Any]:
     }
     for key, leaf in (leaves | dcp.plain_values(folder)).items():
         inner = found
-        *parents, last = folder.places.get(key, (key,))
+        place = folder.places.get(key, (key,))
+        named = all(isinstance(one, str | int) for one in place)
+        if not named or not 0 < len(place) <= _DEEPEST:
+            raise CheckpointError(f"{folder.path}: {key!r} has an invalid place in the state")
+        *parents, last = place
         for one in parents:
             inner = inner.setdefault(one, {})
             if not isinstance(inner, dict):

@@ -456,7 +456,8 @@ _KINDS: Final[dict[type[Rule], str]] = {CumulativeMean: "SWA", Power: "PowerEMA"
 
 
 def _write_weights(source: StoredAverage, out: Path) -> None:
-    copy(drop_tied_names(source.checkpoint), out, f"{source.library}: {source.path.name}")
+    averaged = f"{source.library}: {source.path.name}" if source.library != "model" else ""
+    copy(drop_tied_names(source.checkpoint), out, averaged)
 
 
 def _always(schedule: Schedule) -> bool:

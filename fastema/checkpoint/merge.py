@@ -258,7 +258,10 @@ def merge(
 
 
 def copy(found: Checkpoint, out: Path, sources: str) -> None:
-    """Stream a checkpoint's tensors unchanged to safetensors."""
+    """Stream a checkpoint's tensors unchanged to safetensors.
+
+    ``sources`` say what is averaged in it; an empty string marks weights that are no average.
+    """
     made = Merge([found], equal=set(found.tensors))
     _refuse_output(out, made)
     with found.opened() as read, _open_output(made, out, sources) as write:
@@ -370,7 +373,7 @@ def _sources(made: Merge, weights: Sequence[float]) -> str:
 def _metadata(made: Merge, sources: str) -> dict[str, str]:
     """Return the metadata of a result: its sources, format and tied names."""
     kept = {key: value for key, value in made.last.metadata.items() if key == "format"}
-    return {**made.last.tied, "format": "pt", **kept, PROVENANCE: sources}
+    return {**made.last.tied, "format": "pt", **kept, **({PROVENANCE: sources} if sources else {})}
 
 
 @contextmanager

@@ -316,6 +316,10 @@ def test_plain_weights_and_averages_of_other_models_are_refused() -> None:
     assert load("model.pt").library == "model"
     done = convert("model.pt", "d2go.pt", to="d2go")
     assert done.lost == ["an average: the source holds only a model's weights"]
+    convert("model.pt", "weights.safetensors", to="safetensors")
+    assert load("weights.safetensors").library == "model"
+    convert("d2go.pt", "average.safetensors", to="safetensors")
+    assert load("average.safetensors").library == "fastema.average"
     ema = fastema.EMA(build_model(), decay=0.9)
     before = ema.state_dict()
     counters = {"decay": 0.9, "num_updates": 3}
