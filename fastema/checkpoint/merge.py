@@ -14,7 +14,7 @@ from typing import Final
 from fastema.checkpoint.files import StoredTensor, atomic_write_path, wrap_write_errors
 from fastema.checkpoint.folder import Files, check_vacant, files_of, new_folder, write_at
 from fastema.checkpoint.source import PROVENANCE, Checkpoint
-from fastema.checkpoint.stored import open_weights
+from fastema.checkpoint.stored import TRAINING_FILE, open_weights
 from fastema.checkpoint.sums import Read, weighted_sums
 from fastema.errors import ArgumentError, CheckpointError, format_problems
 
@@ -226,6 +226,12 @@ def _note(made: Merge) -> None:
         made.notes.append(
             "LoRA factors are averaged separately: mean(A) mean(B) is not mean(A B); merge the "
             "adapters into the weights first if that matters"
+        )
+    averages = [one for one in made.checkpoints if (one.path / TRAINING_FILE).is_file()]
+    if averages:
+        made.notes.append(
+            f"the model of {averages[0].path.name} is an average itself; its training weights are "
+            f"in {TRAINING_FILE} beside it"
         )
     if made.last.tied:
         made.notes.append(

@@ -17,12 +17,12 @@ from fastema.errors import CheckpointError, FastemaError
 from fastema.rules import Schedule
 from fastema.shadow.store import PARTS
 
-__all__ = ["StoredAverage", "load", "open_weights"]
+__all__ = ["TRAINING_FILE", "StoredAverage", "load", "open_weights"]
 
 _AVERAGE_FILE: Final = "ema.safetensors"
 """Name of the file with the average in a checkpoint folder of the Hugging Face Trainer."""
 
-_TRAINING_FILE: Final = "training_weights.safetensors"
+TRAINING_FILE: Final = "training_weights.safetensors"
 """Name of the file with the training weights beside it, if the folder's model is the average."""
 
 
@@ -153,7 +153,7 @@ def _find_average_file(folder: Path) -> Path | None:
 
 def _open_training_weights(average: Path) -> Checkpoint | None:
     """Open the training weights in the folder of an average; None if it holds none."""
-    own = average.with_name(_TRAINING_FILE)
+    own = average.with_name(TRAINING_FILE)
     try:
         found = open_checkpoint(own if own.is_file() else average.parent)
     except CheckpointError:  # no model, or several

@@ -11,6 +11,8 @@ from torch import nn
 
 import fastema
 from fastema.checkpoint import average, convert, inspect, load, load_into, save
+from fastema.checkpoint.merge import prepare
+from fastema.checkpoint.stored import open_weights
 from fastema.checkpoint.transfer import tensors_of
 from fastema.errors import CheckpointError
 
@@ -119,6 +121,15 @@ def test_flipped_bit_in_a_distributed_folder_is_found_by_check() -> None:
     assert inspect("dcp").checked == "sizes"
     with pytest.raises(CheckpointError, match="is damaged"):
         inspect("dcp", check=True)
+
+
+def test_mean_of_models_that_are_averages_already_is_said_to_be_so() -> None:
+    for step, kind in ((1, save_trainer_average), (2, save_trainer)):
+        kind(*build(), f"checkpoint-{step}")
+    said = "the model of checkpoint-1 is an average itself; its training weights are in training_"
+    both = [open_weights(f"checkpoint-{step}") for step in (1, 2)]
+    assert any(note.startswith(said) for note in prepare(both).notes)
+    assert not any("an average itself" in note for note in prepare(both[1:]).notes)
 
 
 def test_name_that_ends_in_safetensors_is_a_file_for_any_source(inside: Path) -> None:
