@@ -318,8 +318,8 @@ def walk(container: Any) -> Leaves | None:
     tensors = chain(parameters.values(), buffers.values())
     items: list[Leaf] = []
     opaque: list[Opaque] = []
-    names = plain_names(paths, _parallel_paths(modules))
-    for path, name, tensor in zip(paths, names, tensors, strict=True):
+    plain = dict(zip(paths, plain_names(paths, _parallel_paths(modules)), strict=True))
+    for (path, name), tensor in zip(plain.items(), tensors, strict=True):
         role: Role = "buffer"
         if path in parameters:
             role = "weight" if tensor.requires_grad else "frozen"
@@ -329,7 +329,8 @@ def walk(container: Any) -> Leaves | None:
         except FastemaError as error:
             # A new error: the traceback of this one would keep the frame, and so every tensor.
             opaque.append(Opaque(name, type(error)(*error.args), role, persistent))
-    return Leaves(items, describe, held, opaque)
+    listed = [plain[path] for one in modules for path, _ in one.named_parameters()]
+    return Leaves(items, describe, held, opaque, parameters=listed)
 
 
 def _modules(container: Any) -> Sequence[torch.nn.Module]:

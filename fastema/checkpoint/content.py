@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from fastema.bridges.names import plain_names
-from fastema.checkpoint import torch_file
+from fastema.checkpoint import dcp, torch_file
 from fastema.checkpoint.files import StoredTensor
 from fastema.checkpoint.pickles import PickledTensor
 from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
@@ -34,6 +34,7 @@ class Content(NamedTuple):
     path: Path
     mapping: Mapping[Any, Any]
     state: torch_file.TorchFile | None = None  # set for a file of torch.save
+    format: str = "torch"  # of the checkpoints made from it, see Checkpoint
 
     def find(self, name: str, one: Any) -> StoredLeaf:
         """Locate a tensor; raise a CheckpointError if its dtype or memory layout is unsupported."""
@@ -51,7 +52,7 @@ class Content(NamedTuple):
         """Return a checkpoint that holds these tensors of the file under these names."""
         return Checkpoint(
             self.path,
-            "safetensors" if self.state is None else "torch",
+            self.format,
             {name: one.stored for name, one in tensors.items()},
             {name: one.place for name, one in tensors.items()},
             {"model.safetensors": list(tensors)},
@@ -89,14 +90,58 @@ _NUMBERS: Final = {
 
 
 def open_content(path: Path, key: str | None) -> tuple[Content, Checkpoint | None]:
-    """Open a file's mappings, and its checkpoint too unless ``torch.save`` wrote the file."""
+    """Open the nested mappings of a checkpoint.
+
+    Also return its checkpoint if it holds nothing but tensors by name, as safetensors does.
+    """
     if is_torch_file(path):
         state = torch_file.read(path)
         part = state.content if key is None else torch_file.part_of(state.content, key, path)
         return Content(path, part if isinstance(part, Mapping) else {"": part}, state), None
+    if (path / ".metadata").exists():
+        nested = _nest(dcp.opened(path))
+        part = nested if key is None else torch_file.part_of(nested, key, path)
+        mapping = part if isinstance(part, Mapping) else {"": part}
+        return Content(path, mapping, None, "torch.distributed"), None
     whole = open_checkpoint(path, key)
     leaves = {name: StoredLeaf(one, whole.places[name]) for name, one in whole.tensors.items()}
-    return Content(path, leaves), whole
+    return Content(path, leaves, None, whole.format), whole
+
+
+_DEEPEST: Final = 64
+"""Limit on the nesting of a saved state."""
+
+
+def _nest(folder: dcp.Folder) -> dict[Any, Any]:
+    """Return the state that was saved in a folder of torch.distributed.checkpoint."""
+    found: dict[Any, Any] = {}
+    leaves: dict[str, Any] = {
+        key: StoredLeaf(one.tensor, dcp.stretches_of(key, one))
+        for key, one in folder.tensors.items()
+    }
+    for key, leaf in (leaves | dcp.plain_values(folder)).items():
+        inner = found
+        place = folder.places.get(key, (key,))
+        named = all(isinstance(one, str | int) for one in place)
+        if not named or not 0 < len(place) <= _DEEPEST:
+            raise CheckpointError(f"{folder.path}: {key!r} has an invalid place in the state")
+        *parents, last = place
+        for one in parents:
+            inner = inner.setdefault(one, {})
+            if not isinstance(inner, dict):
+                raise CheckpointError(f"{folder.path}: {key!r} is inside another entry")
+        inner[last] = leaf
+    return {name: _with_lists(one) for name, one in found.items()}
+
+
+def _with_lists(found: Any) -> Any:
+    """Turn mappings of positions, which were lists when they were saved, back into lists."""
+    if not isinstance(found, dict):
+        return found
+    inner = {name: _with_lists(one) for name, one in found.items()}
+    if inner and all(isinstance(name, int) for name in inner):
+        return [inner[name] for name in sorted(inner)]
+    return inner
 
 
 def collect_tensors(content: Content, part: Any) -> Checkpoint:

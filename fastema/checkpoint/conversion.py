@@ -68,18 +68,21 @@ def convert(
     src : path
         A file or folder that :func:`load` can read.
     dst : path
-        The file to write, or a folder if ``to="safetensors"`` and the source is a folder. It is
-        replaced atomically: a failed conversion leaves the old file unchanged.
+        The file to write; with ``to="safetensors"`` also a new folder, if the source is a folder
+        and the name does not end in ``.safetensors``. A file is replaced atomically: a failed
+        conversion leaves the old one unchanged.
     to : str
         "fastema" (for :func:`load_into`), "safetensors" (the averaged weights alone), "swa_utils",
         "timm", "torch_ema", "ema_pytorch", "diffusers", "litema", "mmengine" or "d2go": the module
         of ``fastema.compat`` says which class. Load the file with ``torch.load`` and the class's
         ``load_state_dict``.
     names : path or sequence of str, optional
-        The names of ``model.parameters()`` in order, or a checkpoint of ``torch.save`` that
-        stores the parameters in that order. Needed if the target layout has names and the source
-        is a list (torch_ema, diffusers, NeMo) or has names without dots (LitEma). Also needed if
-        the target is a list and the source is a safetensors file, which keeps no order.
+        The names of ``model.parameters()`` in order: a list, a ``.txt`` file with one name on each
+        line, or an average of fastema of that model. Needed if the target has names and the source
+        is a list (torch_ema, diffusers, NeMo) or has names without dots (LitEma); a file of
+        ``torch.save`` with the model's state then is enough if its shapes fit. Also needed if the
+        target stores parameters alone (torch_ema, diffusers, litema) and the source does not tell
+        them from buffers, as averages of fastema and of Composer do.
     decay : float, optional
         Decay of further updates, in [0, 1); replaces the schedule of the source. Needed if the
         target layout stores a decay and the source does not record one.
@@ -122,7 +125,7 @@ def convert(
     source = load(src, key=key, index=index)
     if decay is not None:
         source = replace(source, schedule=Schedule(Constant(validate_decay(decay))))
-    source, lost = _arrange_tensors(source, wanted, _listed_names(names, out))
+    source, lost = _arrange_tensors(source, wanted, _model_names(names, out))
     lost += source.notes
     if source.library == "model":
         lost.append("an average: the source holds only a model's weights")
@@ -143,29 +146,57 @@ def convert(
 _STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def _is_parameter(name: str, checkpoint: Checkpoint) -> bool:
-    """Return whether a tensor is a parameter, judging by its name and dtype."""
+class _ModelNames(NamedTuple):
+    """The names of a model's parameters in order.
+
+    ``state`` is set if they come from a model's state, whose tensors may be buffers too.
+    """
+
+    names: list[str]
+    state: Checkpoint | None = None
+
+
+def _may_be_parameter(name: str, checkpoint: Checkpoint) -> bool:
+    """Return whether a tensor may be a parameter, judging by its name and dtype."""
     inner = name.rpartition(".")[2]
     return checkpoint.tensors[name].kind.real is not None and inner not in _STATISTICS
 
 
-def _listed_names(given: _Path | Sequence[str] | None, out: Path) -> list[str] | None:
+def _model_names(given: _Path | Sequence[str] | None, out: Path) -> _ModelNames | None:
+    """Return the names in an argument: a list, a text file, an average or a model's state."""
     if given is None:
         return None
-    if isinstance(given, str | os.PathLike):
-        model = open_checkpoint(given)
-        refuse_source(out, model, "the model that names are taken from")
-        if not is_torch_file(Path(given)):
-            raise ArgumentError(
-                f"names={os.fspath(given)!r}: safetensors keeps no order; give a file of "
-                "torch.save, or the list of names"
-            )
-        return [name for name in model.tensors if _is_parameter(name, model)]
-    return list(given)
+    if not isinstance(given, str | os.PathLike):
+        return _ModelNames(list(given))
+    path = Path(given)
+    if os.path.realpath(out) == os.path.realpath(path):
+        raise CheckpointError(f"{out} is the file that names are taken from; name another output")
+    if path.suffix == ".txt":
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}") from None
+        return _ModelNames([line.strip() for line in lines if line.strip()])
+    found = load(path)
+    refuse_source(out, found.checkpoint, "the model that names are taken from")
+    if found.parameters is not None:
+        return _ModelNames(found.parameters)
+    if not is_torch_file(path):
+        raise ArgumentError(
+            f"names={os.fspath(given)!r}: safetensors keeps no order; {_HOW_TO_NAME}"
+        )
+    model = open_checkpoint(path)
+    return _ModelNames([one for one in model.tensors if _may_be_parameter(one, model)], model)
+
+
+_HOW_TO_NAME: Final = (
+    "pass names: a .txt file with those of model.named_parameters() in order, one on each line, or "
+    "a list of them"
+)
 
 
 def _arrange_tensors(
-    source: StoredAverage, wanted: _LayoutWriter, names: list[str] | None
+    source: StoredAverage, wanted: _LayoutWriter, names: _ModelNames | None
 ) -> tuple[StoredAverage, list[str]]:
     """Rename and order tensors for the target layout; also return what it leaves out."""
     found = source.checkpoint
@@ -175,21 +206,21 @@ def _arrange_tensors(
     elif names is None:
         raise ArgumentError(
             f"{source.path} ({source.library}) has no names of the model, which {wanted.library} "
-            "needs: pass names, as in model.named_parameters()"
+            f"needs; {_HOW_TO_NAME}"
         )
     elif source.names == "places":
-        new = names
+        new = _names_of_list(source, names)
     else:
-        dots = {name.replace(".", ""): name for name in names}
+        dots = {name.replace(".", ""): name for name in names.names}
         missing = [name for name in keys if name not in dots]
         if missing:
             raise CheckpointError(f"none of the names is {missing[0]!r} when its dots are removed")
         new = [dots[name] for name in keys]
-    if len(new) != len(keys):
-        raise CheckpointError(f"{len(new)} names for the {len(keys)} tensors of {source.path}")
     source = replace(
         source, checkpoint=_select_and_rename(found, dict(zip(new, keys, strict=True)))
     )
+    if source.names != "full" and names is not None:  # it held parameters only
+        source = replace(source, parameters=[name for name in names.names if name in {*new}])
     if wanted.names == "full":
         return source, []
     kept = new if source.names == "places" else _parameters(source, names, wanted)
@@ -200,21 +231,49 @@ def _arrange_tensors(
     return replace(source, checkpoint=_select_and_rename(source.checkpoint, of_places)), lost
 
 
-def _parameters(source: StoredAverage, names: list[str] | None, wanted: _LayoutWriter) -> list[str]:
-    """Return the names of the parameters in the model's order."""
-    found = source.checkpoint
-    if names is not None:
-        missing = [f"{name!r} is missing" for name in names if name not in found.tensors]
-        if missing:
-            raise CheckpointError(f"{source.path} lacks parameters:\n" + format_problems(missing))
-        return names
-    if wanted.names == "places" and not is_torch_file(source.path):
-        raise ArgumentError(
-            f"{wanted.library} stores a list in the order of model.parameters(), which "
-            f"{source.path} does not record: pass names"
+def _names_of_list(source: StoredAverage, names: _ModelNames) -> list[str]:
+    """Return the names of the tensors of a list; raise a CheckpointError if they do not fit."""
+    stored = list(source.checkpoint.tensors.values())
+    if len(names.names) != len(stored) and names.state is None:
+        raise CheckpointError(
+            f"{len(names.names)} names for the {len(stored)} tensors of {source.path}"
         )
-    found = drop_tied_names(found)
-    return [name for name in found.tensors if _is_parameter(name, found)]
+    if names.state is not None:
+        shapes = [names.state.tensors[name].shape for name in names.names]
+        if shapes != [one.shape for one in stored]:
+            raise CheckpointError(
+                f"{names.state.path} does not tell parameters from buffers: it has "
+                f"{len(shapes)} tensors that may be the {len(stored)} of {source.path}, and the "
+                f"shapes differ; {_HOW_TO_NAME}"
+            )
+    return names.names
+
+
+def _parameters(
+    source: StoredAverage, names: _ModelNames | None, wanted: _LayoutWriter
+) -> list[str]:
+    """Return the names of the parameters in the model's order."""
+    given = names is not None and names.state is None
+    if names is not None and given:
+        chosen = names.names
+    elif source.parameters is not None:
+        chosen = source.parameters
+    else:
+        unclear = source.path if names is None or names.state is None else names.state.path
+        raise ArgumentError(
+            f"{wanted.library} stores the parameters alone"
+            + (", as a list in their order" if wanted.names == "places" else "")
+            + f", and {unclear} does not tell them from buffers; {_HOW_TO_NAME}"
+        )
+    missing = [f"{name!r} is missing" for name in chosen if name not in source.checkpoint.tensors]
+    if missing and (given or wanted.names == "places"):
+        raise CheckpointError(
+            f"{wanted.library} stores all parameters of the model, and {source.path} lacks\n"
+            + format_problems(missing)
+            + "\nBuild the average with frozen='copy', or pass names without these if the "
+            "library gets only the others."
+        )
+    return [name for name in chosen if name in source.checkpoint.tensors]
 
 
 def _join_names(names: Sequence[str]) -> str:
@@ -389,7 +448,7 @@ def _write_ours(source: StoredAverage, out: Path) -> None:
     logs = schedule.log_decays(counters["num_updates"])
     tensors = {"shadow": [_tensors(drop_tied_names(source.checkpoint))]}
     rounding = source.options.get("rounding", "stochastic")
-    write_state(out, pack(kind, counters, schedule, logs, rounding, tensors))
+    write_state(out, pack(kind, counters, schedule, logs, rounding, tensors, source.parameters))
 
 
 _KINDS: Final[dict[type[Rule], str]] = {CumulativeMean: "SWA", Power: "PowerEMA"}
@@ -397,7 +456,8 @@ _KINDS: Final[dict[type[Rule], str]] = {CumulativeMean: "SWA", Power: "PowerEMA"
 
 
 def _write_weights(source: StoredAverage, out: Path) -> None:
-    copy(drop_tied_names(source.checkpoint), out, f"{source.library}: {source.path.name}")
+    averaged = f"{source.library}: {source.path.name}" if source.library != "model" else ""
+    copy(drop_tied_names(source.checkpoint), out, averaged)
 
 
 def _always(schedule: Schedule) -> bool:

@@ -23,7 +23,17 @@ from fastema.errors import CheckpointError
 from fastema.layout.dtypes import NAME_OF, dtype
 from fastema.layout.flat import row_major
 
-__all__ = ["ChunkedTensor", "Folder", "average_in", "blocks_of", "opened", "state_in"]
+__all__ = [
+    "ChunkedTensor",
+    "Folder",
+    "average_in",
+    "blocks_of",
+    "check",
+    "opened",
+    "plain_values",
+    "state_in",
+    "stretches_of",
+]
 
 _CODE_OF: Final = {name: code for code, name in NAME_OF.items()}
 
@@ -32,6 +42,9 @@ _LONGEST: Final = 1 << 28
 
 _LONGEST_OF_TENSOR: Final = 1 << 16
 """Size limit of a tensor's description, in bytes."""
+
+_LONGEST_VALUE: Final = 1 << 24
+"""Size limit of a plain value, in bytes; longer ones are not read."""
 
 _MOST_BLOCKS: Final = 1 << 17
 """Limit on the blocks of one tensor, above any real number of processes."""
@@ -96,6 +109,7 @@ class Folder(NamedTuple):
     path: Path
     tensors: dict[str, ChunkedTensor]  # by key
     places: dict[str, tuple[Any, ...]]  # key to its path in the saved state
+    values: dict[str, tuple[Path, int, int]]  # key of a plain value to its file, offset and length
 
 
 def opened(path: Path) -> Folder:
@@ -127,6 +141,11 @@ def _parse_description(path: Path, found: Any) -> Folder:
         if getattr(index, "offset", None) is not None
     }
     tensors: dict[str, ChunkedTensor] = {}
+    values: dict[str, tuple[Path, int, int]] = {}
+    for index, info in found.storage_data.items():
+        if getattr(index, "offset", None) is None:
+            file = _file_of(path, index.fqn, info)
+            values[str(index.fqn)] = file, int(info.offset), int(info.length)
     for key, entry in found.state_dict_metadata.items():
         if not hasattr(entry, "chunks"):
             continue
@@ -141,12 +160,8 @@ def _parse_description(path: Path, found: Any) -> Folder:
             if len(ends) != len(shape) or any(e > n for e, n in zip(ends, shape, strict=True)):
                 raise CheckpointError(f"{key}: a block lies outside the tensor")
             info = stored[key, offset]
-            if getattr(info, "transform_descriptors", None):
-                raise CheckpointError(f"{key}: its bytes are compressed; load it with torch")
-            name = str(info.relative_path)
-            if Path(name).name != name or "\0" in name:
-                raise CheckpointError(f"{key}: {name!r} is not a file in the folder")
-            chunks.append(_Chunk(offset, extents, path / name, int(info.offset), int(info.length)))
+            file = _file_of(path, key, info)
+            chunks.append(_Chunk(offset, extents, file, int(info.offset), int(info.length)))
         tensor = StoredTensor(dtype(_CODE_OF[state[0]]), shape)
         if len(chunks) > _MOST_BLOCKS:
             raise CheckpointError(f"{key}: it has {len(chunks)} blocks, too many for a checkpoint")
@@ -154,7 +169,71 @@ def _parse_description(path: Path, found: Any) -> Folder:
             raise CheckpointError(f"{key}: its blocks overlap or do not cover it")
         tensors[key] = ChunkedTensor(tensor, chunks)
     places = {str(key): tuple(place) for key, place in (found.planner_data or {}).items()}
-    return Folder(path, tensors, places)
+    return Folder(path, tensors, places, values)
+
+
+def _file_of(folder: Path, key: str, info: Any) -> Path:
+    """Return the file that holds an entry; raise a CheckpointError if it is not in the folder."""
+    if getattr(info, "transform_descriptors", None):
+        raise CheckpointError(f"{key}: its bytes are compressed; load it with torch")
+    name = str(info.relative_path)
+    if Path(name).name != name or "\0" in name:
+        raise CheckpointError(f"{key}: {name!r} is not a file in the folder")
+    return folder / name
+
+
+def plain_values(folder: Folder) -> dict[str, Any]:
+    """Return the numbers, strings and other plain values of a folder by key.
+
+    Values that only code could rebuild are left out, and so are those of optimizers' groups, which
+    no average needs.
+    """
+    found = {}
+    for key, (path, begin, length) in folder.values.items():
+        if length > _LONGEST_VALUE or "param_groups" in folder.places.get(key, (key,)):
+            continue
+        try:
+            with path.open("rb") as file:
+                part = io.BufferedReader(_FilePart(file, begin, length))
+                with zipfile.ZipFile(part) as archive:
+                    entries = {one.filename.partition("/")[2]: one for one in archive.infolist()}
+                    found[key] = pickles.load(
+                        _description_in(archive, entries["data.pkl"], key, length), pickles.TENSORS
+                    )
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+        except Exception:  # zipfile and pickle raise many types
+            continue
+    return found
+
+
+def check(path: Path) -> None:
+    """Read a whole folder and verify its checksums; raise a CheckpointError if one differs."""
+    folder = opened(path)
+    chunks = [one for stored in folder.tensors.values() for one in stored.chunks]
+    places = {(one.path, one.begin, one.length) for one in chunks}
+    for file, begin, length in sorted(places | {*folder.values.values()}):
+        try:
+            with file.open("rb") as whole:
+                part = io.BufferedReader(_FilePart(whole, begin, length))
+                with zipfile.ZipFile(part) as archive:
+                    damaged = archive.testzip()
+        except OSError as error:
+            raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from None
+        except Exception as error:  # zipfile raises many types
+            raise CheckpointError(f"{file} is damaged at {begin}: {error}") from None
+        if damaged is not None:
+            raise CheckpointError(f"{file} is damaged at {begin}: {damaged} differs")
+
+
+def _description_in(
+    archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str, longest: int
+) -> bytes:
+    """Return the pickle in an archive of torch.save; refuse one that is compressed or too long."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > longest:
+        raise CheckpointError(f"{name}: its description is compressed, or too long")
+    with archive.open(entry) as file:
+        return file.read(longest)
 
 
 def _has_overlap(chunks: list[_Chunk]) -> bool:
@@ -264,13 +343,8 @@ class _BlockReader:
         entries = {one.filename.partition("/")[2]: one for one in archive.infolist()}
         if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
             raise CheckpointError(f"{self._name} was written on a big-endian machine")
-        described = entries["data.pkl"]
-        if described.compress_type != zipfile.ZIP_STORED or (
-            described.file_size > _LONGEST_OF_TENSOR
-        ):
-            raise CheckpointError(f"{self._name}: its description is compressed, or too long")
-        with archive.open(described) as file:
-            found = pickles.load(file.read(_LONGEST_OF_TENSOR), pickles.TENSORS)
+        described = _description_in(archive, entries["data.pkl"], self._name, _LONGEST_OF_TENSOR)
+        found = pickles.load(described, pickles.TENSORS)
         if not isinstance(found, pickles.PickledTensor):
             raise CheckpointError(f"{self._name}: the file holds no plain tensor")
         code = self._tensor.kind.code

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastema.checkpoint import files, torch_file
+from fastema.checkpoint import dcp, files, torch_file
 from fastema.checkpoint.source import Checkpoint, is_torch_file
 from fastema.checkpoint.state import verify_checksums
 from fastema.checkpoint.stored import StoredAverage, load
@@ -134,6 +134,9 @@ def _reach(found: StoredAverage) -> Reach | None:
 
 
 def _verify_files(found: StoredAverage) -> str:
+    if found.checkpoint.format == "torch.distributed":
+        dcp.check(found.path)
+        return "checksums"
     paths = dict.fromkeys(found.checkpoint.files)
     good = [_verify_file(path) for path in paths]
     return "checksums" if all(good) else "sizes"

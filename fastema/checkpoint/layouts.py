@@ -14,6 +14,7 @@ from fastema.errors import ArgumentError, CheckpointError
 from fastema.rules import Aligned, Constant, CumulativeMean, Power, Rule, Schedule, Warmup
 from fastema.rules.ema import InverseGamma
 from fastema.shadow.foreign import library_of
+from fastema.shadow.state import PARAMETERS
 from fastema.shadow.store import PARTS
 
 __all__ = ["Names", "StoredContents", "candidates", "diffusers_options", "read"]
@@ -34,6 +35,8 @@ class StoredContents(NamedTuple):
     options: Mapping[str, Any] = {}
     weights: Mapping[Any, Any] | None = None
     notes: tuple[str, ...] = ()
+    parameters: list[str] | None = None
+    state: Mapping[str, Any] | None = None
 
 
 # -- who wrote it ----------------------------------------------------------------------------------
@@ -176,7 +179,17 @@ def _of_state(
         notes.append("the windowed mean's latest weights are in 'ring'")
     options = {key: plain[key] for key in ("kind", "rounding", "seed") if key in plain}
     count = content.whole(plain.get("num_updates", 0), "num_updates")
-    return StoredContents(several[index], "full", count, chosen, options, None, tuple(notes))
+    listed = plain.get(PARAMETERS)
+    if listed is not None and not _are_names(listed):
+        raise CheckpointError(f"{content.path}: {PARAMETERS!r} is not a list of names")
+    state = {**plain, **parts}
+    return StoredContents(
+        several[index], "full", count, chosen, options, None, tuple(notes), listed, state
+    )
+
+
+def _are_names(found: Any) -> bool:
+    return isinstance(found, list | tuple) and all(isinstance(one, str) for one in found)
 
 
 def _parse_schedule(content: Content, plain: Mapping[str, Any]) -> Schedule:
@@ -344,12 +357,13 @@ def _of_ultralytics(content: Content, state: Mapping[Any, Any]) -> StoredContent
 
 
 def _of_composer(content: Content, state: Mapping[Any, Any]) -> StoredContents:
-    averages, whole = state["ema_model"], state.get("state", {})
+    averages, whole, listed = state["ema_model"], state.get("state", {}), None
     if not isinstance(averages, Mapping):
         raise CheckpointError(f"{content.path}: it was saved before its average began")
     parts = [averages.get(f"named_{kind}_dict") for kind in ("parameters", "buffers")]
     if all(isinstance(one, Mapping) for one in parts):
         averages = {name: one for part in parts for name, one in part.items()}  # type: ignore[union-attr]
+        listed = list(parts[0])  # type: ignore[arg-type]
     weights = whole.get("model")
     if state.get("ema_weights_active"):  # the average and the weights are swapped
         if not isinstance(weights, Mapping):
@@ -358,7 +372,7 @@ def _of_composer(content: Content, state: Mapping[Any, Any]) -> StoredContents:
     stamp = whole.get("timestamp")
     inner = stamp.get("Timestamp", {}) if isinstance(stamp, Mapping) else {}
     count = content.whole(inner["batch"], "batch") if "batch" in inner else None
-    return StoredContents(averages, "full", count, None, {}, weights)
+    return StoredContents(averages, "full", count, None, {}, weights, (), listed)
 
 
 def _of_d2go(content: Content, state: Mapping[Any, Any]) -> StoredContents:

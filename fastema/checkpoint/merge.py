@@ -14,7 +14,7 @@ from typing import Final
 from fastema.checkpoint.files import StoredTensor, atomic_write_path, wrap_write_errors
 from fastema.checkpoint.folder import Files, check_vacant, files_of, new_folder, write_at
 from fastema.checkpoint.source import PROVENANCE, Checkpoint
-from fastema.checkpoint.stored import open_weights
+from fastema.checkpoint.stored import TRAINING_FILE, open_weights
 from fastema.checkpoint.sums import Read, weighted_sums
 from fastema.errors import ArgumentError, CheckpointError, format_problems
 
@@ -71,10 +71,10 @@ class Merge:
         every = sum(one.tensors[name].nbytes for one in self.checkpoints for name in names)
         return every + sum(self.last.tensors[name].nbytes for name in self.newest)
 
-    @property
-    def is_folder(self) -> bool:
-        """Whether the result is a folder."""
-        return self.last.path.is_dir() or len(self.last.layout) > 1
+    def writes_folder(self, out: Path) -> bool:
+        """Return whether the result is a folder: ``out`` does not end in .safetensors then."""
+        several = self.last.path.is_dir() or len(self.last.layout) > 1
+        return several and out.suffix != ".safetensors"
 
 
 def average(
@@ -96,12 +96,11 @@ def average(
         Checkpoints in any layout that :func:`open_checkpoint` reads, oldest first. For a state of
         fastema's own, its average is read, under the model's names.
     weights : sequence of float
-        One finite weight per checkpoint, of any sign. Warn if one is negative, or if they do not
-        sum to 1.
+        One finite weight per checkpoint, of any sign.
     out : path
-        A new folder if the newest checkpoint is a folder, otherwise a file. The result has the
-        names, dtypes and file layout of the newest checkpoint, in safetensors. Config and tokenizer
-        files are copied along.
+        A file whose name ends in ``.safetensors``; or a new folder, if the newest checkpoint is a
+        folder or several files: it gets their layout, and copies of config and tokenizer files. The
+        result has the names and dtypes of the newest checkpoint.
     key : str, optional
         Dotted key of the weights in each checkpoint; see :func:`open_checkpoint`.
     advance : function
@@ -123,6 +122,12 @@ def average(
     StorageError
         If ``out`` cannot be written.
 
+    Warns
+    -----
+    UserWarning
+        If a weight is negative, or they do not sum to 1. If weights are quantized: packed numbers
+        are copied, not averaged.
+
     Examples
     --------
     >>> import tempfile, pathlib, torch
@@ -138,6 +143,9 @@ def average(
     made = prepare([open_weights(path, key) for path in paths])
     check(made, {Path(out): weights})
     warn_of(weights)
+    packed = describe_packed(made)
+    if packed:
+        warnings.warn(packed, stacklevel=2)
     merge(made, {Path(out): weights}, advance)
     return Path(out)
 
@@ -182,8 +190,33 @@ def _refuse_differences(made: Merge) -> None:
         raise CheckpointError("the checkpoints do not match:\n" + format_problems(problems))
 
 
+def describe_packed(made: Merge) -> str:
+    """Return a remark about quantized weights, which are left out of the average; "" if none."""
+    packed = [
+        name
+        for name in sorted(made.equal)
+        if (tensor := made.last.tensors[name]).size > 1
+        and tensor.kind.code != "bool"
+        and (tensor.kind.itemsize == 1 or name.endswith(_PACKED))
+    ]
+    if not packed:
+        return ""
+    codes = ", ".join(sorted({made.last.tensors[name].kind.code for name in packed}))
+    return (
+        f"quantized or packed weights are copied, not averaged: {len(packed)} ({codes}), such as "
+        f"{packed[0]!r}; they must be equal in all checkpoints"
+    )
+
+
+_PACKED: Final = ("qweight", "qzeros", "weight_packed")
+"""Endings of the names of weights that are packed into wider integers."""
+
+
 def _note(made: Merge) -> None:
     names = made.averaged
+    packed = describe_packed(made)
+    if packed:
+        made.notes.append(packed)
     if any(name.endswith(("running_mean", "running_var")) for name in names):
         made.notes.append(
             "batch-norm statistics are averaged like weights; recompute them with "
@@ -193,6 +226,12 @@ def _note(made: Merge) -> None:
         made.notes.append(
             "LoRA factors are averaged separately: mean(A) mean(B) is not mean(A B); merge the "
             "adapters into the weights first if that matters"
+        )
+    averages = [one for one in made.checkpoints if (one.path / TRAINING_FILE).is_file()]
+    if averages:
+        made.notes.append(
+            f"the model of {averages[0].path.name} is an average itself; its training weights are "
+            f"in {TRAINING_FILE} beside it"
         )
     if made.last.tied:
         made.notes.append(
@@ -225,7 +264,10 @@ def merge(
 
 
 def copy(found: Checkpoint, out: Path, sources: str) -> None:
-    """Stream a checkpoint's tensors unchanged to safetensors."""
+    """Stream a checkpoint's tensors unchanged to safetensors.
+
+    ``sources`` say what is averaged in it; an empty string marks weights that are no average.
+    """
     made = Merge([found], equal=set(found.tensors))
     _refuse_output(out, made)
     with found.opened() as read, _open_output(made, out, sources) as write:
@@ -258,7 +300,7 @@ def warn_of(weights: Sequence[float]) -> None:
 def _refuse_output(out: Path, made: Merge) -> None:
     for one in made.checkpoints:
         refuse_source(out, one, "one of the checkpoints")
-    if made.is_folder:
+    if made.writes_folder(out):
         check_vacant(out)
     elif out.is_dir():
         raise CheckpointError(f"{out} is a folder, and the result is a file; name a file in it")
@@ -287,8 +329,8 @@ def _refuse_unequal(made: Merge, reads: Sequence[Read], advance: Callable[[int],
             problems.append(f"{name!r}, {tensor.kind.code}{list(tensor.shape)}: {what} that differ")
     if problems:
         raise CheckpointError(
-            "the mean of these would mean nothing (average before you quantize, or leave them out):"
-            "\n" + format_problems(problems)
+            "these tensors cannot be averaged (average before you quantize, or leave them out):\n"
+            + format_problems(problems)
         )
 
 
@@ -337,7 +379,7 @@ def _sources(made: Merge, weights: Sequence[float]) -> str:
 def _metadata(made: Merge, sources: str) -> dict[str, str]:
     """Return the metadata of a result: its sources, format and tied names."""
     kept = {key: value for key, value in made.last.metadata.items() if key == "format"}
-    return {**made.last.tied, "format": "pt", **kept, PROVENANCE: sources}
+    return {**made.last.tied, "format": "pt", **kept, **({PROVENANCE: sources} if sources else {})}
 
 
 @contextmanager
@@ -345,11 +387,13 @@ def _open_output(
     made: Merge, out: Path, sources: str
 ) -> Iterator[Callable[[str, int, memoryview], None]]:
     """Yield a function that writes parts of tensors; keep the result only if the block succeeds."""
-    files = files_of(made.last.layout, made.last.tensors, _metadata(made, sources))
+    folder = made.writes_folder(out)
+    layout = made.last.layout if folder else {out.name: list(made.last.tensors)}
+    files = files_of(layout, made.last.tensors, _metadata(made, sources))
     for one in made.last.files:
         if one.name.endswith(".safetensors.index.json"):
             files = files._replace(index_name=one.name)
-    if made.is_folder:
+    if folder:
         source = made.last.path if made.last.path.is_dir() else made.last.path.parent
         with new_folder(out, files, source) as partial, _writing(partial, files) as write:
             yield write

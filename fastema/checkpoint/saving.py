@@ -15,7 +15,7 @@ from fastema.checkpoint.source import is_torch_file
 from fastema.checkpoint.state import is_state, read_state, write_state
 from fastema.checkpoint.stored import load
 from fastema.engine.locks import lock
-from fastema.errors import CheckpointError
+from fastema.errors import ArgumentError, CheckpointError
 from fastema.shadow.average import Average, check_average
 from fastema.shadow.state import SavedOrMine
 
@@ -123,6 +123,7 @@ def load_into(
     path: str | os.PathLike[str],
     *,
     schedule: SavedOrMine = "saved",
+    num_updates: int | None = None,
 ) -> None:
     """Load an average that :func:`save` or another library wrote into a fastema average.
 
@@ -139,6 +140,10 @@ def load_into(
     schedule : {"saved", "mine"}
         For a file of fastema, whether to continue with its schedule (the default) or with that of
         ``ema``.
+    num_updates : int, optional
+        For a file of another library, the number of updates that its average has seen, at least 0.
+        By default the number in the file; without one, that of ``ema``. 0 begins the schedule of
+        ``ema`` anew: with ``start_after`` or a mean, the next update then replaces the average.
 
     Raises
     ------
@@ -146,6 +151,11 @@ def load_into(
         If ``ema`` is not an average.
     CheckpointError
         If the file is damaged, holds no average, or holds one of another kind or of other weights.
+        ``ema`` is then unchanged.
+    ArgumentError
+        If the number of updates is unknown and the schedule of ``ema`` depends on it, or if the
+        next update would replace the loaded average (``start_after``, means): pass
+        ``num_updates``. For another library's file and an :class:`SMA`, which needs its window.
         ``ema`` is then unchanged.
     """
     check_average(ema, "load_into()")
@@ -155,6 +165,11 @@ def load_into(
         like = next(iter(ema.shadows[0].values()))
         state = _read_whole(file, like)
         if state is not None:
+            if num_updates is not None:
+                raise ArgumentError(
+                    f"num_updates={num_updates!r}: {file} is a file of fastema and records it; "
+                    "leave it out"
+                )
             ema.load_state_dict(state, schedule=schedule)
             return
     stored = load(file)
@@ -162,7 +177,7 @@ def load_into(
         raise CheckpointError(f"{file} holds a model's weights and no average")
     from fastema.checkpoint.transfer import load_stored
 
-    load_stored(ema, stored, schedule)
+    load_stored(ema, stored, schedule, num_updates)
 
 
 def _read_whole(file: Path, like: Any) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from fastema.checkpoint.files import StoredTensor, reading
 from fastema.checkpoint.stretches import Stretches
 from fastema.errors import CheckpointError
 
-__all__ = ["PROVENANCE", "Checkpoint", "Read", "is_torch_file", "open_checkpoint"]
+__all__ = ["PROVENANCE", "Checkpoint", "Read", "is_torch_file", "open_checkpoint", "step_of_name"]
 
 PROVENANCE: Final = "fastema.average"
 """Metadata key of an average's sources and their weights."""
@@ -201,7 +201,7 @@ def _open_folder(path: Path, key: str | None) -> Checkpoint:
 
 def _with_folder_path(found: Checkpoint, path: Path) -> Checkpoint:
     """Return the checkpoint with its folder's path, and the step in that name if unknown so far."""
-    step = found.step if found.step is not None else _step_of_name(path)
+    step = found.step if found.step is not None else step_of_name(path)
     return replace(found, path=path, step=step)
 
 
@@ -263,7 +263,7 @@ def _open_safetensors(paths: list[Path], path: Path) -> Checkpoint:
         metadata |= found.metadata
     kind = "safetensors" if len(paths) == 1 else "sharded safetensors"
     step = _step_of(metadata)
-    step = _step_of_name(path) if step is None else step
+    step = step_of_name(path) if step is None else step
     return Checkpoint(path, kind, tensors, places, layout, paths, metadata, {}, step)
 
 
@@ -287,7 +287,7 @@ def _open_torch(paths: list[Path], path: Path, key: str | None) -> Checkpoint:
                 continue
             tensors[name], places[name] = stored, Stretches.whole(part, offset)
     kind = "torch" if len(paths) == 1 else "sharded torch"
-    step = _step_of_name(path) if step is None else step
+    step = step_of_name(path) if step is None else step
     layout = {"model.safetensors": list(tensors)}
     return Checkpoint(path, kind, tensors, places, layout, paths, {}, tied, step)
 
@@ -312,7 +312,7 @@ def _open_dcp(path: Path, key: str | None) -> Checkpoint:
     used = dict.fromkeys(part for place in lie.values() for part in place.paths)
     layout = {"model.safetensors": list(tensors)}
     every = [*used, path / ".metadata"]
-    step = _step_of_name(path)
+    step = step_of_name(path)
     return Checkpoint(path, "torch.distributed", tensors, lie, layout, every, {}, {}, step)
 
 
@@ -339,7 +339,7 @@ def _step_of(values: Any) -> int | None:
     return None
 
 
-def _step_of_name(path: Path) -> int | None:
+def step_of_name(path: Path) -> int | None:
     """Return the last number in a name, as in ``checkpoint-500`` or ``step_000500.bin``."""
     name = path.name.removesuffix(_INDEX)
     numbers = re.findall(r"(?<![.\d])\d{1,18}(?!\d)", Path(name).stem if path.suffix else name)

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from fastema.checkpoint.content import collect_tensors, open_content
+from fastema.checkpoint import files
+from fastema.checkpoint.content import Content, collect_tensors, open_content
 from fastema.checkpoint.layouts import Names, read
-from fastema.checkpoint.source import Checkpoint, open_checkpoint
+from fastema.checkpoint.source import Checkpoint, open_checkpoint, step_of_name
+from fastema.checkpoint.state import is_state
 from fastema.errors import CheckpointError, FastemaError
 from fastema.rules import Schedule
+from fastema.shadow.store import PARTS
 
-__all__ = ["StoredAverage", "load", "open_weights"]
+__all__ = ["TRAINING_FILE", "StoredAverage", "load", "open_weights"]
+
+_AVERAGE_FILE: Final = "ema.safetensors"
+"""Name of the file with the average in a checkpoint folder of the Hugging Face Trainer."""
+
+TRAINING_FILE: Final = "training_weights.safetensors"
+"""Name of the file with the training weights beside it, if the folder's model is the average."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,11 @@ class StoredAverage:
         The weights in training, if the file holds them too.
     notes : list of str
         Remarks for the user.
+    parameters : list of str or None
+        The names of ``model.parameters()`` in order, if the file tells them from buffers.
+    state : dict or None
+        fastema's own state: its plain values, and a list of checkpoints for each of its lists of
+        tensors. None for other libraries.
     """
 
     path: Path
@@ -56,6 +71,8 @@ class StoredAverage:
     options: dict[str, Any] = field(default_factory=dict)
     weights: Checkpoint | None = None
     notes: list[str] = field(default_factory=list)
+    parameters: list[str] | None = None
+    state: dict[str, Any] | None = field(default=None, repr=False)
 
 
 def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0) -> StoredAverage:
@@ -69,7 +86,10 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
     path : path
         A file of :func:`save`; a ``torch.save`` file with the state of a drop-in or of the class
         that it replaces; a checkpoint of Lightning, timm, NeMo, Composer, MMEngine, D2Go or Stable
-        Diffusion; a diffusers folder; or anything else that :func:`open_checkpoint` reads.
+        Diffusion; a diffusers folder; a folder of torch.distributed.checkpoint; a checkpoint folder
+        of the Hugging Face ``Trainer`` with the ``ema.safetensors`` of
+        :class:`fastema.transformers.EMACallback`; or anything else that :func:`open_checkpoint`
+        reads.
     key : str, optional
         Dotted key of the average's state in the checkpoint. Detected by default.
     index : int
@@ -94,7 +114,8 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
     >>> found.library, found.names, found.options
     ('torch_ema', 'places', {'decay': 0.9, 'num_updates': 0})
     """
-    content, whole = open_content(Path(path), key)
+    own = _find_average_file(Path(path)) if key is None else None
+    content, whole = open_content(own or Path(path), key)
     try:
         library, found = read(content, whole, index)
     except FastemaError:
@@ -106,17 +127,47 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
     averages = collect_tensors(content, found.averages)
     if not averages.tensors:
         raise CheckpointError(f"{path} holds an average without tensors ({library})")
+    step = None if whole is None else whole.step
+    step = step_of_name(Path(path)) if step is None else step
+    weights = None if found.weights is None else collect_tensors(content, found.weights)
     return StoredAverage(
         Path(path),
         library,
-        averages,
+        replace(averages, step=step),
         found.names,
         found.num_updates,
         found.schedule,
         dict(found.options),
-        None if found.weights is None else collect_tensors(content, found.weights),
+        weights if own is None else _open_training_weights(own),
         list(found.notes),
+        None if found.parameters is None else list(found.parameters),
+        None if found.state is None else _locate_state(content, found.state),
     )
+
+
+def _find_average_file(folder: Path) -> Path | None:
+    """Return the file with an average's state in a folder that also has a model, or None."""
+    path = folder / _AVERAGE_FILE
+    return path if path.is_file() and is_state(files.read(path)) else None
+
+
+def _open_training_weights(average: Path) -> Checkpoint | None:
+    """Open the training weights in the folder of an average; None if it holds none."""
+    own = average.with_name(TRAINING_FILE)
+    try:
+        found = open_checkpoint(own if own.is_file() else average.parent)
+    except CheckpointError:  # no model, or several
+        return None
+    return None if average in found.files else found
+
+
+def _locate_state(content: Content, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state of fastema with a checkpoint in place of each mapping of tensors."""
+    return {
+        name: [collect_tensors(content, one) for one in value] if name in PARTS else value
+        for name, value in state.items()
+        if name not in PARTS or value
+    }
 
 
 def open_weights(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastema.bridges.memory import bytes_of
 from fastema.bridges.names import plain_names
-from fastema.checkpoint.layouts import candidates
 from fastema.checkpoint.source import Checkpoint
 from fastema.checkpoint.stored import StoredAverage
 from fastema.errors import ArgumentError, CheckpointError, format_problems
 from fastema.layout.dtypes import NAME_OF
+from fastema.rules import Schedule
 from fastema.rules.checks import validate_int
 from fastema.shadow import EMA
+from fastema.shadow.reports import describe_schedule
 from fastema.shadow.state import SavedOrMine
+from fastema.shadow.store import PARTS
 
 __all__ = [
     "averages_or_copies",
@@ -128,7 +130,7 @@ def _single_average(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
             f"the EMA holds {len(shadows)} averages, the checkpoint one: build an EMA with one "
             "decay"
         )
-    if state.get("residual"):
+    if state.get("residual") and not state.get("ring"):
         raise ArgumentError(
             "the average is stored in two halves: call ema.to(dtype='float32') first, and "
             "ema.to(dtype='bf16+16') after it"
@@ -155,9 +157,15 @@ def load_averages(ema: EMA, averages: Mapping[str, Any], num_updates: int | None
     Every averaged tensor must be present. Tensors that are only copied, such as buffers, may be
     missing and are then unchanged; names that the average skips are ignored. The schedule continues
     from ``num_updates``, by default the average's own count. If any tensor does not fit, raise a
-    CheckpointError that names all of them, and change nothing.
+    CheckpointError that names all of them, and change nothing. Raise an ArgumentError if the next
+    update would replace the loaded average, or if its weight depends on an unknown count.
     """
     state = ema.state_dict(copy=False)
+    if state.get("ring"):
+        raise ArgumentError(
+            "a windowed mean can continue only from its own file, which holds the weights of its "
+            "window; load this average into an EMA or SWA"
+        )
     own = _single_average(state)
     count = state["num_updates"] if num_updates is None else num_updates
     count = validate_int(count, "num_updates", 0)
@@ -176,6 +184,7 @@ def load_averages(ema: EMA, averages: Mapping[str, Any], num_updates: int | None
         raise CheckpointError(
             "the averages in the checkpoint do not fit the model:\n" + format_problems(problems)
         )
+    _check_count(ema.schedule, count, num_updates)
     tensors = {
         name: _cast_like(found[name], one) if name in found else one.clone()
         for name, one in own.items()
@@ -186,17 +195,50 @@ def load_averages(ema: EMA, averages: Mapping[str, Any], num_updates: int | None
     ema.load_state_dict(state)
 
 
-def load_stored(ema: Any, stored: StoredAverage, schedule: SavedOrMine) -> None:
-    """Load an average from another library's file, or from fastema's own ``torch.save`` file."""
-    if stored.library == "fastema":
-        try:
-            content = torch.load(stored.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises many types
-            raise CheckpointError(f"{stored.path} is damaged: {error}") from None
-        state = next(one for one in candidates(content) if one.get("format") == "fastema")
+_LATE: Final = 1 << 40
+"""A number of updates after which every schedule has reached its limit."""
+
+
+def _check_count(schedule: Schedule, count: int, num_updates: int | None) -> None:
+    """Raise an ArgumentError if a loaded average would be lost with this number of updates."""
+    every = schedule.update_every
+    if num_updates == 0 or schedule.discards(_LATE):  # nothing averaged yet, or decay 0
+        return
+    if schedule.discards(count):
+        start = schedule.start_after
+        least = next((n for n in (start, start + 1, start + every) if not schedule.discards(n)), 0)
+        counts = "is of unknown age" if num_updates is None else f"counts {count:,} updates"
+        raise ArgumentError(
+            f"the loaded average {counts}, and the next update with {describe_schedule(schedule)} "
+            "would replace it by the weights: pass num_updates, the number of updates it has seen"
+            + (f", here {least:,} or more" if start and least else "")
+        )
+    first, late = (schedule.weights(n + every, every) for n in (count, _LATE))
+    if num_updates is None and not count and first != late:
+        raise ArgumentError(
+            "the number of updates of the loaded average is unknown, and the schedule "
+            f"({describe_schedule(schedule)}) depends on it: pass num_updates, or 0 to begin anew"
+        )
+
+
+def load_stored(
+    ema: Any, stored: StoredAverage, schedule: SavedOrMine, num_updates: int | None = None
+) -> None:
+    """Load an average from another library's file, or from a state of fastema in any layout."""
+    if stored.state is not None:
+        if num_updates is not None:
+            raise ArgumentError(
+                f"num_updates={num_updates!r}: {stored.path} is a state of fastema and records it; "
+                "leave it out"
+            )
+        state = {
+            name: [tensors_of(one) for one in value] if name in PARTS else value
+            for name, value in stored.state.items()
+        }
         ema.load_state_dict(state, schedule=schedule)
         return
-    load_averages(ema, _by_name(ema, stored), stored.num_updates)
+    count = stored.num_updates if num_updates is None else num_updates
+    load_averages(ema, _by_name(ema, stored), count)
 
 
 def _by_name(ema: EMA, stored: StoredAverage) -> dict[str, Tensor]:
@@ -207,8 +249,10 @@ def _by_name(ema: EMA, stored: StoredAverage) -> dict[str, Tensor]:
     if stored.names == "without dots":
         dots = {name.replace(".", ""): name for name in own}
         return {dots.get(name, name): one for name, one in tensors.items()}
-    averaged = [name for name in own if name in ema.averaged_names]
-    for names in (averaged, own):  # the list may or may not include frozen parameters
+    listed = own if ema._names.parameters is None else ema._names.parameters
+    every = [name for name in listed if name in ema.shadow]
+    averaged = [name for name in every if name in ema.averaged_names]
+    for names in (averaged, every):  # the list may or may not include frozen parameters
         shapes = [ema.shadow[name].shape for name in names]
         if shapes == [one.shape for one in tensors.values()]:
             return dict(zip(names, tensors.values(), strict=True))

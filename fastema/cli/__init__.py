@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -71,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except FastemaError as error:
-        print(f"fastema {args.command}: {error}", file=sys.stderr)
+        text = _name_options(str(error), commands[args.command])
+        print(f"fastema {args.command}: {text}", file=sys.stderr)
     except OSError as error:
         about = f"{error.filename}: " if error.filename else ""
         print(f"fastema {args.command}: {about}{error.strerror or error}", file=sys.stderr)
@@ -91,6 +93,21 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         made[name] = subparsers.add_parser(name, help=command.SUMMARY, description=command.SUMMARY)
         command.add_arguments(made[name])
     return parser, made
+
+
+def _name_options(text: str, parser: argparse.ArgumentParser) -> str:
+    """Replace the names of Python arguments in an error by the command's options.
+
+    ``decay=1.5`` becomes ``--decay 1.5``, and ``pass decay`` becomes ``pass --decay``.
+    """
+    for action in parser._actions:
+        option = next((one for one in action.option_strings if one.startswith("--")), "")
+        if option:
+            name = re.escape(action.dest)
+            text = re.sub(rf"(?<!\S){name}='([^']*)'", rf"{option} \1", text)
+            text = re.sub(rf"(?<!\S){name}=(?=\S)", f"{option} ", text)
+            text = re.sub(rf"\bpass {name}\b", f"pass {option}", text)
+    return text
 
 
 def _installed(module: str) -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from fastema.errors import ArgumentError, DTypeError
+
 _T = TypeVar("_T", int, float)
 
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
@@ -25,6 +27,33 @@ def add_state_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="which average to take, if there are several (%(default)s)",
     )
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--force``, without which :func:`check_new` refuses to replace a file."""
+    parser.add_argument("--force", action="store_true", help="replace the output if it exists")
+
+
+def check_new(path: Path, force: bool) -> None:
+    """Raise an ArgumentError if a regular file would be replaced without ``--force``."""
+    if not force and path.is_file():
+        raise ArgumentError(f"{path} exists; add --force to replace it")
+
+
+def dtype_name(*names: str) -> Callable[[str], str]:
+    """Return an argparse type that takes any name of these dtypes, and returns the usual one."""
+
+    def parse(text: str) -> str:
+        from fastema.layout.dtypes import NAME_OF, NAMES, describe_names, parse_dtype
+
+        with contextlib.suppress(DTypeError):
+            found = NAME_OF[parse_dtype(text).code]
+            if found in names:
+                return found
+        known = describe_names([NAMES[name] for name in names])
+        raise argparse.ArgumentTypeError(f"expected {known}, got {text}")
+
+    return parse
 
 
 def number(

@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -191,42 +192,53 @@ def _measure_bandwidth() -> float:
 
 
 def _print(found: dict[str, Any]) -> None:
-    from fastema.cli.sizes import size
+    from fastema.cli.sizes import LINE, duration, size
 
-    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
-    print(f"installed  {packages}")
+    def line(title: str, text: str) -> None:
+        """Print a finding in as many lines as it needs, without breaking a path or a command."""
+        indent = " " * 11
+        kept = text.replace("pip install ", "pip\0install\0")
+        print(
+            textwrap.fill(
+                kept,
+                LINE,
+                initial_indent=title.ljust(11),
+                subsequent_indent=indent,
+                break_long_words=False,
+                break_on_hyphens=False,
+            ).replace("\0", " ")
+        )
+
+    line("installed", ", ".join(f"{name}\0{one}" for name, one in found["packages"].items()))
     threads = found["threads"]
-    print(f"machine    {found['machine']}; {threads} thread{'s' if threads > 1 else ''}")
+    line("machine", f"{found['machine']}; {threads} thread{'s' if threads > 1 else ''}")
     parts = [
         f"for {device.upper()}s: {', '.join(names) or 'none'}"
         for device, names in found["shipped"].items()
     ]
-    print(f"shipped    compiled kernels {'; '.join(parts)}")
+    line("shipped", f"compiled kernels {'; '.join(parts)}")
     gpu = found["gpu"]
     if gpu["driver"]:
-        print(f"GPU        no CUDA device ({gpu['driver']})")
+        line("GPU", f"no CUDA device ({gpu['driver']})")
     else:
         kernels = "ship with the wheel" if gpu["shipped"] else "need compilers: fastema[cuda]"
-        print(f"GPU        compute capability {gpu['capability']}; kernels {kernels}")
+        line("GPU", f"compute capability {gpu['capability']}; kernels {kernels}")
     folder, nbytes = found["cache"]["folder"], found["cache"]["bytes"]
     place = folder or "no folder that only you can write to: every process compiles its kernels"
-    print(f"cache      {place}, {size(nbytes)}")
+    line("cache", f"{place}, {size(nbytes)}")
     wrong = [check for check in found["checks"] if check.error]
     number = len(found["checks"])
     level = found["cpu"]["shipped"]
     came = f", shipped for {level}" if level else ", compiled here"
-    print(f"kernels    {number - len(wrong)} of {number} match their references{came}")
+    line("kernels", f"{number - len(wrong)} of {number} match their references{came}")
     rate = found["GB/s"]
-    print(f"memory     {rate:.3g} GB/s, read and written by all threads together")
-    for name, nbytes in (("float32", 12), ("bfloat16 with a float32 average", 10)):
-        costs = ", ".join(
-            f"{count:.0e} weights: {1e3 * count * nbytes / rate / 1e9:.3g} ms".replace("e+0", "e")
-            for count in (1e7, 1e8, 1e9)
-        )
-        print(f"update     {costs} ({name}, at that bandwidth)")
+    line("memory", f"{rate:.3g} GB/s, read and written by all threads together")
+    line("update", "at that bandwidth, with a float32 average:")
+    for count in (1e7, 1e8, 1e9):
+        wide, narrow = (duration(count * nbytes / rate / 1e9) for nbytes in (12, 10))
+        weights = f"{count / 1e6:,.0f} million weights:".rjust(22)
+        print(f"{'':11}{weights} {wide} in float32, {narrow} in bfloat16")
     for extra in dict.fromkeys(found["missing"].values()):
         names = [name for name, one in found["missing"].items() if one == extra]
         why = dict.fromkeys(_EXTRAS[name][1] for name in names)
-        print(
-            f'missing    {", ".join(names)}, for {", ".join(why)}: pip install "fastema[{extra}]"'
-        )
+        line("missing", f'{", ".join(names)}, for {", ".join(why)}: pip install "fastema[{extra}]"')

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from dataclasses import asdict, dataclass
 
-from fastema.cli.arguments import count, number
+from fastema.cli.arguments import count, dtype_name, number
 
-SUMMARY = "Estimate the cost of averaging a large model: bytes per rank, seconds per update."
+SUMMARY = "Estimate what averaging a large model costs: bytes per rank, time per update."
 EXTRA = ""
 NEEDS: dict[str, str] = {}
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16": 2}
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 _positive = number(float, lambda value: 0.0 < value < 1e30, "a number above 0")
 
@@ -35,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--params", type=_params, required=True, help="number of weights, such as 7e9 or 7B"
     )
     parser.add_argument(
-        "--dtype", choices=sorted(_BYTES), default="bf16", help="dtype of the weights (%(default)s)"
+        "--dtype",
+        type=dtype_name(*_BYTES),
+        default="bfloat16",
+        help="dtype of the weights (%(default)s)",
     )
     parser.add_argument("--world", type=count, default=1, help="ranks that shard the model")
     parser.add_argument(
@@ -84,7 +88,6 @@ class PlanOption:
 def estimate_options(args: argparse.Namespace) -> list[PlanOption]:
     """Return the ways to keep an average that apply to these arguments, with their costs."""
     weights, size, world = args.params, _BYTES[args.dtype], args.world
-    dtype = {4: "float32", 2: args.dtype}[size]
     part = weights / world
 
     def on_gpu(name: str, call: str, n: float, stored: float, every: int = 1) -> PlanOption:
@@ -100,7 +103,7 @@ def estimate_options(args: argparse.Namespace) -> list[PlanOption]:
     if size == 2:
         found += [
             on_gpu(f"{where}, bf16+16", f'EMA({model}, shadow_dtype="bf16+16")', n, 4),
-            on_gpu(f"{where}, {dtype}, stochastic rounding", f"EMA({model})", n, 2),
+            on_gpu(f"{where}, {args.dtype}", f"EMA({model})", n, 2),
         ]
     call = f"EMA({model}, {precise}, update_every={args.every})"
     found.append(on_gpu(f"{where}, every {args.every} steps", call, n, 4, args.every))
@@ -123,37 +126,42 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([asdict(way) for way in found], indent=2))
         return 0
-    from fastema.cli.sizes import size
+    from fastema.cli.sizes import LINE, duration, size
 
-    head = ["way", "GPU memory", "host memory", "moved", "over the link", "per step"]
+    head = ["average", "GPU", "host", "moved", "link", "time"]
     if args.step:
-        head.append("of a step")
+        head.append("share")
     rows = []
     for way in found:
         row = [way.name, size(way.gpu_bytes), size(way.host_bytes), size(way.moved)]
-        row += [size(way.link_bytes), _duration(way.seconds)]
+        row += [size(way.link_bytes), duration(way.seconds)]
         if args.step:
             row.append(f"{way.seconds / args.step:.2%}")
         rows.append([cell if cell != "0 B" else "-" for cell in row])
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    ranks = f", {args.world} ranks" if args.world > 1 else ""
-    print(
-        f"{args.params:,.0f} weights in {args.dtype}{ranks}; per rank, in addition to the model:\n"
+    ranks = f" on {args.world} ranks" if args.world > 1 else ""
+    share = " and share of a training step" if args.step else ""
+    text = (
+        f"{args.params:,.0f} weights in {args.dtype}{ranks}. For each rank: memory on the GPU and "
+        "on the host in addition to the model, bytes that an update moves in memory and over the "
+        f"link, and its time per step{share}:"
     )
+    print(f"{textwrap.fill(text, LINE)}\n")
     for row in [head, *rows]:
         cells = zip(row, widths, strict=True)
         line = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(cells)]
         print("  ".join(line).rstrip())
-    print("\ncalls:")
+    print()
     for way in found:
-        print(f"  {way.name.ljust(widths[0])}  fastema.{way.call}")
-    print(
-        f"\nLower bounds, from {args.hbm:g} GB/s on a GPU, {args.link:g} GB/s over the link and "
-        f"{args.host:g} GB/s on a host,\nshared by {min(args.world, args.ranks_per_host)} rank(s). "
-        "On the host: copy the weights into host_copy, then update the average from it."
+        print(f"{way.name}:\n    fastema.{way.call}")
+    sharing = min(args.world, args.ranks_per_host)
+    ranks = "one rank" if sharing == 1 else f"{sharing} ranks"
+    text = (
+        f"The times are lower bounds, from {args.hbm:g} GB/s of memory on a GPU, {args.link:g} "
+        f"GB/s between a GPU and its host (link), and {args.host:g} GB/s of memory on a host, used "
+        f"by {ranks}. On the host: copy the weights into host_copy, then update the average "
+        "from it. bfloat16 and float16 averages are rounded stochastically; bf16+16 is a float32 "
+        "average stored in two halves."
     )
+    print(f"\n{textwrap.fill(text, LINE)}")
     return 0
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["figure", "size"]
+from typing import Final
+
+__all__ = ["LINE", "duration", "figure", "size"]
+
+LINE: Final = 79
+"""Longest line that the commands print, in characters, unless a name in it is longer."""
 
 
 def figure(value: float) -> str:
@@ -17,3 +22,8 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return f"{nbytes:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """Format a time with three digits, in seconds or milliseconds."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

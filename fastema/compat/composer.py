@@ -269,7 +269,9 @@ def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None
     CheckpointError
         If something is missing or does not fit. The error names it; nothing is changed.
     ArgumentError, StateError
-        If ``ema`` has several averages, or one split into two halves; if ``ema`` is applied.
+        If ``ema`` has several averages, one split into two halves, or a window; if ``ema`` is
+        applied. If the next update would replace the loaded average, or the schedule depends on an
+        unknown number of updates: pass ``num_updates``.
     """
     averages, batches = _read_averages(checkpoint)
     load_averages(ema, averages, batches if num_updates is None else num_updates)

@@ -85,7 +85,9 @@ def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None
     CheckpointError
         If tensors do not fit. The error names each of them; nothing is changed.
     ArgumentError, StateError
-        If ``ema`` has several averages, or one split into two halves; if ``ema`` is applied.
+        If ``ema`` has several averages, one split into two halves, or a window; if ``ema`` is
+        applied. If the next update would replace the loaded average, or the schedule depends on an
+        unknown number of updates: pass ``num_updates``.
     """
     whole = check_mapping(checkpoint, "the checkpoint")
     state = whole.get("ema_state", whole)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from fastema.errors import DTypeError
 
-__all__ = ["DTYPES", "NAMES", "NAME_OF", "DType", "average_of", "dtype", "parse_dtype", "raw"]
+__all__ = [
+    "DTYPES",
+    "NAMES",
+    "NAME_OF",
+    "DType",
+    "average_of",
+    "describe_names",
+    "dtype",
+    "parse_dtype",
+    "raw",
+]
 
 
 class DType(NamedTuple):
@@ -67,14 +78,42 @@ NAMES: Final = {
 NAME_OF: Final = {**{code: name for name, code in NAMES.items()}, **_SMALL}
 """Framework name by code, including the one-byte floats that only PyTorch has."""
 
-_ALIASES: Final = {**NAMES, "double": "f64", "float": "f32", "half": "f16"}
+_SHORT: Final = {
+    "fp64": "f64",
+    "double": "f64",
+    "fp32": "f32",
+    "float": "f32",
+    "fp16": "f16",
+    "half": "f16",
+}
+"""Code by further names in common use."""
 
 _COMPLEX: Final = {"f32": "c64", "f64": "c128"}
 
 
 def parse_dtype(name: str) -> DType:
-    """Return the DType of a code or a framework-neutral name such as ``"bfloat16"``."""
-    return dtype(_ALIASES.get(name, name))
+    """Return the DType of a name such as ``"bfloat16"``, ``"fp32"``, ``"torch.half"`` or a code.
+
+    Raises
+    ------
+    DTypeError
+        Listing the accepted names.
+    """
+    plain = name.strip().lower().removeprefix("torch.")
+    code = {**NAMES, **_SHORT}.get(plain, plain)
+    if code not in DTYPES:
+        raise DTypeError(f"unknown dtype {name!r}; expected {describe_names()}")
+    return DTYPES[code]
+
+
+def describe_names(codes: Iterable[str] = tuple(NAMES.values())) -> str:
+    """Return the accepted names of these dtypes, for a message: each name and its short forms."""
+    lines = []
+    for code in codes:
+        short = [name for name, its in _SHORT.items() if its == code]
+        others = [one for one in (code, *short) if one != NAME_OF[code]]
+        lines.append(NAME_OF[code] + (f" ({', '.join(others)})" if others else ""))
+    return ", ".join(lines[:-1]) + " or " + lines[-1]
 
 
 def average_of(weights: DType, wanted: DType | None) -> DType:

@@ -292,7 +292,8 @@ class Leaves:
     ``describe`` returns the current spec of an owner. ``held`` are the containers to watch.
     ``opaque`` are tensors that cannot be described. ``structure`` is None if only the container
     knows it (a torch module). ``moving`` is True if a framework moves tensors at every step, so
-    that they have to be located at every call.
+    that they have to be located at every call. ``parameters`` are the names of a torch module's
+    parameters in the order of ``parameters()``; None if the container has no such list.
     """
 
     items: Sequence[Leaf]
@@ -301,6 +302,7 @@ class Leaves:
     opaque: Sequence[Opaque] = ()
     structure: Structure | None = None
     moving: bool = False
+    parameters: Sequence[str] | None = None
 
     @property
     def names(self) -> list[str]:

@@ -152,6 +152,16 @@ class Schedule:
         """Return whether ``step`` is before ``start_after``: the averages equal the weights."""
         return step < self.start_after
 
+    def discards(self, step: int, log_decays: tuple[float, ...] | None = None) -> bool:
+        """Return whether the update after ``step`` replaces an average by the weights.
+
+        That holds before ``start_after``, and for rules that begin with the first weights, such as
+        means. ``log_decays`` are those at ``step``, by default of a run of one call for each step.
+        """
+        before = self.log_decays(step) if log_decays is None else log_decays
+        weights, _ = self.weigh(step + self.update_every, self.update_every, before)
+        return self.follows(step) or max(weights, default=0.0) == 1.0
+
     def to_dict(self) -> dict[str, Any]:
         """Return the schedule as plain values for a checkpoint."""
         return {

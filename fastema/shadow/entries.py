@@ -30,6 +30,7 @@ class Names:
     buffers: set[str]  # buffers that are copied or averaged
     aliases: dict[str, str]  # further name of a tied weight: the name it is averaged under
     policies: Policies  # the user's
+    parameters: list[str] | None = None  # of a torch module, in order, skipped ones too
 
     def may_appear(self, name: str) -> bool:
         """Return whether a pattern skips a new tensor, for example an adapter added later."""
@@ -118,7 +119,9 @@ def select(leaves: Leaves, policies: Policies) -> Selection:
         refuse_shared_elements(leaf.name, leaf.spec)
     still = {leaf.name for leaf in copied if leaf.role == "frozen"}
     statistics = {leaf.name for leaf in held if leaf.role == "buffer"}
-    names = Names(skipped, still, statistics, aliases, policies)
+    listed = leaves.parameters
+    parameters = None if listed is None else [aliases.get(name, name) for name in listed]
+    names = Names(skipped, still, statistics, aliases, policies, parameters)
     return Selection(averaged, copied, names)
 
 

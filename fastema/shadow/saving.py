@@ -122,8 +122,9 @@ class SaveableAverage(SwappableAverage[Weights]):
         dict
             ``"shadow"`` is a list with one mapping of names to tensors per average. ``"residual"``
             and ``"ring"`` are such lists too: the second half of a split average or the rounding
-            error of a windowed mean, and the windowed mean's ring. The other entries are numbers,
-            strings and the description of the schedule.
+            error of a windowed mean, and the windowed mean's ring. ``"parameters"`` lists the names
+            of a PyTorch model's parameters in order. The other entries are numbers, strings and
+            the description of the schedule.
 
         Raises
         ------
@@ -157,6 +158,7 @@ class SaveableAverage(SwappableAverage[Weights]):
                 log_decays,
                 rounding,
                 self._collect_tensors(copy),
+                self._names.parameters,
             )
 
     def _wait_for_the_ring(self) -> None:

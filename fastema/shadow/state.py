@@ -15,7 +15,7 @@ from fastema.rules.rule import LOG_NEGLIGIBLE, to_plain_value
 from fastema.shadow.foreign import explain_foreign_state, unflatten_state
 from fastema.shadow.store import PARTS, Tensors
 
-__all__ = ["Saved", "SavedOrMine", "pack", "unpack"]
+__all__ = ["PARAMETERS", "Saved", "SavedOrMine", "pack", "unpack"]
 
 SavedOrMine = Literal["saved", "mine"]
 """Schedule to continue with after loading: that of the state, or that of the average."""
@@ -37,6 +37,9 @@ class Saved(NamedTuple):
 COUNTERS: Final = ("num_updates", "num_skipped", "seed")
 """Entries of a state that are whole numbers from 0 to 2**63 - 1."""
 
+PARAMETERS: Final = "parameters"
+"""Entry of a state that tells a torch module's parameters from its buffers, and their order."""
+
 LOG_DECAYS: Final = "log_decays"
 """Entry of a bias-corrected state: per average, the log of the initial weights' remaining share."""
 
@@ -48,8 +51,13 @@ def pack(
     log_decays: Sequence[float],
     rounding: Rounding,
     tensors: Tensors,
+    parameters: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Return a state dict of strings, numbers and tensors, which ``weights_only=True`` loads."""
+    """Return a state dict of strings, numbers and tensors, which ``weights_only=True`` loads.
+
+    ``parameters`` are the names of ``model.parameters()`` in order, if they are known: libraries
+    that store an average as a list need them.
+    """
     head = {"format": FORMAT, "version": VERSION, "kind": kind}
     debiased = {LOG_DECAYS: list(log_decays)} if _is_debiased(schedule) else {}
     return {
@@ -57,6 +65,7 @@ def pack(
         **counters,
         "schedule": schedule.to_dict(),
         "rounding": rounding,
+        **({} if parameters is None else {PARAMETERS: list(parameters)}),
         **debiased,
         **tensors,
     }
@@ -164,6 +173,15 @@ def _choose_schedule(plain: Any, own: Schedule, which: SavedOrMine) -> Schedule:
     return own if same or which == "mine" else Schedule.from_dict(plain)
 
 
+def _would_discard(
+    own: Schedule, state: Mapping[str, Any], log_decays: tuple[float, ...] | None
+) -> bool:
+    """Return whether an average that has begun would be overwritten under another schedule."""
+    saved, count = state["schedule"], state["num_updates"]
+    began = isinstance(saved, Mapping) and count > saved.get("start_after", 0)
+    return began and not own.discards(1 << 40) and own.discards(count, log_decays)
+
+
 def _windows(schedule: Schedule) -> list[Rule | None]:
     """Return the rules with None in place of those that need no ring."""
     return [rule if isinstance(rule, Window) else None for rule in schedule.rules]
@@ -220,6 +238,11 @@ def unpack(
                 )
             if len(schedule.rules) != len(own.rules):
                 problems.append(f"it has {len(schedule.rules)} averages, not {len(own.rules)}")
+            elif which == "mine" and _would_discard(own, state, log_decays):
+                problems.append(
+                    f"its {state['num_updates']:,} updates are too few for schedule='mine', "
+                    f"{own}: the next one would replace the average by the weights"
+                )
             elif _windows(schedule) != _windows(own):
                 problems.append(f"{schedule.rules} need other rings than {own.rules}")
         for part, of_part in expected.items():

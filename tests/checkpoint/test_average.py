@@ -24,7 +24,10 @@ from fastema.layout.dtypes import dtype
 
 NEEDS = ("safetensors", "torch")
 
-pytestmark = pytest.mark.usefixtures("inside")
+pytestmark = [
+    pytest.mark.usefixtures("inside"),
+    pytest.mark.filterwarnings("ignore:quantized or packed weights are copied:UserWarning"),
+]
 
 WEIGHTS = [0.1, 0.2, 0.3, 0.15, 0.25]
 State = dict[str, torch.Tensor]

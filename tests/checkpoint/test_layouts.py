@@ -266,6 +266,7 @@ def test_conversion_to_weights_writes_tied_names_once() -> None:
     assert b'"b.weight": "a.weight"' in done.path.read_bytes()
 
 
+# fmt: off
 # Source, options and error message.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "an unknown library": ("list", {"to": "keras"}, r"to='keras': expected one of fastema, safete"),
@@ -274,10 +275,22 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a decay out of range": ("list", {"to": "torch_ema", "decay": 1.5}, "decay"),
     "itself": ("list", {"to": "torch_ema", "dst": "list"}, "is the source"),
     "the model": ("d2go", {"to": "torch_ema", "names": "m", "dst": "m"}, "names are taken from"),
-    **{f"no decay, {to}": ("d2go", {"to": to}, "pass decay") for to in ("fastema", "torch_ema")},
-    **{f"no decay, {to}": ("d2go", {"to": to}, "pass decay") for to in ("litema", "diffusers")},
+    "no decay, fastema": ("d2go", {"to": "fastema"}, "pass decay"),
+    **{
+        f"no decay, {to}": ("d2go", {"to": to, "names": PARAMETERS}, "pass decay")
+        for to in ("torch_ema", "litema", "diffusers")
+    },
+    **{
+        f"parameters unknown, {to}": ("d2go", {"to": to}, "d2go does not tell them from buffers")
+        for to in ("torch_ema", "litema", "diffusers")
+    },
+    "a model's state": ("d2go", {"to": "diffusers", "names": "m"}, "m does not tell them from"),
+    "a model of other shapes": (
+        "list", {"to": "swa_utils", "names": "m"}, "m does not tell parameters from buffers",
+    ),
     "windowed mean": ("sma", {"to": "fastema"}, "only from its own file"),
 }
+# fmt: on
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -303,6 +316,10 @@ def test_plain_weights_and_averages_of_other_models_are_refused() -> None:
     assert load("model.pt").library == "model"
     done = convert("model.pt", "d2go.pt", to="d2go")
     assert done.lost == ["an average: the source holds only a model's weights"]
+    convert("model.pt", "weights.safetensors", to="safetensors")
+    assert load("weights.safetensors").library == "model"
+    convert("d2go.pt", "average.safetensors", to="safetensors")
+    assert load("average.safetensors").library == "fastema.average"
     ema = fastema.EMA(build_model(), decay=0.9)
     before = ema.state_dict()
     counters = {"decay": 0.9, "num_updates": 3}

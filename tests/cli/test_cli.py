@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastema import EMA, PowerEMA, __version__, cli, get_num_threads, posthoc
-from fastema.checkpoint import save
+from fastema.checkpoint import average, save
 from fastema.cli.bench import race, shapes
+from fastema.cli.bench.picture import title_of
 
 from ..support.process import run_python
 
@@ -45,12 +46,21 @@ def test_missing_packages_are_named_with_the_pip_command(
         assert err.startswith(f"fastema demo: {named} not installed; ")
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_fits_80_columns(command: str, fastema: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, fastema(f"{command} --help").out.splitlines())) < 80
+
+
 def test_plan_counts_the_bytes_and_seconds_of_each_way(fastema: Any) -> None:
     line = "plan --params 64B --world 64 --hbm 2000 --link 50 --host 80 --step 0.5"
-    table = [" ".join(one.split()) for one in fastema(line).out.splitlines()]
-    assert table[0].startswith("64,000,000,000 weights in bf16, 64 ranks; per rank")
-    assert table[6].endswith(" 2 GB - 6 GB - 3 ms 0.60%")
-    assert "; ".join(table[3:6] + table[7:9]) == (
+    out = fastema(line).out
+    assert max(map(len, out.splitlines())) < 80
+    table = [" ".join(one.split()) for one in out.splitlines()]
+    assert table[0].startswith("64,000,000,000 weights in bfloat16 on 64 ranks. For each rank:")
+    table = table[table.index("average GPU host moved link time share") + 1 :]
+    assert table[3].endswith(" 2 GB - 6 GB - 3 ms 0.60%")
+    assert "; ".join(table[:3] + table[4:6]) == (
         "on each GPU, float32 256 GB - 640 GB - 320 ms 64.00%; sharded, float32 4 GB - 10 GB - "
         "5 ms 1.00%; sharded, bf16+16 4 GB - 10 GB - 5 ms 1.00%; sharded, every 10 steps 4 GB - "
         "10 GB - 0.5 ms 0.10%; on the host, float32 - 6 GB 12 GB 2 GB 1.2 s 240.00%"
@@ -59,7 +69,11 @@ def test_plan_counts_the_bytes_and_seconds_of_each_way(fastema: Any) -> None:
     assert list(host.values())[2:] == [0.0, 6e9, 12e9, 2e9, 1.2]
     out = " ".join(fastema("plan --params 1e8 --every 5").out.split())
     assert "GPU, every 5 steps 400 MB - 1 GB - 0.0597 ms on the host" in out
-    assert 'GPU, every 5 steps fastema.EMA(model, shadow_dtype="float32", update_every=5)' in out
+    assert 'GPU, every 5 steps: fastema.EMA(model, shadow_dtype="float32", update_every=5)' in out
+    for dtype, name in (("fp16", "float16"), ("torch.half", "float16"), ("float", "float32")):
+        assert f"weights in {name}." in fastema(f"plan --params 1e8 --dtype {dtype}").out
+    said = "expected float32 (f32, fp32, float), bfloat16 (bf16) or float16 (f16, fp16, half), got"
+    assert said in " ".join(fastema("plan --params 1e8 --dtype fp8", code=2).err.split())
     assert "argument --params: expected a number above" in fastema("plan --params 0", code=2).err
 
 
@@ -72,6 +86,8 @@ def test_doctor_reports_the_setup_and_detects_wrong_kernels(
     out, err = fastema("doctor")
     assert "compiled kernels for CPUs: x86-64-v3, x86-64-v4; for GPUs: none" in out
     assert err == ""
+    lines = [one for one in out.splitlines() if not one.startswith(("cache", "missing"))]
+    assert max(map(len, lines)) < 80
     threads = f"{get_num_threads()} thread"
     for said in (f"numpy {np.__version__}", "8 of 8 match their references", threads, "GB/s, read"):
         assert said in out
@@ -124,6 +140,15 @@ def test_bench_reports_every_competitor_as_text_json_and_picture(bench: Any) -> 
     assert ways["fastema.EMA"]["ratio"] == 1.0
     assert ways["torch mul_/add_ loop"]["ms"] > 0
     assert "raises RuntimeError" in ways["torch AveragedModel"]["why"]  # it cannot mix dtypes
+
+
+def test_picture_of_bench_says_what_it_shows() -> None:
+    head = {"model": "GPT-2 small", "elements": 124_439_808, "tensors": 148}
+    head |= {"weights": "bfloat16", "average": "float32", "device": "cpu"}
+    assert title_of(head).splitlines() == [
+        "Time of one update of a moving average of weights",
+        "GPT-2 small: 124 million weights in bfloat16, average in float32, on cpu",
+    ]
 
 
 def test_bench_takes_shapes_from_a_checkpoint_or_config(bench: Any) -> None:
@@ -191,8 +216,8 @@ NO_AVERAGE = {
     "step-100.safetensors --last 2 -o x.safetensors": "--last, --window and --min-spacing",
     "--dir .": "name the output: -o OUT",
     "--dir nothing -o x.safetensors": "cannot read nothing: No such file or directory",
-    "--dir . --last 9 -o x.safetensors": "last=9: 5 checkpoints of . qualify",
-    "--dir . --sma 9 -o x.safetensors": "sma=9: there are 5 checkpoints",
+    "--dir . --last 9 -o x.safetensors": "average: --last 9: 5 checkpoints of . qualify",
+    "--dir . --sma 9 -o x.safetensors": "average: --sma 9: there are 5 checkpoints",
     "--dir . --weights 1,2 -o x.safetensors": "--weights has 2 numbers for 5 checkpoints",
     "--dir . -o step-100.safetensors": "is one of the checkpoints; name another output",
     "--dir . --sigma-rel 0.1 -o x.safetensors": "is no snapshot of a power-function average",
@@ -207,6 +232,30 @@ def test_invalid_average_is_refused_and_writes_nothing(run: Any, tmp_path: Path,
     assert err.startswith("fastema average: " if line in NO_AVERAGE else "usage: fastema average ")
     assert NO_AVERAGE.get(line, "") in err
     assert len(list(tmp_path.iterdir())) == len(STEPS)
+
+
+def test_existing_average_is_replaced_only_with_force(run: Any, tmp_path: Path) -> None:
+    out = tmp_path / "mean.safetensors"
+    run("--dir . --last 2 -o mean.safetensors")
+    before = out.read_bytes()
+    err = run("--dir . --last 3 -o mean.safetensors", code=2).err
+    assert err == "fastema average: mean.safetensors exists; add --force to replace it\n"
+    assert out.read_bytes() == before
+    run("--dir . --last 3 -o mean.safetensors --force")
+    assert load_file(out)["w"][0].item() == pytest.approx((4.5 + 5 + 9) / 3)
+
+
+def test_quantized_weights_are_said_to_be_left_out(run: Any, tmp_path: Path) -> None:
+    packed = torch.arange(8, dtype=torch.uint8)
+    for step in (1, 2):
+        tensors = {"a.weight": packed, "a.qweight": packed.int(), "norm": torch.full((2,), step)}
+        tensors["norm"] = tensors["norm"].float()
+        save_file(tensors, tmp_path / f"quantized-{step}.safetensors")
+    names = "quantized-1.safetensors quantized-2.safetensors"
+    said = "quantized or packed weights are copied, not averaged: 2 (i32, u8), such as 'a.qweight'"
+    assert f"note: {said}" in run(f"{names} -o mean.safetensors").out
+    with pytest.warns(UserWarning, match="packed weights are copied, not averaged: 2"):
+        average(names.split(), [0.5, 0.5], tmp_path / "again.safetensors")
 
 
 def test_snapshots_are_combined_to_another_width(run: Any, tmp_path: Path) -> None:
@@ -234,6 +283,7 @@ def beside(tmp_path: Path, fastema: Any, monkeypatch: pytest.MonkeyPatch) -> Any
         ema.update()
     save(ema, tmp_path / "ema.safetensors")
     torch.save(model.state_dict(), tmp_path / "model.pt")
+    torch.save({"ema_state": model.state_dict()}, tmp_path / "swa.pt")
     return fastema
 
 
@@ -255,7 +305,7 @@ def test_inspect_describes_an_average(beside: Any) -> None:
 
 
 def test_convert_writes_the_average_and_reports_what_is_lost(beside: Any, tmp_path: Path) -> None:
-    out, err = beside("convert ema.safetensors swa.pt --to swa_utils")
+    out, err = beside("convert ema.safetensors swa.pt --to swa_utils --force")
     assert err == ""
     assert out.splitlines() == [
         "swa.pt: swa_utils, 2 tensors of ema.safetensors (fastema)",
@@ -264,17 +314,24 @@ def test_convert_writes_the_average_and_reports_what_is_lost(beside: Any, tmp_pa
     model = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(3, 2))
     model.load_state_dict(torch.load(tmp_path / "swa.pt", weights_only=True))
     assert model.n_averaged == 1000
-    out, _ = beside("convert ema.safetensors ema.pt --to torch_ema --names model.pt")
+    out, _ = beside("convert ema.safetensors ema.pt --to torch_ema")
     assert len(out.splitlines()) == 1
 
 
 NOT_CONVERTED = {
     "inspect nowhere.pt": "fastema inspect: cannot read",
     "inspect model.pt --key a.b": "fastema inspect: model.pt has nothing at 'a.b'",
-    "inspect ema.safetensors --index 3": "fastema inspect: index=3",
-    "convert ema.safetensors out.pt --to keras": "fastema convert: to='keras'",
+    "inspect ema.safetensors --index 3": "fastema inspect: --index 3: ema.safetensors holds 1",
+    "convert ema.safetensors out.pt --to keras": "fastema convert: --to keras: expected one of",
+    "convert swa.pt out.safetensors --to fastema": "fastema convert: swa.pt (d2go) does not record "
+    "a schedule: pass --decay, or",
+    "convert swa.pt out.pt --to torch_ema": "fastema convert: torch_ema stores the parameters "
+    "alone, as a list in their order, and swa.pt does not tell them from buffers; pass --names: a",
+    "convert swa.pt out.pt --to d2go --names swa.safetensors": "fastema convert: cannot read swa.s",
+    "convert ema.safetensors swa.pt --to d2go": "fastema convert: swa.pt exists; add --force to",
+    "convert ema.safetensors model.pt --to d2go --names model.pt": "fastema convert: model.pt is "
+    "the file that names are taken from",
     "convert ema.safetensors nowhere/out.pt --to d2go": "fastema convert: cannot write",
-    "convert ema.safetensors out.pt --to torch_ema": "fastema convert: torch_ema stores a list",
 }
 
 

@@ -191,7 +191,8 @@ def test_failed_write_keeps_the_old_file_and_a_device_stays_one(
     monkeypatch.setattr(averages, "write", fail)
     out = path.with_name("out.csv")
     out.write_text("an older one")
-    assert "No space left on device" in smooth(path, "-o", out, code=2).err
+    assert "out.csv exists; add --force to replace it" in smooth(path, "-o", out, code=2).err
+    assert "No space left on device" in smooth(path, "-o", out, "--force", code=2).err
     assert out.read_text() == "an older one"
     assert len(list(path.parent.iterdir())) == 2
     monkeypatch.undo()

@@ -2,15 +2,17 @@
 
 from itertools import product
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fastema
 from fastema import posthoc
 from fastema.errors import DTypeError
 from fastema.kernels import variants
 from fastema.kernels.formats import FORMATS
-from fastema.layout.dtypes import DTYPES, average_of, dtype
+from fastema.layout.dtypes import DTYPES, average_of, dtype, parse_dtype
 from fastema.layout.flat import ALIGNMENT, compute_offsets
 from fastema.layout.spec import TensorSpec
 
@@ -65,6 +67,31 @@ def test_an_average_gets_the_requested_dtype_or_is_refused(
         return
     with pytest.raises(DTypeError, match=wanted):
         average_of(dtype(weights), chosen)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        *(("fp32", "f32"), ("float", "f32"), ("float32", "f32"), ("torch.float32", "f32")),
+        *(("F32", "f32"), ("fp16", "f16"), ("half", "f16"), ("torch.half", "f16")),
+        *(("bfloat16", "bf16"), ("BF16", "bf16"), ("torch.bfloat16", "bf16")),
+        *(("fp64", "f64"), ("double", "f64"), ("torch.float64", "f64"), ("int8", "i8")),
+    ],
+)
+def test_dtype_goes_by_its_usual_names(name: str, code: str) -> None:
+    assert parse_dtype(name) == dtype(code)
+
+
+def test_average_and_to_take_short_names_and_text_of_torch() -> None:
+    ema = fastema.EMA([np.ones(3)], shadow_dtype="torch.float32")
+    assert ema.shadow["0"].dtype == np.float32
+    assert ema.to("fp64").shadow["0"].dtype == np.float64
+    assert ema.to("half").shadow["0"].dtype == np.float16
+
+
+def test_unknown_dtype_is_refused_with_the_accepted_names() -> None:
+    with pytest.raises(DTypeError, match=r"'fp8'; expected float64 \(f64, fp64, double\), float32"):
+        fastema.EMA([np.ones(3)], shadow_dtype="fp8")
 
 
 REALS = [one for one in DTYPES.values() if one.real == one.code]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastema.cli.arguments import count, decay, number
+from fastema.cli.arguments import add_force, count, decay, number
 
-SUMMARY = "Average finished checkpoints: safetensors, torch files, Hugging Face and DCP folders."
+SUMMARY = "Average finished checkpoints: safetensors, torch, Hugging Face, DCP folders."
 EXTRA = "posthoc"
 NEEDS: dict[str, str] = {}
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  fastema average step-100.safetensors step-200.safetensors -o mean.safetensors\n"
         "  fastema average --dir runs/llama --last 10 --ema 0.9998 -o runs/llama-ema\n"
-        "  fastema average --dir runs/llama --window 40000 --swa --wsm 1-sqrt -o runs/merged\n"
+        "  fastema average --dir runs/llama --window 40000 --swa --wsm 1-sqrt -o merged\n"
     )
     parser.add_argument("paths", nargs="*", type=Path, help="checkpoints, oldest first")
     parser.add_argument(
@@ -52,14 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--out",
         type=Path,
-        help="a safetensors file, or a folder if the newest checkpoint is one; several averages "
-        "are named out-swa, out-ema0.99, ...",
+        help="a file, if the name ends in .safetensors; otherwise a folder, if the newest "
+        "checkpoint is one; several averages are named out-swa, out-ema0.99, ...",
     )
+    add_force(parser)
     parser.add_argument("--key", help="key of the weights inside a checkpoint, such as trainer.ema")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     group = parser.add_argument_group(
-        "averages, computed in one read; repeat --sma, --ema and --sigma-rel for several"
+        "averages, computed in one read; --sma, --ema and --sigma-rel can be repeated"
     )
     group.add_argument(
         "--swa", action="store_true", help="the mean of all checkpoints (the default)"

@@ -17,6 +17,7 @@ from fastema.checkpoint.merge import Merge, check, merge, prepare, warn_of
 from fastema.checkpoint.select import select
 from fastema.checkpoint.source import Checkpoint
 from fastema.checkpoint.stored import open_weights
+from fastema.cli.arguments import check_new
 from fastema.cli.sizes import size
 from fastema.errors import ArgumentError, CheckpointError
 
@@ -35,6 +36,8 @@ def run(args: argparse.Namespace) -> None:
         warnings.simplefilter("always")
         if args.out is not None:
             check(made, wanted)
+            for out in outputs:
+                check_new(out, args.force)
         if args.weights is not None:
             warn_of(args.weights)
         if not args.json:
@@ -136,7 +139,7 @@ def _of_width(checkpoints: Sequence[Checkpoint], width: float) -> list[float]:
 def _outputs(out: Path, names: Sequence[str], made: Merge) -> list[Path]:
     if len(names) == 1:
         return [out]
-    suffix = "" if made.is_folder else out.suffix
+    suffix = "" if made.writes_folder(out) else out.suffix
     stem = out.name.removesuffix(suffix) if suffix else out.name
     return [out.with_name(f"{stem}-{name}{suffix}") for name in names]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from importlib.util import find_spec
 from typing import Any
 
-from fastema.cli.arguments import number, picture_path
+from fastema.cli.arguments import dtype_name, number, picture_path
 from fastema.errors import ArgumentError
 
 SUMMARY = "Time an update for your own model's shapes, against other libraries' averages."
@@ -43,10 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON file: a mapping of names to shapes, or a list of shapes",
     )
     parser.add_argument(
-        "--dtype", choices=_DTYPES, default="bfloat16", help="dtype of the weights (%(default)s)"
+        "--dtype",
+        type=dtype_name(*_DTYPES),
+        default="bfloat16",
+        help="dtype of the weights (%(default)s)",
     )
     parser.add_argument(
-        "--average", choices=_DTYPES, default="float32", help="dtype of the average (%(default)s)"
+        "--average",
+        metavar="DTYPE",
+        type=dtype_name(*_DTYPES),
+        default="float32",
+        help="dtype of the average (%(default)s)",
     )
     parser.add_argument("--device", default="cpu", help="torch device to run on (%(default)s)")
     parser.add_argument(
@@ -92,12 +100,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(head: dict[str, Any], found: list[Any]) -> None:
-    from fastema.cli.sizes import figure
+    from fastema.cli.sizes import LINE, figure
 
-    print(
+    text = (
         f"{head['model']}: {head['elements']:,} weights in {head['tensors']:,} tensors, "
-        f"{head['weights']}, average {head['average']}, on {head['device']}\n"
+        f"{head['weights']}, average {head['average']}, on {head['device']}"
     )
+    print(f"{textwrap.fill(text, LINE)}\n")
     rows = [("", "ms", "x fastema", "GB/s", "of plain memory")]
     rows += [
         (
@@ -117,8 +126,10 @@ def _print(head: dict[str, Any], found: list[Any]) -> None:
         print("  ".join([name.ljust(wide[0]), *figures]).rstrip())
     for one in found:
         if one.ms is None:
-            print(f"{one.name.ljust(wide[0])}  {one.why}")
-    print(
-        "\nMedians; each way was interleaved with fastema. GB/s counts the bytes that an update "
-        "must move.\nPlain memory is the fastest kernel that only moves as many bytes."
+            why = textwrap.shorten(one.why, LINE - wide[0] - 2, placeholder="...")
+            print(f"{one.name.ljust(wide[0])}  {why}")
+    text = (
+        "Medians; each library was timed in turns with fastema. GB/s counts the bytes that an "
+        "update must move. Plain memory is the fastest kernel that only moves as many bytes."
     )
+    print(f"\n{textwrap.fill(text, LINE)}")

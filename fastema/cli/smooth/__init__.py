@@ -13,6 +13,8 @@ from typing import TextIO, TypeVar
 from fastema.cli.arguments import (
     PICTURE_SUFFIXES,
     STANDARD,
+    add_force,
+    check_new,
     count,
     decay,
     picture_path,
@@ -67,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="CSV file to write: the log plus new columns, such as loss_ema and loss_sma; - for "
         "standard output (the default, unless --plot is given)",
     )
+    add_force(parser)
     parser.add_argument(
         "--plot",
         type=picture_path,
@@ -180,6 +183,8 @@ def _check_paths(args: argparse.Namespace) -> None:
             raise ArgumentError(f"{name} {path} is the log itself, which is never overwritten")
     if len({path.resolve() for path in given.values()}) < len(given):
         raise ArgumentError(f"--out and --plot are the same file, {args.out}")
+    if "--out" in given:
+        check_new(given["--out"], args.force)
 
 
 def _comma_separated(parse: Callable[[str], _T]) -> Callable[[str], list[_T]]:

@@ -1,0 +1,143 @@
+"""Averages of fastema in folders that hold a model too, and the names of what is written."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import fastema
+from fastema.checkpoint import average, convert, inspect, load, load_into, save
+from fastema.checkpoint.merge import prepare
+from fastema.checkpoint.stored import open_weights
+from fastema.checkpoint.transfer import tensors_of
+from fastema.errors import CheckpointError
+
+NEEDS = ("safetensors", "torch")
+
+pytestmark = [
+    pytest.mark.usefixtures("inside"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
+]
+
+
+def build(decay: Any = 0.5) -> tuple[nn.Module, fastema.EMA]:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    ema = fastema.EMA(model, decay=decay)
+    with torch.no_grad():
+        for one in model.parameters():
+            one.add_(torch.randn(one.shape))
+    ema.update()
+    return model, ema
+
+
+def save_dcp(model: nn.Module, ema: fastema.EMA, folder: str) -> None:
+    optimizer = torch.optim.AdamW(model.parameters()).state_dict()
+    state = {"model": model.state_dict(), "ema": ema.state_dict(), "epoch": 3, "opt": optimizer}
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+
+
+def save_trainer(model: nn.Module, ema: fastema.EMA, folder: str) -> None:
+    Path(folder).mkdir()
+    save_file(model.state_dict(), f"{folder}/model.safetensors")
+    save(ema, f"{folder}/ema.safetensors")
+
+
+def save_trainer_average(model: nn.Module, ema: fastema.EMA, folder: str) -> None:
+    Path(folder).mkdir()
+    save_file(dict(ema.shadow), f"{folder}/model.safetensors")
+    save_file(model.state_dict(), f"{folder}/training_weights.safetensors")
+    save(ema, f"{folder}/ema.safetensors")
+
+
+FOLDERS = {"dcp": save_dcp, "trainer": save_trainer, "trainer, average": save_trainer_average}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_average_in_a_folder_is_described_converted_and_loaded(kind: str) -> None:
+    model, ema = build()
+    FOLDERS[kind](model, ema, "checkpoint-7")
+    found = inspect("checkpoint-7", check=True)
+    assert (found.average.library, found.average.num_updates) == ("fastema", 1)
+    assert found.average.schedule == ema.schedule
+    assert (found.checkpoint.step, found.checked) == (7, "checksums")
+    if kind != "dcp":
+        weights = tensors_of(found.average.weights)
+        assert torch.equal(weights["0.weight"], model[0].weight)
+    for out in ("out.safetensors", "out"):
+        if kind != "dcp" and out == "out":
+            continue  # the average is one file
+        done = convert("checkpoint-7", out, to="safetensors")
+        assert done.source.library == "fastema"
+        assert Path(out).is_dir() == (out == "out")
+        written = load_file(out if out != "out" else "out/model.safetensors")
+        assert written.keys() == ema.shadow.keys()
+        for name, one in written.items():
+            assert torch.equal(one, ema.shadow[name]), name
+    other = build(decay=0.25)[1]
+    with pytest.warns(UserWarning, match="the saved schedule replaces"):
+        load_into(other, "checkpoint-7")
+    assert (other.num_updates, other.schedule) == (1, ema.schedule)
+    for name, one in ema.shadow.items():
+        assert torch.equal(other.shadow[name], one)
+
+
+def test_key_and_index_select_an_average_in_a_distributed_folder() -> None:
+    model, ema = build(decay=(0.5, 0.9))
+    state = {"trainer": {"average": ema.state_dict(), "model": model.state_dict()}}
+    dcp.save(state, checkpoint_id="dcp", no_dist=True)
+    for index in (0, 1):
+        found = load("dcp", key="trainer.average", index=index)
+        assert (found.library, found.num_updates) == ("fastema", 1)
+        convert("dcp", "out.safetensors", to="safetensors", key="trainer.average", index=index)
+        for name, one in load_file("out.safetensors").items():
+            assert torch.equal(one, ema.shadows[index][name])
+    with pytest.raises(CheckpointError, match=r"nothing at 'trainer\.other'"):
+        load("dcp", key="trainer.other")
+
+
+def test_average_of_another_library_is_found_in_a_distributed_folder() -> None:
+    model, _ = build()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    state = {"model": model.state_dict(), "ema": averaged.state_dict()}
+    dcp.save(state, checkpoint_id="dcp", no_dist=True)
+    found = load("dcp")
+    assert (found.library, found.num_updates) == ("swa_utils", 1)
+    assert set(found.checkpoint.tensors) == set(model.state_dict())
+
+
+def test_flipped_bit_in_a_distributed_folder_is_found_by_check() -> None:
+    model, ema = build()
+    save_dcp(model, ema, "dcp")
+    (part,) = Path("dcp").glob("*.distcp")
+    data = bytearray(part.read_bytes())
+    data[data.index(ema.shadow["0.weight"].numpy().tobytes())] ^= 1
+    part.write_bytes(data)
+    assert inspect("dcp").checked == "sizes"
+    with pytest.raises(CheckpointError, match="is damaged"):
+        inspect("dcp", check=True)
+
+
+def test_mean_of_models_that_are_averages_already_is_said_to_be_so() -> None:
+    for step, kind in ((1, save_trainer_average), (2, save_trainer)):
+        kind(*build(), f"checkpoint-{step}")
+    said = "the model of checkpoint-1 is an average itself; its training weights are in training_"
+    both = [open_weights(f"checkpoint-{step}") for step in (1, 2)]
+    assert any(note.startswith(said) for note in prepare(both).notes)
+    assert not any("an average itself" in note for note in prepare(both[1:]).notes)
+
+
+def test_name_that_ends_in_safetensors_is_a_file_for_any_source(inside: Path) -> None:
+    model, _ = build()
+    for step in (1, 2):
+        dcp.save(model.state_dict(), checkpoint_id=f"step-{step}", no_dist=True)
+    average(["step-1", "step-2"], [0.5, 0.5], "mean.safetensors")
+    for name, one in load_file("mean.safetensors").items():
+        assert torch.equal(one, model.state_dict()[name])
+    average(["step-1", "step-2"], [0.5, 0.5], "mean")
+    assert (inside / "mean" / "model.safetensors").is_file()
