@@ -137,13 +137,12 @@ class OffloadedEMA(EMA[Any]):
         self._link = link_of(tensors)
         self._end_fences = self._link.call_before_steps(self, "wait")
         self._fetch: Any = None
-        self._job: Future[None] | None = None
+        self._job: Future[int] | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._pid = os.getpid()
         self._target: int | None = None  # number of updates after the running one
         self._seconds_waited, self._bytes_moved = 0.0, 0
-        # Skipped steps that no update counts yet, and those that the running update counts.
-        self._pending_steps, self._submitted_pending_steps = 0, 0
+        self._submitted_pending_steps = 0  # pending steps that the running update counts
         self._skip_when_behind, self._num_steps_skipped = when_behind == "skip", 0
         self._writes: WriteWatch | None = None  # while the model holds the average
         self._link.fetch(tensors).complete()
@@ -210,7 +209,7 @@ class OffloadedEMA(EMA[Any]):
             return
         began = time.perf_counter()
         try:
-            job.result()
+            self._pending_steps += job.result()
         except BaseException:
             if job.done():  # the steps skipped before it still count
                 self._pending_steps += self._submitted_pending_steps
@@ -231,12 +230,11 @@ class OffloadedEMA(EMA[Any]):
             self._pool, self._pid = ThreadPoolExecutor(1, "fastema-offload"), os.getpid()
         fetch = self._fetch
 
-        def work() -> None:
+        def work() -> int:
             try:
                 fetch.complete()
-                self._update_locked(
-                    None, steps
-                )  # no lock: other calls hold it and wait for this job
+                # no lock: other calls hold it and wait for this job
+                return self._update_locked(None, steps)
             finally:
                 self._target = None
 
@@ -324,8 +322,7 @@ class OffloadedEMA(EMA[Any]):
             self._refuse_applied("update_from_host")
             found = {name: tensors[name] for name in self._kept if name in tensors}
             self._link.fetch(found).complete()
-            self._update_locked(None, 1 + self._pending_steps)
-            self._pending_steps = 0
+            self._pending_steps = self._update_locked(None, 1 + self._pending_steps)
 
     # -- evaluation -------------------------------------------------------------------------------
 
