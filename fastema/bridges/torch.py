@@ -175,10 +175,10 @@ def link(tensors: Mapping[str, torch.Tensor]) -> Any:
     return Link(tensors)
 
 
-def reshard(container: Any) -> None:
+def reshard(container: Any, *, interrupted: bool = False) -> None:
     """Make FSDP2 modules hold their own shards again where they hold gathered parameters."""
     for one in _modules(container):
-        reshard_modules(one.modules())
+        reshard_modules(one.modules(), interrupted=interrupted)
 
 
 def notify_write(tensors: Sequence[torch.Tensor]) -> None:

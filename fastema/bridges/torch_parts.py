@@ -194,17 +194,44 @@ def refuse_fsdp1(module: torch.nn.Module) -> None:
         )
 
 
-def reshard_modules(modules: Iterable[torch.nn.Module]) -> None:
+def reshard_modules(modules: Iterable[torch.nn.Module], *, interrupted: bool = False) -> None:
     """Make FSDP2 modules hold their sharded parameters; the next forward pass gathers them again.
 
     After an evaluation, or with ``reshard_after_forward=False``, modules hold gathered parameters.
+    With ``interrupted``, modules whose forward pass has not ended are resharded too: it raised.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return
     for module in modules:
         if isinstance(module, fsdp.FSDPModule):
-            for group in getattr(module._get_fsdp_state(), "_fsdp_param_groups", ()):
+            state = module._get_fsdp_state()
+            for group in _groups_of(state):
                 if getattr(group, "_all_gather_result", None) is not None:
                     group.wait_for_unshard()  # a prefetch that began with the old values
             module.reshard()
+            if interrupted and not all(group.is_sharded for group in _groups_of(state)):
+                _end_forward(state._state_ctx)
+
+
+def _groups_of(state: Any) -> list[Any]:
+    """Return the parameter groups of an FSDP2 module's state, of which older torch has one."""
+    groups: list[Any] | None = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [one for one in (state._fsdp_param_group,) if one is not None]
+    return groups
+
+
+def _end_forward(shared: Any) -> None:
+    """Reset all FSDP2 modules of one tree after a forward pass that raised, and reshard them.
+
+    In a forward pass ``reshard()`` keeps the parameters that the backward pass will need. Torch's
+    ``reset_iter_state()``, where there is one, also drops gradients that are still accumulated.
+    """
+    shared.iter_forward_root = None
+    for state in shared.all_states:
+        getattr(state, "_modules_to_run_forward", set()).clear()
+        for one in (state, *_groups_of(state)):
+            one._training_state = type(one._training_state).IDLE
+        for group in _groups_of(state):
+            group._to_sharded()

@@ -359,6 +359,7 @@ class OffloadedEMA(EMA[Any]):
         writes = self._writes
         if model is not None:
             refuse_other_holder(list_iterators(model), self._model.container, writes.weights)
+        reshard(self._model.container, interrupted=True)
         leaves = self._leaves(self._model.container, write=True, restore=True)
         tensors, specs = self._owners(leaves), self._specs(leaves)
         self._link.check(tensors)
