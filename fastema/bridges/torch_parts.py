@@ -182,6 +182,34 @@ def gather(tensor: DTensor) -> torch.Tensor:
     return whole.view(tensor.dtype).squeeze(-1)
 
 
+def refuse_zero3(tensor: torch.Tensor, *, gathered: bool = True, name: str = "") -> None:
+    """Raise a BridgeError for a parameter of DeepSpeed's ZeRO-3, which is empty between steps.
+
+    Pass ``gathered=False`` to accept it while this rank holds all elements.
+    """
+    if not hasattr(tensor, "ds_id"):
+        return
+    status = getattr(getattr(tensor, "ds_status", None), "name", "")
+    if not gathered and status == "AVAILABLE":
+        return
+    now = "is gathered now and freed later" if status == "AVAILABLE" else "is empty between steps"
+    raise BridgeError(
+        f"{name}a parameter of shape {list(getattr(tensor, 'ds_shape', ()))} under DeepSpeed's "
+        f"ZeRO-3: its elements lie on several ranks, and the parameter itself {now}. Train with "
+        "ZeRO stage 1 or 2, or with FSDP2. Otherwise average this rank's elements, "
+        "EMA({name: p.ds_tensor for name, p in model.named_parameters()}): one-dimensional, padded "
+        "at the end, and to be updated and saved by rank, not swapped, since a gathered parameter "
+        "does not follow. Or average {name: p.data ...} within "
+        "deepspeed.zero.GatheredParameters(parameters), which gathers them at each update"
+    )
+
+
+def refuse_zero3_model(module: torch.nn.Module) -> None:
+    """Refuse a module with parameters of ZeRO-3: a copy of it would hold empty tensors."""
+    for name, one in module.named_parameters():
+        refuse_zero3(one, name=f"{name}: ")
+
+
 def refuse_fsdp1(module: torch.nn.Module) -> None:
     """Raise a BridgeError for FSDP1, which shards one flat parameter instead of weights."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
