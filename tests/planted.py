@@ -161,9 +161,23 @@ PLANTED = {
     },
     "shadow": {
         "fastema/shadow/updating.py": {
-            "skipped step not counted": ("self._done = step\n            return\n", "return\n"),
+            "skipped step not counted": (
+                "self._done = step\n            return True\n",
+                "return True\n",
+            ),
+            "left-out steps lost at a NaN": ("return 0 if averaged else steps - 1", "return 0"),
             "seed a step off": ("(weights, self._seed, step)", "(weights, self._seed, self._done)"),
             "update allowed in a block": ('        self._refuse_applied("update")\n', ""),
+        },
+        "fastema/bridges/torch_link.py": {
+            "buffers copied late": ("(pairs if one.requires_grad else now)", "pairs")
+        },
+        "fastema/shadow/following.py": {
+            "hooks run twice": ("if depth <= 0 and", "if"),
+            "out of phase": (
+                "        self._done.clear()\n        if complete:\n",
+                "        if complete:\n            self._done.clear()\n",
+            ),
         },
         "fastema/binding/swap.py": {
             "saved while applied": ('pair.src if way_of(pair) == "bits" else pair.dst', "pair.dst")

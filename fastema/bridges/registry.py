@@ -229,11 +229,15 @@ def link_of(tensors: Mapping[str, Any]) -> Any:
     return makers[0][0](tensors)
 
 
-def reshard(container: Any) -> None:
-    """Make a module hold its own shards again where it holds gathered parameters (FSDP2)."""
+def reshard(container: Any, *, interrupted: bool = False) -> None:
+    """Make a module hold its own shards again where it holds gathered parameters (FSDP2).
+
+    During a forward pass it keeps them. Pass ``interrupted`` if there is none, so that one which
+    has not ended must have raised.
+    """
     for bridge in _imported_bridges():
         if hasattr(bridge, "reshard"):
-            bridge.reshard(container)
+            bridge.reshard(container, interrupted=interrupted)
 
 
 def dtype_code(value: Any, option: str) -> str:

@@ -21,6 +21,7 @@ from fastema.bridges.torch_parts import (
     is_divided,
     local,
     refuse_fsdp1,
+    refuse_zero3,
     reshard_modules,
 )
 from fastema.bridges.torch_parts import gather as gather
@@ -82,10 +83,11 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
     """Return the TensorSpec of a tensor, or of this rank's part of a DTensor.
 
     Raises a BridgeError for tensors without plain strided memory: sparse and quantized tensors,
-    conjugate views, lazy parameters, and tensors on the meta device.
+    conjugate views, lazy parameters, parameters of ZeRO-3, and tensors on the meta device.
     """
     if is_divided(tensor):
         return describe_part(tensor, describe)
+    refuse_zero3(tensor)
     if torch.nn.parameter.is_lazy(tensor):
         raise BridgeError("no shape yet (a lazy module); run the model once before averaging it")
     device, context = _device(tensor.device)
@@ -187,10 +189,10 @@ def link(tensors: Mapping[str, torch.Tensor]) -> Any:
     return Link(tensors)
 
 
-def reshard(container: Any) -> None:
+def reshard(container: Any, *, interrupted: bool = False) -> None:
     """Make FSDP2 modules hold their own shards again where they hold gathered parameters."""
     for one in _modules(container):
-        reshard_modules(one.modules())
+        reshard_modules(one.modules(), interrupted=interrupted)
 
 
 def notify_write(tensors: Sequence[torch.Tensor]) -> None:

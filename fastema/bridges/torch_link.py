@@ -60,9 +60,19 @@ class Link:
         return sum(one.nbytes for one in self._staged.values())
 
     def fetch(self, tensors: Mapping[str, torch.Tensor]) -> Fetch:
-        """Start copying tensors to the host; GPUs do so asynchronously, on separate streams."""
+        """Start copying tensors to the host; GPUs do so asynchronously, on separate streams.
+
+        Tensors that need no gradient, such as buffers, may be written by the next forward pass:
+        they are copied before this returns, on a GPU in the current stream.
+        """
         self.check(tensors)
-        pairs = [(self._staged[name], local(one).detach()) for name, one in tensors.items()]
+        now: list[tuple[torch.Tensor, torch.Tensor]] = []
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for name, one in tensors.items():
+            pair = self._staged[name], local(one).detach()
+            (pairs if one.requires_grad else now).append(pair)
+        for target, source in now:
+            target.copy_(source, non_blocking=True)  # the event below comes after it
         events = []
         for device, stream in self._streams.items():
             stream.wait_stream(torch.cuda.current_stream(device))  # after writes of the weights

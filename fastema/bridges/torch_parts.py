@@ -182,6 +182,34 @@ def gather(tensor: DTensor) -> torch.Tensor:
     return whole.view(tensor.dtype).squeeze(-1)
 
 
+def refuse_zero3(tensor: torch.Tensor, *, gathered: bool = True, name: str = "") -> None:
+    """Raise a BridgeError for a parameter of DeepSpeed's ZeRO-3, which is empty between steps.
+
+    Pass ``gathered=False`` to accept it while this rank holds all elements.
+    """
+    if not hasattr(tensor, "ds_id"):
+        return
+    status = getattr(getattr(tensor, "ds_status", None), "name", "")
+    if not gathered and status == "AVAILABLE":
+        return
+    now = "is gathered now and freed later" if status == "AVAILABLE" else "is empty between steps"
+    raise BridgeError(
+        f"{name}a parameter of shape {list(getattr(tensor, 'ds_shape', ()))} under DeepSpeed's "
+        f"ZeRO-3: its elements lie on several ranks, and the parameter itself {now}. Train with "
+        "ZeRO stage 1 or 2, or with FSDP2. Otherwise average this rank's elements, "
+        "EMA({name: p.ds_tensor for name, p in model.named_parameters()}): one-dimensional, padded "
+        "at the end, and to be updated and saved by rank, not swapped, since a gathered parameter "
+        "does not follow. Or average {name: p.data ...} within "
+        "deepspeed.zero.GatheredParameters(parameters), which gathers them at each update"
+    )
+
+
+def refuse_zero3_model(module: torch.nn.Module) -> None:
+    """Refuse a module with parameters of ZeRO-3: a copy of it would hold empty tensors."""
+    for name, one in module.named_parameters():
+        refuse_zero3(one, name=f"{name}: ")
+
+
 def refuse_fsdp1(module: torch.nn.Module) -> None:
     """Raise a BridgeError for FSDP1, which shards one flat parameter instead of weights."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
@@ -194,17 +222,44 @@ def refuse_fsdp1(module: torch.nn.Module) -> None:
         )
 
 
-def reshard_modules(modules: Iterable[torch.nn.Module]) -> None:
+def reshard_modules(modules: Iterable[torch.nn.Module], *, interrupted: bool = False) -> None:
     """Make FSDP2 modules hold their sharded parameters; the next forward pass gathers them again.
 
     After an evaluation, or with ``reshard_after_forward=False``, modules hold gathered parameters.
+    With ``interrupted``, modules whose forward pass has not ended are resharded too: it raised.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return
     for module in modules:
         if isinstance(module, fsdp.FSDPModule):
-            for group in getattr(module._get_fsdp_state(), "_fsdp_param_groups", ()):
+            state = module._get_fsdp_state()
+            for group in _groups_of(state):
                 if getattr(group, "_all_gather_result", None) is not None:
                     group.wait_for_unshard()  # a prefetch that began with the old values
             module.reshard()
+            if interrupted and not all(group.is_sharded for group in _groups_of(state)):
+                _end_forward(state._state_ctx)
+
+
+def _groups_of(state: Any) -> list[Any]:
+    """Return the parameter groups of an FSDP2 module's state, of which older torch has one."""
+    groups: list[Any] | None = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [one for one in (state._fsdp_param_group,) if one is not None]
+    return groups
+
+
+def _end_forward(shared: Any) -> None:
+    """Reset all FSDP2 modules of one tree after a forward pass that raised, and reshard them.
+
+    In a forward pass ``reshard()`` keeps the parameters that the backward pass will need. Torch's
+    ``reset_iter_state()``, where there is one, also drops gradients that are still accumulated.
+    """
+    shared.iter_forward_root = None
+    for state in shared.all_states:
+        getattr(state, "_modules_to_run_forward", set()).clear()
+        for one in (state, *_groups_of(state)):
+            one._training_state = type(one._training_state).IDLE
+        for group in _groups_of(state):
+            group._to_sharded()

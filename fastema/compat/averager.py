@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastema.binding.swap import MemorySwap, Swap, copy_applied
 from fastema.bridges.registry import leaves_of, list_iterators
+from fastema.bridges.torch_parts import refuse_zero3_model
 from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.errors import LayoutError, StateError, format_problems
 from fastema.layout.group import Pair
@@ -30,7 +31,10 @@ def copy_model(model: torch.nn.Module, memo: dict[int, Any] | None = None) -> to
 
     Autograd would record the copy of a scripted module: its graph would stay alive, and the copy
     would refuse ``requires_grad_(False)``.
+
+    Raises a BridgeError for parameters of ZeRO-3, whose copies would be empty.
     """
+    refuse_zero3_model(model)
     return deepcopy(model, memo)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastema.compat.lists import ListAverage, as_list, load_list, move_list, write
 from fastema.compat.shares import check_fraction
 from fastema.engine.interrupts import defer_signals
-from fastema.errors import ArgumentError, CheckpointError, LayoutError
+from fastema.errors import ArgumentError, CheckpointError
 
 __all__ = ["EMAModel"]
 
@@ -175,17 +175,9 @@ class EMAModel(ListAverage):
         step = self.optimization_step + 1
         decay = float(self.get_decay(step))
         frozen = frozenset(at for at, one in enumerate(weights) if not one.requires_grad)
-        try:
-            with defer_signals():  # an interrupt never separates an update from its count
-                self._averager.update(self._shadow, weights, 1 - decay, step, frozen)
-                self.optimization_step, self.cur_decay_value = step, decay
-        except LayoutError:
-            if any(hasattr(one, "ds_id") for one in weights):
-                raise LayoutError(
-                    "DeepSpeed's ZeRO-3 has sharded the parameters across processes: call step() "
-                    "within deepspeed.zero.GatheredParameters(parameters)"
-                ) from None
-            raise
+        with defer_signals():  # an interrupt never separates an update from its count
+            self._averager.update(self._shadow, weights, 1 - decay, step, frozen)
+            self.optimization_step, self.cur_decay_value = step, decay
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
         """Write the weights that :meth:`store` kept back, bit for bit, and drop the copies."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastema.bridges.registry import describe, is_divided
+from fastema.bridges.torch_parts import refuse_zero3
 from fastema.compat.averager import ModelAverager
 from fastema.errors import (
     ArgumentError,
@@ -59,6 +60,8 @@ def as_list(parameters: Iterable[Tensor], call: str) -> list[Tensor]:
             f"{call}: these parameters are DTensors (FSDP2, tensor parallel), which an average of "
             "a list does not support; use fastema.EMA(model), which does (docs/sharded.md)"
         )
+    for at, one in enumerate(found):
+        refuse_zero3(one, gathered=False, name=f"{call}, number {at} of the list: ")
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from fastema.bridges.torch_parts import refuse_zero3_model
 from fastema.checkpoint.transfer import check_mapping, describe_unfit, strip_wrapper_prefixes
 from fastema.compat.averager import ModelAverager
 from fastema.compat.lists import StoredWeights
@@ -115,6 +116,7 @@ class LitEma(nn.Module):
     ) -> None:
         super().__init__()
         check_fraction(decay, "decay")
+        refuse_zero3_model(model)
         trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
         self.m_name2s_name = _remove_dots(trained)
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))

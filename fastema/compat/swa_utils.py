@@ -33,6 +33,7 @@ from torch.optim import swa_utils as peer
 from torch.optim.swa_utils import SWALR
 
 from fastema.bridges.names import plain_names
+from fastema.bridges.torch_parts import refuse_zero3_model
 from fastema.compat import mirrored
 from fastema.compat.averager import ModelAverager
 from fastema.compat.mirrored import MirroredNumber
@@ -343,6 +344,7 @@ class AveragedModel(peer.AveragedModel):
         multi_avg_fn: MultiAvgFn | None = None,
         use_buffers: bool = False,
     ) -> None:
+        refuse_zero3_model(model)
         with torch.no_grad():  # a copy of a scripted module: see fastema.compat.averager.copy_model
             super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]
         self._reset_caches()

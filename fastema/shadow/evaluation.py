@@ -128,6 +128,7 @@ class SwappableAverage(UpdatableAverage[Weights]):
             refuse_other_holder(
                 list_iterators(model), self._applied.container, self._applied.watch.weights
             )
+        reshard(self._applied.container, interrupted=True)
         with self._applied_swap() as swap:
             names = swap.watch.written()
             with defer_signals():

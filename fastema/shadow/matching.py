@@ -83,8 +83,9 @@ def refuse_divided_otherwise(found: Mapping[str, Leaf], entries: Mapping[str, En
         raise LayoutError(
             f"the model is not divided as its average is:\n{format_problems(problems)}\nFSDP "
             "gathers parameters for a forward pass, and leaves them gathered if no backward pass "
-            "follows. Call update() after optimizer.step(), or reshard() on the modules first. To "
-            "change the division, load the state_dict() into a new average of the new model."
+            "follows. Call update() after optimizer.step(), or reshard() on the modules first; "
+            "after a forward pass that raised, reset_iter_state() on the root module. To change "
+            "the division, load the state_dict() into a new average of the new model."
         )
 
 

@@ -143,13 +143,12 @@ class OffloadedEMA(EMA[Any]):
         self._link = link_of(tensors)
         self._end_fences = self._link.call_before_steps(self, "wait")
         self._fetch: Any = None
-        self._job: Future[None] | None = None
+        self._job: Future[int] | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._pid = os.getpid()
         self._target: int | None = None  # number of updates after the running one
         self._seconds_waited, self._bytes_moved = 0.0, 0
-        # Skipped steps that no update counts yet, and those that the running update counts.
-        self._pending_steps, self._submitted_pending_steps = 0, 0
+        self._submitted_pending_steps = 0  # pending steps that the running update counts
         self._skip_when_behind, self._num_steps_skipped = when_behind == "skip", 0
         self._writes: WriteWatch | None = None  # while the model holds the average
         self._link.fetch(tensors).complete()
@@ -216,7 +215,7 @@ class OffloadedEMA(EMA[Any]):
             return
         began = time.perf_counter()
         try:
-            job.result()
+            self._pending_steps += job.result()
         except BaseException:
             if job.done():  # the steps skipped before it still count
                 self._pending_steps += self._submitted_pending_steps
@@ -237,12 +236,11 @@ class OffloadedEMA(EMA[Any]):
             self._pool, self._pid = ThreadPoolExecutor(1, "fastema-offload"), os.getpid()
         fetch = self._fetch
 
-        def work() -> None:
+        def work() -> int:
             try:
                 fetch.complete()
-                self._update_locked(
-                    None, steps
-                )  # no lock: other calls hold it and wait for this job
+                # no lock: other calls hold it and wait for this job
+                return self._update_locked(None, steps)
             finally:
                 self._target = None
 
@@ -333,8 +331,7 @@ class OffloadedEMA(EMA[Any]):
             self._drain()
             self._refuse_applied("update_from_host")
             self._link.fetch(self._check_host_tensors(tensors)).complete()
-            self._update_locked(None, 1 + self._pending_steps)
-            self._pending_steps = 0
+            self._pending_steps = self._update_locked(None, 1 + self._pending_steps)
 
     def _check_host_tensors(self, tensors: Any) -> dict[str, Any]:
         """Return the tensors of :meth:`update_from_host` that are averaged or copied."""
@@ -395,6 +392,7 @@ class OffloadedEMA(EMA[Any]):
         writes = self._writes
         if model is not None:
             refuse_other_holder(list_iterators(model), self._model.container, writes.weights)
+        reshard(self._model.container, interrupted=True)
         leaves = self._leaves(self._model.container, write=True, restore=True)
         tensors, specs = self._owners(leaves), self._specs(leaves)
         self._link.check(tensors)

@@ -236,6 +236,7 @@ class SaveableAverage(SwappableAverage[Weights]):
             with defer_signals():
                 self._done = saved.counters["num_updates"]
                 self._num_skipped = saved.counters["num_skipped"]
+                self._pending_steps = 0
                 self._seed, self._schedule = saved.counters["seed"], saved.schedule
                 self._format, self._store, self._binding = rounded
                 self._log_decays = saved.log_decays

@@ -112,6 +112,7 @@ class UpdatableAverage(Generic[Weights]):
         self._store = Store.of(selection, self._format)
         self._names = selection.names
         self._done = self._num_skipped = 0
+        self._pending_steps = 0  # taken, but not averaged: the next update counts them
         self._ranks = ranks_of(leaf.spec.owner for leaf in (*selection.averaged, *selection.copied))
         if self._ranks is not None:
             if drift:
@@ -242,7 +243,8 @@ class UpdatableAverage(Generic[Weights]):
             ones again is an error.
         steps : int
             Training steps since the previous call, >= 1 (the default). Several are averaged at
-            once, with the weight of that many steps, such as ``1 - decay ** steps``.
+            once, with the weight of that many steps, such as ``1 - decay ** steps``. If the update
+            is skipped for a NaN, all but the latest of them count in the next update.
 
         Raises
         ------
@@ -278,18 +280,30 @@ class UpdatableAverage(Generic[Weights]):
     def _advance(self, model: Any, steps: int) -> None:
         """Update the average, also while it follows optimizers."""
         with self._lock:
-            self._update_locked(model, steps)
+            self._refuse_applied("update")
+            pending = self._pending_steps
+            steps = validate_int(steps, "steps", 1, MAX_STEPS - self._done - pending)
+            self._pending_steps = self._update_locked(model, steps + pending)
 
-    def _update_locked(self, model: Any, steps: int) -> None:
-        """Update the average; the caller must exclude concurrent calls."""
-        steps = validate_int(steps, "steps", 1, MAX_STEPS - self._done)
-        self._refuse_applied("update")
+    def _update_locked(self, model: Any, steps: int) -> int:
+        """Update the average; the caller must exclude concurrent calls.
+
+        Return the steps that remain for the next update: none, or all but the latest if that was
+        skipped for a NaN.
+        """
         if steps != 1:
             self._refuse_long_steps(steps)
         with self._current(model, once=_ONCE) as program:
-            self._update(program, steps)
+            averaged = self._update(program, steps)
         if self._binding.model.fixed:
             self._own_model = None
+        return 0 if averaged else steps - 1
+
+    def _leave_out(self) -> None:
+        """Count a step that is not averaged in the next update."""
+        with self._lock:
+            # A windowed mean has an entry per averaged step, whatever was between them.
+            self._pending_steps += not self._format.window
 
     def follow(self, *optimizers: Any, update_if: Callable[[], bool] | None = None) -> None:
         """Update the average automatically after each step of the given optimizers.
@@ -299,11 +313,16 @@ class UpdatableAverage(Generic[Weights]):
         whose skipped steps do not count. For a fused optimizer under ``GradScaler``, reading from
         the device whether it stepped waits for the GPU.
 
+        With several optimizers a step ends with the step of the last one passed. It is averaged if
+        each of the others has stepped since the previous step of that one. So if ``GradScaler``
+        skips one of them, this step is not averaged, and the next one is.
+
         Parameters
         ----------
         *optimizers : torch.optim.Optimizer
-            All optimizers that train the averaged weights, at least one; wrappers of Lightning and
-            Accelerate are accepted.
+            All optimizers that train the averaged weights, at least one, in the order in which they
+            step. Wrappers of Lightning and Accelerate are accepted, and others that run step hooks
+            of their own, such as Lookahead of ``pytorch_optimizer``.
         update_if : function, optional
             Called after each step. If it returns False, the weights of this step are not averaged,
             and the next update counts for all steps since the latest one (``steps=``; a windowed
@@ -315,8 +334,8 @@ class UpdatableAverage(Generic[Weights]):
         StateError
             If the average already follows optimizers.
         ArgumentError
-            If an argument is not a PyTorch optimizer or is passed twice; if there is none; for
-            ``update_if`` with ``capturable=True``.
+            If an argument is not a PyTorch optimizer, runs no step hooks or is passed twice; if
+            there is none; for ``update_if`` with ``capturable=True``.
 
         Notes
         -----
@@ -349,10 +368,13 @@ class UpdatableAverage(Generic[Weights]):
             left_out = not update_if()
             return not (left_out if together is None else together.any(left_out))
 
-        def update(steps: int) -> None:
-            self._advance(None, 1 if self._format.window else steps)
+        def stepped() -> None:
+            if update_if is None or is_wanted():
+                self._advance(None, 1)
+            else:
+                self._leave_out()
 
-        self._follower = StepHooks(optimizers, update, None if update_if is None else is_wanted)
+        self._follower = StepHooks(optimizers, stepped)
 
     def _refuse_following(self, method: str) -> None:
         if self._follower is not None:
@@ -387,10 +409,11 @@ class UpdatableAverage(Generic[Weights]):
             reason = "counts on the GPU" if self._count is not None else "holds one entry per step"
             raise ArgumentError(f"steps={steps}: this average {reason}; call update() each step")
 
-    def _update(self, program: Program, steps: int) -> None:
+    def _update(self, program: Program, steps: int) -> bool:
+        """Return False if the update was skipped for a NaN."""
         if self._count is not None:
             self._update_by(self._count, program)
-            return
+            return True
         if self._binding.capturing():
             raise StateError(
                 "update() while the stream is captured: every replay would use the current step "
@@ -400,9 +423,9 @@ class UpdatableAverage(Generic[Weights]):
         weights, log_decays = self._schedule.weigh(step, steps, self._log_decays)
         if not weights:
             self._done = step
-            return
+            return True
         if self._on_nonfinite != "propagate" and not self._check_finite(step):
-            return
+            return False
         begins = step <= self._schedule.start_after
         # Until start_after, update with weight 1: capturable averages do, and rounding must agree.
         # A windowed mean has no slot yet, so copy.
@@ -413,6 +436,7 @@ class UpdatableAverage(Generic[Weights]):
             self._done, self._log_decays = step, log_decays
             self._version += 1
             self._drift_program = None if begins or not self._measures_drift else program
+        return True
 
     def _update_by(self, count: ScheduleCounter, program: Program) -> None:
         """Update with the step and weights that the device reads, now and in replays."""

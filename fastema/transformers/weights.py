@@ -15,7 +15,6 @@ from typing import Any, Final, Literal
 
 import torch
 from transformers import TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from fastema.bridges.registry import is_divided
@@ -127,7 +126,7 @@ class _WrappedMethod:
 
 _SHARDED_MESSAGE: Final = (
     "EMACallback saves whole weights, but the weights of this model are sharded (FSDP, tensor "
-    "parallel or ZeRO-3). With FSDP2 keep fastema.EMA(model) in a callback of your own: update() "
+    "parallel). With FSDP2 keep fastema.EMA(model) in a callback of your own: update() "
     "in on_step_end, and its state_dict() in a folder of torch.distributed.checkpoint "
     "(docs/sharded.md); otherwise use DDP, or ZeRO up to stage 2"
 )
@@ -381,7 +380,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 "call attach(trainer), or pass evaluate_with_average=False"
             )
         resumed = _find_resumed_checkpoint(trainer)
-        if is_deepspeed_zero3_enabled() or getattr(trainer, "is_fsdp_enabled", False):
+        if getattr(trainer, "is_fsdp_enabled", False):
             raise ArgumentError(_SHARDED_MESSAGE)
         if state.global_step and resumed is None:
             raise StateError(

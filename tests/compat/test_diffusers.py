@@ -8,14 +8,16 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel as Theirs
+from torch import nn
 
 from fastema.binding.binding import Binding
 from fastema.compat.diffusers import EMAModel as Ours
-from fastema.errors import LayoutError
+from fastema.errors import BridgeError
 
 from ..support.peers import PEERS, diffusers_weight
+from ..support.zero3 import gather, partition
 from .network import assert_refused, make_generator
-from .parameter_lists import ListTruth, are_equal, copies_of, parameters, perturb
+from .parameter_lists import ListTruth, are_equal, parameters, perturb
 
 pytestmark = pytest.mark.torch
 
@@ -78,17 +80,12 @@ def test_saved_folder_loads_in_both_libraries(first: Any, then: Any, tmp_path: P
 
 
 def test_sharded_deepspeed_parameters_are_refused_with_advice() -> None:
-    """DeepSpeed leaves parameters empty, with an attribute ``ds_id``."""
     weights = parameters(62)
     ema = Ours(weights)
-    averages = copies_of(ema.shadow_params)
-    for number, one in enumerate(weights):
-        one.ds_id = number
-        one.data = torch.empty(0)
-    with assert_refused(LayoutError, "GatheredParameters", ema.shadow_params):
+    partition(nn.ParameterList(weights))
+    with assert_refused(BridgeError, "GatheredParameters", ema.shadow_params):
         ema.step(weights)
     assert ema.optimization_step == 0
-    for one, average in zip(weights, averages, strict=True):  # gathered
-        one.data = average + 1
+    gather(nn.ParameterList(weights))
     ema.step(weights)
     assert are_equal(ema.shadow_params, weights)

@@ -109,6 +109,58 @@ def check_swap(layout: str, kind: str) -> None:
         assert torch.equal(gather(held[name]), tensor), name
 
 
+class BadBatch(Exception):
+    """Raised inside a forward pass."""
+
+
+def _raise(*_: Any) -> None:
+    raise BadBatch
+
+
+def check_raise_in_forward(layout: str, where: str, offload: bool) -> None:
+    """Check the error, the weights and further training after a forward pass that raises."""
+    if not is_member(layout):
+        return
+    model, one = build(layout), build_net()
+    ema = fastema.EMA(model, decay=0.5, offload=offload)
+    reference = fastema.EMA(one, decay=0.5)
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
+    pairs = [
+        (m, e, torch.optim.SGD(m.parameters(), lr=0.1)) for m, e in ((model, ema), (one, reference))
+    ]
+    for step in range(3):
+        for m, e, optimizer in pairs:
+            loss = m(x).square().mean()
+            (loss.full_tensor() if isinstance(loss, DTensor) else loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            e.update()
+        hook = model.get_submodule(where).register_forward_pre_hook(_raise)
+        reshard(model)
+        raw = {name: gather(t) for name, t in model.named_parameters()}
+        with pytest.raises(BadBatch), ema.swapped(), torch.set_grad_enabled(step == 1):
+            model(x)
+        assert not ema.applied
+        for name, tensor in model.named_parameters():  # sharded again
+            assert torch.equal(gather(tensor), raw[name]), name
+        ema.apply_shadow()
+        with pytest.raises(BadBatch), torch.no_grad():
+            model(x)
+        ema.restore()
+        for name, tensor in model.named_parameters():
+            assert torch.equal(gather(tensor), raw[name]), name
+        hook.remove()
+        with ema.swapped(), reference.swapped(), torch.no_grad():
+            assert_close(gather(model(x)), one(x), layout)
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.unshard()
+    for name in reference.shadow:
+        torch.testing.assert_close(
+            gather(ema.shadow[name]), reference.shadow[name], rtol=2e-3, atol=2e-3
+        )
+
+
 def assert_close(got: torch.Tensor, want: torch.Tensor, layout: str) -> None:
     tolerance = 0.05 if layout == "mixed" else 1e-5
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance, check_dtype=False)

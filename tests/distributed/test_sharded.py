@@ -31,6 +31,23 @@ def test_swap_changes_the_forward_pass_and_is_undone(run: Run, layout: str, kind
     run(cases.check_swap, layout, kind)
 
 
+@pytest.mark.parametrize(
+    ("layout", "where", "offload"),
+    [
+        ("fsdp 4", "down", False),
+        ("fsdp 4", "lone", True),
+        ("unsharded after", "lone", False),
+        ("hsdp", "up", True),
+        ("fsdp on tp", "lone", False),
+        ("tp 4", "down", False),
+    ],
+)
+def test_forward_pass_that_raises_leaves_its_error_and_the_raw_weights(
+    run: Run, layout: str, where: str, offload: bool
+) -> None:
+    run(cases.check_raise_in_forward, layout, where, offload)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_averages_of_a_training_run_equal_one_process(run: Run, layout: str) -> None:
     run(cases.check_training, layout)

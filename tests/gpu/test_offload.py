@@ -62,6 +62,21 @@ def test_a_step_waits_on_the_device_until_the_weights_are_copied(gpu: torch.devi
         assert bool((ema.shadow["0.weight"] == value).all()), value
 
 
+def test_buffers_written_by_the_next_forward_pass_are_averaged_before(gpu: torch.device) -> None:
+    """The copy of the weights is delayed; the next forward pass does not wait for it."""
+    model = build(gpu)
+    ema = fastema.EMA(model, decay=0.0, buffers="average", offload=True)
+    (stream,) = ema._link._streams.values()
+    for _ in range(3):
+        before = {name: one.clone() for name, one in model.named_buffers()}
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(300_000_000)
+        ema.update()
+        model(torch.randn(8, 64, device=gpu))
+        for name, one in before.items():
+            assert torch.equal(ema.shadow[name], one.cpu()), name
+
+
 def test_offloading_allocates_no_device_memory(gpu: torch.device) -> None:
     model = build(gpu, 2048)
     torch.cuda.synchronize()

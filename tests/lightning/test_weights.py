@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from lightning import pytorch as pl
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
 
 import fastema
 from fastema import rules
@@ -166,6 +168,19 @@ def test_invalid_arguments_are_refused() -> None:
             EMACallback(**options)  # type: ignore[arg-type]
     with pytest.raises(StateError, match="no average yet"):
         _ = EMACallback().ema
+
+
+def test_average_follows_the_optimizer_inside_of_lightnings() -> None:
+    model = torch.nn.Linear(3, 2)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    for optimizer in (LightningOptimizer(inner), fabric.setup_optimizers(inner)):
+        assert optimizer is not inner
+        ema = fastema.EMA(model, decay=0.5)
+        ema.follow(optimizer)
+        inner.step()  # the trainer's strategy steps it
+        assert ema.num_updates == 1
+        ema.unfollow()
 
 
 def test_only_batches_with_a_step_count(trainer: Callable[..., pl.Trainer]) -> None:

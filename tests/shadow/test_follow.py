@@ -1,6 +1,8 @@
 """Averages that follow optimizers through PyTorch's own hooks."""
 
+import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import nn
 
 import fastema
-from fastema.errors import ArgumentError, StateError
+from fastema.errors import ArgumentError, NonFiniteError, StateError
 from fastema.rules import Warmup
 
 from .kinds import full_state
@@ -105,6 +107,129 @@ def test_steps_declined_by_update_if_count_in_the_next_update() -> None:
     assert ema.num_updates == 6
 
 
+@pytest.mark.parametrize("reaction", ["skip", "raise"])
+def test_declined_steps_outlive_an_update_that_a_nan_prevents(reaction: Any) -> None:
+    model, _, _, other = build(0.8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # without momentum, which keeps the NaN
+    ema = fastema.EMA(model, 0.8, on_nonfinite=reaction)
+    wanted = iter([True, False, False, True, True])
+    ema.follow(optimizer, update_if=lambda: next(wanted))
+    for n in range(5):
+        backward(model, n)
+        raw = copy.deepcopy(model.state_dict())
+        if n == 3:
+            model[0].weight.grad[0, 0] = torch.nan
+        with pytest.raises(NonFiniteError) if (reaction, n) == ("raise", 3) else nullcontext():
+            optimizer.step()
+        optimizer.zero_grad()
+        if n == 3:
+            model.load_state_dict(raw)  # as a guard against bad steps does
+        if n in (0, 4):
+            other.update(steps=1 if n == 0 else 3)
+    skipped = int(reaction == "skip")
+    assert full_state(ema) == {**full_state(other), "num_skipped": skipped}
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Writes the weights after the optimizer inside has stepped; runs hooks of its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        super().__init__(optimizer.param_groups, {})
+
+    def step(self, closure: Any = None) -> Any:
+        loss = self.optimizer.step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for one in group["params"]:
+                    one.mul_(0.75)
+        return loss
+
+
+class Unhooked(Lookahead):
+    """Keeps out of torch's own constructor, as PostLocalSGDOptimizer does."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+
+class Clamped(torch.optim.SGD):
+    """Writes the weights after the step of its base class, which runs the hooks too."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        if closure is not None and loss is None:
+            raise ValueError("no loss")
+        with torch.no_grad():
+            for one in self.param_groups[0]["params"]:
+                one.clamp_(-0.1, 0.1)
+        return loss
+
+
+WRITERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "wrapper": lambda p: Lookahead(torch.optim.SGD(p, lr=0.1)),
+    "wrapper of a wrapper": lambda p: Lookahead(Lookahead(torch.optim.SGD(p, lr=0.1))),
+    "subclass": lambda p: Clamped(p, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_an_optimizer_writes_around_another_step_is_averaged_in_the_same_update(
+    name: str,
+) -> None:
+    model, _, ema, other = build(0.8)
+    optimizer = WRITERS[name](model.parameters())
+    ema.follow(optimizer)
+    for n in range(1, 5):
+        backward(model, n)
+        optimizer.step()
+        optimizer.zero_grad()
+        other.update()
+        assert ema.num_updates == n
+        assert full_state(ema) == full_state(other)
+    if name == "subclass":
+        with pytest.raises(ValueError, match="no loss"):
+            optimizer.step(lambda: None)
+        optimizer.step()
+        assert ema.num_updates == n + 1
+
+
+def test_wrapper_without_hooks_is_refused_with_advice() -> None:
+    model, optimizer, ema, _ = build()
+    Lookahead(torch.optim.SGD(model.parameters(), lr=0.1))  # hooks the class, not the object
+    with pytest.raises(ArgumentError, match=r"Unhooked, whose step\(\) runs no hooks.*update\(\)"):
+        ema.follow(Unhooked(optimizer))
+    ema.follow(optimizer)
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+@pytest.mark.parametrize("fused", [False, True])
+def test_step_that_the_scaler_skips_for_one_optimizer_leaves_the_next_ones_in_phase(
+    bad: int, fused: bool
+) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(3, 3) for _ in range(3)])
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.1, fused=fused) for one in model]
+    ema, other = fastema.EMA(model, 0.5), fastema.EMA(model, 0.5)
+    ema.follow(*optimizers)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1000)
+    for n in range(6):
+        loss = sum(one(torch.full((1, 3), n + 1.0)).square().sum() for one in model)
+        scaler.scale(loss).backward()
+        if n in (0, 3, 4):
+            model[(bad + n // 4) % 3].weight.grad[0, 0] = torch.inf
+        for one in optimizers:
+            scaler.step(one)
+            one.zero_grad()
+        scaler.update()
+        # If the last one skipped, the others' steps count together with its next one.
+        if n not in (0, 3) and (n != 4 or bad == 2):
+            other.update()
+        assert full_state(ema) == full_state(other)
+    assert ema.num_updates == 3 + (bad == 2)
+
+
 def test_unfollow_stops_updates_and_follow_resumes_them() -> None:
     _, optimizer, ema, _ = build()
     ema.unfollow()
@@ -129,6 +254,7 @@ def test_follow_refuses_anything_but_distinct_optimizers() -> None:
         ((optimizer, optimizer), "each once"),
         ((model,), "was given a Sequential"),
         ((3,), "was given a int: expected optimizers of torch.optim"),
+        ((int,), "was given a type: expected optimizers of torch.optim"),
     ):
         with pytest.raises(ArgumentError, match=said):
             ema.follow(*given)

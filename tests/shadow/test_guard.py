@@ -105,3 +105,19 @@ def test_nonfinite_statistics_leave_the_average_unchanged(bad: float, buffers: A
         one.update()
         assert one.num_updates == 2
         assert one.shadow["0.num_batches_tracked"] == 1
+
+
+def test_steps_of_an_update_skipped_for_a_nan_count_in_the_next_one_but_the_latest() -> None:
+    model = net()
+    skipping, mirror = (fastema.EMA(model, 0.75, on_nonfinite="skip") for _ in range(2))
+    with torch.no_grad():
+        model.scale.fill_(torch.nan)
+    skipping.update(steps=4)  # as after an epoch of steps in one call
+    skipping.update()
+    assert skipping.num_updates == 0
+    refresh_(model, 1)
+    skipping.update(steps=2)
+    mirror.update(steps=5)
+    assert full_state(skipping) == {**full_state(mirror), "num_skipped": 2}
+    train_(model, [2], skipping, mirror)
+    assert full_state(skipping) == {**full_state(mirror), "num_skipped": 2}

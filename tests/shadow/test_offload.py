@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from fastema.errors import ArgumentError, BridgeError, LayoutError, NonFiniteErr
 from fastema.shadow.offload import OffloadedEMA
 
 from .kinds import assert_unchanged, full_state, which
-from .weights import Net, assert_bits, net, refresh_, snapshot
+from .weights import BUFFERS, Net, assert_bits, net, refresh_, snapshot, tensors_of
 
 pytestmark = pytest.mark.torch
 
@@ -106,6 +107,29 @@ def test_update_returns_before_the_copy_and_the_next_step_waits_for_it() -> None
     assert events[-1] == "stepped"
 
 
+@pytest.mark.parametrize("policy", ["copy", "average"])
+@pytest.mark.parametrize("form", ["module", "dict"])
+def test_tensors_that_forward_passes_write_are_copied_before_update_returns(
+    policy: Any, form: str
+) -> None:
+    model = net()
+    model.register_buffer("seen", torch.tensor([False, True]))
+    model.conv.bias.requires_grad_(False)  # like a teacher's, which a forward pass moves
+    held: Any = model if form == "module" else dict(tensors_of(model))
+    options = {"policy": dict.fromkeys((*BUFFERS, "seen", "conv.bias"), policy)}
+    offloaded, ema = (fastema.EMA(held, 0.75, offload=on, **options) for on in (True, False))
+    forward = [*model.buffers(), model.conv.bias]
+    for n in range(1, 4):
+        offloaded.wait()
+        refresh_(model, n)
+        go, _ = block_link(offloaded)
+        ema.update()
+        offloaded.update()
+        refresh_(dict(enumerate(forward)), n + 10)
+        go.set()
+        assert full_state(offloaded) == full_state(ema)
+
+
 def test_updates_skipped_while_behind_count_in_the_next_update() -> None:
     model, offloaded, ema = build(offload="skip")
     go, _events = block_link(offloaded)
@@ -123,6 +147,43 @@ def test_updates_skipped_while_behind_count_in_the_next_update() -> None:
         offloaded.update()
         ema.update(steps=steps)
         assert full_state(offloaded) == full_state(ema)
+
+
+@pytest.mark.parametrize("reaction", ["skip", "raise"])
+def test_steps_skipped_while_behind_outlive_an_update_skipped_for_a_nan(reaction: Any) -> None:
+    model, offloaded, ema = build(offload="skip", on_nonfinite=reaction)
+    go, _events = block_link(offloaded)
+    refresh_(model, 1)
+    ema.update()
+    for _ in range(3):  # two of them do not wait for the first one
+        offloaded.update()
+    go.set()
+    offloaded._drain()
+    with torch.no_grad():
+        model.head.weight[0, 0] = torch.nan
+    offloaded.update()
+    with pytest.raises(NonFiniteError) if reaction == "raise" else nullcontext():
+        offloaded.state_dict()
+    refresh_(model, 2)
+    offloaded.update()
+    ema.update(steps=3)
+    offloaded._drain()
+    skipped = int(reaction == "skip")
+    assert full_state(offloaded) == {**full_state(ema), "num_skipped": skipped}
+
+
+def test_steps_skipped_before_a_state_is_loaded_do_not_count_after_it() -> None:
+    model, offloaded, ema = build(offload="skip")
+    state = offloaded.state_dict()
+    go, _events = block_link(offloaded)
+    for _ in range(3):
+        offloaded.update()
+    go.set()
+    offloaded.load_state_dict(state)
+    refresh_(model, 2)
+    offloaded.update()
+    ema.update()
+    assert full_state(offloaded) == full_state(ema)
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import (
     BartConfig,
@@ -14,10 +15,12 @@ from transformers import (
     Seq2SeqTrainingArguments,
 )
 
-from fastema.errors import ArgumentError, StateError
+import fastema
+from fastema.errors import ArgumentError, BridgeError, StateError
 from fastema.transformers import EMACallback
 
 from ..support.torch_states import State, assert_near, assert_same, differ, snapshot
+from ..support.zero3 import partition
 from .averaged import prepare_run, train_run, trainer
 from .network import DECAY, EVERY_FOUR, FILE, SAVED, STEPS, CallAt, Network, Recorder
 from .runs import MARKS, data
@@ -248,6 +251,34 @@ def test_training_without_trainer_checkpoint_or_whole_weights_is_refused(tmp_pat
         with pytest.raises(error, match=sequences):
             ema.on_train_begin(run.args, run.state, run.control, model=run.model)
         run.state.global_step, run.is_fsdp_enabled = 8, ema is alone
+
+
+def test_weights_that_zero3_has_partitioned_are_refused_by_name(tmp_path: Path) -> None:
+    ema = EMACallback()
+    run = trainer(tmp_path, ema)
+    partition(run.model)
+    name = next(iter(run.model.state_dict()))
+    with pytest.raises(BridgeError, match=rf"^{name}: .* under DeepSpeed's ZeRO-3"):
+        ema.on_train_begin(run.args, run.state, run.control, model=run.model)
+
+
+def test_average_follows_the_optimizer_inside_of_accelerates(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(model, inner)
+    assert optimizer is not inner
+    ema, other = fastema.EMA(model, decay=0.5), fastema.EMA(model, decay=0.5)
+    ema.follow(optimizer)
+    for n in range(4):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(2, 3)).square().sum())
+            optimizer.step()  # a step at every second call
+            optimizer.zero_grad()
+        if n % 2:
+            other.update()
+        assert ema.num_updates == (n + 1) // 2
+        assert_same(dict(ema.shadow), dict(other.shadow))
 
 
 def test_evaluation_in_bfloat16_or_without_the_average(tmp_path: Path) -> None:

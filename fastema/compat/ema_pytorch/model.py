@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fastema.bridges.names import plain_names
+from fastema.bridges.torch_parts import refuse_zero3_model
 from fastema.compat.averager import ModelAverager
 from fastema.compat.ema_pytorch.schedule import StepCountingModule
 from fastema.errors import ArgumentError, BridgeError, StateError
@@ -70,6 +71,7 @@ class ModelAverage(StepCountingModule):
     def _set_ema_model(self, ema_model: nn.Module | Callable[[], nn.Module] | None) -> None:
         """Set the averaged model; by default a deep copy of the model in training."""
         if ema_model is None:
+            refuse_zero3_model(self.model)
             try:
                 ema_model = deepcopy(self.model)
             except Exception as error:
