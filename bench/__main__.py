@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--readme",
         choices=("write", "check"),
-        help="write or check the tables in README.md, from a stored result",
+        help="write or check the figures in README.md and docs/, from stored results",
     )
     made.add_argument(
         "--machines",

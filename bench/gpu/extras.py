@@ -14,6 +14,7 @@ import fastema
 from bench.gpu.cases import DeviceCase, build, fill_
 from bench.gpu.clock import Budget, Clock
 from bench.gpu.race import Copy, host_time, time_beside_copy
+from bench.gpu.targets import LINK, STEP, SWAP, WINDOW
 from bench.race import shapes
 from bench.race.checks import assert_equal, sample
 from bench.race.flat_module import DTYPES
@@ -23,10 +24,6 @@ from bench.race.report import Row
 from bench.race.shapes import total_elements
 from fastema.engine.cuda_group import SlowWarning
 
-SWAP = "Swap and back: gpt2-small, bf16 model, f32 average"
-WINDOW = "Mean of the last 3 weights: gpt2-small, f32"
-LINK = "Offload: the link to the host"
-STEP = "Offload: a training step"
 CUPY = "CuPy: update of one array, f32"
 
 _ROUNDS, _BUDGET_S = 20, 3.0

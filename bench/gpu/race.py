@@ -15,7 +15,8 @@ from torch import nn
 
 from bench.gpu.cases import DeviceCase, build, estimate_memory, fill_, traffic
 from bench.gpu.clock import Budget, Clock, Memory
-from bench.gpu.peers import COPY, DEVICE_PEERS, refusals
+from bench.gpu.peers import DEVICE_PEERS, refusals
+from bench.gpu.targets import COPY
 from bench.race.checks import sample
 from bench.race.clock import interleave, spread
 from bench.race.contest import Job

@@ -8,7 +8,7 @@ from bench.race.report import Row, number
 
 OURS, PLAN, CAPTURED = "fastema.EMA", "fastema.Plan.lerp_", "fastema.EMA, captured"
 SAMPLED, COMPILED = "fastema.EMA, watch=sample", "torch.compile of a lerp_ loop"
-FOREACH = "torch._foreach_lerp_"
+FOREACH, COPY = "torch._foreach_lerp_", "device-to-device copy"
 
 SAME = "Update: flat-1B, f32 model, f32 average"
 MIXED = "Update: flat-1B, bf16 model, f32 average"
@@ -16,6 +16,10 @@ NARROW = "Update: flat-1B, bf16 model, bf16 average"
 SMALL = "Update: small-1000, f32 model, f32 average"
 TINY = "Update: tiny-64, f32 model, f32 average"
 GPT2 = "Update: gpt2-small, bf16 model, f32 average"
+SWAP = "Swap and back: gpt2-small, bf16 model, f32 average"
+WINDOW = "Mean of the last 3 weights: gpt2-small, f32"
+LINK = "Offload: the link to the host"
+STEP = "Offload: a training step"
 
 
 class RunFigures:

@@ -4,18 +4,20 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bench import __main__ as command
 from bench.gpu import cases, check, clock, extras, peers, preflight, race, smi, targets
-from bench.race import machine
+from bench.race import gpu_figures, machine, readme
 from bench.race.peers import OURS, Peer, PeerCalls
 from bench.race.question import Settings
-from bench.race.report import ROOT, Row, load, table
+from bench.race.report import RESULTS, ROOT, Row, load, store, table
 from fastema.engine import cuda as engine
 from fastema.engine import shipped
 from fastema.kernels.stamp import source_stamp
@@ -28,6 +30,58 @@ pytestmark = pytest.mark.torch
 
 CPU = torch.device("cpu")
 DRY = Settings(quick=True, device="cpu", minutes=15, select="bf16-f32 or nothing_waits")
+
+
+DOCUMENTS = {
+    "README.md": gpu_figures.README_WITHOUT,
+    "docs/gpu.md": gpu_figures.GPU_WITHOUT,
+    "docs/offload.md": gpu_figures.OFFLOAD_WITHOUT,
+}
+"""File -> the sentence that stands in it as long as no GPU has been measured."""
+
+
+def write_documents(folder: Path, results: Path) -> dict[str, str]:
+    """Write what is generated of the project's documents, and return their texts."""
+    (folder / "docs").mkdir(exist_ok=True)
+    for name in DOCUMENTS:
+        shutil.copy(ROOT / name, folder / name)
+    assert readme.main(check=False, root=folder, results=results) == 0
+    assert readme.main(check=True, root=folder, results=results) == 0
+    return {name: (folder / name).read_text(encoding="utf-8") for name in DOCUMENTS}
+
+
+def assert_taken_into_documents(
+    header: Mapping[str, Any], rows: Sequence[Row], folder: Path
+) -> dict[str, str]:
+    """Assert that these rows get into the documents if they are of a GPU, and else do not.
+
+    Returns the documents with the rows of two cards.
+    """
+    results = folder / "stored"
+    real = {**header, "dry_run": False, "quick": False, "kernels": "shipped", "card": "H100 80GB"}
+    refused = (
+        {**real, "dry_run": True},
+        {**real, "quick": True},
+        {**real, "kernels": "torch's functions"},
+        {name: value for name, value in real.items() if name != "dry_run"},
+    )
+    store(results, "cpu", *load(RESULTS / "cpu.json"), "")
+    store(results, "gpu-dry-run", {**real, "dry_run": True}, rows, "")
+    store(results, "gpu-h100-80gb-part", real, rows, "")
+    for wrong in refused:
+        store(results, "gpu-h100-80gb", wrong, rows, "")
+        texts = write_documents(folder, results)
+        assert all(sentence in texts[name] for name, sentence in DOCUMENTS.items())
+        assert not any("H100" in text for text in texts.values())
+    store(results, "gpu-h100-80gb", real, rows, "")
+    store(results, "gpu-h200", {**real, "card": "H200"}, rows, "")
+    texts = write_documents(folder, results)
+    for name, sentence in DOCUMENTS.items():
+        assert sentence not in texts[name], name
+        assert "| H100 80GB |" in texts[name], name
+        assert "`bench/results/gpu-h200.md`" in texts[name], name
+    shutil.rmtree(results)
+    return texts
 
 
 @pytest.mark.slow
@@ -48,6 +102,7 @@ def test_dry_run_has_all_stages_and_rows(tmp_path: Path) -> None:
     assert header["kernels"] in ("shipped", "compiled here")
     assert not [row for row in dry if row.table == "Targets" and row.figures.get("met")]
     everyone = {peer.name for peer in peers.DEVICE_PEERS}
+    assert_taken_into_documents(header, dry, tmp_path)
     for extra in extras.extras(quick=True):
         rows = {row.entry: row for row in dry if row.table == extra.title}
         assert any(entry.startswith("fastema") or "offload" in entry for entry in rows), extra.name
@@ -56,10 +111,10 @@ def test_dry_run_has_all_stages_and_rows(tmp_path: Path) -> None:
     assert states == ["before", "after"]
     for case in cases.SMALL:
         rows = {row.entry: row for row in dry if row.table == case.title}
-        assert set(rows) == {*everyone, peers.COPY}, case.name
+        assert set(rows) == {*everyone, targets.COPY}, case.name
         assert next(iter(rows)) == OURS
         assert rows[OURS]["ratio"] == 1
-        assert rows[peers.COPY]["share_of_copy"] == pytest.approx(1)
+        assert rows[targets.COPY]["share_of_copy"] == pytest.approx(1)
         for row in rows.values():
             if not row.missing:
                 assert {row[name] for name in ("allocations", "peak_mb", "driver_bytes")} == {None}
@@ -110,7 +165,7 @@ def test_a_call_that_is_not_queued_in_time_is_marked(
     )
     loop, copy = rows
     assert (loop.entry, loop["timed_at"]) == ("a loop", timed_at)
-    assert (copy.entry, copy["timed_at"]) == (peers.COPY, "device")
+    assert (copy.entry, copy["timed_at"]) == (targets.COPY, "device")
     assert loop["share_of_copy"] == pytest.approx(1)
 
 
@@ -148,7 +203,7 @@ def test_the_check_stops_after_build_where_torchs_functions_run(
 def test_a_stub_of_a_gpu_meets_no_target(gpu: StubGpu) -> None:
     ours = [peer for peer in peers.DEVICE_PEERS if peer.name in (OURS, targets.PLAN)]
     rows = list(race.race(cases.SMALL[0], clock.HostClock(CPU), clock.Budget(60), ours))
-    assert {row.entry for row in rows if row.figures} == {OURS, targets.PLAN, peers.COPY}
+    assert {row.entry for row in rows if row.figures} == {OURS, targets.PLAN, targets.COPY}
     judged = list(targets.targets(rows, dry_run=True))
     assert not any(row.figures.get("met") for row in judged)
     assert judged[-1].missing == "not judged: a dry run says nothing of a GPU"
@@ -178,7 +233,7 @@ def test_targets_are_judged_from_the_measured_rows() -> None:
         row(small, targets.CAPTURED, 0.0135),
         row(targets.TINY, OURS, 0.0049),
         row(targets.TINY, targets.FOREACH, 0.004),
-        Row(extras.WINDOW, "fastema.SMA", {"device_ms": 1.0}),
+        Row(targets.WINDOW, "fastema.SMA", {"device_ms": 1.0}),
     ]
     expected = [
         ("f32 -> f32, 1B", 0.95, True),
@@ -205,6 +260,34 @@ def test_targets_are_judged_from_the_measured_rows() -> None:
     assert {targets.GPT2, targets.TINY} <= titles
     everyone = {peer.name for peer in peers.DEVICE_PEERS}
     assert {OURS, targets.PLAN, targets.CAPTURED, targets.SAMPLED, targets.COMPILED} <= everyone
+
+
+def test_documents_take_their_figures_of_gpus_from_stored_results(tmp_path: Path) -> None:
+    header = {"quick": False, "command": "python -m bench gpu", "date_utc": "now", "commit": "0"}
+    link = Row(targets.LINK, "fastema, weights to the host", {"link_gbps": 51.5})
+    looped = row(targets.SMALL, "torch mul_/add_ loop", 2.5)
+    measured = [
+        row(targets.SAME, OURS, 4.0, share=0.972),
+        row(targets.SAME, targets.FOREACH, 4.44),
+        row(targets.MIXED, OURS, 3.0),
+        row(targets.SMALL, OURS, 0.0075),
+        replace(looped, figures={**looped.figures, "timed_at": "host"}),
+        link,
+        Row(targets.STEP, "offload=True", {"stall_ms": 0.0625, "longer_ms": -0.5}),
+    ]
+    texts = assert_taken_into_documents(header, measured, tmp_path)
+    for name in ("README.md", "docs/gpu.md"):
+        for label, value in (
+            ("1 billion float32 weights: of the copy's TB/s", "97%"),
+            ("1 billion float32 weights: `_foreach_lerp_` takes", "1.11×"),
+            ("1,000 small float32 tensors: on the device, µs", "7.50"),
+            ("1 billion bfloat16 weights, float32 average: a compiled loop takes", "–"),
+        ):
+            (line,) = (line for line in texts[name].splitlines() if line.startswith(f"| {label}"))
+            assert [cell.strip() for cell in line.split("|")[2:4]] == [value] * 2
+    assert "2.5 (333×) *" in texts["docs/gpu.md"]
+    assert "51.5" in texts["docs/offload.md"]
+    assert "-0.50" in texts["docs/offload.md"]
 
 
 def test_clocks_and_power_are_those_of_the_device(
