@@ -200,6 +200,7 @@ def test_the_check_stops_after_build_where_torchs_functions_run(
     assert [row.entry for row in rows if row.table == "Time taken"] == ["build"]
 
 
+@pytest.mark.slow
 def test_a_stub_of_a_gpu_meets_no_target(gpu: StubGpu) -> None:
     ours = [peer for peer in peers.DEVICE_PEERS if peer.name in (OURS, targets.PLAN)]
     rows = list(race.race(cases.SMALL[0], clock.HostClock(CPU), clock.Budget(60), ours))
@@ -255,6 +256,9 @@ def test_targets_are_judged_from_the_measured_rows() -> None:
         assert found.entry.startswith(start)
         assert found["value"] == (None if value is None else pytest.approx(value))
         assert found["met"] is met
+    dry = list(targets.targets(measured, dry_run=True))
+    assert [one["met"] for one in dry[:-1]] == [None] * len(expected)
+    assert dry[-1].missing == "not judged: a dry run says nothing of a GPU"
     titles = {case.title for case in cases.FULL}
     assert {targets.SAME, targets.MIXED, targets.NARROW, targets.SMALL} <= titles
     assert {targets.GPT2, targets.TINY} <= titles
