@@ -61,6 +61,7 @@ def kernels_in_use(device: torch.device) -> KernelsInUse:
     import fastema
     from fastema.engine import cuda_group, shipped
 
+    set_cuda_home()  # a kernel that could not be compiled is not tried again
     cuda_group._warned.clear()  # it warns once per device
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -235,7 +236,7 @@ def benchmark(cases: list[DeviceCase | Extra], clock: Clock, budget: Budget) -> 
             if isinstance(case, DeviceCase):
                 yield from race(case, clock, budget)
             else:
-                yield from case.rows(clock, budget)
+                yield from case.rows(clock)
             clock.release()
         except Exception as error:  # after one failure a device may raise at every call
             yield failure(case.title, "all", error)
@@ -318,7 +319,6 @@ def rows(settings: Settings) -> Rows:
     device = torch.device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
-    set_cuda_home()
     clock = clock_of(device)
     chosen = [case for case in _all_cases(settings) if settings.wants(case.name)]
     found: list[Row] = []
@@ -359,10 +359,11 @@ a float64 reference. *device* is the time between two device events around a cal
 before the device reached it, after reading memory larger than the caches; it includes any waiting
 for the device in the call itself. *Timed at: host* marks calls that were not queued in time, such
 as loops over a thousand launches, which fill the device's queue: their time is that of the host.
-*host* is the time that the call takes on the host with nothing
-queued. TB/s counts the fewest bytes that the work needs, whatever an entry really moves; *the copy*
-is a device-to-device copy of as many bytes, up to 4 GB, in the same group. Allocations are requests
-to torch's allocator in one call; peak MB is the most memory that they take."""
+*host* is the time that the call takes on the host with nothing queued. TB/s counts the fewest bytes
+that the work needs, whatever an entry really moves; *the copy* is a device-to-device copy of as
+many bytes, up to 4 GB, in the same group. Allocations are requests to torch's allocator in one
+call; peak MB is the most memory that they take. *Stall* is how long a training step waits for its
+average, and *longer* how much more the whole step takes than without one."""
 
 _milliseconds = "{:.4g}".format
 

@@ -12,7 +12,7 @@ import torch
 
 import fastema
 from bench.gpu.cases import DeviceCase, build, fill_
-from bench.gpu.clock import Budget, Clock
+from bench.gpu.clock import Clock
 from bench.gpu.race import Copy, host_time, time_beside_copy
 from bench.gpu.targets import LINK, STEP, SWAP, WINDOW
 from bench.race import shapes
@@ -122,10 +122,8 @@ class Extra:
     measure: Callable[[Clock, bool], Iterator[Row]]
     quick: bool = False
 
-    def rows(self, clock: Clock, budget: Budget) -> Iterator[Row]:
+    def rows(self, clock: Clock) -> Iterator[Row]:
         """Measure, without autograd where no model is trained, and never torch's functions."""
-        if not budget.left():
-            raise TimeoutError("no time was left")
         with torch.set_grad_enabled(self.title == STEP), warnings.catch_warnings():
             warnings.simplefilter("error", SlowWarning)
             rows = list(self.measure(clock, self.quick))
