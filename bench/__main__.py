@@ -108,11 +108,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("questions", nargs="*", metavar="QUESTION", choices=[*QUESTIONS, ALL, []])
     made.add_argument("--quick", action="store_true", help="small shapes and few rounds")
     made.add_argument("--case", nargs="+", default=[], metavar="NAME", help="only these cases")
-    made.add_argument("--out", type=Path, default=report.RESULTS, metavar="DIR")
+    made.add_argument(
+        "--out",
+        type=Path,
+        default=report.RESULTS,
+        metavar="DIR",
+        help="folder of the results; it is made if need be (default: bench/results)",
+    )
     made.add_argument(
         "--readme",
         choices=("write", "check"),
-        help="write or check the tables in README.md, from a stored result",
+        help="write or check the figures in README.md and docs/, from stored results",
     )
     made.add_argument(
         "--machines",
@@ -126,6 +132,12 @@ def parser() -> argparse.ArgumentParser:
         help="with --quick: compare with bench/results/baseline.json, or write it (%(default)s)",
     )
     gpu = made.add_argument_group("gpu")
+    gpu.add_argument(
+        "--preflight",
+        action="store_true",
+        help="say in seconds what a run would lose here: kernels, packages, device, results; "
+        "status 1 if anything. With --device cpu: all but the device",
+    )
     gpu.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu is a dry run")
     gpu.add_argument(
         "--minutes", type=float, default=Settings.minutes, help="time limit of the whole check"
@@ -177,6 +189,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     (name,) = names
+    if options.preflight:
+        if name != "gpu":
+            command_line.error("--preflight is of the question gpu")
+        from bench.gpu import preflight
+
+        return preflight.main(settings)
     question = load(name)
     known = question.cases(settings)
     for case in options.case:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import threading
-from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -278,7 +277,7 @@ def _ptx(operation: str, kernel, signature, capability: tuple[int, int]) -> Ptx:
         asked, compiled = dispatcher.get_current_device, nvvm.compile_ir
         dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability, id=0)
         # Round a product and a sum separately, as on the CPU, unless the kernel uses fma.
-        nvvm.compile_ir = partial(compiled, fma=False)
+        nvvm.compile_ir = lambda *args, **options: compiled(*args, **{**options, "fma": False})
         try:
             # Numba's settings would be the defaults of debug and opt.
             text, _ = cuda.compile_ptx(kernel, signature, debug=False, opt=True, cc=capability)

@@ -99,8 +99,10 @@ PLANTED = {
             "next kernel misplaced": ("            at += size\n", "            at += size + 1\n"),
         },
         "fastema/engine/build_kernels.py": {
-            "products may be fused": ("(add|sub|mul|mad)", "(add|sub|mad)"),
             "spilled registers accepted": ("if made.spilled or made.stack:", "if made.stack:"),
+        },
+        "fastema/engine/cubins.py": {
+            "products may be fused": ("(add|sub|mul|mad)", "(add|sub|mad)"),
         },
         "fastema/engine/driver.py": {"minor before major": ("= 75, 76\n", "= 76, 75\n")},
         "fastema/engine/cuda.py": {
@@ -112,7 +114,7 @@ PLANTED = {
         "fastema/engine/cuda_group.py": {"empty clock": ("= 8 * CLOCK_CELLS", "= 0 * CLOCK_CELLS")},
         "kernels/cuda.py": {
             "no guard when idle": ('return _all_rows if operation == "finite" else', "return"),
-            "fma everywhere": ("partial(compiled, fma=False)", "partial(compiled, fma=True)"),
+            "fma everywhere": ('**{**options, "fma": False}', "**options"),
         },
         "kernels/cuda_clock.py": {
             "idle steps skipped": ("skips = flagged and not idle", "skips = flagged"),

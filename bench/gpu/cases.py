@@ -51,6 +51,16 @@ _ON_LARGE = (
 )
 """Entries that take part in the large case, where setting up each group takes long."""
 
+_ON_TINY = (
+    OURS,
+    "fastema.Plan.lerp_",
+    "fastema.EMA, captured",
+    "torch mul_/add_ loop",
+    "torch._foreach_lerp_",
+    "AveragedModel multi_avg_fn",
+)
+"""Entries that take part where only the launch counts."""
+
 FULL = [
     *(
         DeviceCase("flat-1B", mix, partial(shapes.flat, 1_000_000_000), 30, budget_s=_BUDGET_S)
@@ -60,11 +70,16 @@ FULL = [
         DeviceCase("small-1000", mix, shapes.many_small, 60, budget_s=_BUDGET_S)
         for mix in ("f32/f32", "bf16/f32", "bf16/bf16")
     ),
-    DeviceCase("llama-7b", "bf16/f32", shapes.llama, 10, budget_s=_BUDGET_S, entries=_ON_LARGE),
+    DeviceCase("tiny-64", "f32/f32", shapes.tiny, 200, budget_s=_BUDGET_S, entries=_ON_TINY),
     *(
         DeviceCase("gpt2-small", mix, shapes.gpt2, 60, budget_s=_BUDGET_S)
         for mix in ("bf16/f32", "f32/f32", "bf16/bf16")
     ),
+]
+"""The cases of the targets, and one more of each of their models."""
+
+MORE = [
+    DeviceCase("llama-7b", "bf16/f32", shapes.llama, 10, budget_s=_BUDGET_S, entries=_ON_LARGE),
     DeviceCase(
         "vit-batchnorm",
         "bf16/f32",
@@ -74,12 +89,14 @@ FULL = [
         buffers=shapes.vit_with_resnet50_buffers,
     ),
 ]
+"""Further cases, which come last."""
 
 SMALL = [
     *(DeviceCase("flat-1B", mix, partial(shapes.flat, 10_001), 3) for mix in MIXES),
     *(DeviceCase("small-1000", mix, partial(shapes.many_small, 20), 3) for mix in MIXES[:1]),
-    DeviceCase("llama-7b", "bf16/f32", partial(shapes.llama, 1, 16, 24, 50), 3, entries=_ON_LARGE),
+    DeviceCase("tiny-64", "f32/f32", partial(shapes.tiny, 4, 16), 3, entries=_ON_TINY),
     *(DeviceCase("gpt2-small", mix, partial(shapes.gpt2, 1, 16, 50, 8), 3) for mix in MIXES[:1]),
+    DeviceCase("llama-7b", "bf16/f32", partial(shapes.llama, 1, 16, 24, 50), 3, entries=_ON_LARGE),
     DeviceCase("vit-batchnorm", "bf16/f32", small_vit, 3, buffers=small_vit_buffers),
 ]
 """Cases of the same names with tiny tensors, for dry runs; their figures are meaningless."""

@@ -21,13 +21,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import torch
 
-from bench.gpu.cases import FULL, SMALL, DeviceCase
+from bench.gpu import smi
+from bench.gpu.cases import FULL, MORE, SMALL, DeviceCase
 from bench.gpu.clock import Budget, Clock, clock_of
+from bench.gpu.extras import Extra, extras
 from bench.gpu.race import failure, race
 from bench.gpu.targets import targets
 from bench.race import machine
@@ -41,6 +43,38 @@ _MOST_WORKERS = 6
 _SPARE_S = 15.0
 """Seconds reserved for the case that is running when the time is up, and for the result."""
 _TOOLKIT = Path("/usr/local/cuda")
+
+# -- whose kernels ---------------------------------------------------------------------------------
+
+TORCHS, WARNING = "torch's functions", "warning"
+
+
+class KernelsInUse(NamedTuple):
+    """Whose kernels run on a device, and why not ours; empty if ours run."""
+
+    whose: str
+    reason: str = ""
+
+
+def kernels_in_use(device: torch.device) -> KernelsInUse:
+    """Update a small average on a device, and return whose kernels did it."""
+    import fastema
+    from fastema.engine import cuda_group, shipped
+
+    set_cuda_home()  # a kernel that could not be compiled is not tried again
+    cuda_group._warned.clear()  # it warns once per device
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fastema.EMA([torch.ones(9, device=device)]).update()
+    except Exception as error:
+        return KernelsInUse("none", f"{type(error).__name__}: {error}".splitlines()[0][:300])
+    slow = [str(one.message) for one in caught if issubclass(one.category, cuda_group.SlowWarning)]
+    if slow:
+        return KernelsInUse(TORCHS, slow[0])
+    ready = shipped.has_kernels("gpu" if device.type == "cuda" else "cpu")
+    return KernelsInUse("shipped" if ready else "compiled here")
+
 
 # -- build ----------------------------------------------------------------------------------------
 
@@ -107,12 +141,15 @@ def build(clock: Clock, most: int | None = None) -> Iterator[Row]:
 
 def _build_with_warnings(clock: Clock, most: int | None) -> Iterator[Row]:
     """Run `build`, and add fastema's warnings about missing kernels as failures."""
+    from fastema.engine import cuda_group
+
+    cuda_group._warned.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield from list(build(clock, most))
     ours = (one for one in caught if one.category.__module__.startswith("fastema"))
     for text in dict.fromkeys(str(one.message) for one in ours):
-        yield Row("Kernels", "warning", missing=text, failed=True)
+        yield Row("Kernels", WARNING, missing=text, failed=True)
 
 
 # -- tests ----------------------------------------------------------------------------------------
@@ -159,7 +196,7 @@ def run_tests(device: torch.device, limit_s: float, select: str = "") -> Iterato
         command += ["-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short"]
         if find_spec("xdist") is not None:
             workers = max(min(machine.cores() // 2, _MOST_WORKERS), 1)
-            command += ["-n", str(workers), "--dist", "loadfile"]
+            command += ["-n", str(workers), "--dist", "worksteal"]
         command += ["-k", select] if select else []
         # Installed versions vary; their deprecation warnings must not fail the tests.
         for name in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
@@ -187,59 +224,60 @@ def run_tests(device: torch.device, limit_s: float, select: str = "") -> Iterato
 # -- benchmark ------------------------------------------------------------------------------------
 
 
-def benchmark(cases: list[DeviceCase], clock: Clock, budget: Budget) -> Iterator[Row]:
+def benchmark(cases: list[DeviceCase | Extra], clock: Clock, budget: Budget) -> Iterator[Row]:
     """Race the cases in order, and yield a row for each case that was dropped for lack of time."""
+    yield smi.state(clock.device, "before")
     for case in cases:
         if not budget.left():
             yield Row(case.title, "all", missing="dropped, the time was up")
             continue
         began = budget.spent()
         try:
-            yield from race(case, clock, budget)
+            if isinstance(case, DeviceCase):
+                yield from race(case, clock, budget)
+            else:
+                yield from case.rows(clock)
             clock.release()
         except Exception as error:  # after one failure a device may raise at every call
             yield failure(case.title, "all", error)
         print(f"{case.name}: {budget.spent() - began:.1f} s", file=sys.stderr, flush=True)
+    yield smi.state(clock.device, "after")
 
 
 # -- the question ---------------------------------------------------------------------------------
 
 
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
-
-
 def _facts(settings: Settings) -> dict[str, Any]:
     check_settings(settings)
     device = torch.device(settings.device)
+    used = kernels_in_use(device)
+    facts = {"kernels": used.whose, "dry_run": device.type != "cuda" or settings.quick}
     if device.type != "cuda":
-        return {"device": "**Dry run on a CPU: no number here says anything**"}
+        return {"device": "**Dry run on a CPU: no number here says anything**", **facts}
     found = torch.cuda.get_device_properties(device)
-    facts = (
+    described = (
         found.name,
         f"{found.total_memory / 1e9:.0f} GB",
         f"{found.multi_processor_count} multiprocessors",
         f"L2 {found.L2_cache_size / 1e6:.0f} MB",
         f"capability {found.major}.{found.minor}",
-        f"driver {_driver()}",
+        f"driver {smi.driver(device)}",
     )
-    return {"device": ", ".join(facts)}
+    return {"device": ", ".join(described), "card": found.name.removeprefix("NVIDIA "), **facts}
 
 
 def result_name(settings: Settings) -> str:
-    """Return the name of the result's files, without extension."""
+    """Return the name of the result's files, without extension.
+
+    It names the card, and says "part" unless every case of the benchmark ran.
+    """
     device = torch.device(settings.device)
     if device.type != "cuda":
         return "gpu-dry-run"
     name = torch.cuda.get_device_name(device).lower()
     name = re.sub(r"[^a-z0-9]+", "-", name).strip("-").removeprefix("nvidia-")
-    whole = Settings(out=settings.out, device=settings.device, minutes=settings.minutes)
-    return f"gpu-{name}" + ("" if settings == whole else "-part")
+    whole = "benchmark" in settings.stages and not settings.cases and not settings.quick
+    return f"gpu-{name}" + ("" if whole else "-part")
 
 
 def check_settings(settings: Settings) -> None:
@@ -260,21 +298,31 @@ def set_cuda_home() -> None:
         os.environ["CUDA_HOME"] = str(_TOOLKIT)
 
 
+def _all_cases(settings: Settings) -> list[DeviceCase | Extra]:
+    if settings.quick:
+        return [*SMALL, *extras(quick=True)]
+    return [*FULL, *extras(quick=False), *MORE]
+
+
 def cases(settings: Settings) -> list[str]:
     """Return the names of all cases. Cases of a quick run have tiny tensors."""
-    return [case.name for case in (SMALL if settings.quick else FULL)]
+    return [case.name for case in _all_cases(settings)]
 
 
 def rows(settings: Settings) -> Rows:
-    """Run the chosen stages within the time limit; yield their rows, targets and times."""
+    """Run the chosen stages within the time limit; yield their rows, targets and times.
+
+    Without kernels of ours on the device nothing follows the stage `build`: the tests would all
+    fail by a warning, and the benchmark would time torch's functions.
+    """
     total = Budget(60 * settings.minutes)
     device = torch.device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
-    set_cuda_home()
     clock = clock_of(device)
-    chosen = [case for case in (SMALL if settings.quick else FULL) if settings.wants(case.name)]
+    chosen = [case for case in _all_cases(settings) if settings.wants(case.name)]
     found: list[Row] = []
+    unused = kernels_in_use(device).reason
 
     def tested() -> Iterator[Row]:
         limit_s = min(_SHARE_OF_TESTS * 60 * settings.minutes, total.left())
@@ -293,7 +341,13 @@ def rows(settings: Settings) -> Rows:
                 found.append(row)
                 yield row
             seconds[stage] = total.spent() - began
-    yield from targets(found)
+        warned = [row.missing for row in found if row.entry == WARNING]
+        if unused or warned:
+            reason = unused or warned[0]
+            yield Row("Stopped", "everything after build", missing=reason, failed=True)
+            break
+    else:
+        yield from targets(found, dry_run=device.type != "cuda" or settings.quick)
     for stage, spent in seconds.items():
         yield Row("Time taken", stage, {"seconds": spent})
 
@@ -303,10 +357,13 @@ All entries of a group run in turn, A B C A B C ..., in one process; a case whos
 fit in memory at once has several groups. Figures are medians. Each result was first checked against
 a float64 reference. *device* is the time between two device events around a call that was queued
 before the device reached it, after reading memory larger than the caches; it includes any waiting
-for the device in the call itself. *host* is the time that the call takes on the host with nothing
-queued. TB/s counts the fewest bytes that the work needs, whatever an entry really moves; *the copy*
-is a device-to-device copy of as many bytes, up to 4 GB, in the same group. Allocations are requests
-to torch's allocator in one call; peak MB is the most memory that they take."""
+for the device in the call itself. *Timed at: host* marks calls that were not queued in time, such
+as loops over a thousand launches, which fill the device's queue: their time is that of the host.
+*host* is the time that the call takes on the host with nothing queued. TB/s counts the fewest bytes
+that the work needs, whatever an entry really moves; *the copy* is a device-to-device copy of as
+many bytes, up to 4 GB, in the same group. Allocations are requests to torch's allocator in one
+call; peak MB is the most memory that they take. *Stall* is how long a training step waits for its
+average, and *longer* how much more the whole step takes than without one."""
 
 _milliseconds = "{:.4g}".format
 
@@ -331,6 +388,19 @@ QUESTION = Question(
         "device_ms": Figure("device ms", _milliseconds),
         "device_spread_ms": Figure("p20–p80", lambda ends: "–".join(map(_milliseconds, ends))),
         "tbps": Figure("TB/s", number),
+        "timed_at": Figure("timed at", str),
+        "link_gbps": Figure("GB/s", number),
+        "weights_mb": Figure("weights, MB", number),
+        "step_ms": Figure("step, ms", number),
+        "longer_ms": Figure("longer, ms", number),
+        "stall_ms": Figure("stall, ms", number),
+        "left_out": Figure("left out", "{:.0%}".format),
+        "sm_mhz": Figure("SM, MHz", number),
+        "most_sm_mhz": Figure("at most", number),
+        "memory_mhz": Figure("memory, MHz", number),
+        "watts": Figure("W", number),
+        "most_watts": Figure("at most", number),
+        "celsius": Figure("°C", number),
         "share_of_copy": Figure("of the copy", "{:.1%}".format),
         "ratio": Figure("time / fastema", number),
         "allocations": Figure("allocations", number),

@@ -30,11 +30,17 @@ class Clock(Protocol):
 
     device: torch.device
 
+    waited: bool
+    """Whether the device waited for the host in the latest call of `device_time`: the result is
+    then the time of the host."""
+
     def device_time(self, job: Job, ahead_s: float) -> float:
         """Return how long the device works on one call, in seconds.
 
         `ahead_s` is an estimate of the call's host time. The device is kept busy for that long
-        beforehand, so that the whole call is queued when the device reaches it.
+        beforehand, so that the whole call is queued when the device reaches it. That fails for a
+        call of more launches than the device's queue holds, about a thousand, and for one that
+        takes more than 20 ms on the host or waits for the device: see `waited`.
         """
 
     def host_time(self, job: Job) -> float:
@@ -67,14 +73,15 @@ class EventClock:
         self._scratch = torch.randn(max(4 * caches, _SCRATCH_BYTES) // 4, device=device)
         self._total = torch.zeros((), device=device)
         self._cycles_per_s = 0.0
+        self.waited = False
         for _ in range(2):  # the first round also loads the kernel
             self._cycles_per_s = _CYCLES / self._between_events(lambda: torch.cuda._sleep(_CYCLES))
 
-    @staticmethod
-    def _between_events(job: Job) -> float:
+    def _between_events(self, job: Job) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         job()
+        self.waited = start.query()
         stop.record()
         stop.synchronize()
         return float(start.elapsed_time(stop)) * 1e-3
@@ -120,6 +127,8 @@ class EventClock:
 
 class HostClock:
     """A clock that measures host time instead of a GPU's time, for dry runs."""
+
+    waited = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

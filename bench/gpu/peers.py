@@ -8,15 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu.cases import DeviceCase
+from bench.gpu.targets import CAPTURED, COMPILED, SAMPLED
 from bench.race.peers import PEERS, Peer, PeerCalls, Refusal, copy_parameters, setup_ema
-
-COPY = "device-to-device copy"
-"""The yardstick: the device's own copy of the same number of bytes."""
-
-PLAN = "fastema.Plan.lerp_"
-CAPTURED = "fastema.EMA, captured"
-SAMPLED = "fastema.EMA, watch=sample"
-COMPILED = "torch.compile of a lerp_ loop"
 
 _FEW = 160
 """Maximum number of tensors for torch.compile, which takes minutes for a thousand."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
 
 from bench.gpu.cases import DeviceCase, build, estimate_memory, fill_, traffic
 from bench.gpu.clock import Budget, Clock, Memory
-from bench.gpu.peers import COPY, DEVICE_PEERS, refusals
+from bench.gpu.peers import DEVICE_PEERS, refusals
+from bench.gpu.targets import COPY
 from bench.race.checks import sample
 from bench.race.clock import interleave, spread
 from bench.race.contest import Job
@@ -21,6 +25,7 @@ from bench.race.jobs import DECAY, check_update
 from bench.race.peers import OURS, Peer
 from bench.race.report import Row
 from bench.race.shapes import total_elements
+from fastema.engine.cuda_group import SlowWarning
 
 _COPY_BYTES = 2 << 30
 _WARM_UP, _HOST_ROUNDS, _HOST_S = 2, 15, 0.5
@@ -44,19 +49,23 @@ def start(peer: Peer, model: nn.Module, case: DeviceCase, clock: Clock, seed: in
     ------
     AssertionError
         If the result is wrong.
+    SlowWarning
+        If torch's functions would run instead of our kernels: their time is not ours.
     """
-    running = peer.setup(model, DECAY, DTYPES[case.average_dtype])
-    # Set-up may have run updates, but the averages still equal these weights.
-    before = [sample(p) for p in model.parameters()]
-    fill_(model, seed)
-    check_update(peer, running, model, before)
-    for _ in range(_WARM_UP):
-        running.update()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowWarning)
+        running = peer.setup(model, DECAY, DTYPES[case.average_dtype])
+        # Set-up may have run updates, but the averages still equal these weights.
+        before = [sample(p) for p in model.parameters()]
+        fill_(model, seed)
+        check_update(peer, running, model, before)
+        for _ in range(_WARM_UP):
+            running.update()
     memory = clock.memory(running.update)
-    return ReadyEntry(peer.name, running.update, _host_time(running.update, clock), memory)
+    return ReadyEntry(peer.name, running.update, host_time(running.update, clock), memory)
 
 
-def _host_time(job: Job, clock: Clock) -> float:
+def host_time(job: Job, clock: Clock) -> float:
     """Return the median host time of several calls, and of fewer calls if they are slow."""
     times = [clock.host_time(job)]
     while len(times) < _HOST_ROUNDS and sum(times) < _HOST_S:
@@ -211,40 +220,113 @@ class _RaceSetup:
     def run(self, started: Sequence[ReadyEntry], group: int) -> list[Row]:
         """Time a group of entries and the copy in turn, and return their rows."""
         weights = [p.detach() for p in self.model.parameters()]
-        hosts = {one.name: one.host_s for one in started}
-        hosts[COPY] = _host_time(self.copy, self.clock)
-        durations = interleave(
-            {one.name: one.update for one in started} | {COPY: self.copy},
-            self.case.rounds,
-            budget_s=min(self.case.budget_s, self.budget.left()),
-            settle_s=0.0,
-            before_round=lambda: torch._foreach_neg_(weights),
-            time_of=lambda name, job: self.clock.device_time(job, 2 * hosts[name] + 50e-6),
-        )
-        per_second = self.copy.nbytes / median(durations[COPY])
         memories = {one.name: one.memory for one in started}
         inventory = self.case.inventory()
         elements = total_elements(inventory)
         nbytes = traffic(self.case, self.model)
-        rows = []
-        for name, times in durations.items():
-            typical, memory = median(times), memories.get(name)
-            moved = self.copy.nbytes if name == COPY else nbytes
-            figures = {
-                "n_tensors": len(inventory),
-                "n_elements": elements,
-                "bytes_per_element": nbytes / elements,
-                "bytes": moved,
-                "rounds_in_group": len(times),
-                "device_ms": typical * 1e3,
-                "device_spread_ms": [one * 1e3 for one in spread(times)],
-                "host_us": hosts[name] * 1e6,
-                "tbps": moved / typical / 1e12,
-                "share_of_copy": moved / typical / per_second,
-                "allocations": None if memory is None else memory.allocations,
-                "peak_mb": None if memory is None else memory.peak_bytes / 1e6,
-                "driver_bytes": None if memory is None else memory.driver_bytes,
-                "group": group,
-            }
-            rows.append(Row(self.case.title, name, figures))
-        return rows
+        rows = time_beside_copy(
+            self.case.title,
+            {one.name: one.update for one in started},
+            nbytes,
+            self.copy,
+            self.clock,
+            hosts={one.name: one.host_s for one in started},
+            rounds=self.case.rounds,
+            budget_s=min(self.case.budget_s, self.budget.left()),
+            before_round=lambda: torch._foreach_neg_(weights),
+        )
+        facts = {
+            "n_tensors": len(inventory),
+            "n_elements": elements,
+            "bytes_per_element": nbytes / elements,
+        }
+        return [
+            replace(
+                row,
+                figures={
+                    **facts,
+                    **row.figures,
+                    **_figures(memories.get(row.entry)),
+                    "group": group,
+                },
+            )
+            for row in rows
+        ]
+
+
+def _figures(memory: Memory | None) -> dict[str, Any]:
+    return {
+        "allocations": None if memory is None else memory.allocations,
+        "peak_mb": None if memory is None else memory.peak_bytes / 1e6,
+        "driver_bytes": None if memory is None else memory.driver_bytes,
+    }
+
+
+def time_beside_copy(
+    title: str,
+    jobs: Mapping[str, Job],
+    nbytes: int,
+    copy: Copy,
+    clock: Clock,
+    *,
+    hosts: Mapping[str, float] | None = None,
+    rounds: int,
+    budget_s: float,
+    before_round: Callable[[], object] = lambda: None,
+) -> list[Row]:
+    """Time jobs and the copy in turn, and return a row of each.
+
+    Parameters
+    ----------
+    title
+        Title of the table.
+    jobs
+        Name -> call that moves at least `nbytes`.
+    nbytes
+        The fewest bytes that a job moves.
+    copy
+        The yardstick.
+    clock
+        Clock of the device.
+    hosts
+        Name -> seconds that a call takes on the host; measured if absent.
+    rounds, budget_s, before_round
+        See `bench.race.clock.interleave`.
+    """
+    everything: dict[str, Job] = {**jobs, COPY: copy}
+    known = hosts or {}
+    taken = {
+        name: known[name] if name in known else host_time(job, clock)
+        for name, job in everything.items()
+    }
+    waited: Counter[str] = Counter()
+
+    def time_of(name: str, job: Job) -> float:
+        found = clock.device_time(job, 2 * taken[name] + 50e-6)
+        waited[name] += clock.waited
+        return found
+
+    durations = interleave(
+        everything,
+        rounds,
+        budget_s=budget_s,
+        settle_s=0.0,
+        before_round=before_round,
+        time_of=time_of,
+    )
+    per_second = copy.nbytes / median(durations[COPY])
+    rows = []
+    for name, times in durations.items():
+        typical, moved = median(times), copy.nbytes if name == COPY else nbytes
+        figures = {
+            "bytes": moved,
+            "rounds_in_group": len(times),
+            "device_ms": typical * 1e3,
+            "device_spread_ms": [one * 1e3 for one in spread(times)],
+            "host_us": taken[name] * 1e6,
+            "tbps": moved / typical / 1e12,
+            "share_of_copy": moved / typical / per_second,
+            "timed_at": "host" if 2 * waited[name] > len(times) else "device",
+        }
+        rows.append(Row(title, name, figures))
+    return rows

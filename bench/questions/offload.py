@@ -70,11 +70,13 @@ def _model(width: int, depth: int, dtype: torch.dtype) -> nn.Module:
     return nn.Sequential(*layers).to(_DEVICE, dtype)
 
 
-def _loop(delay: float, width: int, depth: int, rounds: int, turns: int = 5) -> Iterator[Row]:
+def time_loop(
+    delay: float, width: int, depth: int, rounds: int, turns: int = 5, batch: int = 64
+) -> Iterator[Row]:
     """Time training steps with each average, in turn, with a ``delay`` in seconds per tensor."""
     model = _model(width, depth, torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, foreach=True)
-    x = torch.randn(64, width, device=_DEVICE)
+    x = torch.randn(batch, width, device=_DEVICE)
     hand, beside, skipping = (
         ByHand(model),
         fastema.EMA(model, 0.999, offload=True),
@@ -183,7 +185,7 @@ def rows(settings: Settings) -> Rows:
     found = [*_memory(width, depth)]
     delays = (0.0,) if _DEVICE.type == "cuda" else (0.0, 0.002, 0.01)
     for delay in delays:
-        found += _loop(delay, width, depth, rounds)
+        found += time_loop(delay, width, depth, rounds)
     return found
 
 

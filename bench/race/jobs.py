@@ -56,7 +56,7 @@ def check_update(peer: Peer, running: PeerCalls, model: nn.Module, before: list[
     )
 
 
-def _check_swap(running: PeerCalls, model: FlatModule, averages: list[Tensor]) -> None:
+def check_swap(running: PeerCalls, model: FlatModule, averages: list[Tensor]) -> None:
     """Swap and restore once; raise AssertionError if averages or weights end up wrong."""
     weights = [sample(p) for p in model.parameters()]
     running.apply()
@@ -66,7 +66,7 @@ def _check_swap(running: PeerCalls, model: FlatModule, averages: list[Tensor]) -
     assert_equal(running.average(), averages)
 
 
-def _make_swap_job(running: PeerCalls) -> Job:
+def make_swap_job(running: PeerCalls) -> Job:
     def job() -> None:
         running.apply()
         running.restore()
@@ -101,11 +101,11 @@ def prepare(case: Case, *, only: str | None = None, check: bool = True) -> dict[
     jobs: dict[str, Job] = {}
     for peer, running in states.items():
         swaps = case.question == "swap"
-        jobs[peer.name] = _make_swap_job(running) if swaps else running.update
+        jobs[peer.name] = make_swap_job(running) if swaps else running.update
         if check:
             with name_failures(case, peer.name):
                 if swaps:
-                    _check_swap(running, model, before)
+                    check_swap(running, model, before)
                 else:
                     check_update(peer, running, model, before)
     return jobs

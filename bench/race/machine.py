@@ -13,6 +13,9 @@ from typing import Any
 
 from bench.race.report import ROOT
 
+COMMIT = "FASTEMA_COMMIT"
+"""Environment variable with the commit, for a copy of a checkout that has no ``.git``."""
+
 PACKAGES = ("numpy", "numba", "torch", "torch-ema", "ema-pytorch", "timm", "diffusers")
 
 
@@ -49,7 +52,13 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Return the commit, with ``+`` if the checkout has changes; empty without git."""
+    """Return the commit, with ``+`` if the checkout has changes.
+
+    A copy without ``.git`` has the commit that `COMMIT` names in the environment, or an empty one:
+    git would find the repository of a folder above it.
+    """
+    if not (ROOT / ".git").exists():
+        return os.environ.get(COMMIT, "")
 
     def git(*arguments: str) -> str:
         done = subprocess.run(

@@ -1,13 +1,13 @@
-"""Generate the tables between the markers in README.md from the stored CPU race."""
+"""Generate what stands between markers in README.md and docs/ from stored results."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from bench.race import gpu_figures
 from bench.race.report import RESULTS, ROOT, Row, align_table, load, number, provenance
-
-START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 
 TABLES = (
     {
@@ -41,34 +41,50 @@ def _summary(rows: list[Row], columns: dict[str, str]) -> str:
     return align_table(["median ms (× fastema)", *columns.values()], body)
 
 
-def section(path: Path = RESULTS / "cpu.json") -> str:
-    """Return the section of README.md: tables of updates and swaps, and their provenance."""
-    header, rows = load(path)
+def cpu_section(folder: Path = RESULTS) -> str:
+    """Return the tables of updates and swaps on a CPU, and their provenance."""
+    header, rows = load(folder / "cpu.json")
     parts = [_summary(rows, columns) for columns in TABLES]
     return "\n\n".join([*parts, f"{provenance(header)} All figures: `bench/results/cpu.md`."])
 
 
-def replace_section(text: str, section: str) -> str:
-    """Return `text` with the section between the markers replaced.
+SECTIONS: dict[str, dict[str, Callable[[Path], str]]] = {
+    "README.md": {"bench": cpu_section, "gpu": gpu_figures.readme_section},
+    "docs/gpu.md": {"gpu": gpu_figures.gpu_section},
+    "docs/offload.md": {"gpu": gpu_figures.offload_section},
+}
+"""File -> name in its markers -> what stands between them, from a folder of results."""
+
+
+def replace_section(text: str, name: str, section: str) -> str:
+    """Return `text` with the section between the markers ``name:start`` and ``name:end`` replaced.
 
     Raises
     ------
     ValueError
         If a marker is missing.
     """
-    if START not in text or END not in text:
-        raise ValueError(f"README.md lacks the markers {START} and {END}")
-    before, rest = text.split(START, 1)
-    _, after = rest.split(END, 1)
-    return f"{before}{START}\n{section}\n{END}{after}"
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    if start not in text or end not in text:
+        raise ValueError(f"the markers {start} and {end} are missing")
+    before, rest = text.split(start, 1)
+    _, after = rest.split(end, 1)
+    return f"{before}{start}\n{section}\n{end}{after}"
 
 
-def main(*, check: bool, readme: Path = ROOT / "README.md") -> int:
-    """Write the section; with `check`, only compare it, and return 1 if README.md differs."""
-    old = readme.read_text(encoding="utf-8")
-    new = replace_section(old, section())
-    if not check:
-        readme.write_text(new, encoding="utf-8")
-    elif new != old:
-        print("README.md differs: run `python -m bench --readme write`", file=sys.stderr)
-    return int(check and new != old)
+def main(*, check: bool, root: Path = ROOT, results: Path = RESULTS) -> int:
+    """Write all sections; with `check`, only compare them, and return 1 if any differs."""
+    different = []
+    for name, sections in SECTIONS.items():
+        path = root / name
+        old = new = path.read_text(encoding="utf-8")
+        for marker, section in sections.items():
+            new = replace_section(new, marker, section(results))
+        if new != old:
+            different.append(name)
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    if check and different:
+        names = ", ".join(different)
+        print(f"{names} differ: run `python -m bench --readme write`", file=sys.stderr)
+    return int(check and bool(different))

@@ -198,6 +198,8 @@ def provenance(header: Mapping[str, Any]) -> str:
             f"threads: {listed('threads')}. "
         )
     device = f"{header['device']}; " if "device" in header else ""
+    if "kernels" in header:
+        device += f"kernels: {header['kernels']}; "
     commit = f", commit {header['commit']}." if header["commit"] else "."
     return (
         f"{device}{machine}{listed('versions')}. `{header['command']}` on {header['date_utc']}"

@@ -169,6 +169,11 @@ def many_small(count: int = 1_000, low: int = 8, high: int = 64) -> Inventory:
     ]
 
 
+def tiny(count: int = 64, elements: int = 1_024) -> Inventory:
+    """Return `count` vectors of so few elements that a launch costs more than the work."""
+    return [(f"tiny.{i}", (elements,)) for i in range(count)]
+
+
 def equal(count: int = 400, elements: int = 50_000) -> Inventory:
     """Return `count` vectors of `elements` elements each."""
     return [(f"equal.{i}", (elements,)) for i in range(count)]

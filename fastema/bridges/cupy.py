@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastema.bridges.names import code_of
-from fastema.errors import BridgeError, DeviceError, DTypeError
+from fastema.errors import BridgeError, DeviceError, DTypeError, StateError
 from fastema.layout.device_context import Substitute
 from fastema.layout.dtypes import NAME_OF, dtype
 from fastema.layout.group import Pair
@@ -116,7 +116,11 @@ class CupyContext:
         return bool(cupy.cuda.get_current_stream(self.index).is_capturing())
 
     def upload(self, array: NDArray[Any]) -> tuple[Any, int]:
-        """Copy an array into memory of CuPy's pool; return the copy and its address."""
+        """Copy an array into memory of CuPy's pool; return the copy and its address.
+
+        Raises a StateError in a capture.
+        """
+        self._refuse_capture()
         with cupy.cuda.Device(self.index):
             there = cupy.asarray(array)
         self.wait()
@@ -134,8 +138,16 @@ class CupyContext:
         owner.set(np.ascontiguousarray(array))
         self.wait()
 
+    def _refuse_capture(self) -> None:
+        if self.capturing():
+            raise StateError(
+                f"{self.device}: this needs the host, which takes no part while a graph is "
+                "captured; do it before or after the capture"
+            )
+
     def wait(self) -> None:
-        """Wait for all work on the device."""
+        """Wait for all work on the device; raise a StateError in a capture."""
+        self._refuse_capture()
         cupy.cuda.Device(self.index).synchronize()
 
     def defer_reuse(self, owners: Iterable[Any]) -> bool:

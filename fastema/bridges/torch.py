@@ -137,7 +137,8 @@ def _within_storage(tensor: torch.Tensor, spec: TensorSpec) -> bool:
 def zeros(length: int, code: str, device: str) -> torch.Tensor:
     """Allocate a flat tensor of zeros; ``"pinned"`` is host memory that GPUs access directly."""
     if device == "pinned":
-        return torch.zeros(length, dtype=native(code), pin_memory=True)
+        # Only memory of the host can be pinned, whatever torch.set_default_device() says.
+        return torch.zeros(length, dtype=native(code), device="cpu", pin_memory=True)
     return torch.zeros(length, dtype=native(code), device=device)
 
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastema.bridges.torch_parts import local
 from fastema.errors import DeviceError, StateError
 from fastema.layout.device_context import Substitute
 from fastema.layout.group import Pair
 
-__all__ = ["TorchContext"]
+__all__ = ["TorchContext", "allow_captures"]
+
+_RELAXED: Final = 2
+"""CU_STREAM_CAPTURE_MODE_RELAXED: calls of this thread do not invalidate captures of others."""
 
 
 # The raw handle, as torch's own compiler reads it, takes a tenth of the time of a Stream object.
@@ -23,6 +31,39 @@ _current = getattr(
     "_cuda_getCurrentRawStream",
     lambda index: torch.cuda.current_stream(index).cuda_stream,
 )
+
+
+@cache
+def _exchange_capture_mode() -> Callable[[Any], int]:
+    """Return the driver's function that replaces the capture mode of the calling thread.
+
+    On an AMD GPU it is a function that only reports a failure.
+    """
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        exchange: Callable[[Any], int] = library.cuThreadExchangeStreamCaptureMode
+    except (OSError, AttributeError):
+        return lambda mode: 1
+    return exchange
+
+
+@contextmanager
+def allow_captures() -> Iterator[None]:
+    """Let this thread wait for the device while another thread captures a graph.
+
+    In the default mode of a capture, such a wait in any thread invalidates the capture.
+    """
+    exchange, mode = _exchange_capture_mode(), ctypes.c_int(_RELAXED)
+    failed = exchange(ctypes.byref(mode))  # puts the previous mode into `mode`
+    try:
+        yield
+    finally:
+        if not failed:
+            exchange(ctypes.byref(mode))
+
+
+# False for memory that torch's allocator did not allocate, such as that of another package.
+_is_owned: Callable[[int], bool] = getattr(torch._C, "_has_Standard_Deleter", lambda storage: True)
 
 
 class TorchContext:
@@ -100,16 +141,16 @@ class TorchContext:
     def defer_reuse(self, owners: Iterable[torch.Tensor]) -> bool:
         """Record the current stream with torch's allocator, which then frees memory only after it.
 
-        Return False if some memory cannot be recorded: host memory, and memory that the allocator
-        does not know. Some allocators refuse memory from another package.
+        Return False if some memory cannot be recorded: host memory, and memory from another
+        package, which some allocators refuse and others silently ignore.
         """
         stream = torch.cuda.current_stream(self.index)
         everything = True
         with warnings.catch_warnings():
             # cudaMallocAsync warns about the stream that allocated the memory, which is harmless.
             warnings.simplefilter("ignore")
-            for owner in owners:
-                if not owner.is_cuda:
+            for owner in map(local, owners):
+                if not (owner.is_cuda and _is_owned(owner.untyped_storage()._cdata)):
                     everything = False
                     continue
                 try:

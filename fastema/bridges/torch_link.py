@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from fastema.bridges.torch_cuda import allow_captures
 from fastema.bridges.torch_parts import is_divided, local, wrap_part
 from fastema.errors import LayoutError, format_problems
 
@@ -148,8 +149,10 @@ class Fetch:
                     if self._delay is not None:
                         self._delay(number)
                     target.copy_(source)
-            for _, event in self._events:
-                event.synchronize()
+            if self._events:
+                with allow_captures():
+                    for _, event in self._events:
+                        event.synchronize()
         finally:
             self._near = []
             self._copied.set()

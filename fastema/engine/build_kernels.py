@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from fastema.engine import native
+from fastema.engine.cubins import check_unfused
 from fastema.engine.shipped import (
     CAPABILITIES,
     FOLDER,
@@ -41,10 +42,6 @@ __all__ = ["build", "main"]
 
 _PTX_VERSION: Final = "8.8"
 """The PTX version that the CUDA 12.9 toolkit writes."""
-
-_FUSIBLE: Final = re.compile(r"\b(add|sub|mul|mad)\.f(32|64)\b")
-"""Arithmetic without a rounding mode: the assembler may fuse a product with a sum. A kernel that
-wants a fused one asks for ``fma.rn``."""
 
 _AT_ONCE: Final = 32
 """Kernels that one pool of processes compiles before it is replaced."""
@@ -76,8 +73,10 @@ def _compile_for_gpus(variant: Variant) -> Codes:
             )
         if ptx.name != entry_name(variant.operation):
             raise RuntimeError(f"{variant}: its kernel is called {ptx.name}")
-        if _FUSIBLE.search(ptx.text):
-            raise RuntimeError(f"{variant}: its products and sums could be fused")
+        try:
+            check_unfused(ptx.text)
+        except RuntimeError as error:
+            raise RuntimeError(f"{variant}: {error}") from None
         for capability in CAPABILITIES:
             if min(capability, PTX_CAPABILITY) == begin:
                 made = cuda.assemble(ptx, capability)

@@ -6,6 +6,7 @@ the compute capability, and the versions of the compilers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
@@ -13,7 +14,11 @@ from fastema.engine import disk_cache, shipped
 from fastema.engine.locks import compiling
 from fastema.errors import DeviceError
 
-__all__ = ["INSTALL", "Cubin", "Key", "Unavailable", "cubin"]
+__all__ = ["INSTALL", "Cubin", "Key", "Unavailable", "check_unfused", "cubin"]
+
+_FUSIBLE: Final = re.compile(r"\b(add|sub|mul|mad)\.f(32|64)\b")
+"""Arithmetic without a rounding mode: the assembler may fuse a product with a sum. A kernel that
+wants a fused one asks for ``fma.rn``."""
 
 INSTALL: Final = "pip install 'fastema[cuda]' ('fastema[cuda12]' for a driver of CUDA 12)"
 
@@ -55,12 +60,22 @@ def _unpacked(body: bytes) -> Cubin:
     return Cubin(body[4:end].decode(), body[end:])
 
 
+def check_unfused(ptx: str) -> None:
+    """Raise a RuntimeError if an assembler may fuse products with sums of a kernel in PTX.
+
+    Its results would differ from those of the CPU.
+    """
+    if _FUSIBLE.search(ptx):
+        raise RuntimeError("its products and sums could be fused")
+
+
 def _compile(key: Key) -> Cubin:
     try:
         with compiling:
             from fastema.kernels import cuda
 
             made = cuda.compile_kernel(*key)
+        check_unfused(made.ptx)
     except Exception as error:  # the compilers' libraries share no base class of errors
         reason = next(iter(str(error).strip().splitlines()), "") or "no message"
         raise Unavailable(

@@ -60,7 +60,10 @@ class Driver:
                 ) from None
         self._library = library
         self._launch = library.cuLaunchKernel
-        self._current = library.cuCtxGetCurrent
+        # Called before every launch. It returns at once: releasing the GIL, as a CDLL does, could
+        # hand it to another thread for 5 ms.
+        self._current = ctypes.PyDLL(_LIBRARY).cuCtxGetCurrent
+        self._current.argtypes = _FUNCTIONS["cuCtxGetCurrent"]
         self._check(library.cuInit(0))
 
     def _check(self, error: int) -> None:

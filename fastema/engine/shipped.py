@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Final, Literal
 
@@ -103,9 +103,17 @@ def kernels(folder: Path, operation: str, targets: Iterable[str]) -> Kernels:
     """Return all kernels of an operation, for the first target that has them."""
     for target in targets:
         path = folder / target / f"{operation}.xz"
-        if path.exists():
-            return dict(_entries(path))
+        try:
+            modified = path.stat().st_mtime_ns
+        except FileNotFoundError:
+            continue
+        return _unpack(path, modified)
     return {}
+
+
+@lru_cache(maxsize=2)  # an average asks for one operation's kernels in a row; a few MB each
+def _unpack(path: Path, modified: int) -> Kernels:
+    return dict(_entries(path))
 
 
 def _entries(path: Path) -> Iterator[tuple[_Key, bytes]]:

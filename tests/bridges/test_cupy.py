@@ -7,7 +7,7 @@ import pytest
 
 import fastema
 from fastema.bridges import registry
-from fastema.errors import BridgeError, DTypeError
+from fastema.errors import BridgeError, DTypeError, StateError
 
 from ..shadow.truth import Loop
 from ..support.mixed import CODES, draw_arrays
@@ -101,3 +101,24 @@ def test_update_does_not_wait_but_get_does(cupy: StubDriver) -> None:
     assert Stream.waits == before
     np.testing.assert_array_equal(ema.shadow["0"].there, 4)
     np.testing.assert_array_equal(ema.shadow["0"].get(), 6)
+
+
+def test_calls_that_wait_are_refused_in_a_capture(
+    cupy: StubDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = array_of_fours()
+    ema = fastema.EMA(weights, 0.5, drift=True)
+    ema.update()
+    spec = registry.describe(weights[0])
+    assert spec.context is not None
+    there, _ = spec.context.upload(np.ones(3))
+    monkeypatch.setattr(Stream, "captured", True)
+    for call in (
+        spec.context.wait,
+        lambda: spec.context.upload(np.ones(3)),
+        lambda: spec.context.download(there),
+        lambda: spec.context.write(there, np.ones(3)),
+        lambda: ema.drift,
+    ):
+        with pytest.raises(StateError, match=r"cuda:0: .* while a graph is captured"):
+            call()

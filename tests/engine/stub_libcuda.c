@@ -2,6 +2,8 @@
 
    Built as libcuda.so.1, so that ctypes loads it. Tests read `stub_calls` in the same
    process. The first digit of a handle tells contexts, modules and functions apart. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -112,8 +114,14 @@ EXPORT int cuDevicePrimaryCtxRetain(uint64_t *context, int device) {
     return 0;
 }
 
+/* Whether the calling thread holds the interpreter's lock. */
+static uint64_t holds_gil(void) {
+    int (*check)(void) = (int (*)(void))dlsym(RTLD_DEFAULT, "PyGILState_Check");
+    return check ? (uint64_t)check() : 2;
+}
+
 EXPORT int cuCtxGetCurrent(uint64_t *context) {
-    RECORD("", 0);
+    RECORD("", holds_gil());
     *context = depth ? contexts[depth - 1] : 0;
     return 0;
 }

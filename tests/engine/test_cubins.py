@@ -199,6 +199,23 @@ def test_a_missing_package_or_library_raises_an_install_hint(
             assert "(ModuleNotFoundError: No module named" in message or "(ImportError" in message
 
 
+@pytest.mark.parametrize("ptx", ["mul.f32 %f1, %f2, %f3;", "mul.rn.f32 %f1, %f2, %f3;"])
+def test_a_kernel_compiled_here_whose_arithmetic_could_be_fused_is_refused(
+    ptx: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastema.kernels import cuda
+
+    made = cuda.Binary("fastema_lerp", ptx, b"code", 32, 0, 0)
+    monkeypatch.setattr(cuda, "compile_kernel", lambda *key: made)
+    if ".rn" in ptx:
+        assert cubin(KEY) == ("fastema_lerp", b"code")
+        return
+    with pytest.raises(cubins.Unavailable, match="its products and sums could be fused") as refusal:
+        cubin(KEY)
+    check_install_hint(str(refusal.value), "lerp")
+    assert not list(folder.iterdir())  # nothing wrong is cached
+
+
 @pytest.mark.slow
 def test_another_process_reads_kernels_without_importing_compilers(
     tmp_path: Path, python: Callable[..., str]

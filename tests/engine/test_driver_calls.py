@@ -274,6 +274,19 @@ def test_a_launch_restores_the_current_context(run: Script) -> None:
     """)
 
 
+def test_a_launch_asks_for_the_context_without_releasing_the_lock(run: Script) -> None:
+    """Another thread could keep the interpreter's lock for milliseconds."""
+    run("""
+    one = device(0)
+    function = one.function(KEY)
+    take()
+    for _ in range(3):
+        one.launch(function, 1, 256, 0, address)
+    asked = [values for name, _, values in take() if name == "cuCtxGetCurrent"]
+    assert asked == [[1], [1], [1]]
+    """)
+
+
 def test_a_missing_driver_raises_a_one_line_message(python: Script, tmp_path: Path) -> None:
     (tmp_path / "libcuda.so.1").write_text("no library")
     message = python(

@@ -1,5 +1,6 @@
 """GPU kernels in a wheel: complete, chosen by GPU, and never loaded for other sources."""
 
+import os
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,35 @@ def test_kernels_of_other_sources_are_not_loaded(wheel: Path) -> None:
     assert shipped.targets("gpu") == []
     stamp.unlink()
     assert read(*LERP, (9, 0)) is None
+
+
+@pytest.mark.usefixtures("wheel")
+def test_the_kernels_of_an_operation_are_decompressed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lzma
+
+    unpacked, decompress = [], lzma.decompress
+
+    def counted(packed: bytes) -> bytes:
+        unpacked.append(packed)
+        return decompress(packed)
+
+    monkeypatch.setattr(lzma, "decompress", counted)
+    for formats, layout, code in (
+        (LERP[1], LERP[2], code_for("sm_90")),
+        (LERP[1], "strided", b"gaps"),
+        (("f32", "f32"), "flat", b"another"),
+        (("f64", "f64"), "flat", None),
+    ):
+        assert read("lerp", formats, layout, (9, 0)) == code
+    assert len(unpacked) == 1
+
+
+def test_replaced_kernels_are_read_again(wheel: Path) -> None:
+    path = wheel / "gpu" / "sm_90" / "lerp.xz"
+    assert read(*LERP, (9, 0)) == code_for("sm_90")
+    shipped.write(path, {LERP[1:]: b"new code"})
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+    assert read(*LERP, (9, 0)) == b"new code"
 
 
 @pytest.mark.parametrize("wrong", [{"spilled": 8}, {"stack": 16}, {"name": "other"}], ids=str)

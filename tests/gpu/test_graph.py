@@ -178,6 +178,58 @@ def test_a_captured_plan_keeps_its_weight(gpu: torch.device) -> None:
             expected[name].check(avg[name], name)
 
 
+def test_a_replayed_forward_pass_sees_the_average_while_it_is_swapped_in(
+    gpu: torch.device,
+) -> None:
+    """The graph holds the weights' addresses; updates and swaps happen around its replays."""
+    torch.manual_seed(5)
+    net = nn.Linear(64, 33).to(gpu)
+    ema = fastema.EMA(net, rules.warmup(0.99), capturable=True)
+    x = torch.randn(8, 64, device=gpu)
+    with torch.no_grad():
+        ema.update()
+        with ema.swapped():  # loads the kernels of the swap
+            net(x)
+        answer = torch.empty(8, 33, device=gpu)
+        forward = capture(lambda: answer.copy_(net(x)))
+        update = capture(ema.update)
+        for _ in range(5):
+            for parameter in net.parameters():
+                parameter.mul_(0.8).add_(torch.randn_like(parameter))
+            update.replay()
+            raw = {name: tensor.detach().clone() for name, tensor in net.named_parameters()}
+            for weights, applied in ((raw, False), (ema.shadow, True), (raw, False)):
+                if applied:
+                    ema.apply_shadow()
+                forward.replay()
+                if applied:
+                    ema.restore()
+                wanted = nn.functional.linear(x, weights["weight"], weights["bias"])
+                torch.testing.assert_close(answer, wanted, rtol=1e-4, atol=1e-5)
+            assert_all_equal({n: t.detach() for n, t in net.named_parameters()}, raw)
+    assert ema.num_updates == 6
+
+
+def test_a_captured_swap_is_exact_at_every_replay(gpu: torch.device) -> None:
+    given = Twins(FLAT, torch.bfloat16, gpu)
+    given.refresh(0)
+    avg = {name: torch.randn_like(tensor) for name, tensor in given.there.items()}
+    plan = fastema.Plan(avg, given.there)
+    plan.swap_()
+    plan.swap_()
+    graph = capture(plan.swap_)
+    for seed in range(1, 4):
+        given.refresh(seed)
+        sides = [{name: t.clone() for name, t in side.items()} for side in (avg, given.there)]
+        graph.replay()
+        assert_all_equal(avg, sides[1])
+        assert_all_equal(given.there, sides[0])
+        graph.replay()
+        assert_all_equal(avg, sides[0])
+        assert_all_equal(given.there, sides[1])
+    given.assert_rest_untouched()
+
+
 def test_captures_of_uncapturable_calls_are_refused(gpu: torch.device) -> None:
     weights = [torch.randn(5, device=gpu)]
     ema, plan = fastema.EMA(weights, 0.9), fastema.Plan([torch.randn(5, device=gpu)], weights)

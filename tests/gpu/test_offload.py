@@ -1,5 +1,7 @@
 """Averages on the host of a model on a GPU: the same bits, and no weights of two steps."""
 
+import threading
+from concurrent.futures import wait
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from torch import nn
 
 import fastema
+from fastema.bridges.torch_link import Fetch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 
@@ -89,3 +92,29 @@ def test_offloading_allocates_no_device_memory(gpu: torch.device) -> None:
         pass
     ema.state_dict()
     assert torch.cuda.max_memory_allocated(gpu) - before < 1 << 16
+
+
+def test_a_graph_is_captured_while_the_worker_waits_for_its_copy(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the default mode of a capture, another thread's wait for the device would end it."""
+    model = build(gpu, 512)
+    ema = fastema.EMA(model, decay=0.0, offload=True)
+    begun, complete = threading.Event(), Fetch.complete
+
+    def complete_in_a_capture(fetch: Fetch) -> None:
+        assert begun.wait(30)
+        complete(fetch)
+
+    x, graph = torch.zeros(100, device=gpu), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    monkeypatch.setattr(Fetch, "complete", complete_in_a_capture)
+    ema.update()
+    with torch.cuda.graph(graph):
+        begun.set()
+        wait([ema._job], 30)
+        x.add_(1)
+    for _ in range(3):
+        graph.replay()
+    assert bool((x == 3).all())
+    assert torch.equal(ema.shadow["0.weight"], model[0].weight.detach().cpu())

@@ -79,8 +79,10 @@ def test_the_sanitizer_reports_no_error(gpu: torch.device, tool: str) -> None:
     path = find_sanitizer()
     if path is None:
         pytest.skip("compute-sanitizer is not installed")
-    command = [path, "--tool", tool, "--error-exitcode", "86", sys.executable, "-c", SCRIPT]
-    done = run_or_skip([*command, str(gpu)], 60.0)
+    command = [path, "--tool", tool, "--error-exitcode", "86"]
+    if tool == "memcheck":  # torch asks the driver what may fail, and handles that it does
+        command += ["--report-api-errors", "no"]
+    done = run_or_skip([*command, sys.executable, "-c", SCRIPT, str(gpu)], 60.0)
     said = done.stdout + done.stderr
     if "not supported" in said.lower() and "done" not in said:
         pytest.skip("compute-sanitizer does not support this device")

@@ -276,3 +276,21 @@ def test_the_benchmark_table_counts_what_is_in_the_code(
     assert kernels_gpu.accesses(row["loads"]) == "128 + 64"
     assert row["loop"]["FFMA"] == row["loop"]["FADD"] == 4
     assert sum(row["loop"].values()) == row["loop_instructions"] < row["instructions"]
+
+
+def test_products_and_sums_are_never_fused_whatever_numba_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import numba.cuda
+    from numba.cuda.cudadrv import nvvm
+
+    asked = []
+    monkeypatch.setattr(nvvm, "compile_ir", lambda ir, **options: asked.append(options))
+
+    def compile_ptx(*args: object, **options: object) -> tuple[str, None]:
+        nvvm.compile_ir("ir", opt=3, fma=True)
+        return ".visible .entry a_long_name(", None
+
+    monkeypatch.setattr(numba.cuda, "compile_ptx", compile_ptx)
+    assert cuda.translate(CLOCK, (), "", (9, 0)).name == "fastema_advance"
+    assert asked == [{"opt": 3, "fma": False}]
