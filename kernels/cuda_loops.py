@@ -107,15 +107,13 @@ def _walk(step: Step, layout: str, n: int, sizes, pointers):
     to_mask, residual_mask, ring_mask, of_mask = (max(size * n - 1, 0) for size in sizes)
 
     @device_fn
-    def one_by_one(cells, at, w, slot, run, first, dst_step, src_step):
+    def one_by_one(cells, at, w, slot, run, first, dst_step, src_step, key, row):
         """Process elements one by one from index ``first`` on; return the sums."""
-        seed, step, thread, threads, (dst, src, count) = run
+        _, _, thread, threads, (dst, src, count) = run
         beside, kept = load_companions(cells, at, slot)
         to, residual = to_pointer(dst), residual_pointer(beside)
         ring, of = ring_pointer(kept), of_pointer(src)
-        key = row_key(cells, at, seed, step)
         second = scalar.mix32(key)
-        row = of_row(cells, at)
         one, two, three = 0.0, 0.0, 0.0
         i = first + thread
         while i < count:
@@ -129,12 +127,11 @@ def _walk(step: Step, layout: str, n: int, sizes, pointers):
     def adjacent(cells, at, w, slot, run):
         seed, step, thread, threads, (dst, src, count) = run
         beside, kept = load_companions(cells, at, slot)
+        key, row = row_key(cells, at, seed, step), of_row(cells, at)
         one, two, three = 0.0, 0.0, 0.0
         whole = np.int64(0)
         if (dst & to_mask) | (beside & residual_mask) | (kept & ring_mask) | (src & of_mask) == 0:
-            key = row_key(cells, at, seed, step)
             second = scalar.mix32(key)
-            row = of_row(cells, at)
             whole = count // n * n
             first = thread * n
             while first < whole:
@@ -147,13 +144,15 @@ def _walk(step: Step, layout: str, n: int, sizes, pointers):
                 a, b, c = vector(to, residual, ring, of, w, row, first, key, second)
                 one, two, three = one + a, two + b, three + c
                 first += threads * n
-        a, b, c = one_by_one(cells, at, w, slot, run, whole, 1, 1)
+        a, b, c = one_by_one(cells, at, w, slot, run, whole, 1, 1, key, row)
         return one + a, two + b, three + c
 
     @device_fn
     def spaced(cells, at, w, slot, run):
         dst_step, src_step = load(cells, at + abi.DST_STEP), load(cells, at + abi.SRC_STEP)
-        return one_by_one(cells, at, w, slot, run, np.int64(0), dst_step, src_step)
+        seed, step, _, _, _ = run
+        key, row = row_key(cells, at, seed, step), of_row(cells, at)
+        return one_by_one(cells, at, w, slot, run, np.int64(0), dst_step, src_step, key, row)
 
     @device_fn
     def either(cells, at, w, slot, run):
