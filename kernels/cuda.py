@@ -63,10 +63,11 @@ class Binary(NamedTuple):
 
 
 def make_body(operation: str, formats: tuple[str, ...], layout: str, device: str = "cuda"):
-    """Return ``body(cells, at, number, now, thread, threads) -> sums`` for one thread and row.
+    """Return ``body(cells, at, head, number, now, thread, threads) -> sums`` for a thread and row.
 
-    ``now`` holds the seed, the step, the window, the slot and the turn. The body also runs on host
-    addresses, thread after thread, which tests GPU kernels without a GPU.
+    ``head`` is the result of :func:`load_head`; ``now`` holds the seed, the step, the window, the
+    slot and the turn. The body also runs on host addresses, thread after thread, which tests GPU
+    kernels without a GPU.
     """
     step = getattr(steps, operation)(*formats, device=device)
     if OPERATIONS[operation].needs_ring:
@@ -77,8 +78,8 @@ def make_body(operation: str, formats: tuple[str, ...], layout: str, device: str
     real = step.real
 
     @device_fn
-    def body(cells, at, number, now, thread, threads):
-        return walk(cells, at, real(number), 0, (now[0], now[1], thread, threads))
+    def body(cells, at, head, number, now, thread, threads):
+        return walk(cells, at, real(number), 0, (now[0], now[1], thread, threads, head))
 
     return body
 
@@ -89,9 +90,9 @@ def _windowed(parts: steps.WindowSteps, start: steps.Step, layout: str):
     real = parts.slide.real
 
     @device_fn
-    def body(cells, at, number, now, thread, threads):
+    def body(cells, at, head, number, now, thread, threads):
         seed, step, window, slot, turn = now
-        run = seed, step, thread, threads
+        run = seed, step, thread, threads, head
         if turn == 0:  # the averages begin: copy the weights, unrounded by a ring's format
             copy(cells, at, real(number), 0, run)
         else:
@@ -115,9 +116,18 @@ def _choice(index, numbers):
 
 
 @device_fn
-def _number(cells, at, clock, numbers):
-    """Return the number of a row's average, from the clock if there is one."""
-    index = load(cells, at + abi.AVERAGE)
+def load_head(cells, at):
+    """Return a row's addresses of the written and of the other side, elements, and average.
+
+    A GPU waits once for all four, not for one after the other.
+    """
+    dst, src = load(cells, at + abi.DST), load(cells, at + abi.SRC)
+    return (dst, src, load(cells, at + abi.COUNT)), load(cells, at + abi.AVERAGE)
+
+
+@device_fn
+def _number(index, clock, numbers):
+    """Return the number of an average, from the clock if there is one."""
     if clock:
         return load(pointer_f64(clock), abi.WEIGHTS + index)
     return _choice(index, numbers)
@@ -168,8 +178,10 @@ def _kernel(body, finish, to_do):
         rows = to_do(clock, rows)
         while row < rows:
             at = row * abi.COLUMNS
-            number = _number(cells, at, clock, (w0, w1, w2, w3, w4, w5, w6, w7))
-            finish(results, clock, row, thread, body(cells, at, number, now, thread, threads))
+            head, average = load_head(cells, at)
+            number = _number(average, clock, (w0, w1, w2, w3, w4, w5, w6, w7))
+            sums = body(cells, at, head, number, now, thread, threads)
+            finish(results, clock, row, thread, sums)
             row += np.int64(cuda.gridDim.x)
 
     return kernel
@@ -265,6 +277,11 @@ def translate(
     return _ptx(operation, kernel, _PARAMETERS, capability)
 
 
+def _name_of(operation: str) -> str:
+    """Return a kernel's name; Numba's own has two hundred characters."""
+    return f"fastema_{operation}"
+
+
 def _ptx(operation: str, kernel, signature, capability: tuple[int, int]) -> Ptx:
     import_module("cuda.core")  # fail early: :func:`assemble` needs it
     import_module("numba_cuda")  # replaces numba's own, obsolete GPU target
@@ -285,12 +302,18 @@ def _ptx(operation: str, kernel, signature, capability: tuple[int, int]) -> Ptx:
             dispatcher.get_current_device, nvvm.compile_ir = asked, compiled
     entry = re.search(r"\.entry\s+(\w+)", text)
     assert entry is not None
-    name = f"fastema_{operation}"  # Numba's name has two hundred characters
+    name = _name_of(operation)
     return Ptx(name, text.replace(entry.group(1), name))
 
 
 def assemble(ptx: Ptx, capability: tuple[int, int]) -> Binary:
-    """Assemble PTX to machine code, with the fewest registers that avoid spilling."""
+    """Assemble PTX to machine code, with the fewest registers that avoid spilling.
+
+    The clock's kernel runs in a few blocks, so occupancy does not matter to it: with all the
+    registers it wants, its loads are issued together.
+    """
+    if ptx.name == _name_of(CLOCK):
+        return _assemble_with_registers(ptx, capability, _MOST_REGISTERS)
     least = _FEWER_THREADS.get(capability, _REGISTERS)
     for registers in range(least, _MOST_REGISTERS, 8):
         made = _assemble_with_registers(ptx, capability, registers)

@@ -17,12 +17,14 @@ from fastema.kernels.words import load, pointer_f64, pointer_i64, store
 def read(clock, first):
     """Load the values that all threads need before one of them writes.
 
-    Returns the number of updates so far, the number of this call, and whether to skip the update,
-    which is flagged in the ``first`` of several clocks.
+    Returns the number of updates so far, the number of this call, whether to skip the update, which
+    is flagged in the ``first`` of several clocks, and the cells that do not change: the first
+    update, the updates between two effective ones, and the window.
     """
     cells = pointer_i64(clock)
-    call = load(cells, abi.TRIES) + 1
-    return load(cells, abi.DONE), call, load(pointer_i64(first), abi.NOT_FINITE) == call
+    call, done = load(cells, abi.TRIES) + 1, load(cells, abi.DONE)
+    fixed = load(cells, abi.START), load(cells, abi.EVERY), load(cells, abi.WINDOW)
+    return done, call, load(pointer_i64(first), abi.NOT_FINITE) == call, fixed
 
 
 @device_fn
@@ -68,13 +70,12 @@ def advance(clock, before, thread, threads):
     each average comes from its table.
     """
     cells, numbers = pointer_i64(clock), pointer_f64(clock)
-    done, call, flagged = before
+    done, call, flagged, (start, every, slots) = before
     step = done + 1
-    m, every = step - load(cells, abi.START), load(cells, abi.EVERY)
+    m = step - start
     begins = m == 0
     idle = m < 0 or m % every != 0
     count = max(m // every, 1)
-    slots = load(cells, abi.WINDOW)
     skips = flagged and not idle
     if thread == 0:
         store(cells, abi.TRIES, call)

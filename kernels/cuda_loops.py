@@ -13,7 +13,7 @@ import numpy as np
 from fastema.kernels import cuda_memory, scalar
 from fastema.kernels import table as abi
 from fastema.kernels.jit import device_fn
-from fastema.kernels.rows import index_map, load_addresses, make_element_step, row_key, streams
+from fastema.kernels.rows import index_map, load_companions, make_element_step, row_key, streams
 from fastema.kernels.steps import Step
 from fastema.kernels.words import add32, load, low32
 
@@ -87,7 +87,8 @@ def _vector(step: Step, n: int, index):
 def make_walks(steps: Sequence[Step], layout: str):
     """Return for every step ``walk(cells, at, w, slot, run) -> sums``, for one row.
 
-    ``run`` is the seed, the step, the index of this thread and the number of threads in the block.
+    ``run`` is the seed, the step, the index of this thread, the number of threads in the block, and
+    the row's first columns: addresses of the written and of the other side, number of elements.
     Pass all steps that follow each other on a row in one call: a thread then has the same elements
     in all of them and need not wait for other threads. A thread moves as many elements at a time as
     fill 128 bits of the widest stream. Tails, and elements that are spaced or unaligned, are
@@ -106,17 +107,14 @@ def _walk(step: Step, layout: str, n: int, sizes, pointers):
     to_mask, residual_mask, ring_mask, of_mask = (max(size * n - 1, 0) for size in sizes)
 
     @device_fn
-    def one_by_one(cells, at, w, slot, run, first, dst_step, src_step):
+    def one_by_one(cells, at, w, slot, run, first, dst_step, src_step, key, row):
         """Process elements one by one from index ``first`` on; return the sums."""
-        seed, step, thread, threads = run
-        dst, beside, kept, src = load_addresses(cells, at, slot)
+        _, _, thread, threads, (dst, src, count) = run
+        beside, kept = load_companions(cells, at, slot)
         to, residual = to_pointer(dst), residual_pointer(beside)
         ring, of = ring_pointer(kept), of_pointer(src)
-        key = row_key(cells, at, seed, step)
         second = scalar.mix32(key)
-        row = of_row(cells, at)
         one, two, three = 0.0, 0.0, 0.0
-        count = load(cells, at + abi.COUNT)
         i = first + thread
         while i < count:
             word = scalar.random_word(index(row, i), key, second)
@@ -127,15 +125,14 @@ def _walk(step: Step, layout: str, n: int, sizes, pointers):
 
     @device_fn
     def adjacent(cells, at, w, slot, run):
-        seed, step, thread, threads = run
-        dst, beside, kept, src = load_addresses(cells, at, slot)
+        seed, step, thread, threads, (dst, src, count) = run
+        beside, kept = load_companions(cells, at, slot)
+        key, row = row_key(cells, at, seed, step), of_row(cells, at)
         one, two, three = 0.0, 0.0, 0.0
         whole = np.int64(0)
         if (dst & to_mask) | (beside & residual_mask) | (kept & ring_mask) | (src & of_mask) == 0:
-            key = row_key(cells, at, seed, step)
             second = scalar.mix32(key)
-            row = of_row(cells, at)
-            whole = load(cells, at + abi.COUNT) // n * n
+            whole = count // n * n
             first = thread * n
             while first < whole:
                 to, residual = (
@@ -147,13 +144,15 @@ def _walk(step: Step, layout: str, n: int, sizes, pointers):
                 a, b, c = vector(to, residual, ring, of, w, row, first, key, second)
                 one, two, three = one + a, two + b, three + c
                 first += threads * n
-        a, b, c = one_by_one(cells, at, w, slot, run, whole, 1, 1)
+        a, b, c = one_by_one(cells, at, w, slot, run, whole, 1, 1, key, row)
         return one + a, two + b, three + c
 
     @device_fn
     def spaced(cells, at, w, slot, run):
         dst_step, src_step = load(cells, at + abi.DST_STEP), load(cells, at + abi.SRC_STEP)
-        return one_by_one(cells, at, w, slot, run, np.int64(0), dst_step, src_step)
+        seed, step, _, _, _ = run
+        key, row = row_key(cells, at, seed, step), of_row(cells, at)
+        return one_by_one(cells, at, w, slot, run, np.int64(0), dst_step, src_step, key, row)
 
     @device_fn
     def either(cells, at, w, slot, run):

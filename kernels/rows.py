@@ -29,15 +29,17 @@ def index_map(cells, at):
 
 
 @device_fn
+def load_companions(cells, at, slot):
+    """Return the addresses of a row's residual and of its slot of the ring."""
+    ring = load(cells, at + abi.RING) + slot * load(cells, at + abi.RING_STRIDE)
+    return load(cells, at + abi.RESIDUAL), ring
+
+
+@device_fn
 def load_addresses(cells, at, slot):
     """Return where a row's streams begin: written side, residual, slot of the ring, other side."""
-    ring = load(cells, at + abi.RING) + slot * load(cells, at + abi.RING_STRIDE)
-    return (
-        load(cells, at + abi.DST),
-        load(cells, at + abi.RESIDUAL),
-        ring,
-        load(cells, at + abi.SRC),
-    )
+    residual, ring = load_companions(cells, at, slot)
+    return load(cells, at + abi.DST), residual, ring, load(cells, at + abi.SRC)
 
 
 def streams(steps: Sequence[Step]):

@@ -10,19 +10,22 @@ Chunk table, ``int64[rows, COLUMNS]``:
 ``DST``          address of the first element written (the average, for an update)
 ``SRC``          address of the first element read (the weights)
 ``COUNT``        elements in this row
-``DST_STEP``     step between elements on the written side (1 in flat tables)
-``SRC_STEP``     step between elements on the other side
 ``AVERAGE``      index of the average, and so of its weight, among those updated together
+``KEY``          32 bits that identify the tensor, for random bits
 ``INDEX``        index of the first element in its whole tensor, in row-major order; random bits
                  depend on it (0 without random bits)
+``DST_STEP``     step between elements on the written side (1 in flat tables)
+``SRC_STEP``     step between elements on the other side
 ``INDEX_STEP``   difference between the indices of adjacent elements
 ``INDEX_RUN``    number of elements, at least 1, after which the index jumps
 ``INDEX_JUMP``   difference between the indices of the first elements of adjacent runs
-``KEY``          32 bits that identify the tensor, for random bits
 ``RESIDUAL``     address of the written side's residual, which has the same strides
 ``RING``         address of the first element in slot 0 of a ring, with the same strides
 ``RING_STRIDE``  bytes from one slot to the next
 ===============  ==================================================================================
+
+The columns that every row of a flat table needs come first, and a row fills whole cache lines, so
+that a GPU fetches them at once.
 
 Numbers, ``float64[...]``: by ``AVERAGE``, the weight ``w = 1 - decay`` of the new value (for a
 windowed mean, the number of its values).
@@ -73,10 +76,10 @@ never cross a multiple of ``2**32``.
 
 from __future__ import annotations
 
-DST, SRC, COUNT, DST_STEP, SRC_STEP, AVERAGE = range(6)
-INDEX, INDEX_STEP, INDEX_RUN, INDEX_JUMP, KEY = range(6, 11)
+DST, SRC, COUNT, AVERAGE, KEY, INDEX = range(6)
+DST_STEP, SRC_STEP, INDEX_STEP, INDEX_RUN, INDEX_JUMP = range(6, 11)
 RESIDUAL, RING, RING_STRIDE = range(11, 14)
-COLUMNS = 14
+COLUMNS = 16
 
 NEXT, CLAIM, SEED, STEP, RESULTS, WINDOW, SLOT, TURN = range(8)
 CONTROLS = 8

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ _INSTRUCTION = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;"
 )
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
+_REGISTER = re.compile(r"\bR(\d+)(\.64)?\b")
 _WIDTHS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
 
 
@@ -41,6 +42,19 @@ class Instruction(NamedTuple):
     def name(self) -> str:
         """The opcode without modifiers."""
         return self.opcode.partition(".")[0]
+
+    def registers(self) -> tuple[set[int], set[int]]:
+        """Return the registers that it writes and those that it reads.
+
+        The first operand is written, except by a store.
+        """
+        written, _, read = self.operands.partition(",")
+        if self.name in ("STG", "BRA", "EXIT") or not written.startswith("R"):
+            written, read = "", self.operands
+        first = [int(number) for number, _ in _REGISTER.findall(written)]
+        found = ((int(number), wide) for number, wide in _REGISTER.findall(read))
+        read_registers = {one for number, wide in found for one in (number, number + bool(wide))}
+        return {one + k for one in first for k in range(max(self.bits // 32, 1))}, read_registers
 
     @property
     def bits(self) -> int:
@@ -77,6 +91,28 @@ class Code(NamedTuple):
 def accesses(instructions: Iterable[Instruction], name: str) -> Counter[int]:
     """Count the loads (``LDG``) or stores (``STG``) by the number of bits that each moves."""
     return Counter(one.bits for one in instructions if one.name == name)
+
+
+def count_waits(code: Code, loop: Sequence[Instruction]) -> int:
+    """Count the times that a thread waits for memory before it has the data of a loop's first turn.
+
+    Each wait ends a group of loads, none of which depends on another. Instructions are followed in
+    their order, as if no branch before the loop was taken; the wait for the data counts too.
+    """
+    waits, pending, has_data = 0, set[int](), False
+    for one in code.instructions:
+        written, read = one.registers()
+        if pending & read:
+            waits += 1
+            pending.clear()
+            if has_data:
+                break
+        if one.name == "LDG":
+            pending |= written
+            has_data = one.offset >= loop[0].offset
+        else:
+            pending -= written
+    return waits
 
 
 def find_nvdisasm() -> str | None:

@@ -123,6 +123,7 @@ def row(kernel: Kernel, capability: tuple[int, int], binary: cuda.Binary) -> Row
         "loads": dict(disassembly.accesses(loop, "LDG")),
         "stores": dict(disassembly.accesses(loop, "STG")),
         "registers": binary.registers,
+        "waits": disassembly.count_waits(code, loop),
         "instructions_per_element": len(loop) / elements,
         "spilled_bytes": binary.spilled,
         "stack_bytes": binary.stack,
@@ -168,7 +169,9 @@ The first format is that of the average, or of the side that is written, the sec
 weights; `~` is rounded at random, `+16` is a bfloat16 with 16 more bits beside it, `raw` is moved
 and not computed with; a windowed mean names its ring and its remainder too. *bytes* are those read
 and written per element. *elements* are those of one turn of the hot loop, and *loads* and *stores*
-the bits of each access in it. *registers* are those of a thread.
+the bits of each access in it. *registers* are those of a thread. *waits* are the times that a
+thread waits for memory until it has the data of its first turn, a captured graph's clock included;
+with columns of a row that were loaded one after another they were 5, with random bits 6.
 
 The hot loop is the longest innermost loop that moves all streams 128 bits at a time. Its
 instructions are counted as they stand between its label and the branch back to it, that branch,
@@ -196,6 +199,7 @@ QUESTION = Question(
         "loads": Figure("loads", accesses),
         "stores": Figure("stores", accesses),
         "registers": Figure("registers", str),
+        "waits": Figure("waits", str),
         "instructions_per_element": Figure("instructions per element", number),
         "spilled_bytes": Figure("spilled bytes", str),
         "stack_bytes": Figure("stack bytes", str),

@@ -272,6 +272,7 @@ def test_the_benchmark_table_counts_what_is_in_the_code(
     operation, formats, _, capability = variant
     row = kernels_gpu.row((operation, formats), capability, compiled(variant))
     assert (row["bytes"], row["loop_elements"]) == (10, 4)
+    assert row["waits"] <= 3  # the clock's flag, the columns of a row, the data
     assert (row["loads"], row["stores"]) == ({64: 1, 128: 1}, {128: 1})
     assert kernels_gpu.accesses(row["loads"]) == "128 + 64"
     assert row["loop"]["FFMA"] == row["loop"]["FADD"] == 4
@@ -294,3 +295,21 @@ def test_products_and_sums_are_never_fused_whatever_numba_asks_for(
     monkeypatch.setattr(numba.cuda, "compile_ptx", compile_ptx)
     assert cuda.translate(CLOCK, (), "", (9, 0)).name == "fastema_advance"
     assert asked == [{"opt": 3, "fma": False}]
+
+
+def test_waits_end_groups_of_independent_loads() -> None:
+    listing = """
+        /*0010*/ LDG.E.64 R2, desc[UR4][R8.64] ;
+        /*0020*/ LDG.E.64 R4, desc[UR4][R8.64+0x8] ;
+        /*0030*/ IADD3 R6, R3, R9, RZ ;
+        /*0040*/ LDG.E R10, desc[UR4][R4.64] ;
+.L_x_1:
+        /*0050*/ LDG.E.128 R12, desc[UR4][R10.64] ;
+        /*0060*/ FADD R16, R15, R6 ;
+        /*0070*/ STG.E desc[UR4][R2.64], R16 ;
+        /*0080*/ @P0 BRA `(.L_x_1) ;
+    """
+    code = disassembly.parse_listing(listing)
+    (loop,) = code.loops()
+    assert disassembly.count_waits(code, loop) == 3  # for R2 to R5, for R10, for R12 to R15
+    assert disassembly.count_waits(code._replace(instructions=loop), loop) == 1

@@ -40,6 +40,7 @@ def compile_on_host(operation: str, formats: tuple[str, ...], layout: str) -> An
     """Compile a GPU kernel for the host; its blocks and threads run one after another."""
     body, measures = cuda.make_body(operation, formats, layout), OPERATIONS[operation].measures
     number_of, moment_of, rows_of = cuda._number, cuda._launch_args, cuda.rows_to_do(operation)
+    head_of = cuda.load_head
     flags, flag = operation == "finite", cuda_clock.flag
 
     def run(  # type: ignore[no-untyped-def]
@@ -49,10 +50,11 @@ def compile_on_host(operation: str, formats: tuple[str, ...], layout: str) -> An
         now = moment_of(clock, (seed, step, window, slot, turn))
         for row in range(rows_of(clock, rows)):
             at = row * COLUMNS
-            number = number_of(cells, at, clock, (w0, w1, w2, w3, w4, w5, w6, w7))
+            head, average = head_of(cells, at)
+            number = number_of(average, clock, (w0, w1, w2, w3, w4, w5, w6, w7))
             one, two, three = 0.0, 0.0, 0.0
             for thread in range(THREADS):
-                a, b, c = body(cells, at, number, now, thread, THREADS)
+                a, b, c = body(cells, at, head, number, now, thread, THREADS)
                 one, two, three = one + a, two + b, three + c
             if flags and clock:
                 if one > 0.0:
