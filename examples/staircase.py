@@ -156,7 +156,7 @@ def draw(args: argparse.Namespace, curves: dict[str, Curve], true: list[float]) 
             0.855,
             "Keras reports the mean since the epoch began: noisy at first, then slower and "
             f"slower to follow. At the end of an epoch it is,\non average, {excess:.1f} times the "
-            "model's loss at that moment (black dots: all training images); then it jumps.",
+            "model's loss at that moment (grey dots: all training images); then it jumps.",
             color=GREY,
             fontsize=11,
             linespacing=1.4,
