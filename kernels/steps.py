@@ -4,7 +4,7 @@ A step is a function of stored values, written in words, without addresses or lo
 
 ``apply(d, residual, s, r, w, word) -> (d, residual, s, r, measures)``
 
-It takes the written side, its residual, the other side, the ring's slot, the row's number and 16
+It takes the written side, its residual, the other side, the ring's slot, the row's number and 32
 random bits. It returns the values to store and three numbers to sum. Streams that a step does not
 touch are neither loaded nor stored. Each function here builds the step of one entry of
 :data:`fastema.kernels.operations.OPERATIONS`.
@@ -62,11 +62,11 @@ def lerp(dst: str, src: str, device: str) -> Step:
 
     Memory traffic per element: the source once, the average twice.
     """
-    real, read, write, read_src, _ = access(dst, src, device)
+    real, read, write, read_src, _, mean, _ = access(dst, src, device)
 
     @device_fn
     def apply(d, residual, s, r, w, word):
-        new, rest = write(scalar.lerp(read(d, residual), read_src(s), w), word)
+        new, rest = write(mean(read(d, residual), read_src(s), w, word), word)
         return new, rest, s, r, _NOTHING
 
     return _step(dst, src, apply, "ds", "d", real)
@@ -74,12 +74,12 @@ def lerp(dst: str, src: str, device: str) -> Step:
 
 def lerp_measured(dst: str, src: str, device: str) -> Step:
     """Return :func:`lerp` with measures: squares of distance and average, unchanged elements."""
-    real, read, write, read_src, _ = access(dst, src, device)
+    real, read, write, read_src, _, mean, _ = access(dst, src, device)
 
     @device_fn
     def apply(d, residual, s, r, w, word):
         before, x = read(d, residual), read_src(s)
-        new, rest = write(scalar.lerp(before, x, w), word)
+        new, rest = write(mean(before, x, w, word), word)
         after = read(new, rest)
         distance = x - after
         still = real(1) if after == before else real(0)
@@ -90,11 +90,11 @@ def lerp_measured(dst: str, src: str, device: str) -> Step:
 
 def add(dst: str, src: str, device: str) -> Step:
     """Return the step ``dst += w * src``, for weighted sums, one term per call or row."""
-    real, read, write, read_src, _ = access(dst, src, device)
+    real, read, write, read_src, _, _, total = access(dst, src, device)
 
     @device_fn
     def apply(d, residual, s, r, w, word):
-        new, rest = write(scalar.fma(w, read_src(s), read(d, residual)), word)
+        new, rest = write(total(read(d, residual), read_src(s), w, word), word)
         return new, rest, s, r, _NOTHING
 
     return _step(dst, src, apply, "ds", "d", real)
@@ -102,7 +102,7 @@ def add(dst: str, src: str, device: str) -> Step:
 
 def copy(dst: str, src: str, device: str) -> Step:
     """Return the step ``dst = src``, converted as ``tests.support.reference.cast`` does."""
-    real, _, write, read_src, _ = access(dst, src, device)
+    real, _, write, read_src, *_ = access(dst, src, device)
 
     @device_fn
     def apply(d, residual, s, r, w, word):
@@ -114,7 +114,7 @@ def copy(dst: str, src: str, device: str) -> Step:
 
 def cast_back(dst: str, src: str, device: str) -> Step:
     """Return the step ``src = dst``, converted to the format of ``src``; ``dst`` may be split."""
-    real, read, _, _, write_src = access(dst, src, device)
+    real, read, _, _, write_src, *_ = access(dst, src, device)
 
     @device_fn
     def apply(d, residual, s, r, w, word):
@@ -128,7 +128,7 @@ def finite(dst: str, src: str, device: str) -> Step:
 
     It writes nothing. Memory traffic: the source once.
     """
-    real, _, _, read_src, _ = access(dst, src, device)
+    real, _, _, read_src, *_ = access(dst, src, device)
     largest = real(np.finfo(np.float64 if "f64" in (dst, src) else np.float32).max)
 
     @device_fn
@@ -148,7 +148,7 @@ def swap(dst: str, src: str, device: str) -> Step:
     """
     if FORMATS[dst].residual is not None and src == "raw4":
         return _on_bits(_swap_halves)(dst, src, device)
-    real, read, write, read_src, write_src = access(dst, src, device)
+    real, read, write, read_src, write_src, *_ = access(dst, src, device)
 
     @device_fn
     def apply(d, residual, s, r, w, word):
@@ -215,7 +215,7 @@ def window(dst: str, src: str, ring: str, residual: str, device: str) -> WindowS
 
     The mean is a sum of two floats; the residual, f32 or f64, holds the second.
     """
-    real, read, write, read_src, _ = access(dst, src, device, ring)
+    real, read, write, read_src, *_ = access(dst, src, device, ring)
     recall = FORMATS[ring].decode
     keep = FORMATS[ring].encode_wide if real is np.float64 else FORMATS[ring].encode
     as_rest = np.float64 if residual == "f64" else np.float32
