@@ -78,22 +78,22 @@ def _number(cells, at, numbers):
 
 
 def _plain(step: Step, layout: str):
-    walk, real = _WALKS[layout](step), step.real
+    walk, convert = _WALKS[layout](step), step.number
 
     @device_fn
     def body(cells, at, numbers, settings):
-        walk(cells, at, real(_number(cells, at, numbers)), 0, settings)
+        walk(cells, at, convert(_number(cells, at, numbers)), 0, settings)
 
     return body
 
 
 def _measuring(step: Step, layout: str):
     """Return a body that also writes the sums of its row to the address in the control block."""
-    walk, real = _WALKS[layout](step, 4 * abi.BLOCK), step.real
+    walk, convert = _WALKS[layout](step, 4 * abi.BLOCK), step.number
 
     @device_fn
     def body(cells, at, numbers, settings):
-        one, two, three = walk(cells, at, real(_number(cells, at, numbers)), 0, settings)
+        one, two, three = walk(cells, at, convert(_number(cells, at, numbers)), 0, settings)
         results = pointer_f64(load(settings, abi.RESULTS))
         row = at // abi.COLUMNS * abi.MEASURES
         store(results, row + abi.DISTANCE, one)

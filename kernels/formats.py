@@ -178,7 +178,8 @@ class Access(NamedTuple):
     ``read(d, residual)`` and ``write(value, word) -> (d, residual)`` convert the written side with
     its residual, ``read_src(s)`` and ``write_src(value)`` the other side. ``lerp(avg, x, w, word)``
     and ``add(avg, x, w, word)`` are ``avg + w * (x - avg)`` and ``avg + w * x``, rounded to
-    nearest, or dithered if ``write`` rounds stochastically.
+    nearest, or dithered if ``write`` rounds stochastically. Their ``w`` is ``number(w)`` of a
+    float64.
     """
 
     real: Callable[..., Any]
@@ -186,6 +187,7 @@ class Access(NamedTuple):
     write: Callable[..., Any]
     read_src: Callable[..., Any]
     write_src: Callable[..., Any]
+    number: Callable[..., Any]
     lerp: Callable[..., Any]
     add: Callable[..., Any]
 
@@ -214,12 +216,12 @@ def access(dst: str, src: str, device: str, *others: str) -> Access:
     def write_src(value):
         return encode_src(value, np.uint32(0))
 
-    sums = _rounded_sums() if one.dither is None or wide else _dithered_sums(one.dither)
+    sums = _rounded_sums(real) if one.dither is None or wide else _dithered_sums(one.dither)
     return Access(real, read, write, read_src, write_src, *sums)
 
 
-def _rounded_sums():
-    """Return ``lerp`` and ``add``, rounded to nearest."""
+def _rounded_sums(real):
+    """Return ``number``, ``lerp`` and ``add``, rounded to nearest."""
 
     @device_fn
     def lerp(avg, x, w, word):
@@ -229,12 +231,16 @@ def _rounded_sums():
     def add(avg, x, w, word):
         return scalar.fma(w, x, avg)
 
-    return lerp, add
+    return real, lerp, add
 
 
 def _dithered_sums(dither):
-    """Return ``lerp`` and ``add``, whose expected values are exact."""
+    """Return ``number``, and ``lerp`` and ``add`` whose expected values are exact."""
     used, least = dither
+
+    @device_fn
+    def number(w):
+        return scalar.with_dither(np.float32(w))
 
     @device_fn
     def lerp(avg, x, w, word):
@@ -244,7 +250,7 @@ def _dithered_sums(dither):
     def add(avg, x, w, word):
         return scalar.add_dithered(avg, x, w, _noise_of(word, used), least)
 
-    return lerp, add
+    return number, lerp, add
 
 
 def _single(form, as_real, encode):

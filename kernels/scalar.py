@@ -60,7 +60,12 @@ def finite_power_at(value, least):
     return power if power < np.inf else np.float32(2.0**127)
 
 
-def fma_dithered(w, half_x, avg, power, noise):
+def with_dither(w):
+    """Return a weight, and what makes the numbers of :func:`fma_dithered` of its ``noise``."""
+    return w, _DITHER / max(abs(w), np.float32(2.0**-24))
+
+
+def fma_dithered(weight, half_x, avg, power, noise):
     """Return a float32 next to ``avg + w * x`` whose expected value is ``avg + w * x``.
 
     An average in 16 bits moves by steps of which float32 would keep a few bits, or none. So the
@@ -73,29 +78,32 @@ def fma_dithered(w, half_x, avg, power, noise):
 
     Parameters
     ----------
-    w, half_x, avg : float32
-        The weight, ``x / 2`` and the average. All is computed in halves, so that nothing overflows
-        if the result does not.
+    weight : (float32, float32)
+        :func:`with_dither` of the weight ``w``; it divides, so it is computed once for many ``x``.
+    half_x, avg : float32
+        ``x / 2`` and the average. All is computed in halves, so that nothing overflows if the
+        result does not.
     power : float32
         The power of two ``p`` at ``avg``, not below ``2**-125``; then ``u = 2**-23 * p``.
     noise : float32
         A random number, uniform on ``[-2**31, 2**31)``.
     """
+    w, dither = weight
     base = np.float32(0.75) * power
-    dither = noise * (_DITHER / max(abs(w), np.float32(2.0**-24)))
-    step = fma(w, fma(dither, power, half_x), base) - base
+    step = fma(w, fma(noise * dither, power, half_x), base) - base
     return fma(step, np.float32(2), avg)
 
 
-def lerp_dithered(avg, x, w, noise, least):
+def lerp_dithered(avg, x, weight, noise, least):
     """Return ``avg + w * (x - avg)`` as :func:`fma_dithered` rounds it, and ``x`` if ``w == 1``."""
     half = fma(avg, np.float32(-0.5), np.float32(0.5) * x)
-    return x if w == 1 else fma_dithered(w, half, avg, power_at(avg, least), noise)
+    return x if weight[0] == 1 else fma_dithered(weight, half, avg, power_at(avg, least), noise)
 
 
-def add_dithered(avg, x, w, noise, least):
+def add_dithered(avg, x, weight, noise, least):
     """Return ``avg + w * x`` as :func:`fma_dithered` rounds it; an infinite ``avg`` stays."""
-    return fma_dithered(w, np.float32(0.5) * x, avg, finite_power_at(avg, least), noise)
+    half = np.float32(0.5) * x
+    return fma_dithered(weight, half, avg, finite_power_at(avg, least), noise)
 
 
 def narrow_dithered(value, noise, least):

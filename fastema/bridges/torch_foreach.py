@@ -402,7 +402,12 @@ def _copy(batch: PieceBatch, args: LaunchArgs) -> None:
 
 
 def _cast_back(batch: PieceBatch, args: LaunchArgs) -> None:
-    if batch.form is _PLAIN:
+    if batch.src[0].dtype == torch.bfloat16 and (
+        batch.residual or batch.dst[0].dtype == torch.float32
+    ):
+        bits = batch.form.load(batch).to(torch.float32).view(torch.int32)
+        _unflatten(_round_high(bits), [one.view(torch.int16) for one in batch.src])
+    elif batch.form is _PLAIN:
         _assign(batch.src, batch.dst)
     else:
         _unflatten(batch.form.load(batch), batch.src)

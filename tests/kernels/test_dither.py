@@ -28,13 +28,13 @@ Update = Callable[[Array, Array, Array, Array], Array]
 def update_of(operation: str, code: str, src: str) -> Update:
     """Return ``update(avg, x, w, words)`` on arrays of storage bits."""
     step: Any = getattr(steps, operation)(f"{code}~", src, device="cpu")
-    apply, real = step.apply, step.real
+    apply, number = step.apply, step.number
 
     @njit
     def run(out: Array, avg: Array, x: Array, w: Array, words: Array) -> None:
         nothing = np.uint8(0)
         for i in range(len(out)):
-            out[i] = apply(avg[i], nothing, x[i], nothing, real(w[i]), words[i])[0]
+            out[i] = apply(avg[i], nothing, x[i], nothing, number(w[i]), words[i])[0]
 
     def update(avg: Array, x: Array, w: Array, words: Array) -> Array:
         out = np.empty(avg.size, np.uint16)
