@@ -223,6 +223,11 @@ def split(values: Array) -> tuple[Array, Array]:
     return encode(np.copysign(high, wide), "bf16"), residual.astype(np.uint16)
 
 
+def export(avg: Array, code: str, to: str) -> Array:
+    """Round an average to the dtype of the weights: from f32 to bf16, ties away from zero."""
+    return split(avg)[0] if (code, to) == ("f32", "bf16") else cast(avg, code, to)
+
+
 def windowed_mean(history: Array, size: int) -> NDArray[np.longdouble]:
     """Return the mean of up to ``size`` last rows of a history, in long double."""
     last = history[-size:].astype(np.longdouble)
