@@ -293,7 +293,8 @@ def park_model(avg):
     """Return a bfloat16 model's bits while its float32 average is applied (:func:`park_shadow`).
 
     They are the nearest bfloat16, ties away from zero, because ties to even cannot be undone. Every
-    other way to put a float32 average into bfloat16 weights rounds like this too. A NaN keeps its high half; if that is the high half of an infinity, the NaN becomes quiet.
+    other way to put a float32 average into bfloat16 weights rounds like this too. A NaN keeps its
+    high half; if that is the high half of an infinity, the NaN becomes quiet.
     """
     high = shr32(avg, 16)
     nan = above32(and32(avg, 0x7FFFFFFF), 0x7F800000)
