@@ -78,22 +78,22 @@ def _number(cells, at, numbers):
 
 
 def _plain(step: Step, layout: str):
-    walk, real = _WALKS[layout](step), step.real
+    walk, convert = _WALKS[layout](step), step.number
 
     @device_fn
     def body(cells, at, numbers, settings):
-        walk(cells, at, real(_number(cells, at, numbers)), 0, settings)
+        walk(cells, at, convert(_number(cells, at, numbers)), 0, settings)
 
     return body
 
 
 def _measuring(step: Step, layout: str):
     """Return a body that also writes the sums of its row to the address in the control block."""
-    walk, real = _WALKS[layout](step, 4 * abi.BLOCK), step.real
+    walk, convert = _WALKS[layout](step, 4 * abi.BLOCK), step.number
 
     @device_fn
     def body(cells, at, numbers, settings):
-        one, two, three = walk(cells, at, real(_number(cells, at, numbers)), 0, settings)
+        one, two, three = walk(cells, at, convert(_number(cells, at, numbers)), 0, settings)
         results = pointer_f64(load(settings, abi.RESULTS))
         row = at // abi.COLUMNS * abi.MEASURES
         store(results, row + abi.DISTANCE, one)
@@ -150,15 +150,17 @@ def _flat(step: Step, size: int = abi.BLOCK):
                 prefetch(ring_address + first * ring_size + abi.PREFETCH + line * abi.LINE)
             for line in range(lines * of_size):
                 prefetch(src_address + first * of_size + abi.PREFETCH + line * abi.LINE)
-            start = add32(index, low32(first))
+            counter = scalar.word_counter(add32(index, low32(first)), key)
             for k in range(size):
-                word = scalar.random_word(add32(start, low32(k)), key, second)
+                word = scalar.random_word(counter, second)
+                counter = add32(counter, scalar.WORD_STRIDE)
                 a, b, c = element(to, residual, ring, of, first + k, first + k, w, word)
                 a_sum, b_sum = sum_any_order(a_sum, a), sum_any_order(b_sum, b)
                 c_sum = sum_any_order(c_sum, c)
             one, two, three = one + a_sum, two + b_sum, three + c_sum
         for i in range(blocks * size, count):
-            word = scalar.random_word(add32(index, low32(i)), key, second)
+            counter = scalar.word_counter(add32(index, low32(i)), key)
+            word = scalar.random_word(counter, second)
             a, b, c = element(to, residual, ring, of, i, i, w, word)
             one, two, three = one + a, two + b, three + c
         return one, two, three
@@ -187,7 +189,7 @@ def _strided(step: Step, size: int = abi.BLOCK):
         one, two, three = 0.0, 0.0, 0.0
         for i in range(load(cells, at + abi.COUNT)):
             index = scalar.index_of(low32(i), first, step, rise, inverse)
-            word = scalar.random_word(index, key, second)
+            word = scalar.random_word(scalar.word_counter(index, key), second)
             a, b, c = element(to, residual, ring, of, i * to_step, i * of_step, w, word)
             one, two, three = one + a, two + b, three + c
         return one, two, three

@@ -75,11 +75,11 @@ def make_body(operation: str, formats: tuple[str, ...], layout: str, device: str
         start = steps.copy(dst.removesuffix("~"), src, device)
         return _windowed(step, start, layout)
     (walk,) = make_walks([step], layout)
-    real = step.real
+    convert = step.number
 
     @device_fn
     def body(cells, at, head, number, now, thread, threads):
-        return walk(cells, at, real(number), 0, (now[0], now[1], thread, threads, head))
+        return walk(cells, at, convert(number), 0, (now[0], now[1], thread, threads, head))
 
     return body
 

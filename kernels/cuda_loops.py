@@ -29,7 +29,7 @@ def vector(to, residual, ring, of, w, row, first, key, second):
 """
 _STEP = (
     "    d{k}, l{k}, s{k}, r{k}, (a{k}, b{k}, c{k}) = apply(d[{k}], l[{k}], s[{k}], r[{k}], w, "
-    "random_word(index(row, first + {k}), key, second))"
+    "random_word(word_counter(index(row, first + {k}), key), second))"
 )
 
 
@@ -69,7 +69,8 @@ def _vector(step: Step, n: int, index):
     def skip_store(pointer, values):
         pass
 
-    names = {"apply": step.apply, "random_word": scalar.random_word, "index": index}
+    names = {"apply": step.apply, "index": index}
+    names |= {"random_word": scalar.random_word, "word_counter": scalar.word_counter}
     for letter, stream in zip("dlsr", ("dst", "residual", "src", "ring"), strict=True):
         reads, writes = letter in step.reads, letter in step.writes
         names[f"load_{letter}"] = cuda_memory.LOADS[n, stream] if reads else skip_load
@@ -117,7 +118,7 @@ def _walk(step: Step, layout: str, n: int, sizes, pointers):
         one, two, three = 0.0, 0.0, 0.0
         i = first + thread
         while i < count:
-            word = scalar.random_word(index(row, i), key, second)
+            word = scalar.random_word(scalar.word_counter(index(row, i), key), second)
             a, b, c = element(to, residual, ring, of, i * dst_step, i * src_step, w, word)
             one, two, three = one + a, two + b, three + c
             i += threads

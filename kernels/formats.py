@@ -16,15 +16,22 @@ from fastema.kernels import scalar, words
 from fastema.kernels.jit import device_fn
 
 
+class Dither(NamedTuple):
+    """How to round to float32 before rounding to a stochastic format: see ``fma_dithered``."""
+
+    used: int  # high bits of the random word that the rounding to the format uses
+    least: int  # bits of the smallest power of two
+
+
 class Format(NamedTuple):
     """One stored format.
 
     ``decode(stored)`` returns a float32 (a float64 for f64). ``encode(value, word)`` takes a
     float32 and ``encode_wide(value, word)`` a float64. Both round once: to nearest even, or, in
-    formats whose name ends in ``~``, stochastically by the 16 random bits of ``word``. Raw formats
+    formats whose name ends in ``~``, stochastically by the 32 random bits of ``word``. Raw formats
     are moved, never computed with. For a float32 split in two halves, ``residual`` is the format of
     the second half, and ``complete`` holds ``join(stored, residual)`` and ``rest(value)``, which
-    computes the second half.
+    computes the second half. ``dither`` belongs to stochastic formats.
     """
 
     itemsize: int
@@ -34,6 +41,7 @@ class Format(NamedTuple):
     encode_wide: Callable[..., Any]
     residual: str | None = None
     complete: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+    dither: Dither | None = None
 
 
 _HALF_TO_FLOAT = """
@@ -108,6 +116,22 @@ def _sixteen(decode, encode):
     return Format(2, words.pointer_u16, decode, encode, _from_wide(encode))
 
 
+@device_fn
+def _noise_of(word, used):
+    """Return the bits of a random word below the ``used`` highest as a signed number."""
+    return words.float_of_signed(words.shl32(word, used))
+
+
+def _stochastic(decode, encode, dither):
+    used, least = dither
+
+    @device_fn
+    def encode_wide(value, word):
+        return encode(scalar.narrow_dithered(value, _noise_of(word, used), least), word)
+
+    return Format(2, words.pointer_u16, decode, encode, encode_wide, dither=dither)
+
+
 def _raw(itemsize, pointer):
     return Format(itemsize, pointer, _same, _keep, _keep)
 
@@ -116,9 +140,9 @@ FORMATS = {
     "f64": Format(8, words.pointer_f64, _same, _widen, _keep),
     "f32": Format(4, words.pointer_f32, _same, _keep, _narrow),
     "f16": _sixteen(_decode_half, _nearest(_encode_half)),
-    "f16~": _sixteen(_decode_half, scalar.encode_f16_random),
+    "f16~": _stochastic(_decode_half, scalar.encode_f16_random, Dither(13, 113 << 23)),
     "bf16": _sixteen(scalar.decode_bf16, _nearest(scalar.encode_bf16)),
-    "bf16~": _sixteen(scalar.decode_bf16, scalar.encode_bf16_random),
+    "bf16~": _stochastic(scalar.decode_bf16, scalar.encode_bf16_random, Dither(16, 2 << 23)),
     "bf16+16": _sixteen(scalar.decode_bf16, _nearest(scalar.split_high))._replace(
         residual="raw2", complete=(scalar.join_halves, scalar.split_low)
     ),
@@ -152,7 +176,10 @@ class Access(NamedTuple):
     """The float type in which a pair of formats is computed, and the conversions of each side.
 
     ``read(d, residual)`` and ``write(value, word) -> (d, residual)`` convert the written side with
-    its residual, ``read_src(s)`` and ``write_src(value)`` the other side.
+    its residual, ``read_src(s)`` and ``write_src(value)`` the other side. ``lerp(avg, x, w, word)``
+    and ``add(avg, x, w, word)`` are ``avg + w * (x - avg)`` and ``avg + w * x``, rounded to
+    nearest, or dithered if ``write`` rounds stochastically. Their ``w`` is ``number(w)`` of a
+    float64.
     """
 
     real: Callable[..., Any]
@@ -160,6 +187,9 @@ class Access(NamedTuple):
     write: Callable[..., Any]
     read_src: Callable[..., Any]
     write_src: Callable[..., Any]
+    number: Callable[..., Any]
+    lerp: Callable[..., Any]
+    add: Callable[..., Any]
 
 
 def access(dst: str, src: str, device: str, *others: str) -> Access:
@@ -186,7 +216,41 @@ def access(dst: str, src: str, device: str, *others: str) -> Access:
     def write_src(value):
         return encode_src(value, np.uint32(0))
 
-    return Access(real, read, write, read_src, write_src)
+    sums = _rounded_sums(real) if one.dither is None or wide else _dithered_sums(one.dither)
+    return Access(real, read, write, read_src, write_src, *sums)
+
+
+def _rounded_sums(real):
+    """Return ``number``, ``lerp`` and ``add``, rounded to nearest."""
+
+    @device_fn
+    def lerp(avg, x, w, word):
+        return scalar.lerp(avg, x, w)
+
+    @device_fn
+    def add(avg, x, w, word):
+        return scalar.fma(w, x, avg)
+
+    return real, lerp, add
+
+
+def _dithered_sums(dither):
+    """Return ``number``, and ``lerp`` and ``add`` whose expected values are exact."""
+    used, least = dither
+
+    @device_fn
+    def number(w):
+        return scalar.with_dither(np.float32(w))
+
+    @device_fn
+    def lerp(avg, x, w, word):
+        return scalar.lerp_dithered(avg, x, w, _noise_of(word, used), least)
+
+    @device_fn
+    def add(avg, x, w, word):
+        return scalar.add_dithered(avg, x, w, _noise_of(word, used), least)
+
+    return number, lerp, add
 
 
 def _single(form, as_real, encode):

@@ -13,7 +13,7 @@ from fastema.kernels.words import (
     and32,
     bits32,
     float_of_bits32,
-    float_of_int,
+    float_of_signed,
     fma,
     high32,
     int_of_float,
@@ -39,6 +39,86 @@ def lerp(avg, x, w):
     ``w == 1`` returns ``x`` itself; otherwise an infinite ``avg`` becomes NaN.
     """
     return x if w == 1 else fma(w, x - avg, avg)
+
+
+_DITHER = np.float32(2.0**-56 * (1 - 2.0**-20))
+"""The factor from a signed 32-bit number to just below a quarter of the last place of 1."""
+
+
+def power_at(value, least):
+    """Return the power of two at or below a float32's magnitude, at least that with bits ``least``.
+
+    Infinite for an infinity and NaN.
+    """
+    exponent = and32(bits32(value), 0x7F800000)
+    return float_of_bits32(select32(above32(least, exponent), least, exponent))
+
+
+def finite_power_at(value, least):
+    """Return :func:`power_at`, but the largest power of two for an infinity and NaN."""
+    power = power_at(value, least)
+    return power if power < np.inf else np.float32(2.0**127)
+
+
+def with_dither(w):
+    """Return a weight, and what makes the numbers of :func:`fma_dithered` of its ``noise``."""
+    return w, _DITHER / max(abs(w), np.float32(2.0**-24))
+
+
+def fma_dithered(weight, half_x, avg, power, noise):
+    """Return a float32 next to ``avg + w * x`` whose expected value is ``avg + w * x``.
+
+    An average in 16 bits moves by steps of which float32 would keep a few bits, or none. So the
+    step is rounded, not the sum: to a multiple of the last place ``u`` of ``avg``, after adding a
+    random number between ``-u / 2`` and ``u / 2``. The sum of ``avg`` and this step is exact unless
+    it leads to a larger power of two. A step of 0 stays 0.
+
+    The expected error is below ``2**-22`` of the step plus ``2**-20 * u``, for ``|w| >= 2**-24``;
+    smaller weights add too small a random number.
+
+    Parameters
+    ----------
+    weight : (float32, float32)
+        :func:`with_dither` of the weight ``w``; it divides, so it is computed once for many ``x``.
+    half_x, avg : float32
+        ``x / 2`` and the average. All is computed in halves, so that nothing overflows if the
+        result does not.
+    power : float32
+        The power of two ``p`` at ``avg``, not below ``2**-125``; then ``u = 2**-23 * p``.
+    noise : float32
+        A random number, uniform on ``[-2**31, 2**31)``.
+    """
+    w, dither = weight
+    base = np.float32(0.75) * power
+    step = fma(w, fma(noise * dither, power, half_x), base) - base
+    return fma(step, np.float32(2), avg)
+
+
+def lerp_dithered(avg, x, weight, noise, least):
+    """Return ``avg + w * (x - avg)`` as :func:`fma_dithered` rounds it, and ``x`` if ``w == 1``."""
+    half = fma(avg, np.float32(-0.5), np.float32(0.5) * x)
+    return x if weight[0] == 1 else fma_dithered(weight, half, avg, power_at(avg, least), noise)
+
+
+def add_dithered(avg, x, weight, noise, least):
+    """Return ``avg + w * x`` as :func:`fma_dithered` rounds it; an infinite ``avg`` stays."""
+    half = np.float32(0.5) * x
+    return fma_dithered(weight, half, avg, finite_power_at(avg, least), noise)
+
+
+def narrow_dithered(value, noise, least):
+    """Return a float32 next to a float64 whose expected value is the float64.
+
+    Like :func:`fma_dithered`, it rounds to a multiple of the last place. A finite number stays
+    finite, and signs stay.
+    """
+    sign = and32(bits32(np.float32(value)), 0x80000000)
+    power = np.float64(finite_power_at(np.float32(value), least))
+    dithered = fma(np.float64(noise), power * (2.0**-55 * (1 - 2.0**-20)), value)
+    large = power * (1.5 * 2.0**29)  # a multiple of its last place is one of float32's at `value`
+    rounded = and32(bits32(np.float32((dithered + large) - large)), 0x7FFFFFFF)
+    beyond = rounded == 0x7F800000 and abs(value) < np.inf
+    return float_of_bits32(or32(sub32(rounded, select32(beyond, 1, 0)), sign))
 
 
 def decode_bf16(word):
@@ -101,7 +181,7 @@ def index_of(place, first, step, rise, inverse):
     for places below ``2**22``: it is at least ``0.5 / run`` from a whole number, and its relative
     error is less than ``2**-23``.
     """
-    runs = int_of_float(fma(float_of_int(place), inverse, np.float32(0.5) * inverse))
+    runs = int_of_float(fma(float_of_signed(place), inverse, np.float32(0.5) * inverse))
     return add32(add32(first, mul32(place, step)), mul32(runs, rise))
 
 
@@ -114,28 +194,36 @@ def random_key(seed, step, tensor, index):
     return mix32(xor32(mix32(key), high32(index)))
 
 
-def random_word(index, key, second):
-    """Return 16 random bits for an element, which depend only on its index and the keys.
+WORD_STRIDE = np.uint32(0x7FEB352D)
+"""From the counter of one element to that of the next: an odd number with well mixed bits."""
 
-    A multiplication and an xor-shift mix the index into ``x``; the result is the top half of
-    ``x * (2 * x + 1)``, a permutation whose top bits depend on all others. The second key enters
-    after the xor-shift: with the first alone, two steps would use the same words in another order.
+
+def word_counter(index, key):
+    """Return an element's counter for :func:`random_word`; neighbors are a stride apart."""
+    return mul32(add32(index, key), WORD_STRIDE)
+
+
+def random_word(counter, second):
+    """Return 32 random bits for an element, which depend only on its counter and its row's keys.
+
+    An xor-shift mixes the counter into ``x``; the result is ``x * (2 * x + 1)``, a permutation
+    whose top bits depend on all others. The second key enters after the xor-shift: with the first
+    alone, two steps would use the same words in another order.
     """
-    x = mul32(xor32(index, key), 0x7FEB352D)
-    x = xor32(xor32(x, shr32(x, 16)), second)
-    return shr32(mul32(x, or32(add32(x, x), 1)), 16)
+    x = xor32(xor32(counter, shr32(counter, 16)), second)
+    return mul32(x, or32(add32(x, x), 1))
 
 
 def encode_bf16_random(value, word):
     """Round a float32 stochastically to one of the two bfloat16 around it.
 
-    The nearer one is proportionally more likely. ``word`` holds 16 random bits, as many as are
-    rounded off, so the expected value is the float32 itself. Infinities stay, NaN stays a NaN, and
-    a finite number stays finite.
+    The nearer one is proportionally more likely. Uses the 16 highest bits of ``word``, as many as
+    are rounded off, so the expected value is the float32 itself. Infinities stay, NaN stays a NaN,
+    and a finite number stays finite.
     """
     bits = bits32(value)
     magnitude = and32(bits, 0x7FFFFFFF)
-    carried = add32(magnitude, word)
+    carried = add32(magnitude, shr32(word, 16))
     rounded = select32(above32(carried, 0x7F7FFFFF), 0x7F7FFFFF, carried)
     quiet = select32(above32(magnitude, 0x7F800000), or32(magnitude, 0x400000), magnitude)
     kept = select32(above32(magnitude, 0x7F7FFFFF), quiet, rounded)
@@ -153,26 +241,26 @@ def encode_bf16_of_bf16(value):
 
 def encode_bf16_of_bf16_random(value, word):
     """Round stochastically a weighted mean of two bfloat16 numbers, which cannot overflow."""
-    return narrow16(shr32(add32(bits32(value), word), 16))
+    return narrow16(shr32(add32(bits32(value), shr32(word, 16)), 16))
 
 
 def encode_bf16_of_bf16_random_gpu(value, word):
     """Round stochastically as on the CPU, but for a GPU, where all bits of a NaN are ones."""
-    rounded = shr32(add32(bits32(value), word), 16)
+    rounded = shr32(add32(bits32(value), shr32(word, 16)), 16)
     return narrow16(select32(value != value, 0x7FFF, rounded))
 
 
 def encode_f16_random(value, word):
     """Round a float32 stochastically to one of the two half-precision numbers around it.
 
-    Uses 13 of the 16 random bits, as many as are rounded off. Below the normal range the number is
-    first rounded to 2**-37, which shifts the expected value by at most 2**-14 of the last place.
-    Above the largest number it rounds to nearest.
+    Uses the 13 highest bits of ``word``, as many as are rounded off. Below the normal range the
+    number is first rounded to a multiple of 2**-37, which dithered numbers are. Above the largest
+    number it rounds to nearest.
     """
     bits = bits32(value)
     sign = shr32(and32(bits, 0x80000000), 16)
     magnitude = and32(bits, 0x7FFFFFFF)
-    noise = shr32(word, 3)
+    noise = shr32(word, 19)
     normal = shr32(add32(sub32(magnitude, 0x38000000), noise), 13)
     # Adding 2**-14 aligns the bits of a subnormal result.
     aligned = bits32(float_of_bits32(magnitude) + np.float32(2.0**-14))
@@ -204,8 +292,9 @@ def _round_away(bits):
 def park_model(avg):
     """Return a bfloat16 model's bits while its float32 average is applied (:func:`park_shadow`).
 
-    They are the nearest bfloat16, ties away from zero, because ties to even cannot be undone. A NaN
-    keeps its high half; if that is the high half of an infinity, the NaN becomes quiet.
+    They are the nearest bfloat16, ties away from zero, because ties to even cannot be undone. Every
+    other way to put a float32 average into bfloat16 weights rounds like this too. A NaN keeps its
+    high half; if that is the high half of an infinity, the NaN becomes quiet.
     """
     high = shr32(avg, 16)
     nan = above32(and32(avg, 0x7FFFFFFF), 0x7F800000)

@@ -4,7 +4,7 @@ A step is a function of stored values, written in words, without addresses or lo
 
 ``apply(d, residual, s, r, w, word) -> (d, residual, s, r, measures)``
 
-It takes the written side, its residual, the other side, the ring's slot, the row's number and 16
+It takes the written side, its residual, the other side, the ring's slot, the row's number and 32
 random bits. It returns the values to store and three numbers to sum. Streams that a step does not
 touch are neither loaded nor stored. Each function here builds the step of one entry of
 :data:`fastema.kernels.operations.OPERATIONS`.
@@ -20,7 +20,7 @@ import numpy as np
 from fastema.kernels import scalar
 from fastema.kernels.formats import FORMATS, access
 from fastema.kernels.jit import device_fn
-from fastema.kernels.words import nan_to_zero, narrow16
+from fastema.kernels.words import bits32, nan_to_zero, narrow16
 
 _NOTHING = (np.float32(0),) * 3
 """The measures of a step that measures nothing."""
@@ -38,6 +38,7 @@ class Formats(NamedTuple):
 class Step(NamedTuple):
     """One operation on one set of formats, computed in ``real``; the module describes ``apply``.
 
+    ``number`` converts a row's float64 number to what ``apply`` takes.
     ``reads`` and ``writes`` name the streams that it touches: ``d`` for the written side, ``l`` for
     its residual, ``s`` for the other side and ``r`` for the ring.
     """
@@ -47,14 +48,23 @@ class Step(NamedTuple):
     apply: Callable[..., Any]
     reads: str
     writes: str
+    number: Callable[..., Any]
 
 
-def _step(dst: str, src: str, apply: Any, reads: str, writes: str, real: Any = np.float32) -> Step:
+def _step(
+    dst: str,
+    src: str,
+    apply: Any,
+    reads: str,
+    writes: str,
+    real: Any = np.float32,
+    number: Any = None,
+) -> Step:
     """Return a step on two sides, which also touches the residual of a split written side."""
     residual = FORMATS[dst].residual
     if residual is not None:
         reads, writes = reads.replace("d", "dl"), writes.replace("d", "dl")
-    return Step(Formats(dst, src, residual), real, apply, reads, writes)
+    return Step(Formats(dst, src, residual), real, apply, reads, writes, number or real)
 
 
 def lerp(dst: str, src: str, device: str) -> Step:
@@ -62,47 +72,47 @@ def lerp(dst: str, src: str, device: str) -> Step:
 
     Memory traffic per element: the source once, the average twice.
     """
-    real, read, write, read_src, _ = access(dst, src, device)
+    real, read, write, read_src, _, number, mean, _ = access(dst, src, device)
 
     @device_fn
     def apply(d, residual, s, r, w, word):
-        new, rest = write(scalar.lerp(read(d, residual), read_src(s), w), word)
+        new, rest = write(mean(read(d, residual), read_src(s), w, word), word)
         return new, rest, s, r, _NOTHING
 
-    return _step(dst, src, apply, "ds", "d", real)
+    return _step(dst, src, apply, "ds", "d", real, number)
 
 
 def lerp_measured(dst: str, src: str, device: str) -> Step:
     """Return :func:`lerp` with measures: squares of distance and average, unchanged elements."""
-    real, read, write, read_src, _ = access(dst, src, device)
+    real, read, write, read_src, _, number, mean, _ = access(dst, src, device)
 
     @device_fn
     def apply(d, residual, s, r, w, word):
         before, x = read(d, residual), read_src(s)
-        new, rest = write(scalar.lerp(before, x, w), word)
+        new, rest = write(mean(before, x, w, word), word)
         after = read(new, rest)
         distance = x - after
         still = real(1) if after == before else real(0)
         return new, rest, s, r, (distance * distance, after * after, still)
 
-    return _step(dst, src, apply, "ds", "d", real)
+    return _step(dst, src, apply, "ds", "d", real, number)
 
 
 def add(dst: str, src: str, device: str) -> Step:
     """Return the step ``dst += w * src``, for weighted sums, one term per call or row."""
-    real, read, write, read_src, _ = access(dst, src, device)
+    real, read, write, read_src, _, number, _, total = access(dst, src, device)
 
     @device_fn
     def apply(d, residual, s, r, w, word):
-        new, rest = write(scalar.fma(w, read_src(s), read(d, residual)), word)
+        new, rest = write(total(read(d, residual), read_src(s), w, word), word)
         return new, rest, s, r, _NOTHING
 
-    return _step(dst, src, apply, "ds", "d", real)
+    return _step(dst, src, apply, "ds", "d", real, number)
 
 
 def copy(dst: str, src: str, device: str) -> Step:
     """Return the step ``dst = src``, converted as ``tests.support.reference.cast`` does."""
-    real, _, write, read_src, _ = access(dst, src, device)
+    real, _, write, read_src, *_ = access(dst, src, device)
 
     @device_fn
     def apply(d, residual, s, r, w, word):
@@ -113,12 +123,28 @@ def copy(dst: str, src: str, device: str) -> Step:
 
 
 def cast_back(dst: str, src: str, device: str) -> Step:
-    """Return the step ``src = dst``, converted to the format of ``src``; ``dst`` may be split."""
-    real, read, _, _, write_src = access(dst, src, device)
+    """Return the step ``src = dst``, converted to the format of ``src``; ``dst`` may be split.
+
+    A float32 average becomes the bfloat16 that :data:`park` puts into the weights, or the high half
+    that it is stored as: the nearest, ties away from zero.
+    """
+    if src == "bf16" and dst in ("f32", "bf16+16"):
+        return _export_bf16(dst, src, device)
+    real, read, _, _, write_src, *_ = access(dst, src, device)
 
     @device_fn
     def apply(d, residual, s, r, w, word):
         return d, residual, write_src(read(d, residual)), r, _NOTHING
+
+    return _step(dst, src, apply, "d", "s", real)
+
+
+def _export_bf16(dst: str, src: str, device: str) -> Step:
+    real, read, *_ = access(dst, src, device)
+
+    @device_fn
+    def apply(d, residual, s, r, w, word):
+        return d, residual, scalar.park_model(bits32(read(d, residual))), r, _NOTHING
 
     return _step(dst, src, apply, "d", "s", real)
 
@@ -128,7 +154,7 @@ def finite(dst: str, src: str, device: str) -> Step:
 
     It writes nothing. Memory traffic: the source once.
     """
-    real, _, _, read_src, _ = access(dst, src, device)
+    real, _, _, read_src, *_ = access(dst, src, device)
     largest = real(np.finfo(np.float64 if "f64" in (dst, src) else np.float32).max)
 
     @device_fn
@@ -148,7 +174,7 @@ def swap(dst: str, src: str, device: str) -> Step:
     """
     if FORMATS[dst].residual is not None and src == "raw4":
         return _on_bits(_swap_halves)(dst, src, device)
-    real, read, write, read_src, write_src = access(dst, src, device)
+    real, read, write, read_src, write_src, *_ = access(dst, src, device)
 
     @device_fn
     def apply(d, residual, s, r, w, word):
@@ -215,7 +241,7 @@ def window(dst: str, src: str, ring: str, residual: str, device: str) -> WindowS
 
     The mean is a sum of two floats; the residual, f32 or f64, holds the second.
     """
-    real, read, write, read_src, _ = access(dst, src, device, ring)
+    real, read, write, read_src, *_ = access(dst, src, device, ring)
     recall = FORMATS[ring].decode
     keep = FORMATS[ring].encode_wide if real is np.float64 else FORMATS[ring].encode
     as_rest = np.float64 if residual == "f64" else np.float32
@@ -260,9 +286,9 @@ def window(dst: str, src: str, ring: str, residual: str, device: str) -> WindowS
 
     formats = Formats(dst, src, residual, ring)
     return WindowSteps(
-        Step(formats, real, slide, "dlsr", "dlr"),
-        Step(formats, real, grow, "dls", "dlr"),
-        Step(formats, real, put, "s", "r"),
-        Step(formats, real, begin, "r", "dl"),
-        Step(formats, real, fold, "dlr", "dl"),
+        Step(formats, real, slide, "dlsr", "dlr", real),
+        Step(formats, real, grow, "dls", "dlr", real),
+        Step(formats, real, put, "s", "r", real),
+        Step(formats, real, begin, "r", "dl", real),
+        Step(formats, real, fold, "dlr", "dl", real),
     )

@@ -136,9 +136,9 @@ def float_of_bits32(x):
 
 
 @_word(_f32(_u32), llvm=lambda b, x: b.sitofp(x, _FLOAT))
-def float_of_int(x):
-    """Return the float32 nearest to an integer below 2**31."""
-    return np.float32(int(x))
+def float_of_signed(x):
+    """Return the float32 nearest to a 32-bit word that is read as a signed integer."""
+    return np.float32(np.uint32(x).view(np.int32))
 
 
 @_word(_u32(_f32), llvm=lambda b, x: b.fptosi(x, _I32))

@@ -125,7 +125,7 @@ PLANTED = {
     "kernels": {
         "kernels/scalar.py": {
             "ties not to even": ("add32(bits, add32(odd, 0x7FFF)), 16", "add32(bits, 0x8000), 16"),
-            "weight one not exact": ("return x if w == 1 else fma", "return fma"),
+            "weight one not exact": ("return x if w == 1 else fma(w", "return fma(w"),
             "late overflow": ("(magnitude, 0x477FE000), beyond", "(magnitude, 0x477FEFFF), beyond"),
             "step not in the seed": ("    key = xor32(mix32(key), high32(step))\n", ""),
         },

@@ -66,10 +66,16 @@ class PieceBatch(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """How to load the written side into a flat tensor to compute with, and store it back."""
+    """How to load the written side into a flat tensor to compute with, and store it back.
+
+    A form that rounds stochastically uses the ``used`` highest bits of a random word, as many as a
+    float32 has more. Its averages at or below ``least`` have the same last place.
+    """
 
     load: Callable[[PieceBatch], Tensor]
-    store: Callable[[PieceBatch, Tensor, LaunchArgs], None]
+    store: Callable[[PieceBatch, Tensor, Tensor | None], None]
+    used: int = 0
+    least: float = 0.0
 
 
 def _parts(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
@@ -144,19 +150,57 @@ def _random_words(place: tuple[int, int, Tensor], args: LaunchArgs, device: Any)
         key = _mix32(key) ^ number
     high = start >> 32
     key = _mix32(_mix32(key) ^ (high if last >> 32 == high else x >> 32))
-    x = x.bitwise_and_(_LOW).bitwise_xor_(key).mul_(0x7FEB352D).bitwise_and_(_LOW)
+    x = x.bitwise_and_(_LOW).add_(key).mul_(0x7FEB352D).bitwise_and_(_LOW)
     x.bitwise_xor_(x >> 16).bitwise_xor_(_mix32(key))
-    x.mul_((x << 1).bitwise_or_(1)).bitwise_and_(_LOW)
-    return x.bitwise_right_shift_(16)
+    return x.mul_((x << 1).bitwise_or_(1))
 
 
-def _random_bits(batch: PieceBatch, args: LaunchArgs, bits: int) -> Tensor:
-    """Return the kernels' random number of ``bits`` bits for every element of a batch."""
+def _draw_words(batch: PieceBatch, args: LaunchArgs) -> Tensor | None:
+    """Return the random word of each element as int32, or None if the form needs none."""
+    if not batch.form.used:
+        return None
     sizes = [one.numel() for one in batch.dst]
     words = torch.empty(sum(sizes), dtype=torch.int32, device=batch.dst[0].device)
     for part, place in zip(words.split(sizes), batch.places, strict=True):
-        part.copy_(_random_words(place, args, words.device).bitwise_right_shift_(16 - bits))
+        part.copy_(_signed(_random_words(place, args, words.device)))
     return words
+
+
+def _signed(words: Tensor) -> Tensor:
+    """Return the low 32 bits of int64 numbers as a signed number, in place."""
+    return words.add_(1 << 31).bitwise_and_(_LOW).sub_(1 << 31)
+
+
+_DITHER: Final = 2.0**-55 * (1 - 2.0**-20)
+
+
+def _noise_and_power(form: _Form, values: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the signed float32 made of the unused bits, and the power of two at each value."""
+    noise = words.bitwise_left_shift(form.used).to(torch.float32)
+    bits = values.to(torch.float32).view(torch.int32) & 0x7F800000
+    least = int(np.float32(form.least).view(np.int32))
+    return noise, bits.clamp_(least, 0x7F000000).view(torch.float32)
+
+
+def _add_dithered(form: _Form, avg: Tensor, half: Tensor, w: float, words: Tensor) -> Tensor:
+    """Return ``fastema.kernels.scalar.fma_dithered``, in the place of ``avg``; overwrite both."""
+    noise, power = _noise_and_power(form, avg, words)
+    scale = np.float32(_DITHER / 2) / np.float32(max(abs(w), 2.0**-24))
+    dithered = half.add_(noise.mul_(float(scale)).mul_(power))
+    base = power.mul_(0.75)
+    step = dithered.mul_(w).add_(base).sub_(base)
+    return avg.add_(step, alpha=2)
+
+
+def _narrow_dithered(form: _Form, values: Tensor, words: Tensor) -> Tensor:
+    """Return ``fastema.kernels.scalar.narrow_dithered`` of float64 numbers."""
+    noise, power = _noise_and_power(form, values, words)
+    place = power.to(torch.float64)
+    noisy = noise.to(torch.float64).mul_(place * _DITHER).add_(values)
+    large = place.mul_(1.5 * 2.0**29)
+    narrow = noisy.add_(large).sub_(large).to(torch.float32).copysign_(values)
+    most = torch.finfo(torch.float32).max
+    return torch.where(values.isinf(), narrow, narrow.clamp_(-most, most))
 
 
 def _store_random(dropped: int, lift: float, largest: float) -> Callable[..., None]:
@@ -177,20 +221,23 @@ def _store_random(dropped: int, lift: float, largest: float) -> Callable[..., No
     rest = (1 << dropped) - 1
     beyond = int(np.float32(largest).view(np.int32)) | rest
 
-    def store(batch: PieceBatch, values: Tensor, args: LaunchArgs) -> None:
-        values = _to_odd(values) if values.dtype == torch.float64 else values
+    def store(batch: PieceBatch, values: Tensor, words: Tensor | None) -> None:
+        assert words is not None
+        if values.dtype == torch.float64:
+            values = _narrow_dithered(batch.form, values, words)
         size = values.abs()
         shift = (size < lift).to(torch.float32).mul_(lift)
         lifted = size + shift
         bits = lifted.view(torch.int32)
-        bits.add_(_random_bits(batch, args, dropped)).clamp_(max=beyond).bitwise_and_(~rest)
+        noise = words.bitwise_right_shift(32 - dropped).bitwise_and_(rest)
+        bits.add_(noise).clamp_(max=beyond).bitwise_and_(~rest)
         rounded = lifted.sub_(shift).copysign_(values)
         _unflatten(torch.where(size <= largest, rounded, values), batch.dst)
 
     return store
 
 
-def _store_split(batch: PieceBatch, values: Tensor, args: LaunchArgs) -> None:
+def _store_split(batch: PieceBatch, values: Tensor, words: Tensor | None) -> None:
     bits = values.to(torch.float32).view(torch.int32)
     _store_halves(batch, bits, torch.where(values.isnan(), bits >> 16 | 0x40, _round_high(bits)))
 
@@ -208,12 +255,14 @@ def _store_halves(batch: PieceBatch, bits: Tensor, high: Tensor) -> None:
 
 _PLAIN: Final = _Form(
     lambda batch: _flat(batch.dst, batch.real),
-    lambda batch, values, args: _unflatten(values, batch.dst),
+    lambda batch, values, words: _unflatten(values, batch.dst),
 )
 _FORMS: Final = {
     **dict.fromkeys(("", "f64", "f32", "f16", "bf16"), _PLAIN),
-    "f16~": _Form(_PLAIN.load, _store_random(13, 2.0**-14, 65504.0)),
-    "bf16~": _Form(_PLAIN.load, _store_random(16, 0.0, torch.finfo(torch.float32).max)),
+    "f16~": _Form(_PLAIN.load, _store_random(13, 2.0**-14, 65504.0), 13, 2.0**-14),
+    "bf16~": _Form(
+        _PLAIN.load, _store_random(16, 0.0, torch.finfo(torch.float32).max), 16, 2.0**-125
+    ),
     _SPLIT: _Form(
         lambda batch: _unpark_bits(*_halves(batch)).view(torch.float32).to(batch.real), _store_split
     ),
@@ -292,11 +341,14 @@ def _lerp(batch: PieceBatch, args: LaunchArgs) -> None:
     if in_place and abs(w) < 0.5:
         torch._foreach_lerp_(batch.dst, _source(batch, dtype), w)
     else:
-        x = _flat(batch.src, batch.real)
+        x, words = _flat(batch.src, batch.real), _draw_words(batch, args)
         if w != 1:
             avg = batch.form.load(batch)
-            x = avg.add_(x.sub_(avg), alpha=w)
-        batch.form.store(batch, x, args)
+            if words is None or batch.real == torch.float64:
+                x = avg.add_(x.sub_(avg), alpha=w)
+            else:
+                x = _add_dithered(batch.form, avg, x.mul_(0.5).sub_(avg, alpha=0.5), w, words)
+        batch.form.store(batch, x, words)
 
 
 def _lerp_measured(batch: PieceBatch, args: LaunchArgs) -> Tensor:
@@ -313,8 +365,13 @@ def _add(batch: PieceBatch, args: LaunchArgs) -> None:
     if batch.form is _PLAIN and batch.dst[0].dtype == batch.real:
         torch._foreach_add_(batch.dst, _source(batch, batch.real), alpha=w)
     else:
-        total = batch.form.load(batch).add_(_flat(batch.src, batch.real), alpha=w)
-        batch.form.store(batch, total, args)
+        avg, x = batch.form.load(batch), _flat(batch.src, batch.real)
+        words = _draw_words(batch, args)
+        if words is None or batch.real == torch.float64:
+            total = avg.add_(x, alpha=w)
+        else:
+            total = _add_dithered(batch.form, avg, x.mul_(0.5), w, words)
+        batch.form.store(batch, total, words)
 
 
 def _finite(batch: PieceBatch, args: LaunchArgs) -> Tensor:
@@ -341,11 +398,16 @@ def _copy(batch: PieceBatch, args: LaunchArgs) -> None:
     if batch.form is _PLAIN:
         _assign(batch.dst, batch.src)
     else:
-        batch.form.store(batch, _flat(batch.src, batch.real), args)
+        batch.form.store(batch, _flat(batch.src, batch.real), _draw_words(batch, args))
 
 
 def _cast_back(batch: PieceBatch, args: LaunchArgs) -> None:
-    if batch.form is _PLAIN:
+    if batch.src[0].dtype == torch.bfloat16 and (
+        batch.residual or batch.dst[0].dtype == torch.float32
+    ):
+        bits = batch.form.load(batch).to(torch.float32).view(torch.int32)
+        _unflatten(_round_high(bits), [one.view(torch.int16) for one in batch.src])
+    elif batch.form is _PLAIN:
         _assign(batch.src, batch.dst)
     else:
         _unflatten(batch.form.load(batch), batch.src)
@@ -373,7 +435,7 @@ def _window(batch: PieceBatch, args: LaunchArgs) -> None:
     device = batch.dst[0].device  # the ring may be on the host
     history = (_flat([slots[i] for slots in batch.ring], torch.float64, device) for i in filled)
     mean, residual = (_exact_mean if batch.real == torch.float64 else _mean)(history, count)
-    batch.form.store(batch, mean, args)
+    batch.form.store(batch, mean, _draw_words(batch, args))
     residual.add_(mean.sub_(batch.form.load(batch)))
     _unflatten(_replace_nan(residual), batch.residual)
 

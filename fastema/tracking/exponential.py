@@ -29,6 +29,9 @@ class ExponentialMovingAverage(MovingAverage):
     of ``w_k x_k`` is divided by the average of ``w_k``. The rounding error of each step is carried
     to the next step, so errors do not accumulate. Use an instance from one thread at a time.
 
+    With ``debias=True``, or once a weight is not 1, products ``(1 - decay) * w_k * x_k`` below
+    1e-190 in magnitude lose digits, and below 1e-210 they count as 0.
+
     Parameters
     ----------
     decay : float

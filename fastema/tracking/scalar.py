@@ -32,7 +32,9 @@ MAX_PENDING: Final = 1024
 """Values that may stay on a device before all of them are read."""
 
 SCALE: Final = 2.0**-380
-"""Power of 2 that scales weights exactly, so that weight times value cannot overflow."""
+"""Power of 2 that scales weights exactly, so that weight times value cannot overflow.
+
+Products below 1e-190 become subnormal or 0 instead, which the classes say."""
 
 
 class MovingAverage(ABC):
@@ -100,7 +102,8 @@ class MovingAverage(ABC):
             values, all of them are read.
         weight : float
             Weight of this value relative to the others, such as the size of its batch or its number
-            of tokens: from 1e-100 to 1e100, or 0, which ignores the value. 1 by default.
+            of tokens: from 1e-100 to 1e100, or 0, which ignores the value. 1 by default. The class
+            says how small ``weight * value`` may be.
 
         Returns
         -------

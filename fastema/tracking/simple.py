@@ -30,7 +30,8 @@ class SimpleMovingAverage(MovingAverage):
     ``sum(w_k x_k) / sum(w_k)`` over the same values. The cost per value does not depend on the
     window, and errors do not accumulate. Without weights, each average is the sum of its window,
     exact to 2**-104 of the sum of the magnitudes and then rounded once, divided by the number of
-    values. With weights, the products are rounded too. Use an instance from one thread at a time.
+    values. With weights, the products are rounded too; those below 1e-190 in magnitude lose digits,
+    and those below 1e-210 count as 0. Use an instance from one thread at a time.
 
     Memory: 24 bytes per value of the window, 48 with weights. Each time the window has been filled
     once more, twice that is needed temporarily, and the refill takes 10 to 20 ns per value. The

@@ -116,7 +116,7 @@ def test_gpu_and_cpu_round_alike_with_the_same_random_bits() -> None:
     generator = np.random.default_rng(6)
     bits = generator.integers(0, 1 << 32, 100_000, dtype=np.uint32)
     floats = bits.view(np.float32)
-    noise = generator.integers(0, 1 << 16, len(bits), dtype=np.uint32)
+    noise = generator.integers(0, 1 << 32, len(bits), dtype=np.uint32)
     there = run_compiled(scalar.encode_bf16_of_bf16_random_gpu, np.uint16, floats, noise)
     here = run_compiled(scalar.encode_bf16_of_bf16_random, np.uint16, floats, noise)
     nan = np.isnan(floats)

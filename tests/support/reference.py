@@ -66,7 +66,8 @@ def decode(stored: Array, code: str) -> Reals:
 
 def _last_place(values: Reals, form: Float) -> NDArray[np.intc]:
     """Return the exponent of the format's last digit at each value."""
-    _, exponent = np.frexp(values)
+    with np.errstate(invalid="ignore"):  # NaN
+        _, exponent = np.frexp(values)
     return (np.maximum(exponent, form.lowest + 1) - form.digits).astype(np.intc)
 
 
@@ -107,21 +108,21 @@ def real_of_storage(code: str) -> str:
 
 
 def encode_randomly(values: Reals, words: Array, code: str) -> Array:
-    """Round each value to one of its two 16-bit neighbors; the random word decides which.
+    """Round float32 numbers to one of their two 16-bit neighbors; random words decide which.
 
     Let ``f`` be the fraction of the way from the neighbor nearer zero to the other one, in units
     of the dropped bits (``2**-16`` for bf16, ``2**-13`` for f16). The result is the neighbor
-    farther from zero where ``f`` plus the word's highest bits reaches 1. Values are first rounded
-    to odd float32, and below the normal range of f16 to multiples of ``2**-37``. A finite value
-    never becomes infinite in bf16; beyond its largest number, f16 rounds to nearest.
+    farther from zero where ``f`` plus the word's highest bits reaches 1. Below the normal range of
+    f16, values are first rounded to multiples of ``2**-37``. A finite value never becomes infinite
+    in bf16; beyond its largest number, f16 rounds to nearest.
     """
     form = FLOATS[code]
     bits = FLOATS["f32"].digits - form.digits
-    sizes = np.abs(_round_to_odd(values))
+    sizes = np.abs(values)
     place = _last_place(sizes, form)
     with np.errstate(over="ignore", invalid="ignore"):
         units = np.rint(np.ldexp(sizes, bits - place))  # integers, except subnormal f16 results
-        units += np.asarray(words, np.uint16) >> np.uint16(16 - bits)
+        units += np.asarray(words, np.uint32) >> np.uint32(32 - bits)
         rounded = np.ldexp(np.floor(np.ldexp(units, -bits)), place)
     if code == "bf16":
         rounded = np.where(np.isfinite(sizes), np.minimum(rounded, form.largest), sizes)
@@ -134,18 +135,48 @@ def encode_randomly(values: Reals, words: Array, code: str) -> Array:
     return encode(np.copysign(rounded, values), code)
 
 
-def _round_to_odd(values: Reals) -> Reals:
-    """Round to float32; an inexact value becomes the neighbor whose last digit is odd."""
-    form = FLOATS["f32"]
-    place = _last_place(values, form)
-    with np.errstate(over="ignore", invalid="ignore"):
-        units = np.abs(np.ldexp(values, -place))
-        whole = np.floor(units)
-        whole += (units != whole) & (whole % 2 == 0)
-        rounded = np.copysign(np.ldexp(whole, place), values)
-    largest = np.copysign(form.largest, values)
-    beyond = np.isfinite(values) & (np.abs(values) > form.largest)
-    return np.where(np.isfinite(values), np.where(beyond, largest, rounded), values)
+_DITHER: Final = 2.0**-55 * (1 - 2.0**-20)
+
+
+def _noise_and_power(values: Reals, words: Array, code: str) -> tuple[Reals, Reals]:
+    """Return the word's low bits as a signed 32-bit number, and the power of two at the value."""
+    used = FLOATS["f32"].digits - FLOATS[code].digits
+    noise = (np.asarray(words, np.uint32) << np.uint32(used)).view(np.int32).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # NaN
+        _, exponent = np.frexp(values.astype(np.float32))
+    exponent = np.where(np.isfinite(values.astype(np.float32)), exponent, 128)
+    lowest = {"bf16": -125, "f16": -14}[code]
+    power = np.ldexp(1.0, np.maximum(np.where(values == 0, lowest, exponent - 1), lowest))
+    return noise, power
+
+
+def _float32(values: Any) -> Reals:
+    return np.asarray(values, np.float32).astype(np.float64)
+
+
+def _lerp_dithered(old: Reals, new: Reals, w: float, words: Array, code: str) -> Reals:
+    """Return the weighted mean in float32, where the step is rounded to the last place of ``old``.
+
+    A random number of at most half that place is added to the step first, so that its expected
+    value stays. All is computed in halves.
+    """
+    noise, power = _noise_and_power(old, words, code)
+    scale = np.float32(_DITHER / 2) / np.float32(max(abs(w), 2.0**-24))
+    difference = _fma32(-0.5, old, _float32(new / 2))
+    dithered = _fma32(_float32(noise.astype(np.float32) * scale), power, difference)
+    half = 0.75 * power
+    step = _float32(_fma32(w, dithered, half) - half)
+    return np.where(np.isinf(old), old + difference, _fma32(2.0, step, old))
+
+
+def _narrow_dithered(values: Reals, words: Array, code: str) -> Reals:
+    """Round float64 to float32 with such random numbers; finite values and signs stay."""
+    noise, power = _noise_and_power(values, words, code)
+    noisy = noise.astype(np.float32).astype(np.float64) * (power * _DITHER) + values
+    narrow = _float32(np.rint(noisy / (power * 2.0**-23)) * (power * 2.0**-23))
+    largest = np.copysign(FLOATS["f32"].largest, values)
+    narrow = np.where(np.isfinite(values) & ~np.isfinite(narrow), largest, narrow)
+    return np.copysign(narrow, values)
 
 
 def tensor_key(name: str, which: int = 0) -> int:
@@ -165,7 +196,7 @@ def _mix_words(x: Words) -> Words:
 
 
 def random_words(seed: int, step: int, key: int, index: Array) -> Array:
-    """Return 16 random bits for each element index of a tensor."""
+    """Return 32 random bits for each element index of a tensor."""
     shape = np.shape(index)
     index = np.atleast_1d(np.asarray(index, np.uint64))
     low, *others = (number >> shift & 0xFFFFFFFF for number in (seed, step) for shift in (0, 32))
@@ -174,10 +205,9 @@ def random_words(seed: int, step: int, key: int, index: Array) -> Array:
         first = _mix_words(first) ^ np.uint32(number)
     first = _mix_words(_mix_words(first) ^ (index >> np.uint64(32)).astype(np.uint32))
     second = _mix_words(first)
-    x = ((index & np.uint64(0xFFFFFFFF)).astype(np.uint32) ^ first) * np.uint32(0x7FEB352D)
+    x = ((index & np.uint64(0xFFFFFFFF)).astype(np.uint32) + first) * np.uint32(0x7FEB352D)
     x ^= (x >> np.uint32(16)) ^ second
-    x *= x + x + np.uint32(1)
-    words: Array = (x >> np.uint32(16)).astype(np.uint16).reshape(shape)
+    words: Array = (x * (x + x + np.uint32(1))).reshape(shape)
     return words
 
 
@@ -191,6 +221,11 @@ def split(values: Array) -> tuple[Array, Array]:
         high = _overflow_to_infinity(np.where(np.isinf(wide), np.inf, away), form)
     residual = values.view(np.uint32) & np.uint32(0xFFFF)
     return encode(np.copysign(high, wide), "bf16"), residual.astype(np.uint16)
+
+
+def export(avg: Array, code: str, to: str) -> Array:
+    """Round an average to the dtype of the weights: from f32 to bf16, ties away from zero."""
+    return split(avg)[0] if (code, to) == ("f32", "bf16") else cast(avg, code, to)
 
 
 def windowed_mean(history: Array, size: int) -> NDArray[np.longdouble]:
@@ -210,7 +245,9 @@ def lerp(avg: Array, x: Array, w: float, dst: str, src: str, words: Array | None
     The arithmetic is float64 if either side is, otherwise float32: round the weight, then the
     difference, then ``w * difference + avg`` once, and finally the result to the format of
     ``avg``. At ``w == 1`` the result is ``x``. Infinities and NaN follow from the formula: an
-    infinite average turns finite only at weight 1, with a finite ``x``.
+    infinite average turns finite only at weight 1, with a finite ``x``. With random words, float32
+    arithmetic rounds the step as :func:`_lerp_dithered` does, and float64 the result as
+    :func:`_narrow_dithered`.
     """
     if dst in _PARTS:
         storage = real_of_storage(dst), real_of_storage(src)
@@ -220,6 +257,11 @@ def lerp(avg: Array, x: Array, w: float, dst: str, src: str, words: Array | None
     with np.errstate(over="ignore", invalid="ignore"):
         if "f64" in (dst, src):
             result = _fma64(w, new - old, old) if w != 1 else new
+            if words is not None:
+                result = _narrow_dithered(result, words, dst)
+        elif words is not None:
+            weight = float(np.float32(w))
+            result = _lerp_dithered(old, new, weight, words, dst) if weight != 1 else new
         else:
             weight = float(np.float32(w))
             difference = new.astype(np.float32) - old.astype(np.float32)

@@ -100,6 +100,23 @@ def run(average: MovingAverage, x: Sequence[float], at_once: bool) -> list[float
 
 @pytest.mark.parametrize("at_once", [False, True])
 @kinds
+def test_tiny_values_down_to_the_documented_bound_are_averaged(
+    make: Factory, at_once: bool
+) -> None:
+    x, weights = series(300, 4), series(300, 5)
+    tiny = [value * 2.0**-600 for value in x]  # about 1e-181
+
+    def averages(values: list[float]) -> np.ndarray:
+        average = make()
+        if at_once:
+            return average.update_many(values, weights)
+        return np.array([average.update(v, w) for v, w in zip(values, weights, strict=True)])
+
+    np.testing.assert_allclose(averages(tiny) * 2.0**600, averages(x), rtol=1e-13)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@kinds
 def test_show_returns_and_skip_omits_nonfinite_values(make: Factory, at_once: bool) -> None:
     clean = make()
     kept = [clean.update(v) for v in ODD if math.isfinite(v)]
