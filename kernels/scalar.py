@@ -97,7 +97,8 @@ def fma_dithered(weight, half_x, avg, power, noise):
 def lerp_dithered(avg, x, weight, noise, least):
     """Return ``avg + w * (x - avg)`` as :func:`fma_dithered` rounds it, and ``x`` if ``w == 1``."""
     half = fma(avg, np.float32(-0.5), np.float32(0.5) * x)
-    return x if weight[0] == 1 else fma_dithered(weight, half, avg, power_at(avg, least), noise)
+    mean = fma_dithered(weight, half, avg, power_at(avg, least), noise)
+    return x if weight[0] == 1 else mean  # a selection: GPUs would not move a branch from the loop
 
 
 def add_dithered(avg, x, weight, noise, least):

@@ -396,3 +396,18 @@ def test_operations_without_torch_functions_are_refused() -> None:
     for operation in ("lerp", "lerp_measured", "add", "finite", "window"):
         with pytest.raises(DTypeError, match="i64 is not averaged"):
             foreach.substitute(operation, [pair_of(whole, whole.clone())])
+
+
+@pytest.mark.parametrize("w", [1e-5, 0.3])
+@pytest.mark.parametrize(("code", "src"), [("bf16", "bf16"), ("bf16", "f32"), ("f16", "f32")])
+def test_small_steps_are_dithered_as_by_the_kernels(code: str, src: str, w: float) -> None:
+    avg = numbers(60_000, code, 1)
+    near = reference.decode(avg, code) * (1 + np.random.default_rng(2).normal(size=60_000) * 0.02)
+    x = reference.encode(near, src)
+    there, here = tensor(avg, code), tensor(avg, code)
+    source = tensor(x, src)
+    run("lerp", [pair_of(there, source, form=f"{code}~")], (w,), 3, 4)
+    run_kernels("lerp", [pair_of(here, source, form=f"{code}~")], (w,), 3, 4)
+    differ = there.view(torch.int16) != here.view(torch.int16)
+    assert differ.sum() <= 3  # products are not always fused there
+    assert (here.view(torch.int16) != tensor(avg, code).view(torch.int16)).sum() > 10 * w

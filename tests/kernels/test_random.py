@@ -134,3 +134,21 @@ def test_special_numbers_are_preserved(code: str, src: str) -> None:
         held = known % place == 0
         assert held.sum() > 20_000
         np.testing.assert_array_equal(got[within][held], known[held])
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("half", ["high", "low"])
+def test_tails_of_random_words_are_uniform_and_independent(half: str, bits: int) -> None:
+    """Steps far below the last place change an average only at the ends of either half."""
+    size = 1 << 20
+    tails = []
+    for step in (STEP, STEP + 1):
+        words = reference.random_words(SEED, step, KEY, np.arange(size))
+        part = words >> np.uint32(16) if half == "high" else words & np.uint32(0xFFFF)
+        tails += [part >> np.uint32(16 - bits) == end for end in (0, (1 << bits) - 1)]
+    expected = size / 2**bits
+    assert all(abs(one.sum() - expected) < 5 * math.sqrt(expected) for one in tails)
+    pairs = [(one[:-lag], one[lag:]) for one in tails for lag in (1, 2, 8, 64)]
+    both = sum(int((one & other).sum()) for one, other in [*pairs, tails[::2], tails[1::2]])
+    wanted = 18 * expected / 2**bits
+    assert abs(both - wanted) < 5 * math.sqrt(wanted) + 1

@@ -97,7 +97,7 @@ def _as_real(exact: Fraction | float, code: str) -> float:
     return float(rounded)
 
 
-ALL_WORDS = np.arange(1 << 16, dtype=np.uint16)
+ALL_WORDS = np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)
 SIXTEEN = {"bf16": [1.7, 3.3895e38, 1e-39, 2.0**-133], "f16": [1.7, 60000.3, 3e-5, 5e-8, 65504.0]}
 
 
