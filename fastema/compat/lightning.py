@@ -44,7 +44,7 @@ from fastema.compat.averager import ModelAverager
 from fastema.compat.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.errors import ArgumentError, StateError
-from fastema.lightning.packages import LIGHTNING_MODULES, PACKAGES
+from fastema.lightning.packages import LIGHTNING_MODULES, PACKAGES, replace_method
 
 __all__ = ["EMAWeightAveraging", "WeightAveraging"]
 
@@ -356,21 +356,11 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     def _wrap_strategy(self, strategy: Any) -> None:
         """Wrap ``strategy.save_checkpoint``: Lightning calls no hooks to save weights alone."""
         self._unwrap_strategy()
-        inner = strategy.save_checkpoint
-        own = "save_checkpoint" in vars(strategy)
 
-        def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            return inner(self._insert_average(checkpoint), *args, **kwargs)
+        def save(inner: Callable[..., Any], checkpoint: dict[str, Any], *args: Any, **kw: Any) -> Any:
+            return inner(self._insert_average(checkpoint), *args, **kw)
 
-        def unwrap() -> None:
-            if vars(strategy).get("save_checkpoint") is save_checkpoint:
-                if own:
-                    strategy.save_checkpoint = inner
-                else:
-                    del strategy.save_checkpoint
-
-        strategy.save_checkpoint = save_checkpoint
-        self._unwrap = unwrap
+        self._unwrap = replace_method(strategy, "save_checkpoint", save)
 
     def _unwrap_strategy(self) -> None:
         if self._unwrap is not None:
