@@ -76,7 +76,7 @@ class WriteAwareSwap(CopyingSwap):
     def restore(self) -> None:
         """Restore the model's own values, except weights that others wrote."""
         for (variable, value), before in zip(self._raw_values, self._checksums, strict=True):
-            if _checksum(variable) == before:
+            if is_gone(variable._value) or _checksum(variable) == before:
                 variable.assign(value)
 
 
