@@ -357,7 +357,9 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         """Wrap ``strategy.save_checkpoint``: Lightning calls no hooks to save weights alone."""
         self._unwrap_strategy()
 
-        def save(inner: Callable[..., Any], checkpoint: dict[str, Any], *args: Any, **kw: Any) -> Any:
+        def save(
+            inner: Callable[..., Any], checkpoint: dict[str, Any], *args: Any, **kw: Any
+        ) -> Any:
             return inner(self._insert_average(checkpoint), *args, **kw)
 
         self._unwrap = replace_method(strategy, "save_checkpoint", save)

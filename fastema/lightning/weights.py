@@ -295,8 +295,8 @@ class EMACallback(Callback):  # type: ignore[misc]
             if held not in (None, validated):
                 texts = {"average": "the average", "raw": "the training weights"}
                 _warn(
-                    f"{trainer.state.fn.value} uses {texts[held]}, which the checkpoint holds, but in "
-                    f"training {texts[validated]} validated: see checkpoints={held!r} of "
+                    f"{trainer.state.fn.value} uses {texts[held]}, which the checkpoint holds, but "
+                    f"validation in training used {texts[validated]}: see checkpoints={held!r} of "
                     "EMACallback"
                 )
         elif training is not None:

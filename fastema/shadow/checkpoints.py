@@ -20,7 +20,8 @@ def choose_checkpoints(given: Checkpoints | None, evaluate_with_average: bool) -
     """
     if given is None:
         return "average" if evaluate_with_average else "raw"
-    return check_literal(given, "checkpoints", Checkpoints)
+    check_literal(given, "checkpoints", Checkpoints)
+    return given
 
 
 def training_weights(state: dict[str, Any], ema: Average[Any]) -> dict[str, Any]:

@@ -82,7 +82,9 @@ def test_later_callbacks_and_the_end_of_fit_see_the_average_unless_raw(checkpoin
         if checkpoints == "raw":
             assert_same(after.at["epoch_end"][epoch], run.steps[last - 1])
         else:
-            assert_near(after.at["epoch_end"][epoch], expected_average(run, steps=slice(last)), last)
+            assert_near(
+                after.at["epoch_end"][epoch], expected_average(run, steps=slice(last)), last
+            )
     assert_same(after.at["epoch_begin"][1], run.steps[BATCHES - 1])
     held = run.steps[-1] if checkpoints == "raw" else average(ema)
     assert_same(wrote[0], held)

@@ -75,9 +75,7 @@ def test_each_option_reaches_the_average_and_resumes_bit_identically(
 
 
 @pytest.mark.parametrize("held", [None, "raw"])
-def test_checkpoints_hold_weights_and_average_in_separate_files(
-    tmp_path: Path, held: Any
-) -> None:
+def test_checkpoints_hold_weights_and_average_in_separate_files(tmp_path: Path, held: Any) -> None:
     ema = EMACallback(DECAY, checkpoints=held)
     with nullcontext() if held is None else pytest.warns(UserWarning, match="checkpoints='raw'"):
         recorder = train_run(tmp_path, ema, save_total_limit=2, **SAVED).recorder
