@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from safetensors.torch import load_file
 
 import fastema
+import fastema.compat.lightning
 from fastema.errors import ArgumentError
 from fastema.keras import EMAWeights
 from fastema.lightning import EMACallback
@@ -148,7 +149,7 @@ class LightningRun:
     def __init__(self, folder: Path, *callbacks: Any, ckpt: Any = None, **options: Any) -> None:
         self.module = Module()
         self.best = ModelCheckpoint(
-            folder, "{step}", monitor="val_loss", mode="max", save_last=True, **options
+            folder, "{step}", monitor="val_loss", mode="max", save_top_k=-1, **options
         )
         self.trainer = quiet_trainer(
             folder, *callbacks, self.best, max_epochs=2, num_sanity_val_steps=0
@@ -177,9 +178,8 @@ def test_lightning_reports_and_saves_the_weights_that_checkpoints_asks_for(
     check(run.test(), "average 12")
     run.trainer.save_checkpoint(tmp_path / "after.ckpt")
     check(load(tmp_path / "after.ckpt"), "average 12")
-    best, last = run.best.best_model_path, run.best.last_model_path
-    check(load(best), f"{held} 6")
-    check(load(last), f"{held} 12")
+    check(load(run.best.best_model_path), f"{held} 6")
+    check(load(tmp_path / "step=12.ckpt"), f"{held} 12")
     told = pytest.warns(UserWarning, match=r"test uses the training weights.*checkpoints='raw'")
     with told if held == "raw" else nullcontext():
         check(run.test("best"), f"{held} 6")
@@ -226,7 +226,7 @@ def test_lightning_names_what_a_resumed_run_begins_with(tmp_path: Path) -> None:
         LightningRun(tmp_path / "e", EMACallback(DECAY), ckpt=tmp_path / "after.ckpt")
 
 
-def test_callback_continues_the_training_weights_of_lightnings_own_average(tmp_path: Path) -> None:
+def test_lightning_continues_the_training_weights_of_another_average(tmp_path: Path) -> None:
     theirs = LightningRun(tmp_path / "a", WeightAveraging())
     ema = EMACallback(DECAY, at_end="raw")
     with (
@@ -234,6 +234,15 @@ def test_callback_continues_the_training_weights_of_lightnings_own_average(tmp_p
         pytest.warns(UserWarning, match="callbacks used to create the checkpoint need"),
     ):
         rest = LightningRun(tmp_path / "b", ema, ckpt=theirs.best.best_model_path)
+    check(evaluate(rest.module.layer), "raw 12")
+
+    ours = LightningRun(tmp_path / "c", EMACallback(DECAY))
+    current = fastema.compat.lightning.WeightAveraging(avg_fn=lambda avg, x, n: x)
+    with (
+        pytest.warns(UserWarning, match="written without WeightAveraging"),
+        pytest.warns(UserWarning, match="callbacks used to create the checkpoint need"),
+    ):
+        rest = LightningRun(tmp_path / "d", current, ckpt=ours.best.best_model_path)
     check(evaluate(rest.module.layer), "raw 12")
 
 

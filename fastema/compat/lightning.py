@@ -345,6 +345,8 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
                 "The checkpoint was written without WeightAveraging: the average starts with the "
                 "next update."
             )
+            if "current_model_state" in checkpoint:  # of fastema.lightning.EMACallback
+                pl_module.load_state_dict(checkpoint["current_model_state"], strict=False)
             return
         _utilities.rank_zero_info("WeightAveraging: continues the average of the checkpoint.")
         average = {f"module.{name}": value for name, value in checkpoint["state_dict"].items()}
