@@ -85,10 +85,11 @@ class WriteAwareSwap(CopyingSwap):
 def _to_host(variable: Any) -> Any:
     """Return a variable's value in row-major host memory, possibly the variable's own."""
     value = variable.value
-    # Keep PyTorch tensors: NumPy and PyTorch have no common bfloat16.
-    return row_major_on_host(
-        value if hasattr(value, "detach") else keras.ops.convert_to_numpy(value)
-    )
+    if hasattr(value, "detach"):
+        return row_major_on_host(value)  # NumPy and PyTorch have no common bfloat16
+    # Keras's own conversion of TensorFlow's variables makes NumPy warn.
+    array = value.numpy() if hasattr(value, "numpy") else keras.ops.convert_to_numpy(value)
+    return row_major_on_host(array)
 
 
 def copy_to_host(variable: Any) -> Any:
