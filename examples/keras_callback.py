@@ -31,9 +31,9 @@ def main() -> None:
     ema = EMAWeights(decay=0.995)
     model.fit(images[:TRAINED], labels[:TRAINED], 128, epochs=40, verbose=0, callbacks=[ema])
     test = images[TRAINED:], digits[TRAINED:]
+    _, averaged = model.evaluate(*test, verbose=0)
+    ema.restore()
     _, trained = model.evaluate(*test, verbose=0)
-    with ema.swapped():
-        _, averaged = model.evaluate(*test, verbose=0)
     report(trained, averaged)
 
 

@@ -15,7 +15,15 @@ from fastema.bridges.registry import describe, memory_of
 from fastema.checkpoint import files
 from fastema.errors import CheckpointError, DTypeError
 
-__all__ = ["is_state", "load_state", "read_state", "verify_checksums", "write_state"]
+__all__ = [
+    "is_state",
+    "load_state",
+    "read_state",
+    "read_tensors",
+    "verify_checksums",
+    "write_state",
+    "write_tensors",
+]
 
 _KEY: Final = "state"
 """Key of the plain values in a file's metadata, and name of the tensor that repeats them."""
@@ -38,15 +46,41 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], **metada
         if isinstance(value, list) and all(isinstance(one, Mapping) for one in value):
             for i, tensors in enumerate(value):
                 for name, one in tensors.items():
-                    arrays[f"{key}.{i}.{name}"] = row_major_on_host(one)
+                    arrays[f"{key}.{i}.{name}"] = one
         else:
             plain[key] = value
     text = json.dumps(plain)
     # safetensors' load_file drops the metadata, so repeat the plain values in a tensor.
     arrays[_KEY] = np.frombuffer(text.encode(), np.uint8)
+    write_tensors(path, arrays, **{_KEY: text}, **metadata)
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Any], **metadata: str
+) -> None:
+    """Write tensors and their checksums to a safetensors file, which is replaced atomically."""
+    arrays = {name: row_major_on_host(one) for name, one in tensors.items()}
     specs = {name: describe(array) for name, array in arrays.items()}
     sums = {name: zlib.crc32(bytes_of(array)) for name, array in arrays.items()}
-    files.write(path, specs, **{_KEY: text, _SUMS: json.dumps(sums)}, **metadata)
+    files.write(path, specs, **{_SUMS: json.dumps(sums)}, **metadata)
+
+
+def read_tensors(path: str | os.PathLike[str], like: Any) -> dict[str, Any]:
+    """Read the tensors of :func:`write_tensors` into arrays of the framework of ``like``.
+
+    Raise a CheckpointError if a checksum differs.
+    """
+    found, bridge = files.read(path), memory_of(like)
+    sums = json.loads(found.metadata.get(_SUMS, "{}"))
+    tensors = {}
+    with found.opened() as fill:
+        for name, stored in found.tensors.items():
+            array = bridge.zeros(stored.size, stored.kind.code, "cpu").reshape(stored.shape)
+            fill(stored.offset, bytes_of(array))
+            if sums.get(name) != zlib.crc32(bytes_of(array)):
+                raise _damaged(found, name)
+            tensors[name] = array
+    return tensors
 
 
 def is_state(found: files.File) -> bool:

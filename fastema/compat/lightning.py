@@ -44,7 +44,7 @@ from fastema.compat.averager import ModelAverager
 from fastema.compat.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.errors import ArgumentError, StateError
-from fastema.lightning.packages import LIGHTNING_MODULES, PACKAGES
+from fastema.lightning.packages import LIGHTNING_MODULES, PACKAGES, replace_method
 
 __all__ = ["EMAWeightAveraging", "WeightAveraging"]
 
@@ -345,6 +345,8 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
                 "The checkpoint was written without WeightAveraging: the average starts with the "
                 "next update."
             )
+            if "current_model_state" in checkpoint:  # of fastema.lightning.EMACallback
+                pl_module.load_state_dict(checkpoint["current_model_state"], strict=False)
             return
         _utilities.rank_zero_info("WeightAveraging: continues the average of the checkpoint.")
         average = {f"module.{name}": value for name, value in checkpoint["state_dict"].items()}
@@ -356,21 +358,13 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     def _wrap_strategy(self, strategy: Any) -> None:
         """Wrap ``strategy.save_checkpoint``: Lightning calls no hooks to save weights alone."""
         self._unwrap_strategy()
-        inner = strategy.save_checkpoint
-        own = "save_checkpoint" in vars(strategy)
 
-        def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            return inner(self._insert_average(checkpoint), *args, **kwargs)
+        def save(
+            inner: Callable[..., Any], checkpoint: dict[str, Any], *args: Any, **kw: Any
+        ) -> Any:
+            return inner(self._insert_average(checkpoint), *args, **kw)
 
-        def unwrap() -> None:
-            if vars(strategy).get("save_checkpoint") is save_checkpoint:
-                if own:
-                    strategy.save_checkpoint = inner
-                else:
-                    del strategy.save_checkpoint
-
-        strategy.save_checkpoint = save_checkpoint
-        self._unwrap = unwrap
+        self._unwrap = replace_method(strategy, "save_checkpoint", save)
 
     def _unwrap_strategy(self) -> None:
         if self._unwrap is not None:

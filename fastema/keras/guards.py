@@ -12,6 +12,7 @@ __all__ = [
     "MethodGuard",
     "UseGuard",
     "guard_use",
+    "guard_writes",
     "is_end_of_data",
     "is_running",
     "refuse_writes",
@@ -121,6 +122,19 @@ def guard_use(model: Any, restore: Callable[[], None]) -> list[MethodGuard]:
     within = partial(is_running, model, "fit", "evaluate", "predict")
     training = [UseGuard(model, name, restore) for name in ("fit", "train_on_batch")]
     return [*training, *(UseGuard(model, name, restore, within) for name in _USES)]
+
+
+def guard_writes(model: Any, restore: Callable[[], None]) -> list[MethodGuard]:
+    """Install guards that restore the weights before the model is trained or gets other weights.
+
+    Other callbacks may write weights while ``fit`` ends, which keeps them.
+    """
+    within = partial(is_running, model, "fit")
+    training = [UseGuard(model, name, restore) for name in ("fit", "train_on_batch")]
+    return [
+        *training,
+        *(UseGuard(model, name, restore, within) for name in ("load_weights", "set_weights")),
+    ]
 
 
 def refuse_writes(model: Any, refuse: Callable[[str], None]) -> list[MethodGuard]:

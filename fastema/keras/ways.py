@@ -55,10 +55,14 @@ class CopyingSwap:
         """Restore the model's own values."""
         self._sync()
         for variable, value in self._raw_values:
-            variable.assign(value)
+            if not self._was_written(variable):
+                variable.assign(value)
         for variable, value in self._other_values:
             if is_gone(variable._value) and not is_gone(value):
                 variable.assign(value)
+
+    def _was_written(self, variable: Any) -> bool:
+        return False
 
 
 class WriteAwareSwap(CopyingSwap):
@@ -67,26 +71,25 @@ class WriteAwareSwap(CopyingSwap):
     def apply(self) -> None:
         """Keep the model's values, copy the averages into it, and record their checksums."""
         super().apply()
-        self._checksums = [_checksum(variable) for variable in self._variables]
+        self._checksums = {id(one): _checksum(one) for one in self._variables}
 
     @staticmethod
     def _keep_value(variable: Any) -> Any:
         return variable.value if keras.backend.backend() == "jax" else copy_to_host(variable)
 
-    def restore(self) -> None:
-        """Restore the model's own values, except weights that others wrote."""
-        for (variable, value), before in zip(self._raw_values, self._checksums, strict=True):
-            if _checksum(variable) == before:
-                variable.assign(value)
+    def _was_written(self, variable: Any) -> bool:
+        gone = is_gone(variable._value)
+        return not gone and _checksum(variable) != self._checksums[id(variable)]
 
 
 def _to_host(variable: Any) -> Any:
     """Return a variable's value in row-major host memory, possibly the variable's own."""
     value = variable.value
-    # Keep PyTorch tensors: NumPy and PyTorch have no common bfloat16.
-    return row_major_on_host(
-        value if hasattr(value, "detach") else keras.ops.convert_to_numpy(value)
-    )
+    if hasattr(value, "detach"):
+        return row_major_on_host(value)  # NumPy and PyTorch have no common bfloat16
+    # Keras's own conversion of TensorFlow's variables makes NumPy warn.
+    array = value.numpy() if hasattr(value, "numpy") else keras.ops.convert_to_numpy(value)
+    return row_major_on_host(array)
 
 
 def copy_to_host(variable: Any) -> Any:

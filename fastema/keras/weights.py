@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,11 +21,18 @@ from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, CheckpointError, StateError
 from fastema.hints import check_options
-from fastema.keras.guards import ErrorGuard, MethodGuard, guard_use, refuse_writes
+from fastema.keras.guards import (
+    ErrorGuard,
+    MethodGuard,
+    guard_use,
+    guard_writes,
+    refuse_writes,
+)
 from fastema.keras.steps import OptimizerSteps, unwrap_optimizers
 from fastema.keras.ways import CopyingSwap, WriteAwareSwap
 from fastema.rules import Rule
 from fastema.shadow import EMA
+from fastema.shadow.checkpoints import Checkpoints, choose_checkpoints
 from fastema.shadow.options import (
     OnNonFinite,
     Policy,
@@ -35,8 +44,11 @@ from fastema.shadow.options import (
 
 __all__ = ["EMAWeights"]
 
-Hook: TypeAlias = Literal["test", "predict", "epoch", "block"]
-"""Phase of a run in which the average was applied; the weights are restored when it ends."""
+Hook: TypeAlias = Literal["test", "predict", "epoch", "end", "block"]
+"""Phase in which the average is in the model; "end" lasts until the model is trained again."""
+
+_KERAS_OWN: Final = (keras.callbacks.History, keras.callbacks.ProgbarLogger)
+"""Callbacks that Keras adds to every list, and that do not use the weights."""
 
 _WEIGHTS: Final = ".weights.h5"
 _BACKUP: Final = ".safetensors"
@@ -65,6 +77,24 @@ def _get_previous_path(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(_BACKUP) + ".previous" + _BACKUP)
 
 
+def _find_callbacks() -> list[Any] | None:
+    """Return the list of callbacks that the calling hook belongs to, which Keras does not pass."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.callbacks.CallbackList):
+            return list(caller.callbacks)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _keeps_weights(callback: Any) -> bool:
+    """Return whether a callback keeps weights that a metric has chosen."""
+    return isinstance(callback, keras.callbacks.ModelCheckpoint) or (
+        isinstance(callback, keras.callbacks.EarlyStopping) and callback.restore_best_weights
+    )
+
+
 class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     """Averages a model's weights in ``fit``, and uses the average to validate, test and predict.
 
@@ -75,11 +105,14 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     ----------
     decay : float or rule, or a sequence of them
         Weight of the old average per optimizer step (default 0.999), see :class:`fastema.EMA`.
-    swap_on_epoch : bool
-        Put the average into the model at the end of each epoch (default False), for the callbacks
-        after this one in the list: a ``ModelCheckpoint`` there saves the average. The weights are
-        restored when the next epoch begins and at the end of training, except those that other
-        callbacks wrote meanwhile. This takes the memory of another copy of the weights.
+    checkpoints : {"average", "raw"}, optional
+        What callbacks after this one see at the end of an epoch, and what the model holds after
+        ``fit``. With ``"average"``, the default, a ``ModelCheckpoint`` saves the weights that
+        ``val_loss`` is of, and ``model.evaluate`` and ``model.save`` use the average when ``fit``
+        has returned. The training weights come back when the next epoch begins, when the model is
+        trained again, and by :meth:`restore`, except those that other callbacks wrote meanwhile.
+        This takes the memory of another copy of the weights. With ``"raw"``, only validation,
+        ``evaluate`` and ``predict`` with this callback use the average.
     backup : path, optional
         A ``.safetensors`` file to which the state of the average is written at the end of each
         epoch, and from which a new run resumes.
@@ -96,13 +129,22 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     ------
     ArgumentError
         For paths with another suffix, and several decays without ``which``. When training begins,
-        for invalid options of :class:`fastema.EMA`, and a model that is not compiled.
+        for invalid options of :class:`fastema.EMA`, a model that is not compiled, and callbacks
+        that would save the training weights with a metric of the average, or back up the average:
+        a ``ModelCheckpoint`` or an ``EarlyStopping(restore_best_weights=True)`` before this one,
+        a ``ModelCheckpoint`` that saves within epochs, a ``BackupAndRestore`` after this one.
     StateError
         In ``fit``: together with another ``EMAWeights`` or an optimizer with ``use_ema=True``, with
         a model other than the one averaged so far, or while the model holds an average.
     CheckpointError
         In ``fit``, if the state in ``backup`` belongs to another model (the message lists its
         tensors), or to another optimizer step than the model's.
+
+    Warns
+    -----
+    UserWarning
+        When training begins with ``checkpoints="raw"`` and a ``ModelCheckpoint`` or
+        ``EarlyStopping(restore_best_weights=True)``, which keep the training weights.
 
     Notes
     -----
@@ -136,7 +178,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self,
         decay: float | Rule | Sequence[float | Rule] = 0.999,
         *,
-        swap_on_epoch: bool = False,
+        checkpoints: Checkpoints | None = None,
         backup: str | os.PathLike[str] | None = None,
         save_path: str | os.PathLike[str] | None = None,
         which: int | None = None,
@@ -158,7 +200,8 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         super().__init__()
         self._which = check_which(which, decay)
         self._decay, self._options = decay, options
-        self._swap_on_epoch = swap_on_epoch
+        self._checkpoints = choose_checkpoints(checkpoints, True)
+        self._has_later_callbacks = True
         self._backup = _check_path(backup, "backup", _BACKUP)
         self._save_path = _check_path(save_path, "save_path", _WEIGHTS)
         self._ema: EMA | None = None
@@ -313,18 +356,21 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             _applied_callbacks[model] = weakref.ref(self)
             try:
                 swap.apply()
-                if hook == "block":
-                    self._guards += refuse_writes(model, self._refuse_applied)
-                else:
-                    self._guards += guard_use(model, self.restore)
+                self._guards += self._make_guards(model, hook)
             except BaseException:
                 self.restore()
                 raise
 
+    def _make_guards(self, model: Any, hook: Hook) -> list[MethodGuard]:
+        if hook == "block":
+            return refuse_writes(model, self._refuse_applied)
+        return (guard_writes if hook == "end" else guard_use)(model, self.restore)
+
     def _swap_for(self, hook: Hook, model: Any) -> Swap:
         ema, which = self.ema, self._which
         is_jax = keras.backend.backend() == "jax"
-        if hook != "epoch" and not is_jax:
+        until_written = hook in ("epoch", "end")
+        if not until_written and not is_jax:
             apply = partial(ema.apply_shadow, which=which)
             return Swap(CallableWay(apply, self._restore_ema))
         if is_jax:
@@ -332,8 +378,16 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         names = ema.shadows[0].keys()
         leaves = zip(model.weights, leaves_of(model).items, strict=True)
         averaged = [variable for variable, leaf in leaves if leaf.name in names]
-        way = WriteAwareSwap if hook == "epoch" else CopyingSwap
+        way = WriteAwareSwap if until_written else CopyingSwap
         return Swap(way(model, averaged, partial(ema.copy_to, model, which=which)))
+
+    def _change_hook(self, old: Hook, new: Hook) -> None:
+        """Leave the average in the model for another phase, unless it was restored."""
+        if self._hook == old:
+            with defer_signals():
+                self._remove_guards()
+                self._hook = new
+                self._guards += self._make_guards(self._checked_model(), new)
 
     def _restore_after(self, *hooks: Hook) -> None:
         if self._hook in hooks:
@@ -355,8 +409,11 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             if self._swap is not None:
                 self._swap.restore()
             self._swap = self._hook = None
-            while self._guards:
-                self._guards.pop().remove()
+            self._remove_guards()
+
+    def _remove_guards(self) -> None:
+        while self._guards:
+            self._guards.pop().remove()
 
     def _restore_ema(self) -> None:
         """Restore the weights; keep a later error for :meth:`_raise_deferred_error`."""
@@ -390,6 +447,11 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         return RestoringBlock(self._block_steps)
 
     def _block_steps(self) -> BlockSteps[None]:
+        if self._hook == "end":
+            return BlockSteps(
+                partial(self._change_hook, "end", "block"),
+                partial(self._change_hook, "block", "end"),
+            )
         is_outermost = self._hook is None
         if not is_outermost:
             return BlockSteps(partial(self._apply, "block"), lambda: None)
@@ -427,10 +489,11 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Check that the model can be averaged."""
-        self._restore_after("test", "predict", "epoch")
+        self._restore_after("test", "predict", "epoch", "end")
         self._refuse_applied("fit")
         model = self._checked_model()
         self._make_step_counter(model)
+        self._check_other_callbacks(_find_callbacks())
         other = _fitting_callbacks.get(model, lambda: None)()
         if other is not None and other is not self:
             # All callbacks of one fit() call have the same dict.
@@ -439,7 +502,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                     "two EMAWeights in one fit(): each would put its average into the model; for "
                     "several averages give one callback several decays, decay=(0.99, 0.999)"
                 )
-            other._restore_after("test", "predict", "epoch")
+            other._restore_after("test", "predict", "epoch", "end")
             other._refuse_applied("fit with another EMAWeights")
             other._end_fit()
         _fitting_callbacks[model] = weakref.ref(self)
@@ -450,6 +513,47 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         # fit() validates by self.evaluate: an attribute of the instance shadows the class's method.
         self._fit_guard = ErrorGuard(model, "evaluate", self.restore)
         self._starts_training = True
+
+    def _check_other_callbacks(self, callbacks: list[Any] | None) -> None:
+        """Raise if callbacks would save other weights than those that the metrics are of."""
+        if callbacks is None:
+            self._has_later_callbacks = True
+            return
+        own = next(i for i, one in enumerate(callbacks) if one is self)
+        self._has_later_callbacks = any(
+            not isinstance(one, _KERAS_OWN) for one in callbacks[own + 1 :]
+        )
+        keeping = {i: one for i, one in enumerate(callbacks) if _keeps_weights(one)}
+        if self._checkpoints == "raw":
+            if keeping:
+                names = sorted({type(one).__name__ for one in keeping.values()})
+                warnings.warn(
+                    f"EMAWeights(checkpoints='raw'): {' and '.join(names)} keep the training "
+                    "weights, but val_loss and other validation metrics are the average's",
+                    stacklevel=2,
+                )
+            return
+        hint = "or pass EMAWeights(checkpoints='raw') to save the training weights"
+        for i, one in keeping.items():
+            name = type(one).__name__
+            if i < own:
+                raise ArgumentError(
+                    f"{name} comes before EMAWeights in the list of callbacks, so it would keep "
+                    "the training weights, but validation metrics are the average's: put "
+                    f"EMAWeights before {name}, {hint}"
+                )
+            if getattr(one, "save_freq", "epoch") != "epoch":
+                raise ArgumentError(
+                    f"{name}(save_freq={one.save_freq!r}) saves within epochs, when the model "
+                    "holds the training weights, but validation metrics are the average's: use "
+                    f"save_freq='epoch', {hint}"
+                )
+        for one in callbacks[own + 1 :]:
+            if isinstance(one, keras.callbacks.BackupAndRestore):
+                raise ArgumentError(
+                    "BackupAndRestore comes after EMAWeights in the list of callbacks, so it would "
+                    "resume from the average: put BackupAndRestore before EMAWeights"
+                )
 
     def _end_fit(self) -> None:
         if self._fit_guard is not None:
@@ -490,7 +594,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             )
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Write the backup, and put the average into the model if ``swap_on_epoch`` is set."""
+        """Write the backup, and put the average into the model for the callbacks after this."""
         if self._in_batch and self._steps is not None:
             # The data ran out. TensorFlow has still counted a step, for a batch that it did not
             # get: nothing in its graph makes the counter wait for the data.
@@ -501,16 +605,21 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             with self.ema.lock:
                 saved = self.ema.state_dict(copy=False)
                 state.write_state(self._backup, saved, steps=str(self._steps.count_steps()))
-        if self._swap_on_epoch:
+        if self._checkpoints == "average" and self._has_later_callbacks:
             self._apply("epoch")
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Restore the model's weights, and save the average."""
-        self._restore_after("epoch")
+        """Save the average, and leave it in the model or restore the training weights."""
         self._end_fit()
         self._start_average()  # resuming a complete run starts no epoch
         if self._save_path is not None and self._ema is not None:
             self.save_weights(self._save_path)
+        if self._checkpoints == "raw" or self._ema is None:
+            self._restore_after("epoch")
+        elif self._hook == "epoch":  # keep what other callbacks have written since
+            self._change_hook("epoch", "end")
+        else:
+            self._apply("end")
 
     def _resume(self, model: Any, backup: Path, done: int, *, must_fit: bool) -> None:
         """Load the backup of the model's step; raise if there is none and ``must_fit`` is true."""
@@ -546,19 +655,25 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._restore_after("test", "predict")
         if self._hook is None:
             self._apply("test")
+        if self._hook in ("test", "end"):
             self._guard("test_function")
 
     def on_test_end(self, logs: Any = None) -> None:
         """Restore the model's weights."""
         self._restore_after("test")
+        if self._hook == "end":
+            self._guards.pop().remove()
 
     def on_predict_begin(self, logs: Any = None) -> None:
         """Put the average into the model."""
         self._restore_after("test", "predict")
         if self._hook is None:
             self._apply("predict")
+        if self._hook in ("predict", "end"):
             self._guard("predict_function")
 
     def on_predict_end(self, logs: Any = None) -> None:
         """Restore the model's weights."""
         self._restore_after("predict")
+        if self._hook == "end":
+            self._guards.pop().remove()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final, Literal
 
 import torch
 
 from fastema.bridges.registry import is_divided, state_of
 from fastema.errors import ArgumentError, StateError
 from fastema.hints import check_options
-from fastema.lightning.packages import Callback
+from fastema.lightning.packages import LIGHTNING_MODULES, Callback, replace_method
 from fastema.rules import Rule
 from fastema.shadow import EMA
+from fastema.shadow.checkpoints import Checkpoints, choose_checkpoints, training_weights
 from fastema.shadow.options import (
     OnNonFinite,
     Policy,
@@ -27,14 +29,19 @@ __all__ = ["EMACallback"]
 
 AtEnd = Literal["average", "raw"]
 
+_TRAINING_WEIGHTS: Final = "current_model_state"
+"""Entry of a checkpoint with the training weights, named as in those of Lightning's callbacks."""
+
+_warn: Final = LIGHTNING_MODULES[0].utilities.rank_zero_warn
+
 
 class EMACallback(Callback):  # type: ignore[misc]
     """Exponential moving average of the weights that a ``Trainer`` trains.
 
     It computes ``avg = x`` when training begins, and ``avg += (1 - decay) * (x - avg)`` after each
     batch in which an optimizer made a step. Validation in ``fit`` uses the average: the average and
-    the weights swap, bit for bit, and swap back even if validation fails. The average is part of
-    each checkpoint, and ``fit(ckpt_path=...)`` continues bit for bit.
+    the weights swap, bit for bit, and swap back even if validation fails. A checkpoint's model is
+    the average that was validated, and ``fit(ckpt_path=...)`` continues bit for bit.
 
     Parameters
     ----------
@@ -46,8 +53,13 @@ class EMACallback(Callback):  # type: ignore[misc]
     at_end : {"average", "raw"}
         What the model holds when ``fit`` returns, and therefore in ``test`` and ``predict``
         (default "average").
+    checkpoints : {"average", "raw"}, optional
+        What a checkpoint holds under ``"state_dict"``, and hence what ``test(ckpt_path=...)`` and
+        ``load_from_checkpoint`` use. By default the weights that validation uses, which choose the
+        best checkpoint: the average, or with ``evaluate_with_average=False`` the training weights.
     which : int, optional
-        With several averages, the index of the one to evaluate and to leave in the model.
+        With several averages, the index of the one to evaluate, to save as the model and to leave
+        in the model.
     zero_debias, shadow_dtype, rounding, seed, update_every, start_after
         See :class:`fastema.EMA`.
     frozen, buffers, policy, on_nonfinite, drift, capturable, watch
@@ -63,12 +75,22 @@ class EMACallback(Callback):  # type: ignore[misc]
 
     Notes
     -----
-    **Checkpoints** hold the training weights under ``"state_dict"``, and the state of the average
-    under ``"callbacks"``. To use the average of a checkpoint elsewhere::
+    **Checkpoints** hold the average under ``"state_dict"``, the training weights that it replaces
+    under ``"current_model_state"``, and the state of the average under ``"callbacks"``. A run that
+    resumes with this callback continues with the training weights; without it, Lightning warns
+    that a callback is missing, and training begins with the average. A checkpoint saved with
+    ``save_weights_only=True`` holds the average alone. With ``checkpoints="raw"``, the training
+    weights are under ``"state_dict"``, and an evaluation from such a checkpoint warns if the
+    average was validated. Checkpoints saved after ``fit`` hold what the model holds.
+
+    A run resumes from the checkpoints of either setting. To use the state of the average elsewhere,
+    in full precision::
 
         ema = fastema.EMA(module)
         ema.load_state_dict(checkpoint["callbacks"]["fastema.lightning.EMACallback"]["ema"])
         ema.copy_to(module)
+
+    DeepSpeed writes the model itself: those checkpoints hold the training weights, with a warning.
 
     **Steps.** With several optimizers, or several steps in one batch of manual optimization, the
     average is updated once per batch. With gradient accumulation, batches without a step do not
@@ -90,6 +112,7 @@ class EMACallback(Callback):  # type: ignore[misc]
         *,
         evaluate_with_average: bool = True,
         at_end: AtEnd = "average",
+        checkpoints: Checkpoints | None = None,
         which: int | None = None,
         zero_debias: bool = False,
         shadow_dtype: Any = None,
@@ -108,6 +131,8 @@ class EMACallback(Callback):  # type: ignore[misc]
         options = select_shared_options(locals()) | {"zero_debias": zero_debias}
         super().__init__()
         self.at_end: AtEnd = check_literal(at_end, "at_end", AtEnd)
+        self._checkpoints = checkpoints
+        self._held_by_checkpoints = choose_checkpoints(checkpoints, evaluate_with_average)
         # Raise errors in options now, not when training begins; capturable needs a GPU to check.
         tried = {**options, "capturable": False}
         EMA([torch.zeros(1)], decay, **tried)
@@ -115,10 +140,12 @@ class EMACallback(Callback):  # type: ignore[misc]
         self.evaluate_with_average = evaluate_with_average
         self._decay, self._options = decay, options
         self._ema: EMA | None = None
-        self._pending_state: dict[str, Any] | None = (
-            None  # state of a checkpoint until training begins
-        )
+        # The state of a checkpoint until training begins.
+        self._pending_state: dict[str, Any] | None = None
         self._last_step = 0
+        self._held_by_model: Checkpoints | None = None  # outside of fit; None if unknown
+        self._training_weights: dict[str, Any] | None = None  # of the checkpoint being saved
+        self._unwrap: Callable[[], None] | None = None
 
     @property
     def ema(self) -> EMA:
@@ -136,6 +163,7 @@ class EMACallback(Callback):  # type: ignore[misc]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Drop the average of an earlier ``fit``; Lightning loads a checkpoint after this."""
+        self._unwrap_strategy()
         if stage == "fit":
             self._ema = self._pending_state = None
 
@@ -150,7 +178,29 @@ class EMACallback(Callback):  # type: ignore[misc]
         ema = EMA(pl_module, self._decay, **self._options)
         if self._pending_state is not None:
             ema.load_state_dict(self._pending_state)
+        elif trainer.ckpt_path and trainer.global_step:
+            _warn(
+                f"{trainer.ckpt_path} has no state of EMACallback: the average begins with the "
+                "weights of this checkpoint"
+            )
         self._ema, self._pending_state, self._last_step = ema, None, trainer.global_step
+        self._held_by_checkpoints = self._choose_checkpoints(trainer.strategy)
+        self._unwrap = replace_method(
+            trainer.strategy,
+            "lightning_module_state_dict",
+            partial(self._collect_weights, pl_module),
+        )
+
+    def _choose_checkpoints(self, strategy: Any) -> Checkpoints:
+        chosen = choose_checkpoints(self._checkpoints, self.evaluate_with_average)
+        if chosen == "average" and _writes_the_model_itself(strategy):
+            _warn(
+                "DeepSpeed writes the model itself, with the training weights, although the "
+                "average is validated: EMACallback(checkpoints='average') has no effect, and "
+                "test(ckpt_path=...) and load_from_checkpoint use the training weights"
+            )
+            return "raw"
+        return chosen
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -176,15 +226,14 @@ class EMACallback(Callback):  # type: ignore[misc]
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the average in the model if the run is complete and ``at_end="average"``."""
         self._restore()
+        self._unwrap_strategy()
+        self._pending_state = None
         finished = stage == "fit" and trainer.state.status == "running"
         if finished and self._ema is not None and self.at_end == "average":
             # Lightning has moved the module to the host by now.
-            averages = self._ema.model_state_dict(which=self._which)
-            own = state_of(pl_module)  # its keys have the components of wrappers
-            pl_module.load_state_dict(
-                {key: averages[one.key] for key, one in own.items() if one.key in averages},
-                strict=False,
-            )
+            pl_module.load_state_dict(self._average_by_key(pl_module), strict=False)
+        if stage == "fit":
+            self._held_by_model = self.at_end if finished else None
 
     def _restore(self) -> None:
         if self._ema is not None and self._ema.applied:
@@ -193,23 +242,91 @@ class EMACallback(Callback):  # type: ignore[misc]
     # -- checkpoints -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the average; an empty dict before training."""
-        return {} if self._ema is None else {"ema": self._ema.state_dict()}
+        """Return the state of the average, and what the model is; an empty dict before training."""
+        if self._ema is None:
+            return {}
+        held = self._held_by_model if self._unwrap is None else self._held_by_checkpoints
+        return {"ema": self._ema.state_dict()} | ({} if held is None else {"model": held})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a state of the average, which is loaded when training begins."""
         self._pending_state = state_dict.get("ema")
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Save the training weights, also during validation, when the model holds the average."""
-        if self._ema is None or not self._ema.applied:
-            return
-        self._ema.restore()
+    def _average_by_key(self, pl_module: Any) -> dict[str, Any]:
+        """Return the average by the keys of the module's state, which name wrappers inside it."""
+        average = self.ema.model_state_dict(which=self._which)
+        own = state_of(pl_module).items()
+        return {key: average[entry.key] for key, entry in own if entry.key in average}
+
+    def _collect_weights(
+        self, pl_module: Any, collect: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return the model of a checkpoint, whatever the model holds now.
+
+        Replaces a method of the strategy, since Lightning calls no hook to save weights alone.
+        """
+        ema = self.ema
+        applied = ema.applied  # in validation
+        self._restore()
         try:
-            weights = trainer.strategy.lightning_module_state_dict()
-            checkpoint["state_dict"] = {
-                name: one.clone() if isinstance(one, torch.Tensor) else one
-                for name, one in weights.items()
-            }
+            weights = collect()
+            training = training_weights(weights, ema)
+            if applied:
+                training = {name: one.clone() for name, one in training.items()}
+            if self._held_by_checkpoints == "raw":
+                weights.update(training)
+                return weights
+            self._training_weights = training
+            average = self._average_by_key(pl_module)
+            weights.update({name: average[name] for name in training})
+            return weights
         finally:
-            self._ema.apply_shadow(which=self._which)
+            if applied:
+                ema.apply_shadow(which=self._which)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Save the training weights beside the average."""
+        training, self._training_weights = self._training_weights, None
+        if self._unwrap is None or training is None:
+            return
+        checkpoint[_TRAINING_WEIGHTS] = training
+        state = checkpoint["callbacks"][self.state_key]["ema"]
+        if not state.get("residual"):
+            # torch.save writes a tensor once that occurs twice.
+            shadow = state["shadow"][self._which or 0]
+            for name, value in checkpoint["state_dict"].items():
+                if name in training and name in shadow and shadow[name].dtype == value.dtype:
+                    shadow[name] = value
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Load the training weights to continue a run; name what an evaluation uses."""
+        training = checkpoint.get(_TRAINING_WEIGHTS)
+        held = checkpoint["callbacks"].get(self.state_key, {}).get("model")
+        if trainer.state.fn != "fit":
+            self._held_by_model = held
+            validated = "average" if self.evaluate_with_average else "raw"
+            if held not in (None, validated):
+                texts = {"average": "the average", "raw": "the training weights"}
+                _warn(
+                    f"{trainer.state.fn.value} uses {texts[held]}, which the checkpoint holds, but "
+                    f"validation in training used {texts[validated]}: see checkpoints={held!r} of "
+                    "EMACallback"
+                )
+        elif training is not None:
+            pl_module.load_state_dict(training, strict=False)
+        elif held == "average":
+            _warn(
+                "the checkpoint was saved after fit, when the model held the average: training "
+                "continues from the average, not from the training weights"
+            )
+
+    def _unwrap_strategy(self) -> None:
+        if self._unwrap is not None:
+            self._unwrap()
+            self._unwrap = None
+
+
+def _writes_the_model_itself(strategy: Any) -> bool:
+    """Return whether a strategy saves the model without asking for its state."""
+    theirs = (getattr(one.strategies, "DeepSpeedStrategy", ()) for one in LIGHTNING_MODULES)
+    return isinstance(strategy, tuple(one for one in theirs if one))

@@ -19,11 +19,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from fastema.bridges.registry import is_divided
 from fastema.checkpoint import files
-from fastema.checkpoint.state import read_state, write_state
-from fastema.errors import ArgumentError, CheckpointError, StateError
+from fastema.checkpoint.state import read_state, read_tensors, write_state, write_tensors
+from fastema.errors import ArgumentError, CheckpointError, StateError, format_problems
 from fastema.hints import check_options
 from fastema.rules import Rule
 from fastema.shadow import EMA
+from fastema.shadow.checkpoints import Checkpoints, choose_checkpoints, training_weights
 from fastema.shadow.options import (
     OnNonFinite,
     Policy,
@@ -42,13 +43,17 @@ OnMissing = Literal["raise", "begin"]
 _FILE: Final = "ema.safetensors"
 """Name of the average's file in the folder of each checkpoint."""
 
+_TRAINING: Final = "training_weights.safetensors"
+"""Name of the file with the training weights, beside a model that is the average."""
+
 _WEIGHTS: Final = (
+    _TRAINING,
     "model*.safetensors",
     "adapter_model*.safetensors",
     "pytorch_model*.bin",
     "adapter_model*.bin",
 )
-"""Patterns of the file names that the Trainer uses for weights."""
+"""Patterns of the file names that the Trainer and this callback use for weights."""
 
 _SAMPLE_BYTES, _NUM_SAMPLES = 4096, 64
 """Bytes hashed per position in a file, and positions in addition to those of tensors."""
@@ -80,8 +85,9 @@ def _hash_file(path: Path) -> str:
 
 def _clear_folder(folder: Path) -> None:
     """Delete the average of earlier weights, and partial files that killed runs left behind."""
-    for path in (folder / _FILE, *folder.glob(f".{_FILE}.*.part")):
-        path.unlink(missing_ok=True)
+    for name in (_FILE, _TRAINING):
+        for path in (folder / name, *folder.glob(f".{name}.*.part")):
+            path.unlink(missing_ok=True)
 
 
 _RUN_ATTRIBUTES: Final = (
@@ -91,6 +97,7 @@ _RUN_ATTRIBUTES: Final = (
     "_last_step",
     "_was_updated_early",
     "_saved_step",
+    "_step_being_saved",
     "_trainer",
 )
 """Attributes that belong to one run of one trainer."""
@@ -136,9 +143,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     """Exponential moving average of the weights that a ``Trainer`` trains.
 
     It computes ``avg = x`` when training begins, and ``avg += (1 - decay) * (x - avg)`` after each
-    optimizer step. For an evaluation, the average and the weights swap, bit for bit. Each
-    checkpoint folder holds the average in ``ema.safetensors``, and a run that resumes from there
-    continues bit for bit. See docs/trainers.md for more.
+    optimizer step. For an evaluation, the average and the weights swap, bit for bit. The model in a
+    checkpoint folder is the average that was evaluated; beside it are the state of the average,
+    ``ema.safetensors``, and the weights to continue with, ``training_weights.safetensors``. A run
+    that resumes with this callback continues bit for bit. See docs/trainers.md for more.
 
     Parameters
     ----------
@@ -150,11 +158,17 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     at_end : {"average", "raw"}
         What the model holds when ``train`` returns, and what ``trainer.save_model()`` then saves
         (default "average").
+    checkpoints : {"average", "raw"}, optional
+        What the model in a checkpoint folder is, and what ``trainer.save_model()`` saves while
+        ``train`` runs. By default the weights that ``evaluate`` uses, which choose the best
+        checkpoint: the average, or with ``evaluate_with_average=False`` the training weights. A run
+        resumes from the checkpoints of either setting.
     on_missing : {"raise", "begin"}
         What to do when a run resumes from a checkpoint without an average: raise (the default), or
         begin an average with the weights of that checkpoint.
     which : int, optional
-        With several averages, the index of the one to evaluate and to leave in the model.
+        With several averages, the index of the one to evaluate, to save as the model and to leave
+        in the model.
     zero_debias, shadow_dtype, rounding, seed, update_every, start_after
         See :class:`fastema.EMA`.
     frozen, buffers, policy, on_nonfinite, drift, capturable, watch
@@ -169,6 +183,13 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     CheckpointError
         When resuming from a checkpoint without its average, or when the trainer saves a checkpoint
         in an unknown folder.
+
+    Warns
+    -----
+    UserWarning
+        When training begins, if the average is evaluated and ``checkpoints="raw"``. When a
+        checkpoint is saved, if a trainer does so without ``save_model()``: it holds the training
+        weights.
     """
 
     @check_options
@@ -178,6 +199,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         *,
         evaluate_with_average: bool = True,
         at_end: AtEnd = "average",
+        checkpoints: Checkpoints | None = None,
         on_missing: OnMissing = "raise",
         which: int | None = None,
         zero_debias: bool = False,
@@ -197,6 +219,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         options = select_shared_options(locals()) | {"zero_debias": zero_debias}
         self.at_end: AtEnd = check_literal(at_end, "at_end", AtEnd)
         self.on_missing: OnMissing = check_literal(on_missing, "on_missing", OnMissing)
+        choose_checkpoints(checkpoints, evaluate_with_average)
+        self._checkpoints = checkpoints
         # Raise errors in options now, not when training begins; capturable needs a GPU to check.
         tried = {**options, "capturable": False}
         EMA([torch.zeros(1)], decay, **tried)
@@ -210,6 +234,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     _last_step = 0  # the latest step whose weights are in the average
     _was_updated_early = False  # whether they were added before this callback's on_step_end
     _saved_step: int | None = None  # the step whose checkpoint already has the average
+    _step_being_saved: int | None = None  # while _save_checkpoint runs
     _trainer: Callable[[], Any] = staticmethod(lambda: None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -251,6 +276,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         for name, around in (
             ("evaluation_loop", "_evaluate_with_average"),
             ("_save_checkpoint", "_save_with_average"),
+            ("save_model", "_save_model_in_training"),
         ):
             there = vars(trainer).get(name)
             if not (isinstance(there, _WrappedMethod) and there.callback is self):
@@ -303,30 +329,44 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if step > self._last_step:  # a callback before this one triggered the save
             self._update_at(step, trainer.optimizer)
             self._was_updated_early = True
-        self._saved_step = None
-        own, save_model = vars(trainer).get("save_model"), trainer.save_model
-
-        def save_both(output_dir: Any = None, *args: Any, **kwargs: Any) -> Any:
-            folder = Path(trainer.args.output_dir if output_dir is None else output_dir)
-            if trainer.args.should_save:
-                _clear_folder(folder)
-            found = save_model(output_dir, *args, **kwargs)
-            if trainer.args.should_save and folder.is_dir():
-                self._write(folder, step)
-            return found
-
-        trainer.save_model = save_both
+        self._saved_step, self._step_being_saved = None, step
         try:
             found = inner(*args, **kwargs)
         finally:
-            if own is None:
-                del trainer.save_model
-            else:
-                trainer.save_model = own
+            self._step_being_saved = None
         if trainer.args.should_save and self._saved_step is None:
             trial = kwargs.get("trial", args[1] if len(args) > 1 else None)
             self._write_to_checkpoint(Path(trainer._get_output_dir(trial)), step)
         return found
+
+    def _save_model_in_training(
+        self,
+        trainer: Any,
+        inner: Callable[..., Any],
+        output_dir: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Call ``trainer.save_model`` with the average in the model if checkpoints hold it.
+
+        In a checkpoint, also save the state of the average, and the training weights.
+        """
+        if self._ema is None or not (self._belongs_to(trainer) and trainer.is_in_train):
+            return inner(output_dir, *args, **kwargs)
+        step = self._step_being_saved
+        folder = Path(trainer.args.output_dir if output_dir is None else output_dir)
+        if step is not None and trainer.args.should_save:
+            _clear_folder(folder)
+        averaged = self._saves_average
+        with self.swapped() if averaged else nullcontext():
+            found = inner(output_dir, *args, **kwargs)
+        if step is not None and trainer.args.should_save and folder.is_dir():
+            self._write(folder, step, averaged=averaged)
+        return found
+
+    @property
+    def _saves_average(self) -> bool:
+        return choose_checkpoints(self._checkpoints, self.evaluate_with_average) == "average"
 
     def _write_to_checkpoint(self, output_dir: Path, step: int) -> None:
         """Write the average into the folder of an existing checkpoint."""
@@ -336,10 +376,22 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 f"the trainer has saved a checkpoint, but not in {folder}, where the average "
                 "belongs: override _get_output_dir if _save_checkpoint saves elsewhere"
             )
+        if self._saves_average:
+            warnings.warn(
+                f"the trainer has saved {folder} without save_model(): its model is the training "
+                "weights, not the average (EMACallback(checkpoints='raw') for all checkpoints)",
+                stacklevel=2,
+            )
         _clear_folder(folder)
-        self._write(folder, step)
+        self._write(folder, step, averaged=False)
 
-    def _write(self, folder: Path, step: int) -> None:
+    def _write(self, folder: Path, step: int, *, averaged: bool) -> None:
+        """Write the average's state, and the training weights if the model is the average."""
+        if averaged:
+            weights = training_weights(self._model.state_dict(), self.ema)
+            for name in self.ema.aliases:
+                weights.pop(name, None)
+            write_tensors(folder / _TRAINING, weights)
         known = json.dumps(_hash_weight_files(folder))
         with self.ema.lock:  # block updates on other threads to write a consistent state
             state = self.ema.state_dict(copy=False)
@@ -374,10 +426,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Create the average, or continue the average of a checkpoint."""
         trainer = self._find_trainer() or self._trainer()
-        if trainer is None and self.evaluate_with_average:
+        if trainer is None and (self.evaluate_with_average or self._saves_average):
             raise StateError(
-                "EMACallback cannot find the trainer, whose evaluation should use the average: "
-                "call attach(trainer), or pass evaluate_with_average=False"
+                "EMACallback cannot find the trainer, whose evaluation and checkpoints should use "
+                "the average: call attach(trainer), or pass evaluate_with_average=False"
             )
         resumed = _find_resumed_checkpoint(trainer)
         if getattr(trainer, "is_fsdp_enabled", False):
@@ -391,16 +443,27 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self._holds_final_weights = self._was_updated_early = False
         if any(map(is_divided, model.parameters())):
             raise ArgumentError(_SHARDED_MESSAGE)
-        ema = EMA(model, self._decay, **self._options)
+        saved = None if resumed is None else self._find_saved_average(resumed, state.global_step)
         if resumed is not None:
-            self._resume(ema, resumed, state.global_step)
+            _load_training_weights(model, resumed)
+        ema = EMA(model, self._decay, **self._options)
+        if saved is not None:
+            self._resume(ema, saved)
         self._ema, self._model, self._last_step = ema, model, state.global_step
+        if self.evaluate_with_average and not self._saves_average:
+            warnings.warn(
+                "EMACallback(checkpoints='raw'): evaluate() uses the average, which chooses the "
+                "best checkpoint, but from_pretrained() of a checkpoint, and save_model() in "
+                "training, use the training weights",
+                stacklevel=2,
+            )
 
-    def _resume(self, ema: EMA, folder: Path, step: int) -> None:
+    def _find_saved_average(self, folder: Path, step: int) -> files.File | None:
+        """Return the file with a checkpoint's average; None to begin a new average."""
         path = folder / _FILE
         if not path.exists():
             if self.on_missing == "begin":
-                return
+                return None
             raise CheckpointError(
                 f"{folder} has no {_FILE}: its run had no EMACallback; with "
                 "on_missing='begin' the average begins with the weights of the checkpoint"
@@ -411,11 +474,15 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 f"{path} is the average of step {found.metadata.get('step', '?')}, and training "
                 f"resumes at step {step}"
             )
+        _check_weights_beside(found)
+        return found
+
+    def _resume(self, ema: EMA, found: files.File) -> None:
         own = ema.schedule
         _load_average(ema, found)
         if ema.schedule != own:
             warnings.warn(
-                f"the average of {folder} continues with its saved schedule, "
+                f"the average of {found.path.parent} continues with its saved schedule, "
                 f"{ema.schedule}, not with the schedule of EMACallback, {own}; for that, delete "
                 f"{_FILE} there and begin a new average with on_missing='begin'",
                 stacklevel=2,
@@ -457,19 +524,24 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         """Leave the average or the weights in the model, according to ``at_end``."""
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is not None:
-            path = Path(best) / _FILE
+            folder = Path(best)
             try:
-                _load_average(self.ema, files.read(path))
+                found = files.read(folder / _FILE)
+                _check_weights_beside(found)
+                _load_average(self.ema, found)
             except (FileNotFoundError, CheckpointError) as error:
                 lacks = isinstance(error, FileNotFoundError)
                 problem = f"has no {_FILE}" if lacks else f"has the wrong {_FILE} ({error})"
+                held = "average" if (folder / _TRAINING).exists() else "training weights"
                 warnings.warn(
-                    f"the best checkpoint, {best}, {problem}: the model holds the training "
-                    "weights of that checkpoint",
+                    f"the best checkpoint, {best}, {problem}: the model holds the {held} in the "
+                    "model files of that checkpoint",
                     stacklevel=2,
                 )
                 self._holds_final_weights = True
                 return
+            if self.at_end == "raw":  # the trainer has loaded the model of the checkpoint
+                _load_training_weights(self._model, folder)
         if self.at_end == "average":
             self.ema.copy_to(self._model, which=self._which)
             self._holds_final_weights = True
@@ -498,8 +570,8 @@ def _find_resumed_checkpoint(trainer: Any) -> Path | None:
     return None
 
 
-def _load_average(ema: EMA, found: files.File) -> None:
-    """Load an average; raise a CheckpointError if it does not belong to the weights beside it."""
+def _check_weights_beside(found: files.File) -> None:
+    """Raise a CheckpointError if an average does not belong to the weights beside it."""
     known: dict[str, str] = json.loads(found.metadata.get("weights", "{}"))
     folder = found.path.parent
     other = sorted(known.items() - _hash_weight_files(folder).items())
@@ -508,4 +580,21 @@ def _load_average(ema: EMA, found: files.File) -> None:
             f"{found.path} is the average of other weights than those in {other[0][0]} beside it, "
             "perhaps of another run: delete it, and begin a new average with on_missing='begin'"
         )
+
+
+def _load_average(ema: EMA, found: files.File) -> None:
     ema.load_state_dict(read_state(found, next(iter(ema.shadows[0].values()))))
+
+
+def _load_training_weights(model: Any, folder: Path) -> None:
+    """Load the training weights of a checkpoint whose model is the average, and only of such."""
+    path = folder / _TRAINING
+    if not path.exists():
+        return
+    weights = read_tensors(path, next(iter(model.parameters())))
+    unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+    if unknown:
+        raise CheckpointError(
+            f"{path} holds weights that the model does not have:\n"
+            + format_problems(repr(name) for name in unknown)
+        )

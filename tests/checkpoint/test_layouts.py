@@ -166,6 +166,12 @@ WHOLE: dict[str, tuple[str, Any, int | None]] = {
             "ema": OURS.state_dict(), "decay": [0.5],
         }},
     }, 1),
+    "our callback in lightning, with the average as the model": ("fastema", {
+        "state_dict": WEIGHTS, "current_model_state": WEIGHTS,
+        "callbacks": {"fastema.lightning.EMACallback": {
+            "ema": OURS.state_dict(), "model": "average",
+        }},
+    }, 1),
     "mmengine": ("mmengine", {
         "state_dict": MODEL,
         "ema_state_dict": {

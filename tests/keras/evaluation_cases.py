@@ -23,9 +23,9 @@ def test_validation_uses_the_average(kind: str) -> None:
     run = record_run(kind, epochs=1)
     model, ema, seen = model_of(kind), EMAWeights(DECAY, shadow_dtype="float32"), HookRecorder()
     history = fit(model, ema, seen, epochs=1).history
-    assert not ema.applied
+    assert model.evaluate(XV, YV, batch_size=BATCH, verbose=0) == history["val_loss"][0]
+    ema.restore()
     assert_same(weights(model), run.steps[-1])
-    assert_same(seen.at["epoch_end"][0], run.steps[-1])
     (during,) = seen.at["test_begin"]
     bound = 2.0**-8 if kind == "bfloat16" else 0.0
     for name, value in average(ema).items():
@@ -87,7 +87,9 @@ def test_error_in_jax_compiled_code_restores_the_weights(call: str, good: int) -
     model.compile("sgd", "mse")
     ema = EMAWeights(DECAY)
     fit(model, ema, epochs=1, validation_data=None)
-    raw, avg = weights(model), average(ema)
+    if good:
+        ema.restore()
+    held, avg = weights(model), average(ema)
     calls[0] = good
     fails = {
         "fit": lambda: fit(model, ema, epochs=1, validation_batch_size=BATCH),
@@ -98,7 +100,10 @@ def test_error_in_jax_compiled_code_restores_the_weights(call: str, good: int) -
     assert calls[0] < 0
     assert not ema.applied
     if call == "evaluate":
-        assert_same(weights(model), raw)
+        if good:
+            assert_same(weights(model), held)
+        else:  # the training weights come back
+            assert differ(trained_weights(model), trained_weights(model, held))
         assert_same(average(ema), avg)
     calls[0] = -2
     before = ema.ema.num_updates
@@ -141,3 +146,29 @@ def test_swapped_refuses_to_train_or_overwrite_the_average(tmp_path: Path) -> No
         assert_same(weights(model), now.avg)
     now.assert_unchanged()
     model.load_weights(path)
+
+
+def test_model_holds_the_average_after_fit_until_it_is_trained_or_gets_weights() -> None:
+    run = record_run()
+    model, ema = model_of(), EMAWeights(DECAY)
+    fit(model, ema, epochs=1)
+    avg = average(ema)
+    loss = model.evaluate(XV, YV, verbose=0)
+    with ema.swapped():
+        with pytest.raises(StateError, match="fit while the model holds the average"):
+            fit(model, epochs=1)
+        assert_same(weights(model), avg)
+    assert model.evaluate(XV, YV, verbose=0, callbacks=[ema]) == loss
+    model.predict(XV, verbose=0, callbacks=[ema])
+    assert_same(weights(model), avg)
+    fit(model, epochs=1, validation_data=None)
+    assert not ema.applied
+    assert_same(weights(model), run.steps[-1])
+
+    model, ema = model_of(), EMAWeights(DECAY)
+    fit(model, ema, epochs=1)
+    model.set_weights(model.get_weights())  # the average, to continue from there
+    assert not ema.applied
+    assert_same(weights(model), avg)
+    ema.restore()
+    assert_same(weights(model), avg)

@@ -109,6 +109,6 @@ class FittedModel(NamedTuple):
 
 def fit_model(kind: str = "plain") -> FittedModel:
     """Fit a model for one epoch without validation."""
-    model, ema = model_of(kind), EMAWeights(DECAY)
+    model, ema = model_of(kind), EMAWeights(DECAY, checkpoints="raw")
     fit(model, ema, epochs=1, validation_data=None)
     return FittedModel(model, ema, weights(model), average(ema))

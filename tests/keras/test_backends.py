@@ -21,8 +21,8 @@ from .swap_cases import test_validation_uses_the_average_and_restores_every_bit 
 from .weights_cases import (
     pytestmark,  # noqa: F401
     test_average_equals_the_recursion_over_all_steps,  # noqa: F401
+    test_later_callbacks_and_the_end_of_fit_see_the_average_unless_raw,  # noqa: F401
     test_saved_weights_are_the_average,  # noqa: F401
-    test_swap_on_epoch_shows_the_average_to_later_callbacks,  # noqa: F401
 )
 
 NEEDS = ("safetensors",)

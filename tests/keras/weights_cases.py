@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def test_average_equals_the_recursion_over_all_steps(rule: str) -> None:
     assert ema.ema.num_updates == len(run.steps) == 2 * BATCHES
     assert rule != "default" or ema.ema.decay == 0.999
     assert_near(average(ema), expected_average(run, decay), len(run.steps))
+    ema.restore()
     assert_same(weights(model), run.steps[-1])  # training is unaffected
 
 
@@ -51,6 +53,7 @@ def test_average_continues_in_a_second_fit_and_beside_a_jax_sync(how: str) -> No
         fit(model, *([ema, StepRecorder()] if "before" in how else [StepRecorder(), ema]))
     assert ema.ema.num_updates == 2 * BATCHES
     assert_near(average(ema), expected_average(run), len(run.steps))
+    ema.restore()
     assert_same(weights(model), run.steps[-1])
 
 
@@ -67,19 +70,28 @@ def test_batches_without_an_optimizer_step_are_not_counted(kind: str) -> None:
     assert_near(average(ema), expected_average(run), steps)
 
 
-def test_swap_on_epoch_shows_the_average_to_later_callbacks() -> None:
+@pytest.mark.parametrize("checkpoints", [None, "raw"])
+def test_later_callbacks_and_the_end_of_fit_see_the_average_unless_raw(checkpoints: Any) -> None:
     run = record_run()
-    model, ema = model_of(), EMAWeights(DECAY, swap_on_epoch=True)
+    model, ema = model_of(), EMAWeights(DECAY, checkpoints=checkpoints)
     before, after, wrote = HookRecorder(), HookRecorder(), []
     at_end = keras.callbacks.LambdaCallback(on_train_end=lambda logs: wrote.append(weights(model)))
     fit(model, before, ema, after, at_end)
     for epoch, last in enumerate([BATCHES, 2 * BATCHES]):
         assert_same(before.at["epoch_end"][epoch], run.steps[last - 1])
-        assert_near(after.at["epoch_end"][epoch], expected_average(run, steps=slice(last)), last)
+        if checkpoints == "raw":
+            assert_same(after.at["epoch_end"][epoch], run.steps[last - 1])
+        else:
+            assert_near(
+                after.at["epoch_end"][epoch], expected_average(run, steps=slice(last)), last
+            )
     assert_same(after.at["epoch_begin"][1], run.steps[BATCHES - 1])
+    held = run.steps[-1] if checkpoints == "raw" else average(ema)
+    assert_same(wrote[0], held)
+    assert_same(weights(model), held)
+    assert ema.applied == (checkpoints is None)
+    ema.restore()
     assert_same(weights(model), run.steps[-1])
-    assert_same(wrote[0], run.steps[-1])
-    assert not ema.applied
 
 
 def checkpoint(path: Path, **options: Any) -> Any:
@@ -87,10 +99,9 @@ def checkpoint(path: Path, **options: Any) -> Any:
 
 
 @on_one_backend
-@pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize("swap_on_epoch", [False, True])
-def test_later_callbacks_keep_the_average_of_the_best_epoch(
-    swap_on_epoch: bool, first: bool, tmp_path: Path
+@pytest.mark.parametrize(("checkpoints", "first"), [(None, False), ("raw", False), ("raw", True)])
+def test_callbacks_keep_the_best_epoch_that_the_average_has_chosen(
+    checkpoints: Any, first: bool, tmp_path: Path
 ) -> None:
     epochs, other, losses = 4, model_of("other"), []
     run = record_run(epochs=epochs)
@@ -99,21 +110,41 @@ def test_later_callbacks_keep_the_average_of_the_best_epoch(
         losses.append(other.evaluate(XV, YV, batch_size=BATCH, verbose=0))
     best = int(np.argmax(losses)) + 1
     assert best < epochs  # "best" is the highest loss, so it is not the last epoch
-    model, ema = model_of(), EMAWeights(DECAY, swap_on_epoch=swap_on_epoch)
+    model, ema = model_of(), EMAWeights(DECAY, checkpoints=checkpoints)
     path, best_is = tmp_path / "best.weights.h5", {"monitor": "val_loss", "mode": "max"}
     theirs = [
         checkpoint(path, save_best_only=True, **best_is),
         keras.callbacks.EarlyStopping(patience=epochs, restore_best_weights=True, **best_is),
     ]
-    history = fit(model, *([*theirs, ema] if first else [ema, *theirs]), epochs=epochs).history
+    told = pytest.warns(UserWarning, match="EarlyStopping and ModelCheckpoint keep the training")
+    with nullcontext() if checkpoints is None else told:
+        callbacks = [*theirs, ema] if first else [ema, *theirs]
+        history = fit(model, *callbacks, epochs=epochs).history
     np.testing.assert_allclose(history["val_loss"], losses, rtol=1e-4)
     for found in (read_weights(path), weights(model)):  # early stopping restores the best weights
-        if swap_on_epoch and not first:
+        if checkpoints is None:
             assert_near(found, expected_average(run, steps=slice(best * BATCHES)), best * BATCHES)
         else:
             assert_same(found, run.steps[best * BATCHES - 1])
     assert_near(average(ema), expected_average(run), epochs * BATCHES)
-    assert not ema.applied
+
+
+@on_one_backend
+def test_callbacks_that_would_keep_other_weights_than_validated_are_refused(tmp_path: Path) -> None:
+    ema, saving = EMAWeights(DECAY), checkpoint(tmp_path / "best.weights.h5")
+    stopping = keras.callbacks.EarlyStopping(restore_best_weights=True)
+    within = checkpoint(tmp_path / "step.weights.h5", save_freq=2)
+    backup = keras.callbacks.BackupAndRestore(os.fspath(tmp_path / "model"))
+    for callbacks, words in (
+        ([saving, ema], "ModelCheckpoint comes before EMAWeights.*put EMAWeights before"),
+        ([stopping, ema], "EarlyStopping comes before EMAWeights"),
+        ([ema, within], r"ModelCheckpoint\(save_freq=2\) saves within epochs"),
+        ([ema, backup], "BackupAndRestore comes after EMAWeights.*resume from the average"),
+    ):
+        model = model_of()
+        with pytest.raises(ArgumentError, match=words):
+            fit(model, *callbacks)
+        assert int(model.optimizer.iterations) == 0
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -130,7 +161,12 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(
 ) -> None:
     def callbacks(folder: str) -> tuple[EMAWeights, list[Any]]:
         path = tmp_path / folder / "average.safetensors"
-        ema = EMAWeights(fastema.rules.warmup(0.9), backup=path, **OPTIONS[dtype])
+        ema = EMAWeights(
+            fastema.rules.warmup(0.9),
+            backup=path,
+            checkpoints="raw" if first else "average",
+            **OPTIONS[dtype],
+        )
         backup = keras.callbacks.BackupAndRestore(os.fspath(tmp_path / folder / "model"))
         return ema, [ema, backup] if first else [backup, ema]
 
@@ -142,6 +178,7 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(
     model = model_of("resumable")
     whole, both = callbacks("whole")
     fit(model, *both, epochs=3)
+    whole.restore()
     want_weights, want = weights(model), average(whole)
 
     ended, both = callbacks("parts")
@@ -154,6 +191,7 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(
     fit(model, *both, epochs=3)
     assert ema.ema.num_updates == 3 * BATCHES
     assert_same(average(ema), want)
+    ema.restore()
     assert_same(weights(model), want_weights)
 
 
@@ -162,8 +200,10 @@ def test_saved_weights_are_the_average(tmp_path: Path) -> None:
     run = record_run()
     model, ema = model_of(), EMAWeights(DECAY, save_path=path)
     fit(model, ema, epochs=1)
-    assert_same(weights(model), run.steps[BATCHES - 1])
+    assert_same(weights(model), average(ema))
     assert_same(read_weights(path), average(ema))
+    model.save_weights(again)
+    assert_same(read_weights(again), average(ema))
     kept: Weights = {}
 
     def midway(batch: int, logs: Any) -> None:
@@ -173,6 +213,7 @@ def test_saved_weights_are_the_average(tmp_path: Path) -> None:
 
     fit(model, ema, keras.callbacks.LambdaCallback(on_train_batch_end=midway), epochs=1)
     assert_same(read_weights(again), kept)
+    ema.restore()
     assert_same(weights(model), run.steps[-1])
 
 
@@ -181,6 +222,7 @@ def test_saved_weights_are_the_average(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"save_path": "a.h5"}, r"save_path='a\.h5'.*\.weights\.h5"),
+        ({"checkpoints": "best"}, "checkpoints='best': expected one of average, raw"),
         ({"backup": "a.npz"}, r"backup='a\.npz'.*\.safetensors"),
         ({"decay": (0.9, 0.99), "which": None}, "which"),
         ({"decay": (0.9, 0.99), "which": 2}, "which"),

@@ -115,7 +115,9 @@ def test_resumed_run_is_bit_identical(
     whole, ema = Regression(), callback()
     trainer(ema, saving).fit(whole)
     checkpoint = torch.load(saving.last_model_path, weights_only=True)
-    assert torch.equal(checkpoint["state_dict"]["layer.weight"], whole.trained[-1])
+    average = ema.ema.shadows[0]["layer.weight"].float()
+    assert torch.equal(checkpoint["state_dict"]["layer.weight"], average)
+    assert torch.equal(checkpoint["current_model_state"]["layer.weight"], whole.trained[-1])
 
     first = sorted((tmp_path / "saved").glob("epoch=0*.ckpt"))[0]
     resumed, again = Regression(), callback()
@@ -124,7 +126,7 @@ def test_resumed_run_is_bit_identical(
     for ours, theirs in zip(again.ema.shadows, ema.ema.shadows, strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert torch.equal(resumed.layer.weight, whole.layer.weight)
-    is_average = torch.equal(whole.layer.weight, ema.ema.shadows[0]["layer.weight"].float())
+    is_average = torch.equal(whole.layer.weight, average)
     assert is_average == (at_end == "average")
 
 
@@ -142,26 +144,62 @@ def test_checkpoint_yields_the_average_without_the_callback(
     assert torch.equal(fresh.layer.weight, module.layer.weight)
 
 
-def test_checkpoint_saved_in_validation_holds_the_training_weights(
-    trainer: Callable[..., pl.Trainer], tmp_path: Path
+@pytest.mark.parametrize("held", [None, "raw"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_checkpoint_saved_in_validation_is_like_any_other(
+    trainer: Callable[..., pl.Trainer], tmp_path: Path, held: Any, alone: bool
 ) -> None:
     path = tmp_path / "inside.ckpt"
 
     class Saves(pl.Callback):
         def on_validation_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=alone)
+            assert torch.equal(pl_module.layer.weight, pl_module.validated[-1])
 
-    module = Regression()
-    trainer(EMACallback(DECAY), Saves(), num_sanity_val_steps=0, epochs=1).fit(module)
-    saved = torch.load(path, weights_only=True)["state_dict"]["layer.weight"]
-    assert torch.equal(saved, module.trained[-1])
+    module, ema = Regression(), EMACallback(DECAY, checkpoints=held)
+    trainer(ema, Saves(), num_sanity_val_steps=0, epochs=1).fit(module)
+    saved = torch.load(path, weights_only=True)
+    average, raw = module.validated[-1], module.trained[-1]
+    assert torch.equal(saved["state_dict"]["layer.weight"], average if held is None else raw)
+    if held is None and not alone:
+        assert torch.equal(saved["current_model_state"]["layer.weight"], raw)
     torch.testing.assert_close(module.layer.weight.detach(), average_of(module.trained))
+
+
+def test_float32_average_is_written_once(
+    trainer: Callable[..., pl.Trainer], tmp_path: Path
+) -> None:
+    saving = ModelCheckpoint(tmp_path / "saved")
+    trainer(EMACallback(DECAY), saving).fit(Regression())
+    saved = torch.load(saving.best_model_path, weights_only=True)
+    average = saved["callbacks"][NAME]["ema"]["shadow"][0]
+    for name, value in saved["state_dict"].items():
+        assert average[name].data_ptr() == value.data_ptr()
+
+
+def test_checkpoint_and_end_of_a_module_with_compiled_parts_hold_the_average(
+    trainer: Callable[..., pl.Trainer], tmp_path: Path
+) -> None:
+    class Compiled(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.compile(self.layer, backend="eager")
+
+    saving, module = ModelCheckpoint(tmp_path / "saved"), Compiled()
+    trainer(EMACallback(DECAY), saving).fit(module)
+    saved = torch.load(saving.best_model_path, weights_only=True)
+    average = average_of(module.trained)
+    key = "layer._orig_mod.weight"
+    torch.testing.assert_close(saved["state_dict"][key], average)
+    assert torch.equal(saved["current_model_state"][key], module.trained[-1])
+    torch.testing.assert_close(module.layer.weight.detach(), average)
 
 
 def test_invalid_arguments_are_refused() -> None:
     for options, words in (
         ({"decay": (0.9, 0.99)}, r"which=None.*0 to 1"),
         ({"at_end": "best"}, "at_end='best'"),
+        ({"checkpoints": "best"}, "checkpoints='best'.*average, raw"),
         ({"decay": 1.5}, "decay"),
     ):
         with pytest.raises(ArgumentError, match=words):

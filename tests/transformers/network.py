@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from ..support.torch_states import State, snapshot
 
 DECAY, STEPS = 0.8, 12  # two epochs of six
-FILE = "ema.safetensors"
+FILE, TRAINING = "ema.safetensors", "training_weights.safetensors"
 EVERY_FOUR: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 4}
 SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4}
 

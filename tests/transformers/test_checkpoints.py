@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from .network import (
     FILE,
     SAVED,
     STEPS,
+    TRAINING,
     CallAt,
     Network,
     Recorder,
@@ -72,13 +74,20 @@ def test_each_option_reaches_the_average_and_resumes_bit_identically(
         assert_same(snapshot(run.model), snapshot(begun))
 
 
-def test_checkpoints_hold_weights_and_average_in_separate_files(tmp_path: Path) -> None:
-    recorder = train_run(tmp_path, save_total_limit=2, **SAVED).recorder
+@pytest.mark.parametrize("held", [None, "raw"])
+def test_checkpoints_hold_weights_and_average_in_separate_files(tmp_path: Path, held: Any) -> None:
+    ema = EMACallback(DECAY, checkpoints=held)
+    with nullcontext() if held is None else pytest.warns(UserWarning, match="checkpoints='raw'"):
+        recorder = train_run(tmp_path, ema, save_total_limit=2, **SAVED).recorder
     assert sorted(one.name for one in tmp_path.iterdir()) == ["checkpoint-12", "checkpoint-8"]
     for step in (8, 12):
         folder = tmp_path / f"checkpoint-{step}"
-        assert_same(load_file(folder / "model.safetensors"), recorder.steps[step - 1])
+        model, raw = load_file(folder / "model.safetensors"), recorder.steps[step - 1]
         assert_near(average_in(folder), recorder.average(step))
+        assert_same(model, average_in(folder) if held is None else raw)
+        if held is None:
+            assert_same(load_file(folder / TRAINING), raw)
+        assert (folder / TRAINING).exists() == (held is None)
         assert not [one for one in folder.iterdir() if one.name.startswith(".")]
 
 
@@ -118,6 +127,10 @@ def take_average_of_step_4(folder: Path) -> None:
     shutil.copy(folder.parent / "checkpoint-4" / FILE, folder / FILE)
 
 
+def lose_training_weights(folder: Path) -> None:
+    (folder / TRAINING).unlink()
+
+
 def damage_average(folder: Path) -> None:
     whole = bytearray((folder / FILE).read_bytes())
     stored = files.read(folder / FILE).tensors["shadow.0.second.weight"]
@@ -150,6 +163,7 @@ OTHER_WEIGHTS = r"average of other weights.*model.safetensors"
         (lambda folder: None, [{"shadow_dtype": "bfloat16"}], r"first.weight.*f32, expected bf16"),
         (damage_average, [{}], r"damaged: 'shadow\.0\.second\.weight' differs"),
         (change_one_weight, [{}], OTHER_WEIGHTS),
+        (lose_training_weights, [{}], "average of other weights.*training_weights.safetensors"),
         (run_without_average, [{}, {"on_missing": "begin"}], OTHER_WEIGHTS),
     ],
 )
@@ -194,14 +208,12 @@ def test_best_model_whose_average_does_not_fit_keeps_its_own_weights(
 ) -> None:
     spoils = CallAt("on_save", lambda state, _: spoil(tmp_path / f"checkpoint-{state.global_step}"))
     run = prepare_run(tmp_path, first=[spoils], load_best_model_at_end=True, **EVERY_FOUR, **SAVED)
-    with pytest.warns(
-        UserWarning, match=r"has (no|the wrong) ema\.safetensors.*holds the training"
-    ):
+    with pytest.warns(UserWarning, match=r"has (no|the wrong) ema\.safetensors.*the average in"):
         run.trainer.train()
-    raw = load_file(f"{run.trainer.state.best_model_checkpoint}/model.safetensors")
+    saved = load_file(f"{run.trainer.state.best_model_checkpoint}/model.safetensors")
     run.trainer.evaluate()
-    assert_same(snapshot(run.model), raw)
-    assert_same(run.model.evaluated[-1], raw)
+    assert_same(snapshot(run.model), saved)
+    assert_same(run.model.evaluated[-1], saved)
 
 
 def test_resumed_average_keeps_its_schedule_or_begins_where_asked_to(tmp_path: Path) -> None:
@@ -211,7 +223,7 @@ def test_resumed_average_keeps_its_schedule_or_begins_where_asked_to(tmp_path: P
     assert_same(snapshot(run.model), snapshot(whole.model))
     lose_average(saved)
     run = train_run(tmp_path / "rest", EMACallback(DECAY, on_missing="begin"), resume=saved)
-    begun = load_file(saved / "model.safetensors")
+    begun = load_file(saved / TRAINING)
     assert_near(snapshot(run.model), average_of(begun, run.recorder.steps))
 
 
@@ -228,9 +240,10 @@ def test_average_is_saved_by_other_callbacks_and_by_trainers_with_their_own_chec
             run.trainer._save_checkpoint(run.model, trial=None)
 
     run = prepare_run(tmp_path, first=[CallAt("on_step_end", ask)], kind=Saving)
-    own = run.trainer.save_model = run.trainer.save_model
-    with pytest.raises(CheckpointError, match=r"not in .*checkpoint-6.*_get_output_dir"):
+    with (
+        pytest.warns(UserWarning, match=r"checkpoint-5 without save_model\(\).*training weights"),
+        pytest.raises(CheckpointError, match=r"not in .*checkpoint-6.*_get_output_dir"),
+    ):
         run.trainer.train()
-    assert vars(run.trainer)["save_model"] == own
     assert len(run.recorder.steps) == run.ema.ema.num_updates - 1 == 5
     assert_near(average_in(tmp_path / "checkpoint-5"), run.recorder.average())

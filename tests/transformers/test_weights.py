@@ -222,6 +222,7 @@ def test_two_processes_keep_one_average(python: Any, tmp_path: Path) -> None:
 def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
     for options, message in (
         ({"decay": 1.5}, "decay"),
+        ({"checkpoints": "both"}, "checkpoints='both': expected one of average, raw"),
         ({"at_end": "both"}, "at_end='both': expected one of average, raw"),
         ({"on_missing": "skip"}, "on_missing='skip': expected one of raise, begin"),
         ({"decay": (0.9, 0.99)}, "which=None: expected a number from 0 to 1"),
