@@ -83,8 +83,8 @@ PLANTED = {
             "another user's link followed": ("if status.st_uid not in trusted:", "if False:"),
             "two kernels share an entry": ("(name, SOURCE_STAMP, depends)", "(name, SOURCE_STAMP)"),
         },
+        "kernels/target.py": {"settings ignored": ("if value != defaults[name]}", "if False}")},
         "fastema/engine/native.py": {
-            "settings ignored": ("        if value != default:\n", "        if False:\n"),
             "one feature for a level": ("if all(features.get(one)", "if any(features.get(one)"),
         },
         "kernels/cpu_watch.py": {"strides": ("store(dim, at + 1, load(strides, d))", "pass")},
