@@ -93,8 +93,7 @@ def fma_dithered(weight, half_x, avg, power, noise):
     base = np.float32(0.75) * power
     step = fma(w, fma(noise * dither, power, half_x), base) - base
     plain = (abs(step) > np.float32(0.25) * power) | (half_x == 0)  # subnormal numbers may round 0
-    mean = fma(step, np.float32(2), avg)
-    return fma(w + w, half_x, avg) if plain else mean
+    return fma(w + w if plain else np.float32(2), half_x if plain else step, avg)
 
 
 def lerp_dithered(avg, x, weight, noise, least):
