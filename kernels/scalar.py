@@ -71,9 +71,10 @@ def fma_dithered(weight, half_x, avg, power, noise):
     An average in 16 bits moves by steps of which float32 would keep a few bits, or none. So the
     step is rounded, not the sum: to a multiple of the last place ``u`` of ``avg``, after adding a
     random number between ``-u / 2`` and ``u / 2``. The sum of ``avg`` and this step is exact unless
-    it leads to a larger power of two. A step of 0 stays 0.
+    it leads to a larger power of two. A step of 0 stays 0. A step larger than ``p / 2`` loses
+    nothing that matters in the sum, which is rounded to nearest instead: it may cancel ``avg``.
 
-    The expected error is below ``2**-22`` of the step plus ``2**-20 * u``, for ``|w| >= 2**-24``;
+    The expected error is below ``2**-21`` of the step plus ``2**-20 * u``, for ``|w| >= 2**-24``;
     smaller weights add too small a random number.
 
     Parameters
@@ -91,7 +92,8 @@ def fma_dithered(weight, half_x, avg, power, noise):
     w, dither = weight
     base = np.float32(0.75) * power
     step = fma(w, fma(noise * dither, power, half_x), base) - base
-    return fma(step, np.float32(2), avg)
+    plain = (abs(step) > np.float32(0.25) * power) | (half_x == 0)  # subnormal numbers may round 0
+    return fma(w + w if plain else np.float32(2), half_x if plain else step, avg)
 
 
 def lerp_dithered(avg, x, weight, noise, least):

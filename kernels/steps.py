@@ -100,7 +100,8 @@ def lerp_measured(dst: str, src: str, device: str) -> Step:
 
 def add(dst: str, src: str, device: str) -> Step:
     """Return the step ``dst += w * src``, for weighted sums, one term per call or row."""
-    real, read, write, read_src, _, number, _, total = access(dst, src, device)
+    # Named a second time, an average excludes encodings for means: a sum may leave their range.
+    real, read, write, read_src, _, number, _, total = access(dst, src, device, dst)
 
     @device_fn
     def apply(d, residual, s, r, w, word):

@@ -186,10 +186,13 @@ def _add_dithered(form: _Form, avg: Tensor, half: Tensor, w: float, words: Tenso
     """Return ``fastema.kernels.scalar.fma_dithered``, in the place of ``avg``; overwrite both."""
     noise, power = _noise_and_power(form, avg, words)
     scale = np.float32(_DITHER / 2) / np.float32(max(abs(w), 2.0**-24))
+    plain, still = avg.mul(0.5).add_(half, alpha=w).mul_(2), half == 0
     dithered = half.add_(noise.mul_(float(scale)).mul_(power))
-    base = power.mul_(0.75)
+    base = power * 0.75
     step = dithered.mul_(w).add_(base).sub_(base)
-    return avg.add_(step, alpha=2)
+    large = step.abs() > power.mul_(0.25)
+    mean = torch.where(large, plain, avg + 2 * step)
+    return torch.where(still, avg, mean)
 
 
 def _narrow_dithered(form: _Form, values: Tensor, words: Tensor) -> Tensor:

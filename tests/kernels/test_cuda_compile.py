@@ -130,7 +130,7 @@ def max_registers(
     if operation in ("window", "advance", "lerp_measured") or capability == (7, 5):
         return 64
     if formats[0].endswith("~"):  # strided kernels also run adjacent elements
-        return 56 if layout == "strided" and capability == (12, 0) else 48
+        return 56 if layout == "strided" or formats[1] == "bf16" else 48
     if "f64" in formats or capability == (12, 0):
         return 40
     if (operation, formats[0]) == ("swap", "bf16+16"):

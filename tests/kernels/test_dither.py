@@ -6,6 +6,7 @@ part, so binary searches find how many words lead to which of the two neighbors.
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ Array = np.ndarray
 Update = Callable[[Array, Array, Array, Array], Array]
 
 
+@cache
 def update_of(operation: str, code: str, src: str) -> Update:
     """Return ``update(avg, x, w, words)`` on arrays of storage bits."""
     step: Any = getattr(steps, operation)(f"{code}~", src, device="cpu")
@@ -144,3 +146,174 @@ def test_the_expected_value_of_small_steps_is_exact(code: str, src: str) -> None
     for step, want, small, large, mean in zip(moved, y, first, last, means, strict=True):
         assert Fraction(small) <= abs(want) <= Fraction(large)
         assert abs(mean - abs(want)) <= abs(step) / 100
+
+
+def numbers(code: str, size: int, seed: int, lowest: int, highest: int) -> Array:
+    """Return random stored numbers of either sign with exponents in a range."""
+    random = np.random.default_rng(seed)
+    sizes = np.ldexp(1 + random.random(size), random.integers(lowest, highest + 1, size))
+    return reference.encode(sizes * random.choice([-1, 1], size), code)
+
+
+def weights(size: int, seed: int) -> Array:
+    """Return float32 weights: tiny, small, near 1, and simple fractions."""
+    random = np.random.default_rng(seed)
+    w = np.concatenate([10 ** random.uniform(-6, -0.01, size), 1 - 10 ** random.uniform(-6, -1, 9)])
+    w = random.permutation(np.append(w, [2.0**-24, 1 - 2.0**-24, 0.5, 0.25, 0.75, 1.0] * 3))[:size]
+    return w.astype(np.float32).astype(np.float64)
+
+
+def from_zero(code: str, src: str) -> tuple[Array, Array, Array]:
+    form = reference.FLOATS[code]
+    avg = reference.encode(np.resize([0.0, -0.0], 120), code)
+    lowest = form.lowest - (form.digits - 3)
+    return avg, numbers(src, 120, 5, lowest, form.highest - 1), weights(120, 6)
+
+
+def across_zero(code: str, src: str) -> tuple[Array, Array, Array]:
+    """Return steps to exactly 0, to near 0 on either side, and far beyond."""
+    form = reference.FLOATS[code]
+    avg = numbers(code, 150, 7, form.lowest + 2, form.highest - 8)
+    known = reference.decode(avg, code)
+    w = weights(150, 8)
+    w[:60] = np.resize([0.5, 0.25, 0.75, 0.125], 60)
+    w = np.maximum(w, 2.0**-6)
+    x = known - known / w
+    x[60:] *= np.random.default_rng(9).choice([1, 1.001, 0.999, 1.5, 3], 90)
+    return avg, reference.encode(x, src), w
+
+
+def subnormal(code: str, src: str) -> tuple[Array, Array, Array]:
+    form = reference.FLOATS[code]
+    random = np.random.default_rng(10)
+    avg = reference.encode(
+        form.smallest * random.integers(-(2 ** (form.digits - 1)), 20, 120), code
+    )
+    x = reference.decode(avg, code) + form.smallest * random.uniform(-40, 40, 120)
+    w = weights(120, 11)
+    return avg, reference.encode(x, src), np.maximum(w, 2.0**-13)
+
+
+def large_steps(code: str, src: str) -> tuple[Array, Array, Array]:
+    """Return steps of one place, a few places, and above twice the average."""
+    form = reference.FLOATS[code]
+    avg = numbers(code, 150, 12, form.lowest + 4, form.highest - 6)
+    factors = np.random.default_rng(13).choice([-20, -3, -1.5, -1, 0.5, 0.99, 1.02, 1.5, 4], 150)
+    x = reference.encode(reference.decode(avg, code) * factors, src)
+    return avg, x, weights(150, 14)
+
+
+def largest(code: str, src: str) -> tuple[Array, Array, Array]:
+    """Return averages and weights of the model up to the largest, of equal or opposite signs."""
+    form = reference.FLOATS[code]
+    avg, x = (form.largest * np.random.default_rng(15).uniform(-1, 1, (2, 120))) * (1 - 2.0**-9)
+    avg[::4], x[::3] = form.largest, -form.largest
+    return (
+        reference.encode(avg, code),
+        reference.encode(x, src),
+        np.maximum(weights(120, 17), 2.0**-20),
+    )
+
+
+AREAS = (from_zero, across_zero, subnormal, large_steps, largest)
+
+
+def check_means(
+    operation: str, code: str, src: str, avg: Array, x: Array, w: Array, share: float = 0.01
+) -> None:
+    """Assert that updates round to the two neighbors of the exact value, which is expected."""
+    old, new, weight = (
+        exact(one) for one in (reference.decode(avg, code), reference.decode(x, src), w)
+    )
+    pairs = list(zip(old, new, weight, strict=True))
+    moved = [c * (b - a if operation == "lerp" else b) for a, b, c in pairs]
+    y = [a + step for a, step in zip(old, moved, strict=True)]
+    negative = np.array([one < 0 for one in y])
+    update = update_of(operation, code, src)
+    first, last, means = expected_values(update, code, avg, x, w, negative)
+    assert np.isfinite(last).all()
+    place = last_place(np.array([float(abs(one)) for one in y]), code)
+    assert (last - first <= place).all()
+    for step, want, small, large, mean in zip(moved, y, first, last, means, strict=True):
+        rounding = max(
+            abs(step) / 2**22, Fraction(2.0**-148)
+        )  # float32's own, where it is computed
+        assert Fraction(small) - rounding <= abs(want) <= Fraction(large) + rounding
+        assert abs(mean - abs(want)) <= abs(step) * Fraction(share)
+
+
+@pytest.mark.parametrize("area", AREAS)
+@pytest.mark.parametrize("src", ["f32", "f64", "same"])
+@pytest.mark.parametrize("code", NARROW)
+def test_the_expected_value_is_exact_everywhere(
+    code: str, src: str, area: Callable[[str, str], tuple[Array, Array, Array]]
+) -> None:
+    src = code if src == "same" else src
+    check_means("lerp", code, src, *area(code, src))
+
+
+@pytest.mark.parametrize("area", [from_zero, across_zero, subnormal, large_steps])
+@pytest.mark.parametrize("src", ["f32", "f64", "same"])
+@pytest.mark.parametrize("code", NARROW)
+def test_the_expected_value_of_sums_is_exact(
+    code: str, src: str, area: Callable[[str, str], tuple[Array, Array, Array]]
+) -> None:
+    src = code if src == "same" else src
+    check_means("add", code, src, *area(code, src))
+
+
+def run_words(operation: str, code: str, src: str, avg: float, x: float, w: float) -> Array:
+    """Return the results of an update for words at both ends and random ones."""
+    words = np.random.default_rng(18).integers(0, 2**32, 1000, np.uint32)
+    words[:4] = 0, 2**32 - 1, 2**31, 2**31 - 1
+    stored = reference.encode(np.full(1000, avg), code)
+    new = reference.encode(np.full(1000, x), src)
+    got = update_of(operation, code, src)(stored, new, np.full(1000, w), words)
+    return reference.decode(got, code)
+
+
+@pytest.mark.parametrize("src", ["f32", "f64", "same"])
+@pytest.mark.parametrize("code", NARROW)
+def test_infinities_and_nan_follow_from_the_formula(code: str, src: str) -> None:
+    src = code if src == "same" else src
+    inf, nan, most = np.inf, np.nan, reference.FLOATS[code].largest
+    for w in (2.0**-24, 0.01, 0.5, 1 - 2.0**-24):
+        for a, x, want in [
+            (1, inf, inf), (most, -inf, -inf), (0, inf, inf), (inf, 1, nan), (inf, inf, nan),
+            (inf, -inf, nan), (nan, 1, nan), (1, nan, nan), (inf, nan, nan), (nan, inf, nan),
+        ]:  # fmt: skip
+            np.testing.assert_array_equal(run_words("lerp", code, src, a, x, w), want)
+        for a, x, want in [
+            (inf, 1, inf), (-inf, most, -inf), (inf, inf, inf), (inf, -inf, nan), (1, inf, inf),
+            (1, -inf, -inf), (nan, 1, nan), (1, nan, nan), (inf, 0, inf),
+        ]:  # fmt: skip
+            np.testing.assert_array_equal(run_words("add", code, src, a, x, w), want)
+    for a in (1, inf, -inf, nan, most):
+        for x in (0.0, 1.5, most, inf, -inf, nan):
+            np.testing.assert_array_equal(run_words("lerp", code, src, a, x, 1.0), x)
+
+
+@pytest.mark.parametrize("src", ["f32", "f64", "same"])
+@pytest.mark.parametrize("code", NARROW)
+def test_sums_beyond_the_largest_number_round_as_the_format_does(code: str, src: str) -> None:
+    src = code if src == "same" else src
+    most = reference.FLOATS[code].largest
+    place = last_place(np.array([most]), code)[0]
+    # bfloat16 stays finite; half precision rounds to nearest there
+    for share, want in ((0.25, most), (0.75, most if code == "bf16" else np.inf)):
+        for sign in (1, -1):
+            got = run_words("add", code, src, sign * most, sign * place, share)
+            np.testing.assert_array_equal(got, sign * want)
+
+
+@pytest.mark.parametrize("src", ["f32", "f64", "same"])
+@pytest.mark.parametrize("code", NARROW)
+def test_an_average_equal_to_the_weights_stays(code: str, src: str) -> None:
+    src = code if src == "same" else src
+    avg = averages(code)
+    for w in (0.0, 2.0**-30, 2.0**-24, 1e-6, 0.3, 0.5, 1 - 2.0**-24, 1.0):
+        for word in (0, 2**32 - 1, 2**31, 2**31 - 1, 0x7FFF, 0x8000, 0xFFFF8000, 0xFFFF7FFF):
+            words = np.full(avg.size, word, np.uint32)
+            x = reference.cast(avg, code, src)
+            got = update_of("lerp", code, src)(avg, x, np.full(avg.size, w), words)
+            np.testing.assert_array_equal(reference.decode(got, code), reference.decode(avg, code))

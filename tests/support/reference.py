@@ -158,7 +158,8 @@ def _lerp_dithered(old: Reals, new: Reals, w: float, words: Array, code: str) ->
     """Return the weighted mean in float32, where the step is rounded to the last place of ``old``.
 
     A random number of at most half that place is added to the step first, so that its expected
-    value stays. All is computed in halves.
+    value stays. All is computed in halves. Steps of 0, and steps above half the power of two
+    at ``old``, are added without.
     """
     noise, power = _noise_and_power(old, words, code)
     scale = np.float32(_DITHER / 2) / np.float32(max(abs(w), 2.0**-24))
@@ -166,7 +167,9 @@ def _lerp_dithered(old: Reals, new: Reals, w: float, words: Array, code: str) ->
     dithered = _fma32(_float32(noise.astype(np.float32) * scale), power, difference)
     half = 0.75 * power
     step = _float32(_fma32(w, dithered, half) - half)
-    return np.where(np.isinf(old), old + difference, _fma32(2.0, step, old))
+    plain = (np.abs(step) > 0.25 * power) | (difference == 0)
+    mean = np.where(plain, _fma32(2 * w, difference, old), _fma32(2.0, step, old))
+    return np.where(np.isinf(old), old + difference, mean)
 
 
 def _narrow_dithered(values: Reals, words: Array, code: str) -> Reals:
