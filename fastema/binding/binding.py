@@ -18,7 +18,14 @@ from fastema.binding.sides import (
     WatchedSide,
 )
 from fastema.bridges.moving import Located
-from fastema.bridges.registry import bridge_of, leaves_of, list_iterators, reshard, write_listeners
+from fastema.bridges.registry import (
+    bridge_of,
+    leaves_of,
+    list_iterators,
+    refuse_emptied,
+    reshard,
+    write_listeners,
+)
 from fastema.engine.cuda import refuse_forked
 from fastema.engine.program import Program
 from fastema.errors import LayoutError
@@ -216,6 +223,14 @@ class Binding:
         src = self._look(containers[1]) if leaves is None else leaves
         found = match(dst, src)
         pairs_by_tag = found.pairs
+        refuse_emptied(
+            {
+                pair.name: pair.src
+                for members in pairs_by_tag.values()
+                for pair in members
+                if pair.src.kind.real is not None
+            }
+        )
         fixed = [
             pair.name
             for members in pairs_by_tag.values()

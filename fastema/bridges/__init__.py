@@ -35,6 +35,8 @@ Optional names are
 ``notify_write(arrays)``                notify the framework that fastema wrote these arrays
 ``Versions(arrays)``                    version counters of arrays that hold other contents for a
                                         while: ``begin()``, ``written()``, ``end(put_back=)``
+``refuse_emptied(names, total)``        refuse float tensors of shape (0,) whose elements may lie
+                                        elsewhere
 ``never_changes(array)``                return whether an array is immutable
 ``finder(specs, arrays)``               return a function that locates arrays that move, see
                                         :mod:`fastema.bridges.moving`

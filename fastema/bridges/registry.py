@@ -37,6 +37,7 @@ __all__ = [
     "memory_of",
     "part_of",
     "ranks_of",
+    "refuse_emptied",
     "reshard",
     "scalar",
     "select_part",
@@ -134,6 +135,13 @@ def write_listeners(arrays: Iterable[Any]) -> list[tuple[Callable[[Any], None], 
 def versions_of(arrays: Iterable[Any]) -> list[Any]:
     """Return the ``Versions`` of arrays, one per framework that counts writes."""
     return [kind(members) for kind, members in _by_function(arrays, "Versions")]
+
+
+def refuse_emptied(specs: Mapping[str, TensorSpec]) -> None:
+    """Raise a BridgeError if a framework's float tensors seem to have lost their elements."""
+    empty = [name for name, spec in specs.items() if spec.full_shape == (0,)]
+    if empty and hasattr(bridge := bridge_of(specs[empty[0]].owner), "refuse_emptied"):
+        bridge.refuse_emptied(empty, len(specs))
 
 
 def scalar(value: Any) -> float | Callable[[], float]:

@@ -25,6 +25,7 @@ from fastema.bridges.torch_parts import (
     reshard_modules,
 )
 from fastema.bridges.torch_parts import gather as gather
+from fastema.bridges.torch_parts import refuse_emptied as refuse_emptied
 from fastema.bridges.torch_ranks import MeshRanks
 from fastema.errors import BridgeError, DeviceError, DTypeError, FastemaError
 from fastema.layout.device_context import DeviceContext

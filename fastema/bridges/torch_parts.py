@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
@@ -195,13 +195,38 @@ def refuse_zero3(tensor: torch.Tensor, *, gathered: bool = True, name: str = "")
     now = "is gathered now and freed later" if status == "AVAILABLE" else "is empty between steps"
     raise BridgeError(
         f"{name}a parameter of shape {list(getattr(tensor, 'ds_shape', ()))} under DeepSpeed's "
-        f"ZeRO-3: its elements lie on several ranks, and the parameter itself {now}. Train with "
-        "ZeRO stage 1 or 2, or with FSDP2. Otherwise average this rank's elements, "
-        "EMA({name: p.ds_tensor for name, p in model.named_parameters()}): one-dimensional, padded "
-        "at the end, and to be updated and saved by rank, not swapped, since a gathered parameter "
-        "does not follow. Or average {name: p.data ...} within "
-        "deepspeed.zero.GatheredParameters(parameters), which gathers them at each update"
+        f"ZeRO-3: its elements lie on several ranks, and the parameter itself {now}. "
+        + _ZERO3_ADVICE
     )
+
+
+_ZERO3_ADVICE: Final = (
+    "Train with ZeRO stage 1 or 2, or with FSDP2. Otherwise average this rank's elements, "
+    "EMA({name: p.ds_tensor for name, p in model.named_parameters()}): one-dimensional, padded "
+    "at the end, and to be updated and saved by rank, not swapped, since a gathered parameter "
+    "does not follow. Or average {name: p.data ...} within "
+    "deepspeed.zero.GatheredParameters(parameters), which gathers them at each update"
+)
+
+
+def refuse_emptied(names: Sequence[str], total: int) -> None:
+    """Raise a BridgeError for float tensors of shape (0,) that ZeRO-3 may have emptied.
+
+    A state dict and ``p.detach()`` do not show that a parameter was partitioned. Its shape alone
+    does not either, so that some empty tensors among others are accepted, unless DeepSpeed has
+    partitioned parameters in this process. ``total`` counts the floats, empty or not.
+    """
+    deepspeed = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    partitioned = getattr(getattr(deepspeed, "Init", None), "param_id", 0)  # the next one's number
+    if partitioned or len(names) == total:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        known = "has partitioned" if partitioned else "may have partitioned"
+        raise BridgeError(
+            f"{names[0]!r}{more} of {total} tensors to average: shape [0]. DeepSpeed's ZeRO-3 "
+            f"{known} parameters here; between steps they are empty, also in state_dict(). "
+            f"{_ZERO3_ADVICE}. If a tensor is empty on purpose, leave it out (policy={{name: "
+            "'skip'}})"
+        )
 
 
 def refuse_zero3_model(module: torch.nn.Module) -> None:

@@ -90,7 +90,7 @@ def _hooked_optimizer(optimizer: Any) -> Any:
     # without the second, step() runs none.
     if _HOOKS in getattr(optimizer, "__dict__", {}) and getattr(kind.step, "hooked", False):
         return optimizer
-    if callable(getattr(optimizer, "step", None)):
+    if callable(getattr(optimizer, "step", None)) and not isinstance(optimizer, type):
         raise ArgumentError(
             f"follow() was given a {kind.__name__}, whose step() runs no hooks of "
             "register_step_post_hook(): call update() after each of its steps instead. To follow "
@@ -98,5 +98,5 @@ def _hooked_optimizer(optimizer: Any) -> Any:
         )
     raise ArgumentError(
         f"follow() was given a {kind.__name__}: expected optimizers of torch.optim, or subclasses "
-        "of them"
+        "of them; several as follow(first, second)"
     )

@@ -1,11 +1,14 @@
 """Parameters of DeepSpeed's ZeRO-3 are refused at every entrance, before anything is written."""
 
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import swa_utils
 
 import fastema
 from fastema.bridges.registry import describe
@@ -122,3 +125,56 @@ def test_parts_and_skipped_parameters_are_averaged_as_the_error_says() -> None:
     gather(model)
     for one in named(model).values():
         assert describe(one.data).shape == one.shape
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    known = named(model)
+    return {name: one for name, one in model.state_dict().items() if name in known}
+
+
+HIDDEN: dict[str, Callable[[Any], Any]] = {
+    "EMA": lambda model: fastema.EMA(state(model)),
+    "SMA": lambda model: fastema.SMA(state(model), window=2),
+    "offloaded": lambda model: fastema.EMA(state(model), offload=True),
+    "data": lambda model: fastema.EMA([one.data for one in model.parameters()]),
+    "Plan": lambda model: fastema.Plan(empty(model), state(model)),
+    "copy_": lambda model: fastema.copy_(empty(model), state(model)),
+    "torch's AveragedModel": lambda model: swa_utils.AveragedModel(
+        model, multi_avg_fn=get_ema_multi_avg_fn(0.9)
+    ),
+}
+
+
+def make_averages_twice(entrance: Callable[[Any], Any], model: nn.Module) -> None:
+    average = entrance(model)
+    if isinstance(average, swa_utils.AveragedModel):
+        average.update_parameters(model)  # the first one copies
+        average.update_parameters(model)
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_tensors_that_are_all_empty_are_refused_without_a_sign_of_zero3(name: str) -> None:
+    model = build()
+    partition(model)
+    with pytest.raises(BridgeError, match=r"shape \[0\]. DeepSpeed's ZeRO-3 may have partitioned"):
+        make_averages_twice(HIDDEN[name], model)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_single_empty_tensor_is_refused_only_where_zero3_partitioned_parameters(
+    loaded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"w": torch.arange(3.0), "lora.a": torch.empty(0)}
+    zero = ModuleType("deepspeed.runtime.zero.partition_parameters")
+    zero.Init = type("Init", (), {"param_id": 0})  # type: ignore[attr-defined]
+    if loaded:
+        zero.Init.param_id = 2
+    monkeypatch.setitem(sys.modules, zero.__name__, zero)
+    if loaded:
+        with pytest.raises(BridgeError, match=r"'lora.a' of 2 tensors .* has partitioned"):
+            fastema.EMA(weights)
+        ema = fastema.EMA(weights, policy={"lora.a": "skip"})
+    else:
+        ema = fastema.EMA(weights, decay=0.5)
+    ema.update()
+    assert "w" in ema.shadow
