@@ -391,7 +391,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             weights = training_weights(self._model.state_dict(), self.ema)
             for name in self.ema.aliases:
                 weights.pop(name, None)
-            write_tensors(folder / _TRAINING, weights)
+            beside = json.dumps(_hash_weight_files(folder))
+            write_tensors(folder / _TRAINING, weights, weights=beside)
         known = json.dumps(_hash_weight_files(folder))
         with self.ema.lock:  # block updates on other threads to write a consistent state
             state = self.ema.state_dict(copy=False)
@@ -571,14 +572,15 @@ def _find_resumed_checkpoint(trainer: Any) -> Path | None:
 
 
 def _check_weights_beside(found: files.File) -> None:
-    """Raise a CheckpointError if an average does not belong to the weights beside it."""
+    """Raise a CheckpointError if a file does not belong to the weights beside it."""
     known: dict[str, str] = json.loads(found.metadata.get("weights", "{}"))
     folder = found.path.parent
     other = sorted(known.items() - _hash_weight_files(folder).items())
     if other:
         raise CheckpointError(
-            f"{found.path} is the average of other weights than those in {other[0][0]} beside it, "
-            "perhaps of another run: delete it, and begin a new average with on_missing='begin'"
+            f"{found.path} is of other weights than those in {other[0][0]} beside it, perhaps of "
+            f"another run: delete {_FILE} and, if the model there was trained without an average, "
+            f"{_TRAINING}, and begin a new average with on_missing='begin'"
         )
 
 
@@ -591,6 +593,7 @@ def _load_training_weights(model: Any, folder: Path) -> None:
     path = folder / _TRAINING
     if not path.exists():
         return
+    _check_weights_beside(files.read(path))  # the model may be of a later run, without an average
     weights = read_tensors(path, next(iter(model.parameters())))
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     if unknown:

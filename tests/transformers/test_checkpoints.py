@@ -152,7 +152,7 @@ def run_without_average(folder: Path) -> None:
     assert (folder / FILE).read_bytes() == old
 
 
-OTHER_WEIGHTS = r"average of other weights.*model.safetensors"
+OTHER_WEIGHTS = r"of other weights.*model.safetensors.*delete ema.safetensors and"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ OTHER_WEIGHTS = r"average of other weights.*model.safetensors"
         (lambda folder: None, [{"shadow_dtype": "bfloat16"}], r"first.weight.*f32, expected bf16"),
         (damage_average, [{}], r"damaged: 'shadow\.0\.second\.weight' differs"),
         (change_one_weight, [{}], OTHER_WEIGHTS),
-        (lose_training_weights, [{}], "average of other weights.*training_weights.safetensors"),
+        (lose_training_weights, [{}], "of other weights.*training_weights.safetensors"),
         (run_without_average, [{}, {"on_missing": "begin"}], OTHER_WEIGHTS),
     ],
 )
@@ -177,6 +177,20 @@ def test_checkpoint_with_a_mismatched_average_is_refused(
             train_run(
                 tmp_path / "rest", EMACallback(DECAY, **given), resume=tmp_path / "checkpoint-8"
             )
+
+
+def test_training_weights_beside_the_model_of_another_run_are_refused(tmp_path: Path) -> None:
+    train_run(tmp_path, **SAVED)
+    saved = tmp_path / "checkpoint-8"
+    run_without_average(saved)
+    lose_average(saved)
+    begins = EMACallback(DECAY, on_missing="begin")
+    with pytest.raises(CheckpointError, match=r"training_weights\.safetensors is of other weights"):
+        train_run(tmp_path / "rest", begins, resume=saved)
+    lose_training_weights(saved)
+    run = train_run(tmp_path / "rest", begins, resume=saved)
+    begun = load_file(saved / "model.safetensors")
+    assert_near(snapshot(run.model), average_of(begun, run.recorder.steps))
 
 
 @pytest.mark.parametrize("at_end", ["average", "raw"])
