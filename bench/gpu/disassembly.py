@@ -96,7 +96,7 @@ def accesses(instructions: Iterable[Instruction], name: str) -> Counter[int]:
 def count_waits(code: Code, loop: Sequence[Instruction]) -> int:
     """Count the times that a thread waits for memory before it has the data of a loop's first turn.
 
-    Each wait ends a group of loads, none of which depends on another. Instructions are followed in
+    Each wait ends a group of loads that do not depend on each other. Instructions are followed in
     their order, as if no branch before the loop was taken; the wait for the data counts too.
     """
     waits, pending, has_data = 0, set[int](), False

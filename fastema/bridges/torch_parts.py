@@ -268,7 +268,7 @@ def reshard_modules(modules: Iterable[torch.nn.Module], *, interrupted: bool = F
 
 
 def _groups_of(state: Any) -> list[Any]:
-    """Return the parameter groups of an FSDP2 module's state, of which older torch has one."""
+    """Return the parameter groups of an FSDP2 module's state; older torch has a single one."""
     groups: list[Any] | None = getattr(state, "_fsdp_param_groups", None)
     if groups is None:
         groups = [one for one in (state._fsdp_param_group,) if one is not None]

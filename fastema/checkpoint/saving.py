@@ -143,7 +143,7 @@ def load_into(
     num_updates : int, optional
         For a file of another library, the number of updates that its average has seen, at least 0.
         By default the number in the file; without one, that of ``ema``. 0 begins the schedule of
-        ``ema`` anew: with ``start_after`` or a mean, the next update then replaces the average.
+        ``ema`` again: with ``start_after`` or a mean, the next update then replaces the average.
 
     Raises
     ------

@@ -75,12 +75,17 @@ def read_tensors(path: str | os.PathLike[str], like: Any) -> dict[str, Any]:
     tensors = {}
     with found.opened() as fill:
         for name, stored in found.tensors.items():
-            array = bridge.zeros(stored.size, stored.kind.code, "cpu").reshape(stored.shape)
-            fill(stored.offset, bytes_of(array))
+            tensors[name] = array = _read_array(stored, fill, bridge)
             if sums.get(name) != zlib.crc32(bytes_of(array)):
                 raise _damaged(found, name)
-            tensors[name] = array
     return tensors
+
+
+def _read_array(stored: files.StoredTensor, fill: files.Fill, bridge: Any) -> Any:
+    """Read a tensor of an open file into an array in the memory of a bridge's framework."""
+    array = bridge.zeros(stored.size, stored.kind.code, "cpu").reshape(stored.shape)
+    fill(stored.offset, bytes_of(array))
+    return array
 
 
 def is_state(found: files.File) -> bool:
@@ -137,8 +142,7 @@ def read_state(found: files.File, like: Any) -> dict[str, Any]:
         state: dict[str, Any] = plain
         with found.opened() as fill:
             for key, stored in found.tensors.items():
-                array = bridge.zeros(stored.size, stored.kind.code, "cpu").reshape(stored.shape)
-                fill(stored.offset, bytes_of(array))
+                array = _read_array(stored, fill, bridge)
                 if sums.get(key) != zlib.crc32(bytes_of(array)):
                     raise _damaged(found, key)
                 if key == _KEY:

@@ -217,7 +217,7 @@ def _check_count(schedule: Schedule, count: int, num_updates: int | None) -> Non
     if num_updates is None and not count and first != late:
         raise ArgumentError(
             "the number of updates of the loaded average is unknown, and the schedule "
-            f"({describe_schedule(schedule)}) depends on it: pass num_updates, or 0 to begin anew"
+            f"({describe_schedule(schedule)}) depends on it: pass num_updates, or 0 to start over"
         )
 
 

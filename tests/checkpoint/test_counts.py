@@ -70,7 +70,7 @@ def test_average_without_a_count_is_refused_if_the_next_update_would_replace_it(
 def test_count_is_asked_for_where_the_schedule_depends_on_it(rule: Any) -> None:
     torch.save({"ema": nn.Linear(3, 2).state_dict()}, "best.pt")
     _, ema = build(decay=rule)
-    with pytest.raises(ArgumentError, match="depends on it: pass num_updates, or 0 to begin anew"):
+    with pytest.raises(ArgumentError, match="depends on it: pass num_updates, or 0 to start over"):
         load_into(ema, "best.pt")
     load_into(ema, "best.pt", num_updates=500)
     assert ema.num_updates == 500
