@@ -147,16 +147,14 @@ def load_into(
 
     Raises
     ------
-    ArgumentError
-        If ``ema`` is not an average.
     CheckpointError
         If the file is damaged, holds no average, or holds one of another kind or of other weights.
         ``ema`` is then unchanged.
     ArgumentError
-        If the number of updates is unknown and the schedule of ``ema`` depends on it, or if the
-        next update would replace the loaded average (``start_after``, means): pass
-        ``num_updates``. For another library's file and an :class:`SMA`, which needs its window.
-        ``ema`` is then unchanged.
+        If ``ema`` is not an average. If the number of updates is unknown and the schedule of
+        ``ema`` depends on it, or if the next update would replace the loaded average
+        (``start_after``, means): pass ``num_updates``. For another library's
+        file and an :class:`SMA`, which needs its window. ``ema`` is then unchanged.
     """
     check_average(ema, "load_into()")
     _writer.raise_failed(all_of_them=True)

@@ -17,9 +17,9 @@ from fastema.errors import CheckpointError, FastemaError
 from fastema.rules import Schedule
 from fastema.shadow.store import PARTS
 
-__all__ = ["TRAINING_FILE", "StoredAverage", "load", "open_weights"]
+__all__ = ["AVERAGE_FILE", "TRAINING_FILE", "StoredAverage", "load", "open_weights"]
 
-_AVERAGE_FILE: Final = "ema.safetensors"
+AVERAGE_FILE: Final = "ema.safetensors"
 """Name of the file with the average in a checkpoint folder of the Hugging Face Trainer."""
 
 TRAINING_FILE: Final = "training_weights.safetensors"
@@ -147,7 +147,7 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
 
 def _find_average_file(folder: Path) -> Path | None:
     """Return the file with an average's state in a folder that also has a model, or None."""
-    path = folder / _AVERAGE_FILE
+    path = folder / AVERAGE_FILE
     return path if path.is_file() and is_state(files.read(path)) else None
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from types import FrameType
 from typing import Any, Final
+
+import keras
 
 __all__ = [
     "ErrorGuard",
     "MethodGuard",
     "UseGuard",
+    "find_callbacks",
     "guard_use",
     "guard_writes",
     "is_end_of_data",
@@ -42,6 +46,20 @@ def is_running(model: Any, *names: str) -> bool:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+def find_callbacks() -> list[Any]:
+    """Return all callbacks in the order of their calls; an empty list if it is unknown.
+
+    Callbacks do not know each other, but the list that calls them is on the call stack.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.callbacks.CallbackList):
+            return list(caller.callbacks)
+        frame = frame.f_back
+    return []
 
 
 def is_end_of_data(error: BaseException) -> bool:

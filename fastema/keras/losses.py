@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Mapping, Sequence
-from types import FrameType
 from typing import Any, Final
 
 import keras
 
 from fastema.errors import ArgumentError, FastemaError, StateError
 from fastema.hints import check_options
+from fastema.keras.guards import find_callbacks
 from fastema.keras.sums import BatchSums
 from fastema.tracking.scalar import OnNonFinite
 from fastema.tracking.smoother import MetricSmoother, SmoothedMetrics, check_metric_names
@@ -203,7 +202,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
     def on_train_begin(self, logs: Any = None) -> None:
         """Check the order of the callbacks, and replace the model's train function."""
         self._process_pending()
-        callbacks = self._find_callbacks()
+        callbacks = find_callbacks()
         place = next((i for i, one in enumerate(callbacks) if one is self), None)
         self._chunk = 1
         if place is not None:
@@ -329,14 +328,3 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
                     f"callbacks: {type(other).__name__} {what}, and comes before LossAverages, "
                     "which adds to them: put LossAverages first in the list"
                 )
-
-    def _find_callbacks(self) -> list[Any]:
-        """Return all callbacks in the order of their calls; an empty list if it is unknown."""
-        # Callbacks do not know each other, but the list that calls them is on the call stack.
-        frame: FrameType | None = sys._getframe()
-        while frame is not None:
-            caller = frame.f_locals.get("self")
-            if isinstance(caller, keras.callbacks.CallbackList):
-                return list(caller.callbacks)
-            frame = frame.f_back
-        return []

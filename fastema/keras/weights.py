@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from fastema.hints import check_options
 from fastema.keras.guards import (
     ErrorGuard,
     MethodGuard,
+    find_callbacks,
     guard_use,
     guard_writes,
     refuse_writes,
@@ -75,17 +75,6 @@ def _check_path(value: Any, name: str, suffix: str) -> Path | None:
 
 def _get_previous_path(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(_BACKUP) + ".previous" + _BACKUP)
-
-
-def _find_callbacks() -> list[Any] | None:
-    """Return the list of callbacks that the calling hook belongs to, which Keras does not pass."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, keras.callbacks.CallbackList):
-            return list(caller.callbacks)
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
 
 
 def _keeps_weights(callback: Any) -> bool:
@@ -493,7 +482,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._refuse_applied("fit")
         model = self._checked_model()
         self._make_step_counter(model)
-        self._check_other_callbacks(_find_callbacks())
+        self._check_other_callbacks(find_callbacks())
         other = _fitting_callbacks.get(model, lambda: None)()
         if other is not None and other is not self:
             # All callbacks of one fit() call have the same dict.
@@ -514,9 +503,9 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._fit_guard = ErrorGuard(model, "evaluate", self.restore)
         self._starts_training = True
 
-    def _check_other_callbacks(self, callbacks: list[Any] | None) -> None:
+    def _check_other_callbacks(self, callbacks: list[Any]) -> None:
         """Raise if callbacks would save other weights than those that the metrics are of."""
-        if callbacks is None:
+        if not callbacks:  # their list is unknown
             self._has_later_callbacks = True
             return
         own = next(i for i, one in enumerate(callbacks) if one is self)

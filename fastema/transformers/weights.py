@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from fastema.bridges.registry import is_divided
 from fastema.checkpoint import files
 from fastema.checkpoint.state import read_state, read_tensors, write_state, write_tensors
+from fastema.checkpoint.stored import AVERAGE_FILE, TRAINING_FILE
 from fastema.errors import ArgumentError, CheckpointError, StateError, format_problems
 from fastema.hints import check_options
 from fastema.rules import Rule
@@ -40,14 +41,8 @@ __all__ = ["EMACallback"]
 AtEnd = Literal["average", "raw"]
 OnMissing = Literal["raise", "begin"]
 
-_FILE: Final = "ema.safetensors"
-"""Name of the average's file in the folder of each checkpoint."""
-
-_TRAINING: Final = "training_weights.safetensors"
-"""Name of the file with the training weights, beside a model that is the average."""
-
 _WEIGHTS: Final = (
-    _TRAINING,
+    TRAINING_FILE,
     "model*.safetensors",
     "adapter_model*.safetensors",
     "pytorch_model*.bin",
@@ -85,7 +80,7 @@ def _hash_file(path: Path) -> str:
 
 def _clear_folder(folder: Path) -> None:
     """Delete the average of earlier weights, and partial files that killed runs left behind."""
-    for name in (_FILE, _TRAINING):
+    for name in (AVERAGE_FILE, TRAINING_FILE):
         for path in (folder / name, *folder.glob(f".{name}.*.part")):
             path.unlink(missing_ok=True)
 
@@ -392,11 +387,11 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             for name in self.ema.aliases:
                 weights.pop(name, None)
             beside = json.dumps(_hash_weight_files(folder))
-            write_tensors(folder / _TRAINING, weights, weights=beside)
+            write_tensors(folder / TRAINING_FILE, weights, weights=beside)
         known = json.dumps(_hash_weight_files(folder))
         with self.ema.lock:  # block updates on other threads to write a consistent state
             state = self.ema.state_dict(copy=False)
-            write_state(folder / _FILE, state, step=str(step), weights=known)
+            write_state(folder / AVERAGE_FILE, state, step=str(step), weights=known)
         self._saved_step = step
 
     # -- the average in the model ------------------------------------------------------------------
@@ -461,12 +456,12 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def _find_saved_average(self, folder: Path, step: int) -> files.File | None:
         """Return the file with a checkpoint's average; None to begin a new average."""
-        path = folder / _FILE
+        path = folder / AVERAGE_FILE
         if not path.exists():
             if self.on_missing == "begin":
                 return None
             raise CheckpointError(
-                f"{folder} has no {_FILE}: its run had no EMACallback; with "
+                f"{folder} has no {AVERAGE_FILE}: its run had no EMACallback; with "
                 "on_missing='begin' the average begins with the weights of the checkpoint"
             )
         found = files.read(path)
@@ -485,7 +480,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             warnings.warn(
                 f"the average of {found.path.parent} continues with its saved schedule, "
                 f"{ema.schedule}, not with the schedule of EMACallback, {own}; for that, delete "
-                f"{_FILE} there and begin a new average with on_missing='begin'",
+                f"{AVERAGE_FILE} there and begin a new average with on_missing='begin'",
                 stacklevel=2,
             )
 
@@ -527,13 +522,15 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if best is not None:
             folder = Path(best)
             try:
-                found = files.read(folder / _FILE)
+                found = files.read(folder / AVERAGE_FILE)
                 _check_weights_beside(found)
                 _load_average(self.ema, found)
             except (FileNotFoundError, CheckpointError) as error:
                 lacks = isinstance(error, FileNotFoundError)
-                problem = f"has no {_FILE}" if lacks else f"has the wrong {_FILE} ({error})"
-                held = "average" if (folder / _TRAINING).exists() else "training weights"
+                problem = (
+                    f"has no {AVERAGE_FILE}" if lacks else f"has the wrong {AVERAGE_FILE} ({error})"
+                )
+                held = "average" if (folder / TRAINING_FILE).exists() else "training weights"
                 warnings.warn(
                     f"the best checkpoint, {best}, {problem}: the model holds the {held} in the "
                     "model files of that checkpoint",
@@ -579,8 +576,8 @@ def _check_weights_beside(found: files.File) -> None:
     if other:
         raise CheckpointError(
             f"{found.path} is of other weights than those in {other[0][0]} beside it, perhaps of "
-            f"another run: delete {_FILE} and, if the model there was trained without an average, "
-            f"{_TRAINING}, and begin a new average with on_missing='begin'"
+            f"another run: delete {AVERAGE_FILE} and, if the model there was trained without an "
+            f"average, {TRAINING_FILE}, and begin a new average with on_missing='begin'"
         )
 
 
@@ -590,7 +587,7 @@ def _load_average(ema: EMA, found: files.File) -> None:
 
 def _load_training_weights(model: Any, folder: Path) -> None:
     """Load the training weights of a checkpoint whose model is the average, and only of such."""
-    path = folder / _TRAINING
+    path = folder / TRAINING_FILE
     if not path.exists():
         return
     _check_weights_beside(files.read(path))  # the model may be of a later run, without an average

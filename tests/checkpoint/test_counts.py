@@ -32,7 +32,7 @@ AVERAGES: dict[str, tuple[Any, dict[str, Any], int]] = {
     "SWA, later": (fastema.SWA, {"start_after": 7}, 8),
     "PowerEMA": (fastema.PowerEMA, {"sigma_rels": 0.1}, 1),
     "zero_debias": (fastema.EMA, {"decay": 0.9, "zero_debias": True}, 1),
-    "several rules, of which one is a mean": (
+    "several rules, one a mean": (
         fastema.EMA, {"decay": cumulative_mean(), "update_every": 3}, 3,
     ),
 }  # fmt: skip
