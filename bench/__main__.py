@@ -30,8 +30,6 @@ QUESTIONS = {
     "offload": "averages on the host: how long training waits, and memory",
     "launch": "the host's share of a GPU update, without a GPU",
     "kernels-gpu": "registers and instructions of the GPU kernels, without a GPU",
-    "accuracy": "how far averages are from exact ones",
-    "quality": "whether averaging the weights helps",
     "gpu": "on a machine with a CUDA GPU: build, test, benchmark",
 }
 QUICK = ("counts", "cpu", "first-update", "averages", "bridges", "tracking", "drop-in")
@@ -49,14 +47,12 @@ def load(name: str) -> Question:
 
 
 def render_page(
-    question: Question, stem: str, header: dict[str, Any], rows: list[report.Row], remark: str = ""
+    question: Question, header: dict[str, Any], rows: list[report.Row], remark: str = ""
 ) -> str:
-    """Return a result as a Markdown page, with its picture if the question draws one."""
+    """Return a result as a Markdown page."""
     remark = f": quick, small shapes and few rounds{remark}" if header["quick"] else remark
-    method = question.method
-    if question.draw is not None:
-        method = f"![{question.title}]({stem}.png)\n\n{method}"
-    return report.render_markdown(question.title + remark, method, header, rows, question.figures)
+    title = question.title + remark
+    return report.render_markdown(title, question.method, header, rows, question.figures)
 
 
 def answer_question(name: str, question: Question, settings: Settings, command: str) -> bool:
@@ -78,17 +74,15 @@ def answer_question(name: str, question: Question, settings: Settings, command: 
     rows: list[report.Row] = []
     for row in question.rows(settings):
         if question.keeps_parts and rows and row.table != rows[-1].table:
-            text = render_page(question, stem, header, rows, ": incomplete")
+            text = render_page(question, header, rows, ": incomplete")
             report.store(settings.out, stem, header, rows, text)
         rows.append(row)
-    print(text := render_page(question, stem, header, rows))
+    print(text := render_page(question, header, rows))
     failed = [row for row in rows if row.failed]
     if failed and not question.keeps_parts:
         print(f"{name}: {len(failed)} failed, nothing was stored", file=sys.stderr)
         return False
     report.store(settings.out, stem, header, rows, text)
-    if question.draw is not None:
-        question.draw(rows, header, settings.out / f"{stem}.png")
     compared = settings.baseline and settings.quick and not settings.cases
     if compared and settings.baseline == "write":
         baseline.write(name, rows)

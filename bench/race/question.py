@@ -67,8 +67,6 @@ class Question:
         Returns the name of the result's files, if it differs from the question's name.
     keeps_parts
         Store incomplete results after each table, and failures: the machine may be taken away.
-    draw
-        ``draw(rows, header, path)`` writes a picture that is shown above the tables.
     """
 
     title: str
@@ -80,4 +78,3 @@ class Question:
     header: Callable[[Settings], Mapping[str, Any]] = lambda settings: {}
     result_name: Callable[[Settings], str] | None = None
     keeps_parts: bool = False
-    draw: Callable[[Sequence[Any], Mapping[str, Any], Path], object] | None = None

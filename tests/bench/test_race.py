@@ -115,7 +115,7 @@ def test_stored_pages_match_the_stored_rows(name: str) -> None:
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
     header, rows = report.load(report.RESULTS / f"{name}.json")
-    text = command.render_page(question, name, header, rows)
+    text = command.render_page(question, header, rows)
     assert text == (report.RESULTS / f"{name}.md").read_text(encoding="utf-8")
 
 
