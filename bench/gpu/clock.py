@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from bench.race.clock import seconds
 from bench.race.contest import Job
+from fastema.cli.clock import seconds
 
 _MOST_AHEAD_S = 0.02
 _SCRATCH_BYTES = 256 << 20

@@ -18,13 +18,14 @@ from bench.gpu.clock import Budget, Clock, Memory
 from bench.gpu.peers import DEVICE_PEERS, refusals
 from bench.gpu.targets import COPY
 from bench.race.checks import sample
-from bench.race.clock import interleave, spread
 from bench.race.contest import Job
+from bench.race.durations import spread
 from bench.race.flat_module import DTYPES
 from bench.race.jobs import DECAY, check_update
 from bench.race.peers import OURS, Peer
 from bench.race.report import Row
 from bench.race.shapes import total_elements
+from fastema.cli.clock import interleave
 from fastema.engine.cuda_group import SlowWarning
 
 _COPY_BYTES = 2 << 30
@@ -291,7 +292,7 @@ def time_beside_copy(
     hosts
         Name -> seconds that a call takes on the host; measured if absent.
     rounds, budget_s, before_round
-        See `bench.race.clock.interleave`.
+        See `fastema.cli.clock.interleave`.
     """
     everything: dict[str, Job] = {**jobs, COPY: copy}
     known = hosts or {}

@@ -25,11 +25,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import fastema
 from bench.race import shapes
 from bench.race.checks import sample
-from bench.race.clock import seconds
 from bench.race.contest import Job, contest
 from bench.race.flat_module import build, randomise_
 from bench.race.question import Question, Settings
 from bench.race.report import Figure, Row, Rows, format_range
+from fastema.cli.clock import seconds
 from tests.support.peers import import_timm_averages
 
 Result = Callable[[], list[Tensor]]

@@ -19,10 +19,11 @@ import torch
 from jax.experimental import io_callback
 
 import fastema
-from bench.race.clock import interleave, summarize_times
 from bench.race.contest import Job, contest
+from bench.race.durations import summarize_times
 from bench.race.question import Question, Settings
 from bench.race.report import Row, Rows
+from fastema.cli.clock import interleave
 
 LEAVES, ELEMENTS, DECAY = 1_000, 64, 0.999
 

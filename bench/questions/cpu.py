@@ -10,13 +10,13 @@ from dataclasses import replace
 from statistics import median
 
 from bench.race.cases import FULL, QUICK, Case
-from bench.race.clock import interleave
 from bench.race.contest import contest
 from bench.race.jobs import prepare, refusals
 from bench.race.memory import measure_peaks_in_subprocess
 from bench.race.question import Question, Settings
 from bench.race.report import Figure, Row, Rows, number
 from bench.race.shapes import scalars, total_elements
+from fastema.cli.clock import interleave
 
 _HOST_ROUNDS = 11
 

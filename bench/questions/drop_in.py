@@ -14,12 +14,13 @@ import torch
 
 import fastema
 from bench.race import machine
-from bench.race.clock import interleave, summarize_times
+from bench.race.durations import summarize_times
 from bench.race.memory import ALLOCATOR
 from bench.race.processes import call_in_subprocess
 from bench.race.question import Question, Settings
 from bench.race.report import Figure, Row, Rows, number
 from bench.race.training_loops import DECAY, LOOPS, OURS, STEP, THEIRS, Loop
+from fastema.cli.clock import interleave
 
 QUICK = ("torch AveragedModel, GPT-2", "diffusers EMAModel, UNet")
 NONE, KERNELS = "none", "kernels alone"

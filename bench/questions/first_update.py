@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.race.clock import summarize_times
+from bench.race.durations import summarize_times
 from bench.race.question import Question, Settings
 from bench.race.report import ROOT, Figure, Row, Rows
 from fastema.engine import native, shipped

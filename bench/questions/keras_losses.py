@@ -13,7 +13,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from bench.race.clock import interleave, summarize_times
+from bench.race.durations import summarize_times
 from bench.race.keras_processes import (
     BATCH,
     PACKAGES,
@@ -24,6 +24,7 @@ from bench.race.keras_processes import (
 )
 from bench.race.question import Question, Settings
 from bench.race.report import Figure, Rows
+from fastema.cli.clock import interleave
 
 NONE, OURS, IDLE = "no callback", "fastema.keras.LossAverages", "a callback that does nothing"
 READ = "fastema.keras.LossAverages, each batch looked at"

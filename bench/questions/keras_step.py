@@ -12,7 +12,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from bench.race.clock import interleave, summarize_times
+from bench.race.durations import summarize_times
 from bench.race.keras_processes import (
     BATCH,
     PACKAGES,
@@ -23,6 +23,7 @@ from bench.race.keras_processes import (
 )
 from bench.race.question import Question, Settings
 from bench.race.report import Figure, Rows
+from fastema.cli.clock import interleave
 
 NONE, OURS, THEIRS = "no average", "fastema.keras.EMAWeights", "use_ema + SwapEMAWeights"
 ENTRIES = (NONE, OURS, THEIRS)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.race.clock import summarize_times
+from bench.race.durations import summarize_times
 from bench.race.processes import call_in_subprocess
 from bench.race.question import Question, Settings
 from bench.race.report import ROOT, Figure, Row, Rows

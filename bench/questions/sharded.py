@@ -28,11 +28,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import fastema
-from bench.race.clock import seconds
 from bench.race.contest import contest
 from bench.race.memory import ALLOCATOR, peak_extra_bytes
 from bench.race.question import Question, Settings
 from bench.race.report import Figure, Row, Rows, number
+from fastema.cli.clock import seconds
 from fastema.distributed import consolidate
 
 WORLD = 2

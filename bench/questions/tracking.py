@@ -20,10 +20,11 @@ import polars as pl
 from numpy.typing import NDArray
 from scipy.signal import lfilter
 
-from bench.race.clock import interleave, summarize_times
 from bench.race.contest import contest
+from bench.race.durations import summarize_times
 from bench.race.question import Question, Settings
 from bench.race.report import Figure, Row, Rows
+from fastema.cli.clock import interleave
 from fastema.tracking import ExponentialMovingAverage, SimpleMovingAverage
 
 WINDOWS, DECAYS = (10, 1_000, 100_000), (0.9, 0.999)

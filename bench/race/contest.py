@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
-from bench.race.clock import interleave, summarize_times
+from bench.race.durations import summarize_times
 from bench.race.report import Row
+from fastema.cli.clock import interleave
 
 Job = Callable[[], object]
 
@@ -56,7 +57,7 @@ def contest(
     passes
         Number of passes in which the limits move their bytes, over the same memory.
     rounds, hot, budget_s
-        See `bench.race.clock.interleave`.
+        See `fastema.cli.clock.interleave`.
     facts
         Further figures, stored with every row.
     """

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fastema
-from bench.race.clock import SETTLE_S
-from bench.race.clock import seconds as seconds_of
 from bench.race.contest import Job
+from fastema.cli.clock import SETTLE_S
+from fastema.cli.clock import seconds as seconds_of
 
 THEIRS, OURS = "peer", "install()"
 STEP = "step"
@@ -93,7 +93,7 @@ class Loop(ABC):
             seconds[STEP].append(seconds_of(self._step))
             names = list(self.averages)
             for name in reversed(names) if number % 2 else names:
-                time.sleep(SETTLE_S)  # see bench.race.clock.SETTLE_S
+                time.sleep(SETTLE_S)  # see fastema.cli.clock.SETTLE_S
                 seconds[name].append(seconds_of(self.averages[name].update))
         return seconds
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,9 +16,11 @@ from torch import nn
 
 import fastema
 from fastema.cli.bench.shapes import Shapes
+from fastema.cli.clock import interleave, seconds
 from fastema.errors import ArgumentError
 
 DECAY = 0.999
+MOST_ROUNDS = 100_000
 
 
 class Result(NamedTuple):
@@ -144,21 +145,23 @@ def time_contenders(shapes: Shapes, args: argparse.Namespace) -> Iterator[Result
     nbytes = each * sum(one.numel() for one in made)
     ours = _setup_fastema(model, average).update
     limit = _limit(nbytes) if args.device == "cpu" else None
-    seconds, plain = _race([ours, *([limit] if limit else [])], args)
-    share = None if limit is None else plain / seconds
-    yield Result("fastema.EMA", seconds * 1e3, 1.0, nbytes / seconds / 1e9, share)
+    timed = _race({"ours": ours, **({"limit": limit} if limit else {})}, args)
+    plain, same = timed.get("limit"), timed["ours"]
+    share = plain and plain / same
+    yield Result("fastema.EMA", same * 1e3, 1.0, nbytes / same / 1e9, share)
     for name, (package, setup) in WAYS.items():
         if find_spec(package) is None:
             yield Result(name, why=f"{package} is not installed")
             continue
         try:
             theirs = setup(model, average).update
-            same, other = _race([ours, theirs], args)
+            timed = _race({"ours": ours, "theirs": theirs}, args)
         except Exception as error:
             reason = next(iter(str(error).splitlines()), "")[:60]
             yield Result(name, why=f"raises {type(error).__name__}: {reason}")
         else:
-            share = None if limit is None else plain / other
+            same, other = timed["ours"], timed["theirs"]
+            share = plain and plain / other
             yield Result(name, other * 1e3, other / same, nbytes / other / 1e9, share)
         theirs = None  # type: ignore[assignment]
         gc.collect()  # free memory for the next way
@@ -168,30 +171,22 @@ def _limit(nbytes: int) -> Job:
     """Return the faster of two kernels that only move `nbytes` bytes."""
     from fastema.engine.limit import ReadReadWrite, StreamCopy
 
-    kernels: list[Job] = [ReadReadWrite(nbytes), StreamCopy(nbytes)]
-    return min(kernels, key=lambda one: _seconds_of(one, 3))
+    kernels: dict[str, Job] = {"0": ReadReadWrite(nbytes), "1": StreamCopy(nbytes)}
+    times = interleave(kernels, 3)
+    return kernels[min(kernels, key=lambda name: median(times[name]))]
 
 
-def _seconds_of(job: Job, rounds: int) -> float:
-    job()
-    return median(_time_once(job) for _ in range(rounds))
+def _race(jobs: dict[str, Job], args: argparse.Namespace) -> dict[str, float]:
+    """Return the median seconds of each job, called in turn."""
+    on_gpu = torch.device(args.device).type == "cuda"
 
+    def time_of(_: str, job: Job) -> float:
+        def finish() -> None:
+            job()
+            if on_gpu:
+                torch.cuda.synchronize(args.device)
 
-def _time_once(job: Job) -> float:
-    began = time.perf_counter()
-    job()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+        return seconds(finish)
 
-
-def _race(jobs: list[Job], args: argparse.Namespace) -> list[float]:
-    """Return the median seconds of each job, called in turn; pad a single result with 0.0."""
-    times: list[list[float]] = [[] for _ in jobs]
-    for job in jobs:
-        job()  # compiles, and fills the job's caches
-    end = time.perf_counter() + args.seconds
-    while time.perf_counter() < end or len(times[-1]) < 3:
-        for job, found in zip(jobs, times, strict=True):
-            found.append(_time_once(job))
-    return [median(found) for found in times] + [0.0] * (2 - len(jobs))
+    times = interleave(jobs, MOST_ROUNDS, budget_s=args.seconds, time_of=time_of)
+    return {name: median(found) for name, found in times.items()}
