@@ -33,7 +33,7 @@ SAY = @printf '\n==> %s\n'
 .DELETE_ON_ERROR:
 # Two concurrent pips would break an environment.
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-full bench bench-quick gpu-check compiled wheel wheel-cpu docs lint format dev clean \
+.PHONY: help demo test test-all test-full bench bench-quick gpu-check compiled wheel wheel-cpu wheel-check docs lint format dev clean \
   release-check
 
 help:
@@ -47,6 +47,7 @@ help:
 	@echo "make compiled ARGS=\"--device cpu\"  CPU kernels for this checkout: no first update compiles; ten minutes"
 	@echo "make wheel-cpu    wheel in dist/ for Linux on x86-64, with compiled kernels of CPUs alone; ten minutes"
 	@echo "make wheel        sdist and wheel in dist/, with compiled kernels of CPUs and GPUs; twenty minutes"
+	@echo "make wheel-check  a wheel with a few kernels, tried in an empty environment; a minute"
 	@echo "make docs         the documentation as a site, in site/; half a minute"
 	@echo "make lint         ruff check, ruff format --check, mypy"
 	@echo "make release-check  all of it, then wheel and sdist in empty environments; an hour"
@@ -110,6 +111,11 @@ wheel-cpu: $(BUILD)/.made
 	$(SAY) "building the wheel"
 	@root="$$PWD"; cd "$$(mktemp -d)" && \
 	  FASTEMA_RELEASE=cpu "$(abspath $(BUILD))/bin/python" -m build --wheel --no-isolation --outdir "$$root/dist" "$$root"
+
+# Kernels that a wheel's first update needs; `make release-check` compiles and tries them all.
+wheel-check: $(VENV)/.test
+	$(SAY) ".ci/wheel_check"
+	@.ci/wheel_check $(PY)
 
 # Dead links and anchors are errors. Nothing is downloaded to build or read the site.
 docs: $(VENV)/.docs

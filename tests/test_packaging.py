@@ -159,29 +159,3 @@ def test_kernels_of_cpus_are_compiled_without_a_gpu_toolkit(
     if shutil.which("make") is None:
         pytest.skip("needs make")
     assert needed_environment(arguments) == f".nowhere{environment}"
-
-
-@pytest.mark.slow
-def test_installed_wheel_updates_an_average_and_has_its_command(
-    dist_folder: Path, tmp_path: Path
-) -> None:
-    require_packages("pip")
-    (wheel,) = dist_folder.glob("*.whl")
-    site = tmp_path / "site"
-    pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site)
-    _run(*pip, wheel, cwd=tmp_path)
-    code = """
-import fastema, importlib.metadata, inspect, numpy as np
-avg, x = [np.zeros(1000, np.float32)], [np.ones(1000, np.float32)]
-fastema.lerp_(avg, x, 0.25)
-assert (avg[0] == 0.25).all(), avg[0]
-(script,) = importlib.metadata.distribution("fastema").entry_points.select(name="fastema")
-print(fastema.__file__, inspect.getfile(script.load()))
-"""
-    # PYTHONPATH comes before every other fastema.
-    output = _run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
-    assert all(Path(file).is_relative_to(site) for file in output.split())
-    # Numba's cache of compiled kernels must lie elsewhere, or an uninstall would leave it behind.
-    assert not [p.name for p in site.rglob("*.nb[ci]")]
-    command = (sys.executable, "-m", "fastema", "--version")
-    assert fastema.__version__ in _run(*command, cwd=tmp_path, PYTHONPATH=str(site))

@@ -138,15 +138,22 @@ def _compile_all(
                 yield from zip(some, pool.map(job.compiled, some), strict=True)
 
 
-def build(folder: Path, device: Device, operations: Sequence[str], processes: int) -> None:
+def _selected(variant: Variant, names: Sequence[str]) -> bool:
+    """Return whether ``names`` has a kernel's operation, or ``operation:format:...``."""
+    full = ":".join((variant.operation, *variant.formats))
+    return not names or variant.operation in names or full in names
+
+
+def build(folder: Path, device: Device, names: Sequence[str], processes: int) -> None:
     """Compile kernels and replace a folder with them once all are compiled.
 
-    ``operations`` selects operations by name; an empty sequence selects all.
+    ``names`` selects operations (``lerp``), or operations with their formats (``lerp:f32:bf16``);
+    an empty sequence selects all.
     """
     if device == "cpu" and not native.has_levels():
         raise RuntimeError("CPU kernels for a wheel must be compiled on Linux, on x86-64")
     job, began, done = _JOBS[device], time.monotonic(), 0
-    wanted = [one for one in job.wanted if not operations or one.operation in operations]
+    wanted = [one for one in job.wanted if _selected(one, names)]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         new = Path(temporary) / device
@@ -177,7 +184,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--folder", type=Path, default=FOLDER, help="output folder")
     parser.add_argument("--device", choices=list(_JOBS), action="append", help="default: all")
-    parser.add_argument("--operation", action="append", default=[], help="only this one; for tests")
+    parser.add_argument(
+        "--operation",
+        action="append",
+        default=[],
+        metavar="NAME[:FORMAT...]",
+        help="only this one, as lerp or lerp:f32:bf16; for tests",
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
     for device in args.device or _JOBS:
