@@ -43,6 +43,8 @@ def main(arguments: list[str]) -> int:
         if command == "make":
             changed = f"{len(found)} differences written" if load(name) else "new"
             save(name, now)
+            for one in (key for key, values in now.items() if "raised" in values):
+                print(f"{name}: {one} raised {now[one]['raised']}")
             print(f"{name}: {len(now)} cases, {total} values, {seconds:.1f} s; {changed}")
             continue
         for one in found:

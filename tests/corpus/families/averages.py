@@ -3,6 +3,8 @@
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 import fastema
 from fastema import rules
 
@@ -84,7 +86,7 @@ def lists_dicts_and_single_tensors(kind: str) -> Any:
         "list": lambda one: [p for p in one.parameters() if p.requires_grad],
         "tensor": lambda one: one.cube,
         "nested": lambda one: {"a": [one.cube, (one.long,)], "b": {"c": one.number}},
-        "modules": lambda one: [one, fill(Net(), 99)],
+        "modules": lambda one: [nn.ModuleDict({"a": one}), nn.ModuleDict({"b": fill(Net(), 99)})],
     }.items():
         model = net()
         ema = KINDS[kind](make(model))
