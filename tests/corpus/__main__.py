@@ -1,4 +1,4 @@
-"""``python -m tests.corpus make|compare [FAMILY ...]``: store what the code does now, or compare."""
+"""Store what the code does now, or compare: ``python -m tests.corpus make|compare [FAMILY ...]``."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Input values from an integer hash: the same on every machine, exact in every dtype, never zero."""
+"""Input values from an integer hash: equal on every machine, exact in every dtype, never zero."""
 
 from functools import cache
 from typing import Any

@@ -96,8 +96,9 @@ PEERS: dict[str, Peer] = {
     "swa_utils default": _swa(lambda m: swa_utils.AveragedModel(m)),
     "swa_utils default buffers": _swa(lambda m: swa_utils.AveragedModel(m, use_buffers=True)),
     **{
-        f"swa_utils {function} {'buffers' if buffers else 'weights'} {'multi' if multi else 'one'}":
-        _swa(_averaged_model(function, buffers, multi))
+        f"swa_utils {function} {'buffers' if buffers else 'weights'} {'multi' if multi else 'one'}": _swa(
+            _averaged_model(function, buffers, multi)
+        )
         for function in ("ema", "swa")
         for buffers in (False, True)
         for multi in (False, True)
@@ -354,5 +355,3 @@ def refusals(peer: Peer) -> Any:
         "wrong state": attempt(lambda: _load(average, {"a": 1})),
         "averages": _averages(average),
     }
-
-

@@ -235,7 +235,9 @@ PEERS: dict[str, Callable[[], Any]] = {
     "torch_ema model": lambda: torch_ema.ExponentialMovingAverage(net(), 0.9),
     "torch_ema empty": lambda: torch_ema.ExponentialMovingAverage([], 0.9),
     "torch_ema restore": lambda: torch_ema.ExponentialMovingAverage([_x()], 0.9).restore([_x()]),
-    "torch_ema length": lambda: torch_ema.ExponentialMovingAverage([_x()], 0.9).update([_x(), _x()]),
+    "torch_ema length": lambda: torch_ema.ExponentialMovingAverage([_x()], 0.9).update(
+        [_x(), _x()]
+    ),
     "torch_ema freed": lambda: torch_ema.ExponentialMovingAverage([_x()], 0.9).update(),
     "torch_ema state": lambda: torch_ema.ExponentialMovingAverage([_x()], 0.9).load_state_dict({}),
     "diffusers model": lambda: diffusers.EMAModel(3),

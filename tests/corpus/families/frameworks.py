@@ -1,6 +1,5 @@
 """Averages of NumPy arrays and JAX trees."""
 
-import copy
 from typing import Any
 
 import jax
@@ -37,6 +36,10 @@ def _arrays(code: str, step: int) -> dict[str, Any]:
     return {name: array(name, step, shape, code) for name, shape in SHAPES.items()}
 
 
+def _arrays_like(weights: Any) -> dict[str, Any]:
+    return {name: one.copy() for name, one in weights.items()}
+
+
 @case(CASES, kind=KINDS, code=CODES, average=FORMATS)
 def numpy_arrays(kind: Any, code: str, average: dict[str, Any]) -> Any:
     weights = _arrays(code, 0)
@@ -50,8 +53,9 @@ def numpy_arrays(kind: Any, code: str, average: dict[str, Any]) -> Any:
     found = _read(ema)
     with ema.swapped(which=0):
         found["inside"] = {name: one.copy() for name, one in weights.items()}
-    other = copy.deepcopy(ema)
-    found["same copy"] = flatten(other.state_dict()) == flatten(ema.state_dict())
+    other = kind(_arrays_like(weights), **average)
+    other.load_state_dict(ema.state_dict())
+    found["same"] = flatten(other.state_dict()) == flatten(ema.state_dict())
     return found | {"after": weights, "state": ema.state_dict(), "averaged": ema.averaged(which=0)}
 
 

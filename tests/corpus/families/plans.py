@@ -1,5 +1,6 @@
 """lerp_, swap_, copy_, Plan, mean_between and update_bn, over dtypes, layouts and options."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def swap_and_copy(a: str, b: str) -> Any:
     found = {}
     for name in ("swap_", "copy_"):
         one, other = _tensors(a, 1), _tensors(b, 2)
-        outcome = attempt(lambda name=name: getattr(fastema, name)(one, other))
+        outcome = attempt(partial(getattr(fastema, name), one, other))
         found[name] = {"outcome": outcome, "a": one, "b": other, "versions": versions(one)}
     return found
 

@@ -90,7 +90,7 @@ def states_of_another_average(saved: str, into: str) -> Any:
     found = {}
     for schedule in ("saved", "mine"):
         other = KINDS[into](fill(net(), 50))
-        outcome = attempt(lambda: other.load_state_dict(ema.state_dict(), schedule=schedule))
+        outcome = attempt(partial(other.load_state_dict, ema.state_dict(), schedule=schedule))
         found[schedule] = {"outcome": outcome, "average": read(other)}
     return found
 

@@ -93,7 +93,7 @@ def another_model(kind: Any, code: str) -> Any:
 
 @case(CASES, kind=KINDS, code=("f32", "bf16"))
 def state_of_the_model(kind: Any, code: str) -> Any:
-    model, ema = _trained(kind, code, "float32")
+    _, ema = _trained(kind, code, "float32")
     state = ema.model_state_dict(which=0)
     fresh = Net(code)
     return {"state": state, "loads": str(fresh.load_state_dict(state)), "fresh": values(fresh)}

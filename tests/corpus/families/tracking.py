@@ -39,8 +39,12 @@ def trackers(tracker: Any, way: str) -> Any:
     weights = [1.0 + index % 5 for index in range(50)] if "weighted" in way else [1.0] * 50
     if way.startswith("many"):
         given = {"weights": np.array(weights)} if "weighted" in way else {}
-        series = np.concatenate([one.update_many(LOSSES[:20], **_cut(given, 0, 20)),
-                                 one.update_many(LOSSES[20:], **_cut(given, 20, 50))])
+        series = np.concatenate(
+            [
+                one.update_many(LOSSES[:20], **_cut(given, 0, 20)),
+                one.update_many(LOSSES[20:], **_cut(given, 20, 50)),
+            ]
+        )
     else:
         pairs = zip(LOSSES, weights, strict=True)
         series = np.array([one.update(value, weight) for value, weight in pairs])
