@@ -1,4 +1,4 @@
-"""Store what the code does now, or compare: ``python -m tests.corpus make|compare [FAMILY ...]``."""
+"""Store or compare what the code does now: ``python -m tests.corpus make|compare [FAMILY]``."""
 
 import json
 import sys

@@ -96,9 +96,14 @@ PEERS: dict[str, Peer] = {
     "swa_utils default": _swa(lambda m: swa_utils.AveragedModel(m)),
     "swa_utils default buffers": _swa(lambda m: swa_utils.AveragedModel(m, use_buffers=True)),
     **{
-        f"swa_utils {function} {'buffers' if buffers else 'weights'} {'multi' if multi else 'one'}": _swa(
-            _averaged_model(function, buffers, multi)
-        )
+        " ".join(
+            (
+                "swa_utils",
+                function,
+                "buffers" if buffers else "weights",
+                "multi" if multi else "one",
+            )
+        ): _swa(_averaged_model(function, buffers, multi))
         for function in ("ema", "swa")
         for buffers in (False, True)
         for multi in (False, True)
