@@ -24,7 +24,6 @@ PEERS = {
     "diffusers": "diffusers",
     "lightning": "Lightning",
     "keras": "Keras",
-    "optax": "Optax",
     "litema": "`LitEma`",
     "mmengine": "mmengine",
     "ultralytics": "ultralytics",

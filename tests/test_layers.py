@@ -18,7 +18,7 @@ BELOW_CLI = (
     " .plan .posthoc .rules .shadow .tensorflow .torch .tracking .transformers"
 )
 FRAMEWORKS = (
-    "cupy diffusers ema_pytorch flax jax jaxlib keras lightning optax pytorch_lightning"
+    "cupy diffusers ema_pytorch flax jax jaxlib keras lightning pytorch_lightning"
     " tensorflow timm torch torch_ema transformers"
 )
 COMPILER = "numba numpy llvmlite"

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from fastema.compat import litema as litema
     from fastema.compat import mmengine as mmengine
     from fastema.compat import nemo as nemo
-    from fastema.compat import optax as optax
     from fastema.compat import swa_utils as swa_utils
     from fastema.compat import tensorflow as tensorflow
     from fastema.compat import timm as timm
@@ -41,7 +40,7 @@ _HOMES = {
         peer: f"fastema.compat.{peer}"
         for peer in (
             *("composer", "d2go", "diffusers", "ema_pytorch", "keras", "lightning", "litema"),
-            *("mmengine", "nemo", "optax", "swa_utils", "tensorflow", "timm", "torch_ema"),
+            *("mmengine", "nemo", "swa_utils", "tensorflow", "timm", "torch_ema"),
             "ultralytics",
         )
     },

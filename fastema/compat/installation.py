@@ -128,7 +128,10 @@ def install(*peers: str, horizon: Horizon = "peer") -> Installation:
     unknown = [peer for peer in peers if not (isinstance(peer, str) and peer in _KNOWN)]
     if unknown or not peers:
         given = ", ".join(map(repr, unknown)) if unknown else "no name"
-        raise ArgumentError(f"install: got {given}; known are {', '.join(sorted(_KNOWN))}")
+        raise ArgumentError(
+            f"install: got {given}; known are {', '.join(sorted(_KNOWN))}. For other libraries, "
+            "docs/drop-in.md says what to write instead"
+        )
     if horizon not in get_args(Horizon):
         raise ArgumentError(
             f"install: horizon={horizon!r}: expected one of {', '.join(get_args(Horizon))}"

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("inside")
 STATES = {
     name: one
     for name, one in PEERS.items()
-    if not name.startswith(("nemo", "composer", "optax", "d2go", "swa_utils ema"))
+    if not name.startswith(("nemo", "composer", "d2go", "swa_utils ema"))
     and name != "timm ModelEma"  # its state looks like any model's
     and one.ours in LIBRARIES
 }

@@ -15,7 +15,7 @@ import pytest
 
 import fastema
 from fastema.compat import installation
-from fastema.errors import PeerError
+from fastema.errors import ArgumentError, PeerError
 
 from ..support.requirements import require
 
@@ -84,6 +84,13 @@ def test_peer_whose_class_is_not_a_class_is_refused(
     monkeypatch.setattr(sys.modules["otherpeer.ema"], "Ema", stand_in)
     with pytest.raises(PeerError, match=r"Ema is a \w+, not a class"):
         fastema.compat.install("fakepeer", "otherpeer")
+    assert fastema.compat.installed() == ()
+
+
+@pytest.mark.parametrize("names", [(), ("optax",), ("swa_utils", "nemo")])
+def test_library_without_a_class_is_refused_with_advice(names: tuple[str, ...]) -> None:
+    with pytest.raises(ArgumentError, match=r"known are diffusers, .*drop-in\.md says what"):
+        fastema.compat.install(*names)
     assert fastema.compat.installed() == ()
 
 
