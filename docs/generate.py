@@ -25,7 +25,6 @@ PEERS = {
     "lightning": "Lightning",
     "keras": "Keras",
     "litema": "`LitEma`",
-    "mmengine": "mmengine",
     "ultralytics": "ultralytics",
     "nemo": "NeMo",
     "composer": "Composer",

@@ -1,6 +1,8 @@
 """The lines that docs/drop-in.md gives to users of libraries without a class in fastema.compat."""
 
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +57,60 @@ def test_line_for_optax_has_optax_averages_at_every_step(line: str) -> None:
         for name, ours in average.averaged().items():
             # Optax corrects the bias by 1 - 0.999 ** n in float32, which is off by 1e-5.
             np.testing.assert_allclose(ours, theirs[name], rtol=3e-5, atol=3e-5)
+
+
+Weights = Callable[[int], float | None]
+"""From the number of a step, from 1, to the weight of the new value; None if nothing changes."""
+
+
+def mmengine_average(momentum: Callable[[int], float], interval: int = 1) -> Weights:
+    """Return the weights of MMEngine's averages; ``momentum`` depends on the steps so far."""
+
+    def weight(n: int) -> float | None:
+        return 1.0 if n == 1 else None if (n - 1) % interval else momentum(n - 1)
+
+    return weight
+
+
+FORMULAS: dict[str, dict[str, Callable[..., Weights]]] = {
+    "mmengine": {
+        "ExponentialMovingAverage": lambda model, momentum, interval=1: mmengine_average(
+            lambda steps: momentum, interval
+        ),
+        "MomentumAnnealingEMA": lambda model, momentum, gamma: mmengine_average(
+            lambda steps: max(momentum, gamma / (gamma + steps))
+        ),
+        "StochasticWeightAverage": lambda model: mmengine_average(lambda steps: 1 / (steps + 1)),
+    },
+    "mmdet": {
+        "ExpMomentumEMA": lambda model, momentum, gamma: mmengine_average(
+            lambda steps: (1 - momentum) * math.exp(-(1 + steps) / gamma) + momentum
+        )
+    },
+}
+"""By library, its averages as the functions in the table, written from what the library does."""
+
+LINES = [(library, line) for library in FORMULAS for line in read_lines(library)]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("library", "line"), LINES)
+def test_line_for_a_trainer_has_its_averages_at_every_step(library: str, line: str) -> None:
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(len(line))
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).double()
+    weight = eval(line, {"model": model, **FORMULAS[library]})
+    average = eval(read_lines(library)[line], {"fastema": fastema, "model": model})
+    wanted = {name: average.shadow[name].clone() for name in average.averaged_names}
+    for n in range(1, 45):
+        with torch.no_grad():
+            for one in model.parameters():
+                one.add_(torch.randn_like(one))
+        share = weight(n)
+        for name, one in model.named_parameters():
+            wanted[name] += (share or 0.0) * (one.detach() - wanted[name])
+        average.update()
+        # The first update of mmdet copies all, that of its line 99.95 %; then a part in millions.
+        bound = 5e-3 if library == "mmdet" and n == 1 else 1e-5 if library == "mmdet" else 1e-12
+        for name, one in wanted.items():
+            torch.testing.assert_close(average.shadow[name], one, rtol=bound, atol=bound)

@@ -73,9 +73,9 @@ def convert(
         conversion leaves the old one unchanged.
     to : str
         "fastema" (for :func:`load_into`), "safetensors" (the averaged weights alone), "swa_utils",
-        "timm", "torch_ema", "ema_pytorch", "diffusers", "litema", "mmengine" or "d2go": the module
-        of ``fastema.compat`` says which class. Load the file with ``torch.load`` and the class's
-        ``load_state_dict``.
+        "timm", "torch_ema", "ema_pytorch", "diffusers", "litema", "mmengine" or "d2go": what
+        the library's class loads. For timm and d2go it is an entry of the trainer's checkpoint,
+        ``"state_dict_ema"`` or ``"ema_state"``.
     names : path or sequence of str, optional
         The names of ``model.parameters()`` in order: a list, a ``.txt`` file with one name on each
         line, or an average of fastema of that model. Needed if the target has names and the source

@@ -35,10 +35,10 @@ class StoredAverage:
     path : Path
         The file or folder.
     library : str
-        "fastema", "fastema.posthoc", "fastema.average", or a library with a module in
-        ``fastema.compat`` ("torch_ema", "diffusers", "swa_utils", ...). "model" if the file holds
-        only a model's weights, and "state dict" if an average is next to them under a key such as
-        "ema".
+        "fastema", "fastema.posthoc", "fastema.average", or another library: "torch_ema",
+        "diffusers", "swa_utils", "mmengine" and others, see docs/checkpoints.md. "model" if the
+        file holds only a model's weights, and "state dict" if an average is next to them under a
+        key such as "ema".
     checkpoint : Checkpoint
         The averaged tensors by name; its ``opened()`` reads them.
     names : {"full", "without dots", "places"}

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from fastema.compat import keras as keras
     from fastema.compat import lightning as lightning
     from fastema.compat import litema as litema
-    from fastema.compat import mmengine as mmengine
     from fastema.compat import nemo as nemo
     from fastema.compat import swa_utils as swa_utils
     from fastema.compat import tensorflow as tensorflow
@@ -40,7 +39,7 @@ _HOMES = {
         peer: f"fastema.compat.{peer}"
         for peer in (
             *("composer", "d2go", "diffusers", "ema_pytorch", "keras", "lightning", "litema"),
-            *("mmengine", "nemo", "swa_utils", "tensorflow", "timm", "torch_ema"),
+            *("nemo", "swa_utils", "tensorflow", "timm", "torch_ema"),
             "ultralytics",
         )
     },

@@ -32,7 +32,6 @@ __all__ = [
     "StoredWeights",
     "as_list",
     "clone_list",
-    "find_distinct",
     "load_list",
     "move_list",
     "write",
@@ -65,7 +64,7 @@ def as_list(parameters: Iterable[Tensor], call: str) -> list[Tensor]:
     return found
 
 
-def find_distinct(tensors: Iterable[Tensor]) -> list[int]:
+def _find_distinct(tensors: Iterable[Tensor]) -> list[int]:
     """Return the places of the tensors; of tensors in the same memory, only the first one's."""
     found: dict[Any, int] = {}
     for at, one in enumerate(tensors):
@@ -141,7 +140,7 @@ def write(values: Sequence[Tensor], parameters: Sequence[Tensor], call: str) -> 
     _check_shapes(values, parameters, call)
     _refuse_unwritable(values, parameters, call)
     # No plan: it would be used only once, and takes 20 times as long for 1,000 small tensors.
-    if places := find_distinct(parameters):
+    if places := _find_distinct(parameters):
         torch._foreach_copy_(
             [parameters[at].data for at in places], [values[at].detach() for at in places]
         )

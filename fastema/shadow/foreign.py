@@ -52,10 +52,10 @@ _PLAIN_TYPES: Final = (Mapping, list, str, int, float)
 class _ForeignFormat(NamedTuple):
     """The format in which a library saves an average."""
 
-    library: str  # name of its module in fastema.compat; empty if the format holds no average
+    library: str  # its name in fastema.checkpoint; empty if the format holds no average
     keys: str  # keys that are always present
     what: str  # description for messages
-    reads: str  # the call that reads it
+    reads: str = ""  # the call that reads it, besides load_into
     prefix: str = ""  # prefix of all other keys
     flat: bool = False  # all other entries are tensors, with no dots in their names
 
@@ -101,8 +101,7 @@ _LAYOUTS: Final = (
         "mmengine",
         "steps",
         "the state of an average of MMEngine",
-        f"{_COMPAT}mmengine.ExponentialMovingAverage.load_state_dict",
-        "module.",
+        prefix="module.",
     ),
     _ForeignFormat(
         "timm",
@@ -158,8 +157,9 @@ def explain_foreign_state(state: Any) -> str:
             return f"{lacks}, but holds one: load the entry {name!r}"
     for layout in _LAYOUTS:
         if _fits(state, layout):
+            reads = f", which {layout.reads} reads" if layout.reads else ""
             return (
-                f"{lacks}, but {layout.what}, which {layout.reads} reads; "
+                f"{lacks}, but {layout.what}{reads}; "
                 "fastema.checkpoint.load_into(ema, path) reads a file in this format"
             )
     if all(isinstance(name, str) and hasattr(one, "shape") for name, one in state.items()):

@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 import fastema
-from fastema.compat import composer, litema, mmengine, swa_utils, timm, ultralytics
+from fastema.compat import composer, litema, swa_utils, timm, ultralytics
 from fastema.compat.diffusers import EMAModel
 from fastema.compat.torch_ema import ExponentialMovingAverage
 from fastema.errors import ArgumentError
@@ -31,7 +31,6 @@ def build_network() -> Any:
         lambda m, d: ExponentialMovingAverage(m.parameters(), d),
         lambda m, d: EMAModel(m.parameters(), d),
         lambda m, d: EMAModel(m.parameters(), 0.9, min_decay=d),
-        lambda m, d: mmengine.ExponentialMovingAverage(m, d),
         lambda m, d: ultralytics.ModelEMA(m, d),
         lambda m, d: litema.LitEma(m, d),
         lambda m, d: composer.compute_ema(m, copy.deepcopy(m), d),

@@ -32,12 +32,6 @@ def save_averaged_model(model: Any) -> Any:
     return averaged.state_dict()
 
 
-def save_mmengine(model: Any) -> Any:
-    averaged = compat.mmengine.ExponentialMovingAverage(model)
-    averaged.update_parameters(model)
-    return averaged.state_dict()
-
-
 FOREIGN: dict[str, tuple[Callable[[Any], Any], str]] = {
     "torch_ema": (
         lambda m: update_and_save(compat.torch_ema.ExponentialMovingAverage(m.parameters(), 0.9)),
@@ -48,7 +42,13 @@ FOREIGN: dict[str, tuple[Callable[[Any], Any], str]] = {
         r"the state of diffusers' EMAModel, which fastema\.compat\.diffusers",
     ),
     "torch": (save_averaged_model, r"torch's AveragedModel, which fastema\.compat\.swa_utils"),
-    "mmengine": (save_mmengine, r"an average of MMEngine, which fastema\.compat\.mmengine"),
+    "mmengine": (
+        lambda m: {
+            "steps": torch.tensor(3),
+            **{f"module.{name}": one for name, one in m.state_dict().items()},
+        },
+        r"an average of MMEngine; fastema\.checkpoint\.load_into\(ema, path\) reads a file",
+    ),
     "timm": (
         lambda m: update_and_save(compat.timm.ModelEmaV3(m), m),
         "names of a wrapper: timm's ModelEmaV2 and ModelEmaV3, or DataParallel",

@@ -203,12 +203,6 @@ def litema_weight(n: int, decay: float, use_num_upates: bool = True) -> float:
     return weight_by_count(n, float(np.float32(decay)), use_num_upates)
 
 
-def mmengine_weight(n: int, kind: str, momentum: float = 0.1, **others: Any) -> float:
-    if not n or kind == "StochasticWeightAverage":
-        return 1 / (n + 1)
-    return momentum if kind == "ExponentialMovingAverage" else max(momentum, 3 / (3 + n))
-
-
 def swa_arguments(module: Any, kind: str, decay: float = 0.9, **options: Any) -> Options:
     """Return the arguments that give an AveragedModel one of a module's functions."""
     name, _, multi = kind.partition(" ")
@@ -231,11 +225,6 @@ def _make_torch_model(
 ) -> Any:
     function = swa_arguments(module, kind, decay)
     return swa_utils.AveragedModel(model, use_buffers=use_buffers, **function)
-
-
-def _make_mmengine(module: Any, model: Any, kind: str, **options: Any) -> Any:
-    gamma = {"gamma": 3} if kind == "MomentumAnnealingEMA" else {}
-    return getattr(module, kind)(model, **{**options, **gamma})
 
 
 def _make_composer(module: Any, model: Any, decay: float) -> Any:
@@ -414,27 +403,6 @@ PEERS: dict[str, Peer] = {
         exact=False,
         follows=False,
     ),
-    **{
-        f"mmengine {kind}{' of buffers' if buffers else ''}": Peer(
-            ours="mmengine",
-            make=_make_mmengine,
-            weight=mmengine_weight,
-            schedules={
-                "momentum": {
-                    "kind": kind,
-                    "update_buffers": buffers,
-                    **({"momentum": 0.1} if "Stochastic" not in kind else {}),
-                }
-            },
-            slow={"kind": kind, "momentum": 0.0002}
-            if kind == "ExponentialMovingAverage" and not buffers
-            else None,
-            averaged=is_saved_float if buffers else is_parameter,
-            update=_update_parameters,
-        )
-        for kind in ("StochasticWeightAverage", "ExponentialMovingAverage", "MomentumAnnealingEMA")
-        for buffers in (False, True)
-    },
     "ultralytics": Peer(
         ours="ultralytics",
         make=_factory_of("ModelEMA"),
