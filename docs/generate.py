@@ -27,7 +27,6 @@ PEERS = {
     "litema": "`LitEma`",
     "ultralytics": "ultralytics",
     "nemo": "NeMo",
-    "composer": "Composer",
     "d2go": "d2go",
 }
 """Modules of fastema.compat, in the order of the table, and what it calls the peer."""

@@ -72,6 +72,19 @@ def mmengine_average(momentum: Callable[[int], float], interval: int = 1) -> Wei
     return weight
 
 
+def composer_average(
+    half_life: str | None = "1000ba",
+    smoothing: float | None = None,
+    update_interval: str = "1ba",
+) -> Weights:
+    """Return the weights of Composer's EMA, which starts as the weights after the first batch."""
+    every = int(update_interval.removesuffix("ba"))
+    if smoothing is None:
+        assert half_life is not None
+        smoothing = 2 ** (-every / int(half_life.removesuffix("ba")))
+    return lambda n: 1.0 if n == 1 else None if n % every else 1 - smoothing
+
+
 FORMULAS: dict[str, dict[str, Callable[..., Weights]]] = {
     "mmengine": {
         "ExponentialMovingAverage": lambda model, momentum, interval=1: mmengine_average(
@@ -82,6 +95,7 @@ FORMULAS: dict[str, dict[str, Callable[..., Weights]]] = {
         ),
         "StochasticWeightAverage": lambda model: mmengine_average(lambda steps: 1 / (steps + 1)),
     },
+    "Composer": {"EMA": composer_average},
     "mmdet": {
         "ExpMomentumEMA": lambda model, momentum, gamma: mmengine_average(
             lambda steps: (1 - momentum) * math.exp(-(1 + steps) / gamma) + momentum
@@ -90,7 +104,12 @@ FORMULAS: dict[str, dict[str, Callable[..., Weights]]] = {
 }
 """By library, its averages as the functions in the table, written from what the library does."""
 
-LINES = [(library, line) for library in FORMULAS for line in read_lines(library)]
+LINES = [
+    (library, line)
+    for library in FORMULAS
+    for line in read_lines(library)
+    if not line.startswith("compute_ema")
+]
 
 
 @pytest.mark.torch
@@ -104,13 +123,30 @@ def test_line_for_a_trainer_has_its_averages_at_every_step(library: str, line: s
     wanted = {name: average.shadow[name].clone() for name in average.averaged_names}
     for n in range(1, 45):
         with torch.no_grad():
-            for one in model.parameters():
-                one.add_(torch.randn_like(one))
-        share = weight(n)
-        for name, one in model.named_parameters():
-            wanted[name] += (share or 0.0) * (one.detach() - wanted[name])
+            for name, one in model.state_dict().items():
+                if one.is_floating_point():
+                    one.add_(torch.randn_like(one))
+                if name in wanted:
+                    wanted[name] += (weight(n) or 0.0) * (one - wanted[name])
         average.update()
         # The first update of mmdet copies all, that of its line 99.95 %; then a part in millions.
         bound = 5e-3 if library == "mmdet" and n == 1 else 1e-5 if library == "mmdet" else 1e-12
         for name, one in wanted.items():
             torch.testing.assert_close(average.shadow[name], one, rtol=bound, atol=bound)
+
+
+@pytest.mark.torch
+def test_line_for_composers_function_interpolates_floats_and_copies_integers() -> None:
+    torch = pytest.importorskip("torch")
+    (line,) = (one for one in read_lines("Composer") if one.startswith("compute_ema"))
+    model, ema_model = (torch.nn.BatchNorm1d(4).double() for _ in range(2))
+    model.num_batches_tracked.fill_(7)
+    for one in (*model.parameters(), model.running_mean, *ema_model.parameters()):
+        torch.nn.init.normal_(one)
+    before = {name: one.clone() for name, one in ema_model.state_dict().items()}
+    names = {"fastema": fastema, "model": model, "ema_model": ema_model}
+    eval(read_lines("Composer")[line], names)
+    for name, one in ema_model.state_dict().items():
+        wanted = before[name] * 0.99 + model.state_dict()[name] * (1 - 0.99)
+        wanted = wanted if one.is_floating_point() else model.num_batches_tracked
+        torch.testing.assert_close(one, wanted, rtol=1e-12, atol=1e-12)

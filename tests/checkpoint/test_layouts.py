@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("inside")
 STATES = {
     name: one
     for name, one in PEERS.items()
-    if not name.startswith(("nemo", "composer", "d2go", "swa_utils ema"))
+    if not name.startswith(("nemo", "d2go", "swa_utils ema"))
     and name != "timm ModelEma"  # its state looks like any model's
     and one.ours in LIBRARIES
 }
@@ -157,6 +157,7 @@ PARTS = {
     "named_buffers_dict": {n: MODEL[n] for n in MODEL if n not in PARAMETERS},
 }
 IN_TRAINING = {"ema_model": dict(WEIGHTS), "ema_weights_active": True}
+COMPOSER = {"algorithms": [("EMA", {"ema_model": MODEL})]}
 OF_NEMO = {"opt": {}, "ema": tuple(MODEL[name] for name in PARAMETERS), "current_step": 8}
 OURS = train(fastema.EMA({name: one.clone() for name, one in MODEL.items()}, 0.5), nn.Module(), 1)
 WHOLE: dict[str, tuple[str, Any, int | None]] = {
@@ -201,6 +202,19 @@ WHOLE: dict[str, tuple[str, Any, int | None]] = {
     }, 12),
     "composer, in training": (
         "composer", {"state": {"model": MODEL, "algorithms": {"EMA": IN_TRAINING}}}, None,
+    ),
+    "composer, in training on several devices": (
+        "composer", {"state": {
+            "model": {f"module.{name}": one for name, one in MODEL.items()},
+            "algorithms": [("Mixup", {}), ("EMA", {**IN_TRAINING, "ema_started": True})],
+            "timestamp": {"Timestamp": {"batch": 6, "epoch": 1}},
+        }}, 6,
+    ),
+    "composer, an old state with both": (
+        "composer",
+        {"state": {"model": WEIGHTS, "algorithms": {"EMA": {
+            "ema_model": MODEL, "training_model": WEIGHTS, "ema_weights_active": True,
+        }}}}, None,
     ),
     "nemo": ("nemo", {"optimizer_states": [{**OF_NEMO, "decay": 0.5, "every_n_steps": 2}]}, 8),
     "d2go": ("d2go", {"model": WEIGHTS, "ema_state": MODEL}, None),
@@ -347,6 +361,12 @@ def test_plain_weights_and_averages_of_other_models_are_refused() -> None:
         ({"n_averaged": torch.ones(3), "module.w": torch.ones(1)}, "'n_averaged' is not a number"),
         ({"format": "fastema", "schedule": 3, "shadow": [{}]}, "its schedule is invalid"),
         ({"state": {"algorithms": [("EMA", {"ema_model": None})]}}, "before its average began"),
+        (IN_TRAINING, "the average is in the model, which is missing"),
+        ({"model": MODEL, "state": {"algorithms": [("Mixup", {})]}}, "and no average"),
+        ({"model": MODEL, "state": {"algorithms": None}}, "and no average"),
+        ({**COMPOSER, "timestamp": {"Timestamp": None}}, "does not hold the state of an average"),
+        ({**COMPOSER, "timestamp": {"Timestamp": {"batch": "6"}}}, "'batch' is not a number"),
+        ({**COMPOSER, "timestamp": {"Timestamp": {"batch": -6}}}, "is -6, expected a count"),
     ):
         torch.save(content, "odd.pt")
         with pytest.raises(CheckpointError, match=f"odd.pt.*{said}"):

@@ -260,9 +260,7 @@ REFUSALS = [
     for name, peer in PEERS.items()
     for change, named in CHANGES.items()
     # Parameter lists and LitEma have no averages of buffers.
-    if peer.follows
-    and peer.own
-    and (change is not drop_buffer or peer.inside or name == "composer")
+    if peer.follows and peer.own and (change is not drop_buffer or peer.inside)
 ]
 
 

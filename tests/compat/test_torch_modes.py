@@ -1,13 +1,12 @@
 """Drop-in classes refuse a decay that is not a number."""
 
-import copy
 from typing import Any
 
 import pytest
 from torch import nn
 
 import fastema
-from fastema.compat import composer, litema, swa_utils, timm, ultralytics
+from fastema.compat import litema, swa_utils, timm, ultralytics
 from fastema.compat.diffusers import EMAModel
 from fastema.compat.torch_ema import ExponentialMovingAverage
 from fastema.errors import ArgumentError
@@ -33,7 +32,6 @@ def build_network() -> Any:
         lambda m, d: EMAModel(m.parameters(), 0.9, min_decay=d),
         lambda m, d: ultralytics.ModelEMA(m, d),
         lambda m, d: litema.LitEma(m, d),
-        lambda m, d: composer.compute_ema(m, copy.deepcopy(m), d),
     ],
 )
 def test_non_numeric_decay_is_refused_with_advice(make: Any, wrong: Any) -> None:

@@ -74,10 +74,8 @@ FOREIGN: dict[str, tuple[Callable[[Any], Any], str]] = {
         r"NeMo's EMAOptimizer, which fastema\.compat\.nemo\.load reads",
     ),
     "Composer": (
-        lambda m: compat.composer.export(
-            fastema.EMA(m, compat.composer.rule(), buffers="average", start_after=1), m
-        ),
-        r"Composer's EMA, which fastema\.compat\.composer\.load reads",
+        lambda m: {"ema_model": m.state_dict(), "ema_started": True},
+        r"Composer's EMA; fastema\.checkpoint\.load_into\(ema, path\) reads a file",
     ),
     "D2Go": (
         lambda m: compat.d2go.export(fastema.EMA(m, frozen="average", buffers="average")),

@@ -4,11 +4,10 @@ One entry serves both our class and the peer's own. It restates the peer's sched
 form. ``tests/compat`` checks all entries in the same way.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from typing import Any
@@ -227,13 +226,6 @@ def _make_torch_model(
     return swa_utils.AveragedModel(model, use_buffers=use_buffers, **function)
 
 
-def _make_composer(module: Any, model: Any, decay: float) -> Any:
-    """Return a copy of the model that carries the function that updates it."""
-    average = copy.deepcopy(model)
-    average.compute = partial(module.compute_ema, smoothing=decay)
-    return average
-
-
 def _factory_of(name: str, lists: bool = False) -> Callable[..., Any]:
     """Return a factory for a class that takes the model, or a list of its parameters."""
 
@@ -428,15 +420,6 @@ PEERS: dict[str, Peer] = {
         inside="",
         averaged=is_trained,
         update=lambda average, model, n: average(model),
-    ),
-    "composer": Peer(
-        ours="composer",
-        make=_make_composer,
-        weight=constant_weight,
-        schedules={f"smoothing {decay}": {"decay": decay} for decay in (0.7, 0.0, 1.0)},
-        inside="",
-        update=lambda average, model, n: average.compute(model, average),
-        resumes=False,
     ),
 }
 """Keyed by our module's name and, where it has several classes, the class."""
