@@ -1,9 +1,7 @@
 """The lines that docs/drop-in.md gives to users of libraries without a class in fastema.compat."""
 
 import math
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,21 +9,10 @@ import pytest
 
 import fastema
 
-PAGE = Path(__file__).parents[1] / "docs" / "drop-in.md"
-TITLE = "## Libraries without a class here"
+from .support.replacements import PAGE, read_lines
 
 if not PAGE.exists():
     pytest.skip("the page belongs to a checkout", allow_module_level=True)
-
-
-def read_lines(library: str) -> dict[str, str]:
-    """Return our line of code for each of a library's, from the table of the page."""
-    section = PAGE.read_text(encoding="utf-8").partition(TITLE)[2].partition("\n## ")[0]
-    rows = re.findall(
-        rf"^\| {library}\b[^`\n]*`(.+?)`[^|]*\| `(.+?)`[^|]*\|", section, re.MULTILINE
-    )
-    assert rows, f"{PAGE}, {TITLE[3:]}: no line for {library}"
-    return dict(rows)
 
 
 def follow_optax(line: str, weights: list[Any]) -> list[Any]:

@@ -136,7 +136,8 @@ def load_into(
         :meth:`fastema.EMA.load_state_dict`. Or any other file that :func:`load` reads, if ``ema``
         averages a PyTorch model: the averages and the number of updates are loaded, and ``ema``
         keeps its schedule. Names match without wrapper prefixes; lists (torch_ema, diffusers,
-        NeMo) are in the order of ``model.parameters()``. Buffers that the file lacks are unchanged.
+        NeMo) are in the order of ``model.parameters()``; for those in another order, such as an
+        optimizer's, use :func:`convert`. Buffers that the file lacks are unchanged.
     schedule : {"saved", "mine"}
         For a file of fastema, whether to continue with its schedule (the default) or with that of
         ``ema``.

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from fastema.compat import keras as keras
     from fastema.compat import lightning as lightning
     from fastema.compat import litema as litema
-    from fastema.compat import nemo as nemo
     from fastema.compat import swa_utils as swa_utils
     from fastema.compat import tensorflow as tensorflow
     from fastema.compat import timm as timm
@@ -38,7 +37,7 @@ _HOMES = {
         peer: f"fastema.compat.{peer}"
         for peer in (
             *("d2go", "diffusers", "ema_pytorch", "keras", "lightning", "litema"),
-            *("nemo", "swa_utils", "tensorflow", "timm", "torch_ema"),
+            *("swa_utils", "tensorflow", "timm", "torch_ema"),
             "ultralytics",
         )
     },

@@ -109,12 +109,7 @@ _LAYOUTS: Final = (
         "a checkpoint of timm",
         f"{_COMPAT}timm.ModelEma(model, resume=path)",
     ),
-    _ForeignFormat(
-        "nemo",
-        "ema current_step every_n_steps",
-        "a checkpoint of NeMo's EMAOptimizer",
-        f"{_COMPAT}nemo.load",
-    ),
+    _ForeignFormat("nemo", "ema current_step every_n_steps", "a checkpoint of NeMo's EMAOptimizer"),
     _ForeignFormat(
         "ultralytics", "ema updates", "a checkpoint of Ultralytics", f"{_COMPAT}ultralytics.load"
     ),

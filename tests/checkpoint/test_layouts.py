@@ -15,7 +15,7 @@ from fastema.checkpoint import convert, inspect, load, load_into, save
 from fastema.checkpoint.conversion import LIBRARIES
 from fastema.checkpoint.transfer import tensors_of
 from fastema.errors import ArgumentError, CheckpointError
-from fastema.rules import Constant
+from fastema.rules import Aligned, Constant
 from fastema.rules.ema import InverseGamma
 
 from ..support.peers import PEERS
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("inside")
 STATES = {
     name: one
     for name, one in PEERS.items()
-    if not name.startswith(("nemo", "d2go", "swa_utils ema"))
+    if not name.startswith(("d2go", "swa_utils ema"))
     and name != "timm ModelEma"  # its state looks like any model's
     and one.ours in LIBRARIES
 }
@@ -238,6 +238,43 @@ def test_average_is_found_in_a_training_checkpoint(name: str) -> None:
     else:
         weights = tensors_of(found.weights)
         assert torch.equal(next(iter(weights.values())), next(iter(WEIGHTS.values())))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("steps", [1, 5, 6, 7])
+def test_run_of_nemo_continues_at_its_steps_from_a_list_in_any_order(
+    steps: int, every: int
+) -> None:
+    model = build_model()
+    parameters = dict(model.named_parameters())
+    averages = {name: one.detach().clone() for name, one in parameters.items()}
+
+    def step(n: int) -> None:  # of NeMo's EMAOptimizer
+        move(model, n)
+        for name, average in averages.items():
+            if n % every == 0:
+                average.lerp_(parameters[name].detach(), 1 - 0.8)
+
+    for n in range(steps):
+        step(n)
+    grouped = sorted(PARAMETERS, key=lambda name: parameters[name].ndim)  # as for weight decay
+    counters = {"opt": {}, "current_step": steps, "decay": 0.8, "every_n_steps": every}
+    for path, names in (("model.ckpt", PARAMETERS), ("grouped.ckpt", grouped)):
+        state = {**counters, "ema": tuple(averages[name] for name in names)}
+        torch.save({"state_dict": WEIGHTS, "optimizer_states": [state]}, path)
+    mine = fastema.EMA(model, Aligned(0.8 ** (1 / every), phase=1), update_every=every)
+    load_into(mine, "model.ckpt")
+    with pytest.raises(CheckpointError, match="whose shapes are not those"):
+        load_into(fastema.EMA(model), "grouped.ckpt")
+    convert("grouped.ckpt", "ema.safetensors", to="fastema", names=grouped)
+    theirs = fastema.EMA(model, decay=0.1, buffers="skip")
+    load_into(theirs, "ema.safetensors")
+    for n in range(steps, steps + 7):
+        step(n)
+        for ema in (mine, theirs):
+            ema.update()
+            for name, wanted in averages.items():
+                torch.testing.assert_close(ema.shadow[name], wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_diffusers_state_or_folder_continues_with_its_decay(inside: Path) -> None:

@@ -17,6 +17,7 @@ from fastema.errors import ArgumentError, StateError
 from fastema.lightning import EMACallback
 
 from ..support.lightning_runs import MARKS, quiet_trainer
+from ..support.replacements import read_lines
 
 pytestmark = [
     *MARKS,
@@ -224,3 +225,25 @@ def test_average_follows_the_optimizer_inside_of_lightnings() -> None:
 def test_only_batches_with_a_step_count(trainer: Callable[..., pl.Trainer]) -> None:
     trainer(ema := EMACallback(DECAY), accumulate_grad_batches=3).fit(Regression())
     assert ema.ema.num_updates == 4  # two steps in each epoch of four batches
+
+
+@pytest.mark.parametrize("line", read_lines("NeMo"))
+def test_line_for_nemo_has_its_averages_at_every_step(
+    trainer: Callable[..., pl.Trainer], line: str
+) -> None:
+    decay, every = eval(line, {"EMA": lambda decay, every_n_steps=1: (decay, every_n_steps)})
+    callback = eval(read_lines("NeMo")[line], {"fastema": fastema, "EMACallback": EMACallback})
+    found: list[torch.Tensor] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            found.append(callback.ema.shadow["layer.weight"].clone())
+
+    module = Regression()
+    trainer(callback, Watch(), epochs=6).fit(module)
+    average = module.trained[0]
+    for n, (x, ours) in enumerate(zip(module.trained[1:], found, strict=True)):
+        if n % every == 0:  # NeMo's EMAOptimizer counts from 0, and updates after the step
+            average = average.lerp(x, 1 - decay)
+        torch.testing.assert_close(ours, average, rtol=1e-6, atol=1e-7)
+    assert n > 20

@@ -71,7 +71,7 @@ FOREIGN: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "NeMo": (
         lambda m: {"opt": {}, "ema": (), "current_step": 3, "decay": 0.9, "every_n_steps": 1},
-        r"NeMo's EMAOptimizer, which fastema\.compat\.nemo\.load reads",
+        r"NeMo's EMAOptimizer; fastema\.checkpoint\.load_into\(ema, path\) reads a file",
     ),
     "Composer": (
         lambda m: {"ema_model": m.state_dict(), "ema_started": True},
