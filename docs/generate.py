@@ -26,7 +26,6 @@ PEERS = {
     "keras": "Keras",
     "litema": "`LitEma`",
     "ultralytics": "ultralytics",
-    "d2go": "d2go",
 }
 """Modules of fastema.compat, in the order of the table, and what it calls the peer."""
 

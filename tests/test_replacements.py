@@ -72,6 +72,17 @@ def composer_average(
     return lambda n: 1.0 if n == 1 else None if n % every else 1 - smoothing
 
 
+def d2go_average(state: Any, decay: float, decay_warm_up_factor: float = -1) -> Weights:
+    """Return the weights of d2go's EMAUpdater."""
+
+    def weight(n: int) -> float:
+        if decay_warm_up_factor < 0:
+            return 1 - decay
+        return 1 - min(decay, (1 + n) / (decay_warm_up_factor + n))
+
+    return weight
+
+
 FORMULAS: dict[str, dict[str, Callable[..., Weights]]] = {
     "mmengine": {
         "ExponentialMovingAverage": lambda model, momentum, interval=1: mmengine_average(
@@ -83,6 +94,7 @@ FORMULAS: dict[str, dict[str, Callable[..., Weights]]] = {
         "StochasticWeightAverage": lambda model: mmengine_average(lambda steps: 1 / (steps + 1)),
     },
     "Composer": {"EMA": composer_average},
+    "d2go": {"EMAUpdater": d2go_average},
     "mmdet": {
         "ExpMomentumEMA": lambda model, momentum, gamma: mmengine_average(
             lambda steps: (1 - momentum) * math.exp(-(1 + steps) / gamma) + momentum
@@ -105,7 +117,7 @@ def test_line_for_a_trainer_has_its_averages_at_every_step(library: str, line: s
     torch = pytest.importorskip("torch")
     torch.manual_seed(len(line))
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).double()
-    weight = eval(line, {"model": model, **FORMULAS[library]})
+    weight = eval(line, {"model": model, "state": None, **FORMULAS[library]})
     average = eval(read_lines(library)[line], {"fastema": fastema, "model": model})
     wanted = {name: average.shadow[name].clone() for name in average.averaged_names}
     for n in range(1, 45):

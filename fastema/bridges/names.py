@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 from fastema.errors import BridgeError, DTypeError
 from fastema.layout.dtypes import NAMES
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["LONE", "code_of", "describe_named", "plain_names", "refuse_repeated", "unwrapped_names"]
+__all__ = [
+    "LONE",
+    "code_of",
+    "describe_named",
+    "plain_names",
+    "refuse_repeated",
+    "strip_wrapper_prefixes",
+    "unwrapped_names",
+]
+
+Value = TypeVar("Value")
 
 LONE: Final = "array"
 """Name of an array that was passed on its own, outside of a container."""
@@ -79,3 +89,8 @@ def plain_names(names: Sequence[str], parallel: Iterable[str] = ()) -> list[str]
     while plain and all(name.startswith("module.") for name in plain):
         plain = [name.removeprefix("module.") for name in plain]
     return plain if len(set(plain)) == len(plain) else list(names)
+
+
+def strip_wrapper_prefixes(named: Mapping[str, Value]) -> dict[str, Value]:
+    """Return a mapping with its names as :func:`plain_names` returns them."""
+    return dict(zip(plain_names(list(named)), named.values(), strict=True))

@@ -360,7 +360,7 @@ def _is_simple(schedule: Schedule) -> bool:
     """Return whether the schedule is a constant decay or torch_ema's warm-up at every step."""
     rule, later = schedule.rules[0], schedule.start_after
     if type(rule) is Warmup:
-        return not later and schedule.update_every == 1
+        return rule == Warmup(rule.limit) and not later and schedule.update_every == 1
     return isinstance(rule, Constant) and schedule.update_every == 1
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from fastema.bridges.names import plain_names
+from fastema.bridges.names import strip_wrapper_prefixes
 from fastema.checkpoint.content import Content
 from fastema.checkpoint.files import read_whole
 from fastema.checkpoint.source import PROVENANCE, Checkpoint
@@ -127,11 +127,6 @@ def _begins(name: Any, prefix: str) -> bool:
 def _under(mapping: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
     """Return the entries whose names begin with a prefix, with the prefix removed."""
     return {k.removeprefix(prefix): v for k, v in mapping.items() if _begins(k, prefix)}
-
-
-def _without_wrappers(mapping: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return a mapping with wrapper prefixes removed from its names."""
-    return dict(zip(plain_names(list(mapping)), mapping.values(), strict=True))
 
 
 # -- of fastema ------------------------------------------------------------------------------------
@@ -376,7 +371,7 @@ def _of_composer(content: Content, state: Mapping[Any, Any]) -> StoredContents:
     elif state.get("ema_weights_active"):  # the average and the weights are swapped
         if not isinstance(weights, Mapping):
             raise CheckpointError(f"{content.path}: the average is in the model, which is missing")
-        averages, weights = _without_wrappers(averages), _without_wrappers(weights)
+        averages, weights = strip_wrapper_prefixes(averages), strip_wrapper_prefixes(weights)
         averages, weights = {name: weights[name] for name in averages if name in weights}, averages
     stamp = whole.get("timestamp")
     inner = stamp.get("Timestamp", {}) if isinstance(stamp, Mapping) else {}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from fastema.bridges.memory import bytes_of
-from fastema.bridges.names import plain_names
+from fastema.bridges.names import strip_wrapper_prefixes
 from fastema.checkpoint.source import Checkpoint
 from fastema.checkpoint.stored import StoredAverage
 from fastema.errors import ArgumentError, CheckpointError, format_problems
@@ -22,20 +22,15 @@ from fastema.shadow.state import SavedOrMine
 from fastema.shadow.store import PARTS
 
 __all__ = [
-    "averages_or_copies",
     "check_integer",
     "check_mapping",
-    "copy_averages",
     "describe_unfit",
     "find_mismatches",
     "load_averages",
     "load_modules",
     "load_stored",
-    "strip_wrapper_prefixes",
     "tensors_of",
 ]
-
-Value = TypeVar("Value")
 
 
 def tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -47,11 +42,6 @@ def tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
             read(name, 0, bytes_of(tensor))
             found[name] = tensor
     return found
-
-
-def strip_wrapper_prefixes(named: Mapping[str, Value]) -> dict[str, Value]:
-    """Return a mapping with wrapper prefixes removed from its names."""
-    return dict(zip(plain_names(list(named)), named.values(), strict=True))
 
 
 def check_mapping(found: Any, what: str) -> Mapping[str, Any]:
@@ -136,19 +126,6 @@ def _single_average(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
             "ema.to(dtype='bf16+16') after it"
         )
     return shadows[0]
-
-
-def copy_averages(ema: EMA) -> dict[str, Tensor]:
-    """Copy a single average's tensors by name; raise an ArgumentError for several or split ones."""
-    return dict(_single_average(ema.state_dict()))
-
-
-def averages_or_copies(
-    averages: Mapping[str, Tensor], named: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the averages of these tensors, or copies of the tensors that have no average."""
-    found = strip_wrapper_prefixes(named)
-    return {name: averages.get(name, one.detach().clone()) for name, one in found.items()}
 
 
 def load_averages(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = None) -> None:

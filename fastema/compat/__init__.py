@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from fastema.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from fastema.compat import d2go as d2go
     from fastema.compat import diffusers as diffusers
     from fastema.compat import ema_pytorch as ema_pytorch
     from fastema.compat import keras as keras
@@ -36,7 +35,7 @@ _HOMES = {
     **{
         peer: f"fastema.compat.{peer}"
         for peer in (
-            *("d2go", "diffusers", "ema_pytorch", "keras", "lightning", "litema"),
+            *("diffusers", "ema_pytorch", "keras", "lightning", "litema"),
             *("swa_utils", "tensorflow", "timm", "torch_ema"),
             "ultralytics",
         )

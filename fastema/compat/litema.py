@@ -15,8 +15,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from fastema.bridges.names import strip_wrapper_prefixes
 from fastema.bridges.torch_parts import refuse_zero3_model
-from fastema.checkpoint.transfer import check_mapping, describe_unfit, strip_wrapper_prefixes
+from fastema.checkpoint.transfer import check_mapping, describe_unfit
 from fastema.compat.averager import ModelAverager
 from fastema.compat.lists import StoredWeights
 from fastema.compat.mirrored import MirroredNumber

@@ -6,7 +6,12 @@ import math
 from dataclasses import dataclass
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import validate_decay, validate_int, validate_positive
+from fastema.rules.checks import (
+    validate_at_least,
+    validate_decay,
+    validate_int,
+    validate_positive,
+)
 from fastema.rules.rule import Rule
 
 __all__ = [
@@ -63,13 +68,15 @@ class Warmup(Rule):
     """Growing decay with a limit; see :func:`warmup`."""
 
     limit: float
+    offset: float = 10.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "limit", validate_decay(self.limit))
+        object.__setattr__(self, "offset", validate_at_least(self.offset, "offset", 1))
 
     def decay(self, n: int) -> float:
-        """Return ``min(limit, (1 + n) / (10 + n))``."""
-        return min(self.limit, (1 + n) / (10 + n))
+        """Return ``min(limit, (1 + n) / (offset + n))``."""
+        return min(self.limit, (1 + n) / (self.offset + n))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,28 +165,32 @@ def constant(decay: float = 0.999) -> Constant:
     return Constant(decay)
 
 
-def warmup(decay: float = 0.999) -> Warmup:
-    """Return the rule ``min(decay, (1 + n) / (10 + n))``, which soon forgets early weights.
+def warmup(decay: float = 0.999, offset: float = 10.0) -> Warmup:
+    """Return the rule ``min(decay, (1 + n) / (offset + n))``, which soon forgets early weights.
 
-    The decay is 2/11 at step 1, and reaches 0.999 at step 8,990. This is the schedule of torch_ema,
-    and of ``tf.train.ExponentialMovingAverage`` with ``num_updates``.
+    With the default offset the decay is 2/11 at step 1, and reaches 0.999 at step 8,990. This is
+    the schedule of torch_ema, and of ``tf.train.ExponentialMovingAverage`` with ``num_updates``.
 
     Parameters
     ----------
     decay : float
         The largest decay, in [0, 1); 0.999 by default.
+    offset : float
+        At least 1; 10 by default. A larger one makes the decay grow more slowly: it reaches
+        ``decay`` at about ``(offset - 1) / (1 - decay)`` steps. This is d2go's
+        ``decay_warm_up_factor``.
 
     Raises
     ------
     ArgumentError
-        If ``decay`` is out of range.
+        If an argument is out of range.
 
     Examples
     --------
     >>> [round(warmup(0.999).decay(n), 3) for n in (1, 10, 100, 10_000)]
     [0.182, 0.55, 0.918, 0.999]
     """
-    return Warmup(decay)
+    return Warmup(decay, offset)
 
 
 def inverse_gamma(

@@ -114,7 +114,7 @@ _LAYOUTS: Final = (
         "ultralytics", "ema updates", "a checkpoint of Ultralytics", f"{_COMPAT}ultralytics.load"
     ),
     _ForeignFormat("composer", "ema_model", "the state of Composer's EMA"),
-    _ForeignFormat("d2go", "ema_state", "a checkpoint of D2Go", f"{_COMPAT}d2go.load"),
+    _ForeignFormat("d2go", "ema_state", "a checkpoint of D2Go"),
     _ForeignFormat(
         "litema",
         "decay num_updates",

@@ -9,7 +9,6 @@ from torch import nn
 
 import fastema
 from fastema.checkpoint import load_into, save
-from fastema.compat import d2go
 from fastema.errors import ArgumentError, CheckpointError
 from fastema.rules import InverseGamma, cumulative_mean, warmup
 
@@ -102,15 +101,6 @@ def test_recorded_count_that_is_too_small_is_refused_and_can_be_replaced() -> No
         load_into(ema, "swa.pt")
     load_into(ema, "swa.pt", num_updates=100)
     assert torch.equal(ema.shadow["weight"], averaged.module.weight)
-
-
-def test_drop_in_functions_ask_for_the_count_too() -> None:
-    state = nn.Linear(3, 2).state_dict()
-    _, swa = build(fastema.SWA)
-    with pytest.raises(ArgumentError, match="pass num_updates"):
-        d2go.load(swa, {"ema_state": state})
-    d2go.load(swa, {"ema_state": state}, num_updates=3)
-    assert swa.num_updates == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

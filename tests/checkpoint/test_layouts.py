@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("inside")
 STATES = {
     name: one
     for name, one in PEERS.items()
-    if not name.startswith(("d2go", "swa_utils ema"))
+    if not name.startswith("swa_utils ema")
     and name != "timm ModelEma"  # its state looks like any model's
     and one.ours in LIBRARIES
 }
@@ -111,6 +111,9 @@ def load_with(to: str, path: Path, model: nn.Module) -> dict[str, Tensor]:
         average.load_state_dict(torch.load(path, weights_only=True))
         assert average.steps == 5
         return model.state_dict()
+    if to == "d2go":
+        averages: dict[str, Tensor] = torch.load(path, weights_only=True)["ema_state"]
+        return averages
     peer = PEERS[WRITTEN[to]]
     options = {"include_online_model": False} if to == "ema_pytorch" else {}
     schedule = {**next(iter(peer.schedules.values())), **options}
@@ -127,7 +130,7 @@ def load_with(to: str, path: Path, model: nn.Module) -> dict[str, Tensor]:
     return peer.averages(average, model)
 
 
-@pytest.mark.parametrize("to", [*WRITTEN, "mmengine"])
+@pytest.mark.parametrize("to", [*WRITTEN, "mmengine", "d2go"])
 def test_target_library_loads_the_conversion_and_it_converts_back(to: str) -> None:
     model = build_model()
     torch.save(model.state_dict(), "model.pt")
@@ -320,6 +323,15 @@ def test_index_selects_one_of_several_averages(way: str) -> None:
         assert_same(dict(one), dict(wanted))
 
 
+@pytest.mark.parametrize(("offset", "kept"), [(10, True), (20, False)])
+def test_warm_up_is_lost_where_the_library_has_another(offset: float, kept: bool) -> None:
+    ema = fastema.EMA(nn.Linear(3, 2), decay=fastema.rules.warmup(0.9, offset))
+    save(ema, "ema.safetensors")
+    for to in ("torch_ema", "litema"):
+        lost = convert("ema.safetensors", f"{to}.pt", to=to).lost
+        assert any("the schedule" in one for one in lost) is not kept
+
+
 def test_conversion_to_weights_writes_tied_names_once() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     model["b"].weight = model["a"].weight
@@ -398,6 +410,7 @@ def test_plain_weights_and_averages_of_other_models_are_refused() -> None:
         ({"n_averaged": torch.ones(3), "module.w": torch.ones(1)}, "'n_averaged' is not a number"),
         ({"format": "fastema", "schedule": 3, "shadow": [{}]}, "its schedule is invalid"),
         ({"state": {"algorithms": [("EMA", {"ema_model": None})]}}, "before its average began"),
+        ({"model": MODEL, "ema_state": None}, "an average without tensors"),
         (IN_TRAINING, "the average is in the model, which is missing"),
         ({"model": MODEL, "state": {"algorithms": [("Mixup", {})]}}, "and no average"),
         ({"model": MODEL, "state": {"algorithms": None}}, "and no average"),
@@ -409,6 +422,29 @@ def test_plain_weights_and_averages_of_other_models_are_refused() -> None:
         with pytest.raises(CheckpointError, match=f"odd.pt.*{said}"):
             load_into(ema, "odd.pt")
     assert_same(dict(ema.shadow), before["shadow"][0])
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "said"),
+    [
+        ("0.weight", None, r"'0\.weight' is missing"),
+        ("more", torch.ones(2), "'more' is unexpected"),
+        ("0.weight", torch.ones(3), r"'0\.weight' is \[3\], expected \[5, 3\]"),
+        ("0.weight", torch.ones(5, 3, dtype=torch.int64), r"'0\.weight' is i64, expected f32"),
+    ],
+)
+def test_average_that_does_not_fit_the_model_is_refused_by_name(
+    name: str, tensor: Tensor | None, said: str
+) -> None:
+    averages = {**MODEL, name: tensor}
+    kept = {name: one for name, one in averages.items() if one is not None}
+    torch.save({"model": WEIGHTS, "ema_state": kept}, "d2go.pt")
+    ema = fastema.EMA(build_model(5), decay=0.9)
+    before = {name: one.clone() for name, one in ema.shadow.items()}
+    with pytest.raises(CheckpointError, match=said):
+        load_into(ema, "d2go.pt", num_updates=7)
+    assert_same(dict(ema.shadow), before)
+    assert ema.num_updates == 0
 
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors", "average"])

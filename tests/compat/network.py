@@ -10,9 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastema import EMA
-from fastema.errors import CheckpointError
-
 from ..shadow.truth import Loop, arithmetic_of
 from ..support.peers import is_float, named_tensors
 
@@ -157,11 +154,3 @@ def assert_refused(error: Any, words: str | None, *sides: Any) -> Iterator[None]
     with pytest.raises(error, match=words):
         yield
     assert state() == before
-
-
-@contextmanager
-def assert_load_refused(ema: EMA, message: str) -> Iterator[None]:
-    """Assert that the block raises CheckpointError, counts no update and changes no average."""
-    with assert_refused(CheckpointError, message, dict(ema.shadow)):
-        yield
-    assert ema.num_updates == 0

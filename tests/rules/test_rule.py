@@ -23,7 +23,7 @@ decays = st.floats(0.0, 1.0, exclude_max=True)
 positive = st.floats(1e-3, 1e3)
 plain_rules = st.one_of(
     st.builds(rules.constant, decays),
-    st.builds(rules.warmup, decays),
+    st.builds(rules.warmup, decays, st.floats(1.0, 1e6)),
     st.builds(rules.half_life, st.floats(1e-3, 1e9)),
     st.builds(rules.inverse_gamma, decays, positive, positive),
     st.builds(rules.cumulative_mean),
@@ -60,11 +60,18 @@ def test_a_weight_over_many_steps_keeps_its_digits(distance: float, every: int) 
     assert FixedDecay(decay).weight(every, every) == pytest.approx(exact, rel=1e-13, abs=0.0)
 
 
-@given(decays, updates)
-@example(0.999, 8_989)
-@example(0.999, 8_990)
-def test_warmup_formula(decay: float, n: int) -> None:
-    assert rules.warmup(decay).decay(n) == min(decay, (1 + n) / (10 + n))
+@given(decays, updates, st.sampled_from([1, 10, 25.5, 1000]))
+@example(0.999, 8_989, 10)
+@example(0.999, 8_990, 10)
+def test_warmup_formula(decay: float, n: int, offset: float) -> None:
+    assert rules.warmup(decay, offset).decay(n) == min(decay, (1 + n) / (offset + n))
+    assert rules.warmup(decay) == rules.warmup(decay, 10)
+
+
+@pytest.mark.parametrize("offset", [0.5, -1, math.nan, math.inf, "10"])
+def test_warmup_offset_below_one_is_refused(offset: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"offset=.*at least 1"):
+        rules.warmup(0.9, offset)
 
 
 @given(decays, positive, positive, updates)

@@ -78,8 +78,8 @@ FOREIGN: dict[str, tuple[Callable[[Any], Any], str]] = {
         r"Composer's EMA; fastema\.checkpoint\.load_into\(ema, path\) reads a file",
     ),
     "D2Go": (
-        lambda m: compat.d2go.export(fastema.EMA(m, frozen="average", buffers="average")),
-        r"D2Go, which fastema\.compat\.d2go\.load reads",
+        lambda m: {"model": m.state_dict(), "ema_state": m.state_dict()},
+        r"D2Go; fastema\.checkpoint\.load_into\(ema, path\) reads a file",
     ),
     "Ultralytics": (
         lambda m: compat.ultralytics.export(compat.ultralytics.ModelEMA(m)),
