@@ -50,8 +50,8 @@ def main() -> None:
                 use_cpu=True,
             ),
             train_dataset=data[:TRAINED],
-            callbacks=[callback],
         )
+        callback.attach(trainer)
         trainer.train()
     trained = accuracy(model.layers, images, digits)
     with callback.swapped():

@@ -294,6 +294,9 @@ def hugging_face(
         model, args, train_dataset=rows(X, Y), eval_dataset=rows(XV, YV),
         optimizers=(optimizer, constant), callbacks=list(callbacks),
     )  # fmt: skip
+    for callback in callbacks:
+        if isinstance(callback, TrainerCallback):
+            callback.attach(trainer)
     if fit:
         trainer.train(resume_from_checkpoint=resume and os.fspath(resume))
     return trainer

@@ -415,6 +415,9 @@ class Transformers(_TrainerLoop):
                 logging_strategy="no",
             )
             trainer = Trainer(self.model, arguments, train_dataset=rows, callbacks=callbacks)
+            for callback in callbacks:
+                if hasattr(callback, "attach"):
+                    callback.attach(trainer)
             spent = seconds_of(trainer.train)
         note(STEP, (spent - sum(averaging)) / steps)
 

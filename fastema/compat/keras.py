@@ -25,7 +25,14 @@ import keras
 from fastema.binding.swap import CallableWay, Swap, Way
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, BridgeError, DTypeError, StateError
-from fastema.keras.guards import ErrorGuard, MethodGuard, UseGuard, guard_use, is_running
+from fastema.keras.guards import (
+    ErrorGuard,
+    MethodGuard,
+    UseGuard,
+    guard_training,
+    guard_use,
+    guard_writes,
+)
 from fastema.keras.steps import to_int, unwrap_optimizers
 from fastema.keras.ways import CopyingSwap, is_gone
 from fastema.plan import Plan
@@ -157,7 +164,9 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     the differences. After an evaluation that raises, the weights are restored at once if the model
     raised, or anything in the validation of ``fit``. If the data or another callback raised, they
     are restored when the next ``fit``, ``evaluate``, ``predict``, ``train_on_batch``, ``save`` or
-    ``load_weights`` begins, with or without this callback. :meth:`restore` does it by hand.
+    ``load_weights`` begins, with or without this callback. If ``fit`` ends between epochs with
+    ``swap_on_epoch=True``, they are restored when the model is trained, gets other weights, or is
+    evaluated with this callback. :meth:`restore` does it by hand.
 
     Keras defines what ``use_ema`` averages: trained weights, at each batch, even if gradients are
     accumulated over several batches. :class:`fastema.keras.EMAWeights` counts optimizer steps
@@ -178,10 +187,12 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         super().__init__()
         self.swap_on_epoch = swap_on_epoch
         self._hook: Hook | None = None
+        self._interrupted: Hook | None = None  # the evaluation whose average a use took out
         self._swap: Swap | None = None
         self._guards: list[MethodGuard] = []
         self._fit_guards: list[MethodGuard] = []
         self._model_owned: Any = None
+        self._epochs: int | None = None
         self._run: Any = None  # ``params`` of a Keras call, which its callbacks share
 
     def _register(self) -> None:
@@ -238,7 +249,10 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             swap.apply()
             self._swap, self._hook = swap, hook
             self._register()
-            self._guards += guard_use(model, self.restore)
+            if hook == "epoch":
+                self._guards += guard_writes(model, self.restore)
+            else:
+                self._guards += guard_use(model, self._interrupt)
 
     def _restore_after(self, *hooks: Hook) -> None:
         if self._hook in hooks:
@@ -253,6 +267,12 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         while self._guards:
             self._guards.pop().remove()
         self._unregister()
+
+    def _interrupt(self) -> None:
+        """Restore the weights for a use within an evaluation, or after one that raised."""
+        hook = self._hook
+        self.restore()
+        self._interrupted = hook
 
     def _end_fit(self) -> None:
         while self._fit_guards:
@@ -271,7 +291,8 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         # fit() calls self.evaluate: an attribute of the instance takes precedence over the method.
         restore = partial(self._restore_after, "test")
         self._fit_guards.append(ErrorGuard(self.model, "evaluate", restore))
-        self._fit_guards += guard_use(self.model, self._clean_up)
+        self._fit_guards += guard_training(self.model, self._clean_up)
+        self._epochs = (self.params or {}).get("epochs")
         self._register()
 
     def on_train_end(self, logs: Any = None) -> None:
@@ -290,7 +311,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._apply("epoch")
         if self._hook != "epoch":
             return
-        if epoch == (self._run or self.params)["epochs"] - 1:
+        if epoch + 1 == self._epochs:
             # Keras is about to copy the optimizer's averages, now the weights, into the model.
             for variable, average in _pair_averages(self.model):
                 average.assign(keras.ops.copy(variable))
@@ -315,12 +336,30 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         """Restore the model's weights."""
         self._restore_after("predict")
 
+    def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Put the average back into the model if another callback used its weights."""
+        self._continue("test")
+
+    def on_predict_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Put the average back into the model if another callback used its weights."""
+        self._continue("predict")
+
     def _begin(self, hook: Literal["test", "predict"]) -> None:
-        if is_running(self.model, "fit"):
+        if (
+            self.params is not None and self.params is self._run
+        ):  # the validation of a fit, which shares its callbacks
             self._restore_after("test", "predict")  # of an evaluation that raised
         else:
             self._restore_earlier()
+        self._start(hook)
+
+    def _start(self, hook: Literal["test", "predict"]) -> None:
+        self._interrupted = None
         if self._hook is None:
             self._apply(hook)
             if self._hook is not None:
                 self._guards.append(ErrorGuard(self.model, f"{hook}_function", self.restore))
+
+    def _continue(self, hook: Literal["test", "predict"]) -> None:
+        if self._interrupted == hook:
+            self._start(hook)

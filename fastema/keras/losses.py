@@ -4,59 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import keras
 
 from fastema.errors import ArgumentError, FastemaError, StateError
 from fastema.hints import check_options
-from fastema.keras.guards import find_callbacks
 from fastema.keras.sums import BatchSums
 from fastema.tracking.scalar import OnNonFinite
 from fastema.tracking.smoother import MetricSmoother, SmoothedMetrics, check_metric_names
 
 __all__ = ["LossAverages"]
-
-_SUFFIXES: Final = ("_raw", "_sma", "_ema")
-
-_READERS: Final = tuple(
-    getattr(keras.callbacks, name)
-    for name in ("CSVLogger", "History", "ProgbarLogger", "RemoteMonitor", "TensorBoard")
-)
-"""Callbacks that show or write everything in the logs."""
-
-_BATCH_HOOKS: Final = ("on_batch_end", "on_train_batch_end")
-
-_CHUNK: Final = 256
-"""Batches that are processed at once if no later callback reads the logs of single batches."""
-
-
-def _reads_batch_logs(callback: Any) -> bool:
-    if isinstance(callback, keras.callbacks.ProgbarLogger):
-        return bool(callback.verbose == 1)
-    return any(
-        name in vars(callback)
-        or getattr(type(callback), name) is not getattr(keras.callbacks.Callback, name)
-        for name in _BATCH_HOOKS
-    )
-
-
-def _set_direction(callback: Any) -> None:
-    """Set ``mode`` of a callback that has ``mode="auto"``, since Keras does not know our names.
-
-    Raise an ArgumentError if it monitors an average of a metric other than the loss.
-    """
-    monitor = getattr(callback, "monitor", None)
-    if getattr(callback, "mode", None) != "auto" or not isinstance(monitor, str):
-        return
-    name = next((monitor.removesuffix(one) for one in _SUFFIXES if monitor.endswith(one)), None)
-    if name == "loss":
-        callback.mode = "min"
-    elif name is not None:
-        raise ArgumentError(
-            f"callbacks: {type(callback).__name__}(monitor={monitor!r}): pass mode='min' or "
-            "mode='max'; Keras cannot tell which is better"
-        )
 
 
 class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[misc]
@@ -71,7 +29,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
 
     The averages continue across epochs; a short last batch counts like any other. The progress bar,
     ``History``, ``CSVLogger``, ``TensorBoard`` (per batch with ``update_freq="batch"``), and
-    ``EarlyStopping(monitor="loss_ema")`` see them.
+    ``EarlyStopping(monitor="loss_ema", mode="min")`` see them.
 
     Parameters
     ----------
@@ -83,9 +41,8 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
     Raises
     ------
     ArgumentError
-        For an invalid argument. In ``fit``, before the first batch, if a callback that reads the
-        logs, or another ``LossAverages``, comes earlier in the list; after the first batch, if one
-        of ``metrics`` is not in the logs or is not a mean.
+        For an invalid argument. In ``fit``, before the first batch, for two ``LossAverages``; after
+        it, if one of ``metrics`` is not in the logs or is not a mean.
     StateError
         In ``fit``, if the model's train function does not call ``train_step``. In your own loops,
         for a batch that was not announced by ``on_train_batch_begin``.
@@ -95,7 +52,9 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
     Notes
     -----
     **Place in the list.** Callbacks see what earlier callbacks in the list added to the logs: put
-    this one first. ``History`` and the progress bar, which Keras adds itself, come last.
+    this one first, since nothing checks the order. A callback before it logs without the averages,
+    and one that monitors them warns that there are none. ``History`` and the progress bar, which
+    Keras adds itself, come last. Keras does not know our names: pass ``mode="min"`` or ``"max"``.
 
     **How exact.** A batch's contribution to a metric's sum and count is read within the compiled
     step, before it is rounded into them. ``loss_raw`` is the loss of the batch up to a float32
@@ -115,10 +74,8 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
     value of a batch is the root of the batch's mean. ``val_loss`` and the like are unchanged.
 
     **Cost.** The step is compiled once more for a model that has been trained before. All values
-    reach the host in one small array per step, with the logs that Keras fetches. If no later
-    callback reads the logs of single batches, the averages are computed for 256 batches at a time,
-    and at the end of the epoch. Keras can call this callback asynchronously on JAX with an
-    accelerator.
+    reach the host in one small array per step, with the logs that Keras fetches. Keras can call
+    this callback asynchronously on JAX with an accelerator.
 
     **Your own loops.** ``keras.callbacks.CallbackList([...], model=model)`` calls the same hooks
     around ``train_on_batch``.
@@ -152,7 +109,6 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         self._lock = threading.Lock()
         self._thread = 0
         self._batch_averages: dict[int, dict[str, float]] = {}
-        self._chunk = 1
 
     @property
     def async_safe(self) -> bool:
@@ -200,21 +156,23 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
     # -- training ----------------------------------------------------------------------------------
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Check the order of the callbacks, and replace the model's train function."""
+        """Replace the model's train function."""
         self._process_pending()
-        callbacks = find_callbacks()
-        place = next((i for i, one in enumerate(callbacks) if one is self), None)
-        self._chunk = 1
-        if place is not None:
-            self._check_earlier_callbacks(callbacks[:place])
-            later = callbacks[place + 1 :]
-            for other in later:
-                _set_direction(other)
-            # With "raise", an error must come at its batch.
-            if self._smoother.on_nonfinite != "raise" and not any(map(_reads_batch_logs, later)):
-                self._chunk = _CHUNK
+        theirs = getattr(self.model, "train_function", None)
+        # All callbacks of one fit() call have the same dict.
+        if (
+            isinstance(theirs, BatchSums)
+            and theirs is not self._sums
+            and self.params is not None
+            and theirs.run is self.params
+        ):
+            raise ArgumentError(
+                "callbacks: two LossAverages would log the same names: one of them smooths all "
+                "metrics"
+            )
         if self._sums is None or self._sums.model is not self.model:
             self._sums = BatchSums(self.model)
+        self._sums.run = self.params
         self._sums.install()
         self._begin_epoch()
 
@@ -254,8 +212,6 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
                 "LossAverages has no record of this batch: call on_train_batch_begin before it "
                 "is trained, and train it with fit or train_on_batch"
             )
-        if self._chunk > 1 and sums.num_executed > 1 and sums.num_pending < self._chunk:
-            return
         last = sums.num_executed - 1
         if threading.get_ident() != self._thread:
             # Each thread has its own batch, and threads arrive in any order: the first one
@@ -264,8 +220,6 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         with self._lock:
             self._process_until(last)
             averages = self._batch_averages.pop(last, None)
-            if self._chunk > 1:
-                self._batch_averages.clear()
         if logs is not None and averages is not None:
             logs.update(averages)
 
@@ -310,21 +264,3 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
                     problem = "it is not a mean over batches, and has no value for a single batch"
                 raise ArgumentError(f"metrics: {name!r}: {problem}; mean metrics: {means}")
         return {name: values[name] for name in self._metric_names if name in values}
-
-    # -- order -------------------------------------------------------------------------------------
-
-    def _check_earlier_callbacks(self, callbacks: list[Any]) -> None:
-        for other in callbacks:
-            if isinstance(other, LossAverages):
-                raise ArgumentError(
-                    "callbacks: two LossAverages would log the same names: one of them smooths all "
-                    "metrics"
-                )
-            monitor = getattr(other, "monitor", None)
-            waits = isinstance(monitor, str) and monitor.endswith(_SUFFIXES)
-            if waits or isinstance(other, _READERS):
-                what = f"monitors {monitor!r}" if waits else "reads the logs"
-                raise ArgumentError(
-                    f"callbacks: {type(other).__name__} {what}, and comes before LossAverages, "
-                    "which adds to them: put LossAverages first in the list"
-                )

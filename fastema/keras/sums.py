@@ -137,6 +137,7 @@ class BatchSums:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.run: Any = None  # ``params`` of the fit that installed this, shared by its callbacks
         self._backend = keras.backend.backend()
         self._starts_at_zero = _is_library_step(model)
         self._step: Callable[..., Any] | None = None
@@ -432,11 +433,6 @@ class BatchSums:
         return _read(self._execution_sums)
 
     # -- for the callback --------------------------------------------------------------------------
-
-    @property
-    def num_pending(self) -> int:
-        """Number of recorded executions that have not been taken."""
-        return len(self._pending)
 
     def begin(self) -> None:
         """Drop recorded executions, and count from 0 for a new epoch."""

@@ -23,7 +23,6 @@ from fastema.hints import check_options
 from fastema.keras.guards import (
     ErrorGuard,
     MethodGuard,
-    find_callbacks,
     guard_use,
     guard_writes,
     refuse_writes,
@@ -118,10 +117,11 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     ------
     ArgumentError
         For paths with another suffix, and several decays without ``which``. When training begins,
-        for invalid options of :class:`fastema.EMA`, a model that is not compiled, and callbacks
-        that would save the training weights with a metric of the average, or back up the average:
-        a ``ModelCheckpoint`` or an ``EarlyStopping(restore_best_weights=True)`` before this one,
-        a ``ModelCheckpoint`` that saves within epochs, a ``BackupAndRestore`` after this one.
+        for invalid options of :class:`fastema.EMA`, and a model that is not compiled. When the
+        first validation of ``fit`` begins, for callbacks that would save the training weights with
+        a metric of the average, or back up the average: a ``ModelCheckpoint`` or an
+        ``EarlyStopping(restore_best_weights=True)`` before this one, a ``ModelCheckpoint`` that
+        saves within epochs, a ``BackupAndRestore`` after this one.
     StateError
         In ``fit``: together with another ``EMAWeights`` or an optimizer with ``use_ema=True``, with
         a model other than the one averaged so far, or while the model holds an average.
@@ -132,7 +132,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     Warns
     -----
     UserWarning
-        When training begins with ``checkpoints="raw"`` and a ``ModelCheckpoint`` or
+        When the first validation begins, with ``checkpoints="raw"`` and a ``ModelCheckpoint`` or
         ``EarlyStopping(restore_best_weights=True)``, which keep the training weights.
 
     Notes
@@ -190,7 +190,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._which = check_which(which, decay)
         self._decay, self._options = decay, options
         self._checkpoints = choose_checkpoints(checkpoints, True)
-        self._has_later_callbacks = True
+        self._has_later_callbacks, self._is_order_checked = True, False
         self._backup = _check_path(backup, "backup", _BACKUP)
         self._save_path = _check_path(save_path, "save_path", _WEIGHTS)
         self._ema: EMA | None = None
@@ -202,6 +202,8 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._starts_training = self._in_batch = False
         self._swap: Swap | None = None
         self._hook: Hook | None = None
+        self._interrupted: Hook | None = None  # the evaluation whose average a use took out
+        self._was_overwritten = False  # by another callback, at the end of this epoch
         self._guards: list[MethodGuard] = []
         self._fit_guard: MethodGuard | None = None
 
@@ -353,7 +355,24 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     def _make_guards(self, model: Any, hook: Hook) -> list[MethodGuard]:
         if hook == "block":
             return refuse_writes(model, self._refuse_applied)
-        return (guard_writes if hook == "end" else guard_use)(model, self.restore)
+        if hook in ("epoch", "end"):
+            return guard_writes(model, self.restore, self._restore_before_write)
+        return guard_use(model, self._interrupt)
+
+    def _restore_before_write(self) -> None:
+        self._was_overwritten = True
+        self.restore()
+
+    def _interrupt(self) -> None:
+        """Restore the weights for a use within an evaluation, or after one that raised."""
+        hook = self._hook
+        self.restore()
+        self._interrupted = hook
+
+    def _continue(self, hook: Hook) -> None:
+        """Put the average back into the model if a use within this evaluation took it out."""
+        if self._interrupted == hook:
+            self._begin(hook)
 
     def _swap_for(self, hook: Hook, model: Any) -> Swap:
         ema, which = self.ema, self._which
@@ -419,9 +438,6 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         if error is not None:
             raise error
 
-    def _guard(self, name: str) -> None:
-        self._guards.append(ErrorGuard(self._checked_model(), name, self.restore))
-
     def swapped(self) -> RestoringBlock[None]:
         """Return a context manager in which the model holds the average.
 
@@ -482,7 +498,8 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._refuse_applied("fit")
         model = self._checked_model()
         self._make_step_counter(model)
-        self._check_other_callbacks(find_callbacks())
+        self._has_later_callbacks, self._is_order_checked = True, False
+        self._was_overwritten = False
         other = _fitting_callbacks.get(model, lambda: None)()
         if other is not None and other is not self:
             # All callbacks of one fit() call have the same dict.
@@ -500,15 +517,21 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 path.parent.mkdir(parents=True, exist_ok=True)
         self._end_fit()
         # fit() validates by self.evaluate: an attribute of the instance shadows the class's method.
-        self._fit_guard = ErrorGuard(model, "evaluate", self.restore)
+        self._fit_guard = ErrorGuard(model, "evaluate", self.restore, self._check_order)
         self._starts_training = True
+
+    def _check_order(self, given: Mapping[str, Any]) -> None:
+        """Check the list of all callbacks, which ``fit`` passes only to its validation."""
+        listed = given.get("callbacks")
+        if not self._is_order_checked and isinstance(listed, keras.callbacks.CallbackList):
+            self._is_order_checked = True
+            self._check_other_callbacks(listed.callbacks)
 
     def _check_other_callbacks(self, callbacks: list[Any]) -> None:
         """Raise if callbacks would save other weights than those that the metrics are of."""
-        if not callbacks:  # their list is unknown
-            self._has_later_callbacks = True
+        own = next((i for i, one in enumerate(callbacks) if one is self), None)
+        if own is None:  # another callback calls this one
             return
-        own = next(i for i, one in enumerate(callbacks) if one is self)
         self._has_later_callbacks = any(
             not isinstance(one, _KERAS_OWN) for one in callbacks[own + 1 :]
         )
@@ -552,6 +575,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Restore the weights; in the first epoch, create the average or resume from the backup."""
         self._restore_after("epoch")
+        self._was_overwritten = False
         self._start_average()
 
     def _start_average(self) -> None:
@@ -605,6 +629,8 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self.save_weights(self._save_path)
         if self._checkpoints == "raw" or self._ema is None:
             self._restore_after("epoch")
+        elif self._was_overwritten:
+            return
         elif self._hook == "epoch":  # keep what other callbacks have written since
             self._change_hook("epoch", "end")
         else:
@@ -639,30 +665,40 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     # -- evaluation -------------------------------------------------------------------------------
 
-    def on_test_begin(self, logs: Any = None) -> None:
-        """Put the average into the model."""
+    def _begin(self, hook: Hook) -> None:
+        self._interrupted = None
         self._restore_after("test", "predict")
         if self._hook is None:
-            self._apply("test")
-        if self._hook in ("test", "end"):
-            self._guard("test_function")
+            self._apply(hook)
+        if self._hook in (hook, "end"):
+            self._guards.append(ErrorGuard(self._checked_model(), f"{hook}_function", self.restore))
+
+    def _finish(self, hook: Hook) -> None:
+        self._interrupted = None
+        self._restore_after(hook)
+        if self._hook == "end":
+            self._guards.pop().remove()
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Put the average into the model."""
+        self._begin("test")
+
+    def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Put the average back into the model if another callback used its weights."""
+        self._continue("test")
 
     def on_test_end(self, logs: Any = None) -> None:
         """Restore the model's weights."""
-        self._restore_after("test")
-        if self._hook == "end":
-            self._guards.pop().remove()
+        self._finish("test")
 
     def on_predict_begin(self, logs: Any = None) -> None:
         """Put the average into the model."""
-        self._restore_after("test", "predict")
-        if self._hook is None:
-            self._apply("predict")
-        if self._hook in ("predict", "end"):
-            self._guard("predict_function")
+        self._begin("predict")
+
+    def on_predict_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Put the average back into the model if another callback used its weights."""
+        self._continue("predict")
 
     def on_predict_end(self, logs: Any = None) -> None:
         """Restore the model's weights."""
-        self._restore_after("predict")
-        if self._hook == "end":
-            self._guards.pop().remove()
+        self._finish("predict")

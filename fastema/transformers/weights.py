@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from hashlib import blake2b
@@ -93,6 +92,7 @@ _RUN_ATTRIBUTES: Final = (
     "_was_updated_early",
     "_saved_step",
     "_step_being_saved",
+    "_resumed",
     "_trainer",
 )
 """Attributes that belong to one run of one trainer."""
@@ -174,7 +174,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     ArgumentError
         For an invalid argument. When training begins, for sharded weights (FSDP, ZeRO-3).
     StateError
-        When training begins, if the trainer cannot be found: see :meth:`attach`.
+        When training begins, if the callback is not attached to the trainer: see :meth:`attach`.
     CheckpointError
         When resuming from a checkpoint without its average, or when the trainer saves a checkpoint
         in an unknown folder.
@@ -230,6 +230,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     _was_updated_early = False  # whether they were added before this callback's on_step_end
     _saved_step: int | None = None  # the step whose checkpoint already has the average
     _step_being_saved: int | None = None  # while _save_checkpoint runs
+    _resumed: Path | None = None  # the checkpoint of the running train()
     _trainer: Callable[[], Any] = staticmethod(lambda: None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -246,10 +247,12 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     # -- the trainer -------------------------------------------------------------------------------
 
     def attach(self, trainer: Any) -> EMACallback:
-        """Attach to an existing trainer. Callbacks in ``Trainer(callbacks=...)`` attach themselves.
+        """Attach to a trainer, and add this callback to its list if it is not there yet.
 
-        Returns this callback. Raises an ArgumentError if ``trainer`` is not a ``Trainer``, a
-        StateError if it already has another ``EMACallback``.
+        A callback in ``Trainer(callbacks=...)`` needs this call too, before ``train``: the Trainer
+        does not tell callbacks which trainer calls them, and the average enters its evaluations and
+        checkpoints. Returns this callback. Raises an ArgumentError if ``trainer`` is not a
+        ``Trainer``, a StateError if it already has another ``EMACallback``.
         """
         handler = getattr(trainer, "callback_handler", None)
         if handler is None or not hasattr(trainer, "evaluation_loop"):
@@ -266,37 +269,45 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if not self._is_among(handler):
             trainer.add_callback(self)
         self._trainer = weakref.ref(trainer)
-        # Wrap methods, since no event reports that an evaluation begins or fails, and on_save comes
-        # after older checkpoints are deleted. Instance attributes shadow the class's methods.
+        # Wrap methods: no event reports that an evaluation begins or fails, or which checkpoint is
+        # resumed, and on_save comes after older checkpoints are deleted. Instance attributes shadow
+        # the class's methods.
         for name, around in (
             ("evaluation_loop", "_evaluate_with_average"),
             ("_save_checkpoint", "_save_with_average"),
             ("save_model", "_save_model_in_training"),
+            ("train", "_train"),
         ):
             there = vars(trainer).get(name)
             if not (isinstance(there, _WrappedMethod) and there.callback is self):
                 setattr(trainer, name, _WrappedMethod(self, trainer, name, around))
         return self
 
-    def _find_trainer(self) -> Any:
-        """Attach to the calling trainer and return it; the Trainer does not pass itself."""
-        for caller, _ in _iterate_callers():
-            if self._is_trainer(caller):
-                self.attach(caller)
-                return caller
-        return None
-
-    def _is_trainer(self, caller: Any) -> bool:
-        try:
-            return hasattr(caller, "evaluation_loop") and self._is_among(caller.callback_handler)
-        except Exception:  # "self" may be any object, also a proxy of another one
-            return False
-
     def _is_among(self, handler: Any) -> bool:
         return any(one is self for one in handler.callbacks)
 
     def _belongs_to(self, trainer: Any) -> bool:
         return trainer is self._trainer() and self._is_among(trainer.callback_handler)
+
+    def _train(
+        self,
+        trainer: Any,
+        inner: Callable[..., Any],
+        resume_from_checkpoint: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Call ``trainer.train``, and note the checkpoint that it resumes from."""
+        if self._is_among(trainer.callback_handler):
+            self._trainer = weakref.ref(trainer)
+        found = resume_from_checkpoint
+        if found is True:
+            found = get_last_checkpoint(trainer.args.output_dir)
+        self._resumed = Path(found) if found else None
+        try:
+            return inner(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._resumed = None
 
     def _evaluate_with_average(
         self, trainer: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any
@@ -413,27 +424,28 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     # -- the Trainer's events ----------------------------------------------------------------------
 
-    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find the trainer and attach to it."""
-        self._find_trainer()
-
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         """Create the average, or continue the average of a checkpoint."""
-        trainer = self._find_trainer() or self._trainer()
+        trainer = self._trainer()
+        if trainer is not None and trainer.state is not state:  # another trainer calls
+            del self._trainer
+            trainer = None
         if trainer is None and (self.evaluate_with_average or self._saves_average):
             raise StateError(
-                "EMACallback cannot find the trainer, whose evaluation and checkpoints should use "
-                "the average: call attach(trainer), or pass evaluate_with_average=False"
+                "EMACallback is not attached to the trainer, whose evaluation and checkpoints "
+                "should use the average: call EMACallback(...).attach(trainer) before train(), or "
+                "pass evaluate_with_average=False"
             )
-        resumed = _find_resumed_checkpoint(trainer)
+        resumed = self._resumed
         if getattr(trainer, "is_fsdp_enabled", False):
             raise ArgumentError(_SHARDED_MESSAGE)
         if state.global_step and resumed is None:
             raise StateError(
-                f"training resumes at step {state.global_step}, but EMACallback cannot find the "
-                "checkpoint: it looks for resume_from_checkpoint, an argument of train()"
+                f"training resumes at step {state.global_step}, but EMACallback does not know "
+                "the checkpoint: pass it to train(resume_from_checkpoint=...) of a trainer that "
+                "the callback is attached to"
             )
         self._ema = self._model = self._saved_step = None  # free the old average's memory first
         self._holds_final_weights = self._was_updated_early = False
@@ -543,29 +555,6 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if self.at_end == "average":
             self.ema.copy_to(self._model, which=self._which)
             self._holds_final_weights = True
-
-
-def _iterate_callers() -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Yield each ``self`` on the call stack with its method's variables, innermost first."""
-    own = inspect.currentframe()
-    # Reading f_locals keeps a frame's variables alive. Skip this frame, which would keep itself.
-    frame = own and own.f_back
-    del own
-    while frame is not None:
-        if "self" in frame.f_locals:
-            yield frame.f_locals["self"], frame.f_locals
-        frame = frame.f_back
-
-
-def _find_resumed_checkpoint(trainer: Any) -> Path | None:
-    """Return the checkpoint that the calling ``trainer.train()`` resumes from."""
-    for caller, variables in _iterate_callers():
-        if caller is trainer and "resume_from_checkpoint" in variables:
-            found = variables["resume_from_checkpoint"]
-            if found is True:
-                found = get_last_checkpoint(trainer.args.output_dir)
-            return Path(found) if found else None
-    return None
 
 
 def _check_weights_beside(found: files.File) -> None:

@@ -13,7 +13,7 @@ from fastema.keras import EMAWeights
 
 from .data import BACKEND, BATCH, BATCHES, DECAY, MARKS, XV, YV, X, Y, fit
 from .models import assert_same, differ, model_of, set_weights, trained_weights, weights
-from .runs import HookRecorder, average, fit_model, record_run
+from .runs import ErrorAt, HookRecorder, average, fit_model, record_run
 
 pytestmark = MARKS
 
@@ -122,6 +122,69 @@ USES: dict[str, Callable[[Any, Path], object]] = {
     "get_weights": lambda model, path: model.get_weights(),
     "set_weights": lambda model, path: model.set_weights([2 * one for one in model.get_weights()]),
 }
+
+
+@pytest.mark.parametrize("use", ["evaluate", "predict", "get_weights", "save_weights"])
+@pytest.mark.parametrize("call", ["evaluate", "predict"])
+def test_use_of_the_model_after_an_interrupted_evaluation_or_within_one_sees_its_own_weights(
+    call: str, use: str, tmp_path: Path
+) -> None:
+    now = fit_model()
+    model, ema = now.model, now.ema
+    run: Callable[..., Any] = {
+        "evaluate": lambda *some: [model.evaluate(XV, YV, batch_size=1, verbose=0, callbacks=some)],
+        "predict": lambda *some: model.predict(XV, batch_size=1, verbose=0, callbacks=some),
+    }[call]
+    want = run(ema)
+    hook = {"evaluate": "on_test_batch_end", "predict": "on_predict_batch_end"}[call]
+    with pytest.raises(KeyboardInterrupt):
+        run(ema, ErrorAt(KeyboardInterrupt, hook, after=1))
+    assert ema.applied
+    USES[use](model, tmp_path)
+    now.assert_unchanged()
+
+    seen: list[Any] = []
+
+    def look(batch: int, logs: Any) -> None:
+        if batch == 1 and not seen:
+            seen.append(weights(model))
+            USES[use](model, tmp_path)
+            seen.append(weights(model))
+
+    got = run(ema, keras.callbacks.LambdaCallback(**{hook: look}))
+    assert_same(seen[0], now.avg)
+    assert_same(seen[1], now.raw)
+    if call == "predict" or use not in ("evaluate", "predict"):  # those reset the metrics
+        np.testing.assert_array_equal(got, want)
+    now.assert_unchanged()
+
+
+def test_fit_interrupted_between_epochs_leaves_the_average_until_the_model_is_trained() -> None:
+    run = record_run()
+    model, ema = model_of(), EMAWeights(DECAY)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, ema, ErrorAt(KeyboardInterrupt, "on_epoch_end"))
+    assert ema.applied
+    if BACKEND != "jax":
+        assert_same(weights(model), average(ema))
+    fit(model, ema, epochs=1)
+    ema.restore()
+    assert_same(weights(model), run.steps[-1])
+
+
+def test_weights_that_another_callback_loads_at_the_end_of_an_epoch_stay() -> None:
+    model, ema, loaded = model_of(), EMAWeights(DECAY), []
+
+    def load(epoch: int, logs: Any) -> None:
+        if epoch == 1:
+            model.set_weights([2 * one for one in model.get_weights()])
+            loaded.append(weights(model))
+
+    fit(model, ema, keras.callbacks.LambdaCallback(on_epoch_end=load))
+    assert not ema.applied
+    assert_same(weights(model), loaded[0])
+    fit(model, ema, epochs=1)
+    assert ema.applied
 
 
 def test_swapped_refuses_to_train_or_overwrite_the_average(tmp_path: Path) -> None:

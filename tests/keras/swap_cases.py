@@ -167,7 +167,9 @@ def test_interrupted_fit_keeps_the_weights(error: Any, after: str, which: str, h
     if after in CALLS:
         CALLS[after](model, *some)
         if BACKEND != "jax":  # on JAX a failed fit ends with the average
-            assert_state(model, *want)
+            # Without the callback, the model is predicted as fit has left it.
+            stays = which == "none" and hook == "on_epoch_end"
+            assert_state(model, *(want[::-1] if stays else want))
     elif BACKEND == "jax":
         if which != "none":  # Keras alone cannot continue there
             fit(model, *some, epochs=1)
@@ -180,4 +182,8 @@ def test_interrupted_fit_keeps_the_weights(error: Any, after: str, which: str, h
         fit(model, *some, note, epochs=1)
         assert_same(start[0], want[0])
         assert_same(*state(model))
-    assert names_left_in(model) == set() or (BACKEND, which) == ("jax", "none")
+    assert (
+        names_left_in(model) == set()
+        or (which == "none" and after in CALLS)
+        or ((BACKEND, which) == ("jax", "none"))
+    )

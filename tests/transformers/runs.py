@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from fastema.transformers import EMACallback
+
 MARKS = [
     pytest.mark.torch,
     pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator is found:UserWarning"),
@@ -28,7 +30,10 @@ def quiet_trainer(
     given: dict[str, Any],
     **options: Any,
 ) -> Trainer:
-    """Build a CPU trainer that reports and saves only what the options ask for."""
+    """Build a CPU trainer that reports and saves only what the options ask for.
+
+    Averages among the callbacks are attached to it.
+    """
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -41,4 +46,8 @@ def quiet_trainer(
     }
     args = arguments(**{**settings, **options})
     datasets = {"train_dataset": data(), "eval_dataset": data(8)}
-    return kind(args=args, callbacks=list(callbacks), **{**datasets, **given})
+    trainer = kind(args=args, callbacks=list(callbacks), **{**datasets, **given})
+    for callback in callbacks:
+        if isinstance(callback, EMACallback):
+            callback.attach(trainer)
+    return trainer

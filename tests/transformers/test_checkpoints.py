@@ -106,8 +106,7 @@ def test_interrupted_run_resumes_bit_identically(tmp_path: Path, how: str) -> No
     run = trainer(folder, rest, model=model, **EVERY_FOUR, **SAVED)
     if how == "added":
         run.add_callback(ema)
-    else:
-        ema.attach(run)
+    ema.attach(run)
     if how == "by name":
         run.train(resume_from_checkpoint=saved)
     else:

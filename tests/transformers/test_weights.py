@@ -245,13 +245,25 @@ def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
 def test_training_without_trainer_checkpoint_or_whole_weights_is_refused(tmp_path: Path) -> None:
     run, alone = trainer(tmp_path), EMACallback(evaluate_with_average=False)
     for ema, error, sequences in (
-        (EMACallback(), StateError, r"cannot find the trainer.*call attach\(trainer\)"),
+        (EMACallback(), StateError, r"not attached to the trainer.*attach\(trainer\)"),
         (alone, StateError, "resumes at step 8.*resume_from_checkpoint"),
         (EMACallback().attach(run), ArgumentError, "sharded"),
     ):
         with pytest.raises(error, match=sequences):
             ema.on_train_begin(run.args, run.state, run.control, model=run.model)
         run.state.global_step, run.is_fsdp_enabled = 8, ema is alone
+
+
+def test_callback_in_the_list_of_another_trainer_than_its_own_is_refused(tmp_path: Path) -> None:
+    run, ema = trainer(tmp_path), EMACallback(DECAY)
+    ema.attach(trainer(tmp_path))
+    run.add_callback(ema)
+    with pytest.raises(StateError, match="not attached to the trainer"):
+        run.train()
+    ema.attach(run)
+    run.train()
+    assert ema.ema.num_updates == STEPS
+    assert_same(snapshot(run.model), dict(ema.ema.shadow))
 
 
 def test_weights_that_zero3_has_partitioned_are_refused_by_name(tmp_path: Path) -> None:
