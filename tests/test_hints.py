@@ -9,7 +9,7 @@ import pytest
 
 import fastema
 from fastema import hints, tracking
-from fastema.errors import ArgumentError, OptionError
+from fastema.errors import ArgumentError, DTypeError, FastemaError, OptionError
 
 WEIGHTS = [np.ones(3)]
 
@@ -74,6 +74,33 @@ def test_callbacks_suggest_an_option_that_they_have(framework: str) -> None:
         average(beta=0.9)
     with pytest.raises(OptionError, match="use window_size"):
         package.LossAverages(window=3)
+
+
+INVALID: list[dict[str, Any]] = [
+    {"decay": 1.5}, {"decay": ()}, {"decay": fastema.rules.constant}, {"zero_debias": 1},
+    {"rounding": "up"}, {"seed": -1}, {"update_every": 0}, {"start_after": -1}, {"frozen": "melt"},
+    {"buffers": "melt"}, {"policy": {"*": "melt"}}, {"policy": ["*"]}, {"on_nonfinite": "stop"},
+    {"drift": 1}, {"capturable": 1}, {"capturable": True, "on_nonfinite": "raise"},
+    {"watch": "none"}, {"shadow_dtype": "f31"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("framework", ["keras", "lightning", "transformers"])
+def test_callbacks_refuse_what_no_average_can_have_when_they_are_built(framework: str) -> None:
+    pytest.importorskip("torch" if framework == "lightning" else framework)
+    pytest.importorskip(framework)
+    package = getattr(fastema, framework)
+    average = package.EMAWeights if framework == "keras" else package.EMACallback
+    for options in INVALID:
+        with pytest.raises(FastemaError) as theirs:
+            fastema.EMA(WEIGHTS, **options)
+        with pytest.raises(type(theirs.value)) as ours:
+            average(**options)
+        assert str(ours.value) == str(theirs.value)
+    with pytest.raises(DTypeError, match="shadow_dtype does not fit: an average cannot be i32"):
+        average(shadow_dtype="int32")
+    # Only the model decides whether these fit.
+    average(policy={"*.bias": "skip"}, shadow_dtype="complex64", capturable=True)
 
 
 @pytest.mark.parametrize("offload", [False, True])

@@ -37,6 +37,7 @@ from fastema.shadow.options import (
     Policy,
     Rounding,
     WatchMode,
+    check_ema_options,
     check_which,
     select_shared_options,
 )
@@ -116,10 +117,10 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     Raises
     ------
     ArgumentError
-        For paths with another suffix, and several decays without ``which``. When training begins,
-        for invalid options of :class:`fastema.EMA`, and a model that is not compiled. When the
-        first validation of ``fit`` begins, for callbacks that would save the training weights with
-        a metric of the average, or back up the average: a ``ModelCheckpoint`` or an
+        For paths with another suffix, invalid options of :class:`fastema.EMA`, and several decays
+        without ``which``. When training begins, for a model that is not compiled. When the first
+        validation of ``fit`` begins, for callbacks that would save the training weights with a
+        metric of the average, or back up the average: a ``ModelCheckpoint`` or an
         ``EarlyStopping(restore_best_weights=True)`` before this one, a ``ModelCheckpoint`` that
         saves within epochs, a ``BackupAndRestore`` after this one.
     StateError
@@ -187,6 +188,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     ) -> None:
         options = select_shared_options(locals()) | {"zero_debias": zero_debias}
         super().__init__()
+        check_ema_options(decay, **options)
         self._which = check_which(which, decay)
         self._decay, self._options = decay, options
         self._checkpoints = choose_checkpoints(checkpoints, True)

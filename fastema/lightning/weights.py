@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Literal
 
-import torch
-
 from fastema.bridges.registry import is_divided, state_of
 from fastema.errors import ArgumentError, StateError
 from fastema.hints import check_options
@@ -20,6 +18,7 @@ from fastema.shadow.options import (
     Policy,
     Rounding,
     WatchMode,
+    check_ema_options,
     check_literal,
     check_which,
     select_shared_options,
@@ -133,9 +132,7 @@ class EMACallback(Callback):  # type: ignore[misc]
         self.at_end: AtEnd = check_literal(at_end, "at_end", AtEnd)
         self._checkpoints = checkpoints
         self._held_by_checkpoints = choose_checkpoints(checkpoints, evaluate_with_average)
-        # Raise errors in options now, not when training begins; capturable needs a GPU to check.
-        tried = {**options, "capturable": False}
-        EMA([torch.zeros(1)], decay, **tried)
+        check_ema_options(decay, **options)
         self._which = check_which(which, decay)
         self.evaluate_with_average = evaluate_with_average
         self._decay, self._options = decay, options

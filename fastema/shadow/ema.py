@@ -7,14 +7,14 @@ from typing import Any, ClassVar, Literal
 
 from fastema.errors import ArgumentError
 from fastema.hints import check_options
-from fastema.rules import Constant, Rule, Window, debiased
+from fastema.rules import Rule
 from fastema.shadow.average import Average, Weights
 from fastema.shadow.options import (
     OnNonFinite,
     Policy,
     Rounding,
     WatchMode,
-    check_flag,
+    parse_rules,
     select_shared_options,
 )
 
@@ -165,17 +165,10 @@ class EMA(Average[Weights]):
         offload: bool | Literal["skip"] = False,
     ) -> None:
         options = select_shared_options(locals())
-        zero_debias = check_flag(zero_debias, "zero_debias")
         if offload is not False:
             self._become_offloaded(weights, decay, zero_debias, offload, options)
             return
-        several = decay if isinstance(decay, Sequence) and not isinstance(decay, str) else (decay,)
-        rules = [one if isinstance(one, Rule) else Constant(one) for one in several]
-        if any(isinstance(rule, Window) for rule in rules):
-            raise ArgumentError("a windowed mean needs a ring: build fastema.SMA(weights, window)")
-        if zero_debias:
-            rules = [debiased(rule) for rule in rules]
-        super().__init__(weights, rules, **options)
+        super().__init__(weights, parse_rules(decay, zero_debias), **options)
 
     def _become_offloaded(
         self, weights: Any, decay: Any, zero_debias: bool, offload: Any, options: Any

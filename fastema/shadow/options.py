@@ -5,26 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from numbers import Integral
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
-from fastema.binding.policies import Policy, Rounding, check_literal
+from fastema.binding.policies import Policies, Policy, Rounding, check_literal
 from fastema.binding.swap import SPLIT
 from fastema.bridges.registry import bridge_of, dtype_code
 from fastema.errors import ArgumentError, BridgeError, DTypeError
+from fastema.layout.device_context import check_seed
 from fastema.layout.dtypes import DType, parse_dtype
+from fastema.rules import Constant, Rule, Schedule, Window, debiased
 from fastema.shadow.entries import ShadowFormat
 
 __all__ = [
     "OnNonFinite",
     "Policy",
     "Rounding",
+    "Settings",
     "WatchMode",
+    "check_ema_options",
     "check_flag",
     "check_literal",
     "check_which",
     "dtype_of",
     "format_of",
     "parse_destination",
+    "parse_rules",
+    "parse_settings",
     "select_shared_options",
 ]
 
@@ -140,3 +146,81 @@ def format_of(
         check_literal(rounding, "rounding", Rounding)
     wanted = dtype_of("bf16" if split else shadow_dtype, option)
     return ShadowFormat(wanted, split, rounding != "nearest", num_averages)
+
+
+class Settings(NamedTuple):
+    """The keyword arguments that all averages share, checked and parsed."""
+
+    schedule: Schedule
+    policies: Policies
+    watch: WatchMode
+    on_nonfinite: OnNonFinite
+    drift: bool
+    capturable: bool
+    seed: int
+    format: ShadowFormat
+
+
+def parse_settings(
+    rules: Rule | Sequence[Rule],
+    *,
+    shadow_dtype: Any = None,
+    rounding: Any = None,
+    seed: Any = 0,
+    update_every: Any = 1,
+    start_after: Any = 0,
+    frozen: Any = "skip",
+    buffers: Any = "copy",
+    policy: Any = None,
+    on_nonfinite: Any = "propagate",
+    drift: Any = False,
+    capturable: Any = False,
+    watch: Any = "all",
+) -> Settings:
+    """Return the keyword arguments of an average, checked as far as no weights are needed.
+
+    Raises
+    ------
+    ArgumentError, DTypeError
+        Naming the invalid argument and what it accepts.
+    """
+    schedule = Schedule(rules, update_every, start_after)
+    policies = Policies.of(frozen, buffers, policy)
+    check_literal(watch, "watch", WatchMode)
+    check_literal(on_nonfinite, "on_nonfinite", OnNonFinite)
+    check_flag(capturable, "capturable")
+    check_flag(drift, "drift")
+    if capturable and on_nonfinite == "raise":
+        raise ArgumentError(
+            "on_nonfinite='raise' needs the host, which a captured graph does not ask; with "
+            "capturable=True use 'skip', which leaves the update out"
+        )
+    seed = check_seed(seed)
+    stored = format_of(shadow_dtype, rounding, len(schedule.rules))
+    return Settings(schedule, policies, watch, on_nonfinite, drift, capturable, seed, stored)
+
+
+def parse_rules(decay: Any, zero_debias: Any) -> list[Rule]:
+    """Return the rules that these arguments of :class:`fastema.EMA` describe.
+
+    Raises
+    ------
+    ArgumentError
+        For a decay outside [0, 1), a windowed mean, or a ``zero_debias`` that is not a bool.
+    """
+    check_flag(zero_debias, "zero_debias")
+    several = decay if isinstance(decay, Sequence) and not isinstance(decay, str) else (decay,)
+    rules = [one if isinstance(one, Rule) else Constant(one) for one in several]
+    if any(isinstance(rule, Window) for rule in rules):
+        raise ArgumentError("a windowed mean needs a ring: build fastema.SMA(weights, window)")
+    return [debiased(rule) for rule in rules] if zero_debias else rules
+
+
+def check_ema_options(decay: Any, *, zero_debias: Any, **options: Any) -> None:
+    """Raise the errors of :class:`fastema.EMA` for options that are invalid with any weights."""
+    stored = parse_settings(parse_rules(decay, zero_debias), **options).format
+    if stored.dtype is not None:
+        try:
+            stored.stored(parse_dtype("c64" if stored.dtype.parts > 1 else "f32"))
+        except DTypeError as error:
+            raise DTypeError(f"shadow_dtype does not fit: {error}") from None

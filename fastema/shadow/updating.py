@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic
 
-from fastema.binding.policies import Policies
 from fastema.binding.sides import SampledSide, WatchedSide
 from fastema.bridges.registry import leaves_of, list_iterators, ranks_of, reshard, world_of
 from fastema.engine.collector import pause_gc
@@ -14,7 +13,7 @@ from fastema.engine.interrupts import defer_signals
 from fastema.engine.locks import rlock
 from fastema.engine.program import Program
 from fastema.errors import ArgumentError, NonFiniteError, StateError, format_problems
-from fastema.layout.device_context import LaunchArgs, check_seed
+from fastema.layout.device_context import LaunchArgs
 from fastema.layout.spec import Leaves
 from fastema.rules import Rule, Schedule
 from fastema.rules.checks import MAX_STEPS, validate_int
@@ -23,13 +22,9 @@ from fastema.shadow.entries import select
 from fastema.shadow.following import StepHooks
 from fastema.shadow.options import (
     OnNonFinite,
-    Policy,
-    Rounding,
     WatchMode,
-    check_flag,
-    check_literal,
     dtype_of,
-    format_of,
+    parse_settings,
 )
 from fastema.shadow.reports import describe_rule
 from fastema.shadow.schedule_counter import ScheduleCounter
@@ -70,36 +65,16 @@ class UpdatableAverage(Generic[Weights]):
         weights: Weights,
         rules: Rule | Sequence[Rule],
         *,
-        shadow_dtype: Any = None,
-        rounding: Rounding | None = None,
-        seed: int = 0,
-        update_every: int = 1,
-        start_after: int = 0,
-        frozen: Policy = "skip",
-        buffers: Policy = "copy",
-        on_nonfinite: OnNonFinite = "propagate",
-        drift: bool = False,
-        capturable: bool = False,
-        watch: WatchMode = "all",
-        policy: Mapping[str, Policy] | None = None,
         ring: tuple[int, Any, bool] | None = None,
+        **options: Any,
     ) -> None:
-        self._schedule = Schedule(rules, update_every, start_after)
-        policies = Policies.of(frozen, buffers, policy)
-        self._watch = _WATCHES[check_literal(watch, "watch", WatchMode)]
-        self._on_nonfinite = check_literal(on_nonfinite, "on_nonfinite", OnNonFinite)
-        capturable = check_flag(capturable, "capturable")
-        drift = check_flag(drift, "drift")
-        if capturable and on_nonfinite == "raise":
-            raise ArgumentError(
-                "on_nonfinite='raise' needs the host, which a captured graph does not ask; with "
-                "capturable=True use 'skip', which leaves the update out"
-            )
-        self._seed = check_seed(seed)
-        self._measures_drift = drift
-        averaged = "lerp_measured" if drift else self._operation
+        settings = parse_settings(rules, **options)
+        self._schedule, self._format = settings.schedule, settings.format
+        self._watch, self._seed = _WATCHES[settings.watch], settings.seed
+        self._on_nonfinite: OnNonFinite = settings.on_nonfinite
+        self._measures_drift = settings.drift
+        averaged = "lerp_measured" if settings.drift else self._operation
         self._operations = {"averaged": averaged, "copied": "copy"}
-        self._format = format_of(shadow_dtype, rounding, len(self._schedule.rules))
         if ring is not None:
             window, dtype, on_host = ring
             self._format = self._format._replace(
@@ -108,14 +83,14 @@ class UpdatableAverage(Generic[Weights]):
         container = list_iterators(weights)
         reshard(container)
         leaves = leaves_of(container)
-        selection = select(leaves, policies)
+        selection = select(leaves, settings.policies)
         self._store = Store.of(selection, self._format)
         self._names = selection.names
         self._done = self._num_skipped = 0
         self._pending_steps = 0  # taken, but not averaged: the next update counts them
         self._ranks = ranks_of(leaf.spec.owner for leaf in (*selection.averaged, *selection.copied))
         if self._ranks is not None:
-            if drift:
+            if settings.drift:
                 raise ArgumentError(
                     "drift=True measures one rank's part, and these weights are divided among "
                     "several ranks; build the average without it"
@@ -134,7 +109,7 @@ class UpdatableAverage(Generic[Weights]):
             program.run(SYNC)
         self._count: ScheduleCounter | None = None
         self._was_captured = False
-        if capturable:
+        if settings.capturable:
             self._refuse_several_deciders()
             self._count = ScheduleCounter(self._binding.contexts, self._schedule, self._seed)
             self._warm_up(self._count, self._binding)

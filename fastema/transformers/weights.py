@@ -30,6 +30,7 @@ from fastema.shadow.options import (
     Policy,
     Rounding,
     WatchMode,
+    check_ema_options,
     check_literal,
     check_which,
     select_shared_options,
@@ -216,9 +217,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self.on_missing: OnMissing = check_literal(on_missing, "on_missing", OnMissing)
         choose_checkpoints(checkpoints, evaluate_with_average)
         self._checkpoints = checkpoints
-        # Raise errors in options now, not when training begins; capturable needs a GPU to check.
-        tried = {**options, "capturable": False}
-        EMA([torch.zeros(1)], decay, **tried)
+        check_ema_options(decay, **options)
         self._which = check_which(which, decay)
         self.evaluate_with_average = evaluate_with_average
         self._decay, self._options = decay, options
