@@ -30,7 +30,7 @@ ROOMS = {
     "shadow": ["tests/shadow"],
     "binding": [
         *("tests/binding", "tests/test_plan.py", "tests/compat/test_averager.py"),
-        *(f"tests/shadow/test_{name}.py" for name in ("jax", "sampled", "moved")),
+        *(f"tests/shadow/test_{name}.py" for name in ("jax", "moved")),
     ],
     "plan": ["tests/test_plan.py", "tests/test_mixed.py"],
     "state": ["tests/checkpoint", "tests/shadow/test_state.py", "tests/test_posthoc.py"],
@@ -152,7 +152,6 @@ PLANTED = {
         "fastema/layout/flat.py": {"not aligned": ("+= -(-size // unit) * unit", "+= size")},
     },
     "engine": {
-        "fastema/engine/watch.py": {"first share missed": ("(share == 0 and", "(share != 0 and")},
         "fastema/engine/cpu.py": {
             "waits": ("if not future.cancel():\n                future.result()", "future.cancel()")
         },

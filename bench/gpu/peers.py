@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu.cases import DeviceCase
-from bench.gpu.targets import CAPTURED, COMPILED, SAMPLED
+from bench.gpu.targets import CAPTURED, COMPILED
 from bench.race.peers import PEERS, Peer, PeerCalls, Refusal, copy_parameters, setup_ema
 
 _FEW = 160
@@ -69,7 +69,6 @@ def _refused(*mixes: str, why: Refusal) -> Mapping[str, Refusal]:
 
 _HERE: tuple[Peer, ...] = (
     Peer(CAPTURED, _captured, stochastic=True),
-    Peer(SAMPLED, setup_ema(watch="sample"), stochastic=True),
     Peer(
         "fastema.EMA, bf16+16",
         setup_ema(shadow_dtype="bf16+16"),

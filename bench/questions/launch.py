@@ -28,9 +28,7 @@ SOURCE = ROOT / "tests" / "engine" / "stub_libcuda.c"
 COUNTS = (10, 100, 1_000)
 VARIANTS: dict[str, dict[str, Any]] = {
     "EMA": {},
-    'EMA, watch="sample"': {"watch": "sample"},
     "EMA, capturable": {"capturable": True},
-    'EMA, capturable, watch="sample"': {"capturable": True, "watch": "sample"},
 }
 
 
@@ -130,10 +128,10 @@ def rows(settings: Settings) -> Rows:
 METHOD = """\
 The driver does nothing, PyTorch's CPU tensors pass for tensors on a GPU:
 what is missing is the time inside the real driver, about 2 µs per launch. Tensors of 64 elements in
-a `torch.nn.ParameterList`; medians of rounds of 1,000 updates, 200 in quick mode. *All* looks at
-every tensor for one that moved, *sample* at a sixteenth of them in turn. Calls of the driver per
-update: one launch for the weights, one that advances the clock where there is one, and before each
-the question which context is current."""
+a `torch.nn.ParameterList`; medians of rounds of 1,000 updates, 200 in quick mode. An update looks
+at every tensor for one that moved. Calls of the driver per update: one launch for the weights, one
+that advances the clock where there is one, and before each the question which context is
+current."""
 
 QUESTION = Question(
     "What an update of a GPU model costs the host",

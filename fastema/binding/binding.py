@@ -192,8 +192,6 @@ class Binding:
         Selects the pairs; see :data:`Matcher`.
     labels : (str, str)
         Prefixes of tensor names of ``dst`` and ``src`` in errors.
-    watch : type of WatchedSide
-        How to watch tensors that stay in place: all at every call, or a sample.
     look : callable
         ``container -> Leaves``.
     leaves : Leaves, optional
@@ -207,11 +205,10 @@ class Binding:
         match: Matcher,
         *,
         labels: tuple[str, str] = ("average of ", ""),
-        watch: type[WatchedSide] = WatchedSide,
         look: Callable[[Any], Leaves] = leaves_of,
         leaves: Leaves | None = None,
     ) -> None:
-        self._match, self._labels, self._watch, self._look = match, labels, watch, look
+        self._match, self._labels, self._look = match, labels, look
         self._bound = self._bind((dst, src), match, leaves)
 
     def _bind(
@@ -255,7 +252,7 @@ class Binding:
             elif whole.moving:
                 sides.append(MovingSide(whole, container))
             else:
-                sides.append(self._watch(watched, container, trained, transient=not owned))
+                sides.append(WatchedSide(watched, container, trained, transient=not owned))
         guard = None
         if dst.moving or src.moving:
             guard = OverlapGuard(

@@ -8,8 +8,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from weakref import ref
 
 from fastema.bridges.moving import Located, Locator
-from fastema.bridges.registry import bridge_of
-from fastema.engine.watch import SHARES, watch
+from fastema.engine.watch import watch
 from fastema.layout.spec import Leaves
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "FreezeState",
     "MovingSide",
     "OwnedSide",
-    "SampledSide",
     "Side",
     "WatchedSide",
 ]
@@ -107,36 +105,9 @@ class WatchedSide(OwnedSide):
 
     def changed(self) -> bool:
         """Return whether a tensor moved or was replaced, or a parameter was frozen or unfrozen."""
-        trained = self._trained
-        return self._watch.changed() or (bool(trained) and _changed(trained))
-
-
-def _changed(trained: Sequence[FreezeState]) -> bool:
-    return any(one.requires_grad is not before for one, before in trained)
-
-
-class SampledSide(WatchedSide):
-    """Watched tensors in :data:`SHARES` shares; each call checks the next share."""
-
-    def __init__(
-        self, leaves: Leaves, container: Any, trained: Sequence[FreezeState], *, transient: bool
-    ) -> None:
-        super().__init__(leaves, container, trained, transient=transient)
-        self._share = 0
-        self._full = 2  # check all when the average is built and at the first update
-        # An unchecked tensor may have been replaced: keep its old memory alive.
-        self._kept = [bridge_of(leaf.spec.owner).alias(leaf.spec.owner) for leaf in leaves.items]
-
-    def find(self, container: Any, *, write: bool) -> Located | None:
-        """See :class:`Side`; checks all tensors before a write and at the first two calls."""
-        if write:
-            return super().find(container, write=write)
-        if self._full:
-            self._full -= 1
-            return super().find(container, write=write)
-        share, self._share = self._share, (self._share + 1) % SHARES
-        moved = self._watch.share_changed(share) or _changed(self._trained[share::SHARES])
-        return UNMOVED if self._is_same_container(container) and not moved else None
+        return self._watch.changed() or any(
+            owner.requires_grad is not before for owner, before in self._trained
+        )
 
 
 class MovingSide(OwnedSide):

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from operator import is_
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastema.engine.registry import function
 from fastema.errors import FastemaError
 from fastema.kernels import watch_table as abi
 from fastema.layout.spec import Leaves, TensorContainer, TensorSpec
 
-__all__ = ["SHARES", "Watch", "watch"]
-
-SHARES: Final = 16
-"""Number of shares into which a container is divided, to check one share at a time."""
+__all__ = ["Watch", "watch"]
 
 
 class Watch:
@@ -31,14 +27,7 @@ class Watch:
 
     def changed(self) -> bool:
         """Return whether any tensor moved, changed shape or dtype, or was replaced."""
-        return self._replaced() or self._any_moved(None)
-
-    def share_changed(self, share: int) -> bool:
-        """Return whether any tensor in one share of :data:`SHARES` changed.
-
-        Shares are counted from 0; share 0 also checks all containers.
-        """
-        return (share == 0 and self._replaced()) or self._any_moved(share)
+        return self._replaced() or self._any_moved()
 
     def _replaced(self) -> bool:
         """Return whether any container holds other objects than before."""
@@ -48,8 +37,8 @@ class Watch:
                 return True
         return False
 
-    def _any_moved(self, share: int | None) -> bool:
-        """Return whether a tensor of a share moved or was replaced; of all shares if None."""
+    def _any_moved(self) -> bool:
+        """Return whether a tensor moved or was replaced."""
         raise NotImplementedError
 
 
@@ -87,16 +76,6 @@ def _seen(spec: TensorSpec, describe: _Fingerprint) -> tuple[Any, _Fingerprint, 
     return spec.owner, spec.fingerprint, spec.fingerprint(spec.owner)
 
 
-def _part(items: Sized, share: int | None) -> slice:
-    """Return the slice of one share of some items; of all items if ``share`` is None.
-
-    A share of any items is never empty, so that a move of all items shows in every share.
-    """
-    if share is None:
-        return slice(None)
-    return slice(len(items) * share // SHARES, -(len(items) * (share + 1) // -SHARES))
-
-
 def _differs(owner: Any, look: _Fingerprint, seen: object) -> bool:
     try:
         return look(owner) != seen
@@ -112,8 +91,8 @@ class _DescribingWatch(Watch):
         # If the framework has no cheaper fingerprint, compare whole descriptions.
         self._seen = [_seen(leaf.spec, leaves.describe) for leaf in leaves.items]
 
-    def _any_moved(self, share: int | None) -> bool:
-        return any(_differs(*one) for one in self._seen[_part(self._seen, share)])
+    def _any_moved(self) -> bool:
+        return any(_differs(*one) for one in self._seen)
 
 
 def _c_address(function: Any) -> int:
@@ -194,16 +173,7 @@ class _CompiledWatch(Watch):
         dims = np.zeros(firsts[-1], np.int64)
         # Every object whose address is stored must outlive this watch.
         containers = [one.container for one in dicts]
-        self._owners: tuple[Any, ...] = (
-            containers,
-            entries,
-            owners,
-            held,
-            entry,
-            tensor,
-            dims,
-            scratch,
-        )
+        self._owners = (containers, entries, owners, held, entry, tensor, dims, scratch)
         task = np.zeros(abi.WORDS, np.int64)
         task[abi.DICT_NEXT] = _c_address(ctypes.pythonapi.PyDict_Next)
         task[abi.DESCRIBE] = leaves.items[0].spec.exchange
@@ -211,32 +181,16 @@ class _CompiledWatch(Watch):
         task[abi.ENTRIES_AT], task[abi.DIMS_AT] = entry.ctypes.data, dims.ctypes.data
         task[abi.SCRATCH_AT] = scratch.ctypes.data
 
-        def task_of(dicts: NDArray[np.int64], tensors: NDArray[np.int64]) -> NDArray[np.int64]:
-            made = task.copy()
-            made[abi.DICTS], made[abi.DICTS_AT] = len(dicts), dicts.ctypes.data
-            made[abi.TENSORS], made[abi.TENSORS_AT] = len(tensors), tensors.ctypes.data
-            return made
-
-        record = task_of(held[:0], tensor)
-        record[abi.RECORD] = 1
+        task[abi.TENSORS], task[abi.TENSORS_AT] = len(tensor), tensor.ctypes.data
+        task[abi.RECORD] = 1
         # A tensor that cannot be described any more has changed: the first check reports it.
-        self._check(record.ctypes.data)
-        tables = []
-        tasks: dict[int | None, NDArray[np.int64]] = {None: task_of(held, tensor)}
-        values = [{*entry[2 * row[3] + 1 : 2 * (row[3] + row[2]) : 2]} for row in rows]
-        known = {id(one.spec.owner) for one in leaves.items}
-        empty = [number for number, ids in enumerate(values) if not ids & known]
-        for share in range(SHARES):
-            items = leaves.items[_part(leaves.items, share)]
-            ids = {id(one.spec.owner) for one in items}
-            holding = [number for number, found in enumerate(values) if found & ids]
-            tables.append(held[holding + empty[_part(empty, share)]])
-            tasks[share] = task_of(tables[-1], tensor[_part(tensor, share)])
-        self._owners += (tables,)
-        self._tasks = {share: (one.ctypes.data, one) for share, one in tasks.items()}
+        self._check(task.ctypes.data)
+        task[abi.RECORD] = 0
+        task[abi.DICTS], task[abi.DICTS_AT] = len(held), held.ctypes.data
+        self._task, self._task_at = task, task.ctypes.data
 
-    def _any_moved(self, share: int | None) -> bool:
-        return bool(self._check(self._tasks[share][0]))
+    def _any_moved(self) -> bool:
+        return bool(self._check(self._task_at))
 
 
 def watch(leaves: Leaves, *, transient: bool = True) -> Watch:

@@ -36,7 +36,6 @@ from fastema.shadow.options import (
     OnNonFinite,
     Policy,
     Rounding,
-    WatchMode,
     check_ema_options,
     check_which,
     select_shared_options,
@@ -111,7 +110,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         With several decays, the index of the average to evaluate and save.
     zero_debias, shadow_dtype, rounding, seed, update_every, start_after
         See :class:`fastema.EMA`.
-    frozen, buffers, policy, on_nonfinite, drift, capturable, watch
+    frozen, buffers, policy, on_nonfinite, drift, capturable
         See :class:`fastema.EMA`.
 
     Raises
@@ -184,7 +183,6 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         on_nonfinite: OnNonFinite = "propagate",
         drift: bool = False,
         capturable: bool = False,
-        watch: WatchMode = "all",
     ) -> None:
         options = select_shared_options(locals()) | {"zero_debias": zero_debias}
         super().__init__()

@@ -17,7 +17,6 @@ from fastema.shadow.options import (
     OnNonFinite,
     Policy,
     Rounding,
-    WatchMode,
     check_ema_options,
     check_literal,
     check_which,
@@ -61,7 +60,7 @@ class EMACallback(Callback):  # type: ignore[misc]
         in the model.
     zero_debias, shadow_dtype, rounding, seed, update_every, start_after
         See :class:`fastema.EMA`.
-    frozen, buffers, policy, on_nonfinite, drift, capturable, watch
+    frozen, buffers, policy, on_nonfinite, drift, capturable
         See :class:`fastema.EMA`.
 
     Raises
@@ -125,7 +124,6 @@ class EMACallback(Callback):  # type: ignore[misc]
         on_nonfinite: OnNonFinite = "propagate",
         drift: bool = False,
         capturable: bool = False,
-        watch: WatchMode = "all",
     ) -> None:
         options = select_shared_options(locals()) | {"zero_debias": zero_debias}
         super().__init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from fastema.binding.binding import Binding, Match
-from fastema.binding.sides import FreezeState, WatchedSide
+from fastema.binding.sides import FreezeState
 from fastema.binding.swap import MemorySwap, Swap, WatchedSwap, WriteWatch
 from fastema.bridges.registry import describe
 from fastema.engine.program import Program
@@ -75,12 +75,11 @@ class ShadowBinding(Binding):
         container: Any,
         store: Store,
         names: Names,
-        watch: type[WatchedSide],
         leaves: Leaves | None = None,
     ) -> None:
         matcher = _Matcher(store, names)
         self._averaged, self.match_subset = matcher.averaged, matcher.match_subset
-        super().__init__(None, container, matcher.match_exactly, watch=watch, leaves=leaves)
+        super().__init__(None, container, matcher.match_exactly, leaves=leaves)
 
     # -- pairs ------------------------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ from fastema.shadow.options import (
     OnNonFinite,
     Policy,
     Rounding,
-    WatchMode,
     parse_rules,
     select_shared_options,
 )
@@ -87,12 +86,6 @@ class EMA(Average[Weights]):
         update; reading :attr:`num_updates` or :attr:`num_skipped` waits for the GPU. Call
         :meth:`update` once on the capturing stream first, or build the average there. False by
         default.
-    watch : {"all", "sample"}
-        Which tensors :meth:`update` checks for having moved: all of them (the default), at about
-        40 nanoseconds each for torch, or a sixteenth of them in turn. ``"sample"`` still notices at
-        once if every tensor moves, but a single ``p.data = ...`` up to 15 updates late; until then
-        the average reads the tensor's old memory, which is kept alive. Do not use it for storage
-        that is freed and refilled (FSDP).
     offload : bool or "skip"
         Keep the average in host memory and update it there on a thread, beside the training step;
         for PyTorch models. If the thread falls behind, :meth:`update` waits for it; with ``"skip"``
@@ -161,7 +154,6 @@ class EMA(Average[Weights]):
         on_nonfinite: OnNonFinite = "propagate",
         drift: bool = False,
         capturable: bool = False,
-        watch: WatchMode = "all",
         offload: bool | Literal["skip"] = False,
     ) -> None:
         options = select_shared_options(locals())

@@ -21,7 +21,6 @@ __all__ = [
     "Policy",
     "Rounding",
     "Settings",
-    "WatchMode",
     "check_ema_options",
     "check_flag",
     "check_literal",
@@ -35,13 +34,12 @@ __all__ = [
 ]
 
 OnNonFinite = Literal["propagate", "skip", "raise"]
-WatchMode = Literal["all", "sample"]
 WhenBehind = Literal["wait", "skip"]
 
 
 _OPTIONS: Final = (
     *("shadow_dtype", "rounding", "seed", "update_every", "start_after", "frozen", "buffers"),
-    *("policy", "on_nonfinite", "drift", "capturable", "watch"),
+    *("policy", "on_nonfinite", "drift", "capturable"),
 )
 
 
@@ -153,7 +151,6 @@ class Settings(NamedTuple):
 
     schedule: Schedule
     policies: Policies
-    watch: WatchMode
     on_nonfinite: OnNonFinite
     drift: bool
     capturable: bool
@@ -175,7 +172,6 @@ def parse_settings(
     on_nonfinite: Any = "propagate",
     drift: Any = False,
     capturable: Any = False,
-    watch: Any = "all",
 ) -> Settings:
     """Return the keyword arguments of an average, checked as far as no weights are needed.
 
@@ -186,7 +182,6 @@ def parse_settings(
     """
     schedule = Schedule(rules, update_every, start_after)
     policies = Policies.of(frozen, buffers, policy)
-    check_literal(watch, "watch", WatchMode)
     check_literal(on_nonfinite, "on_nonfinite", OnNonFinite)
     check_flag(capturable, "capturable")
     check_flag(drift, "drift")
@@ -197,7 +192,7 @@ def parse_settings(
         )
     seed = check_seed(seed)
     stored = format_of(shadow_dtype, rounding, len(schedule.rules))
-    return Settings(schedule, policies, watch, on_nonfinite, drift, capturable, seed, stored)
+    return Settings(schedule, policies, on_nonfinite, drift, capturable, seed, stored)
 
 
 def parse_rules(decay: Any, zero_debias: Any) -> list[Rule]:

@@ -8,7 +8,7 @@ from typing import Any
 from fastema.hints import check_options
 from fastema.rules import power
 from fastema.shadow.average import Average, Weights
-from fastema.shadow.options import OnNonFinite, Policy, Rounding, WatchMode, select_shared_options
+from fastema.shadow.options import OnNonFinite, Policy, Rounding, select_shared_options
 
 __all__ = ["PowerEMA"]
 
@@ -33,7 +33,7 @@ class PowerEMA(Average[Weights]):
         all of them.
     shadow_dtype, rounding, seed, update_every, start_after
         See :class:`fastema.EMA`.
-    frozen, buffers, policy, on_nonfinite, drift, capturable, watch
+    frozen, buffers, policy, on_nonfinite, drift, capturable
         See :class:`fastema.EMA`.
 
     Raises
@@ -81,7 +81,6 @@ class PowerEMA(Average[Weights]):
         on_nonfinite: OnNonFinite = "propagate",
         drift: bool = False,
         capturable: bool = False,
-        watch: WatchMode = "all",
     ) -> None:
         options = select_shared_options(locals())
         several = sigma_rels if isinstance(sigma_rels, Sequence) else (sigma_rels,)

@@ -10,7 +10,7 @@ from fastema.hints import check_options
 from fastema.layout.device_context import LaunchArgs
 from fastema.rules import Window
 from fastema.shadow.average import Average, Weights
-from fastema.shadow.options import OnNonFinite, Policy, Rounding, WatchMode, select_shared_options
+from fastema.shadow.options import OnNonFinite, Policy, Rounding, select_shared_options
 
 __all__ = ["SMA"]
 
@@ -38,7 +38,7 @@ class SMA(Average[Weights]):
         weights' device. (Torch rounds such memory up to a power of two: 70 GB become 128.)
     shadow_dtype, rounding, seed, update_every, start_after
         See :class:`fastema.EMA`.
-    frozen, buffers, policy, on_nonfinite, capturable, watch
+    frozen, buffers, policy, on_nonfinite, capturable
         See :class:`fastema.EMA`.
 
     Raises
@@ -101,7 +101,6 @@ class SMA(Average[Weights]):
         policy: Mapping[str, Policy] | None = None,
         on_nonfinite: OnNonFinite = "propagate",
         capturable: bool = False,
-        watch: WatchMode = "all",
     ) -> None:
         options = select_shared_options(locals())
         if ring_device is not None and not (isinstance(ring_device, str) and ring_device == "cpu"):

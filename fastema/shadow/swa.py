@@ -8,7 +8,7 @@ from typing import Any
 from fastema.hints import check_options
 from fastema.rules import CumulativeMean
 from fastema.shadow.average import Average, Weights
-from fastema.shadow.options import OnNonFinite, Policy, Rounding, WatchMode, select_shared_options
+from fastema.shadow.options import OnNonFinite, Policy, Rounding, select_shared_options
 
 __all__ = ["SWA"]
 
@@ -28,7 +28,7 @@ class SWA(Average[Weights]):
         keeps long means exact enough for :func:`fastema.mean_between`.
     rounding, seed, update_every, start_after
         See :class:`fastema.EMA`.
-    frozen, buffers, policy, on_nonfinite, drift, capturable, watch
+    frozen, buffers, policy, on_nonfinite, drift, capturable
         See :class:`fastema.EMA`.
 
     Raises
@@ -74,7 +74,6 @@ class SWA(Average[Weights]):
         on_nonfinite: OnNonFinite = "propagate",
         drift: bool = False,
         capturable: bool = False,
-        watch: WatchMode = "all",
     ) -> None:
         options = select_shared_options(locals())
         super().__init__(weights, CumulativeMean(), **options)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic
 
-from fastema.binding.sides import SampledSide, WatchedSide
 from fastema.bridges.registry import leaves_of, list_iterators, ranks_of, reshard, world_of
 from fastema.engine.collector import pause_gc
 from fastema.engine.interrupts import defer_signals
@@ -22,7 +21,6 @@ from fastema.shadow.entries import select
 from fastema.shadow.following import StepHooks
 from fastema.shadow.options import (
     OnNonFinite,
-    WatchMode,
     dtype_of,
     parse_settings,
 )
@@ -41,8 +39,6 @@ else:
 
     Weights = TypeVar("Weights")
 
-
-_WATCHES: Final[dict[WatchMode, type[WatchedSide]]] = {"all": WatchedSide, "sample": SampledSide}
 
 _ONCE: Final = "ema.update(params)"
 """How to pass new immutable arrays; quoted in errors."""
@@ -70,7 +66,7 @@ class UpdatableAverage(Generic[Weights]):
     ) -> None:
         settings = parse_settings(rules, **options)
         self._schedule, self._format = settings.schedule, settings.format
-        self._watch, self._seed = _WATCHES[settings.watch], settings.seed
+        self._seed = settings.seed
         self._on_nonfinite: OnNonFinite = settings.on_nonfinite
         self._measures_drift = settings.drift
         averaged = "lerp_measured" if settings.drift else self._operation
@@ -124,7 +120,7 @@ class UpdatableAverage(Generic[Weights]):
             )
 
     def _bind(self, container: Any, store: Store, leaves: Leaves | None = None) -> ShadowBinding:
-        return ShadowBinding(container, store, self._names, self._watch, leaves)
+        return ShadowBinding(container, store, self._names, leaves)
 
     def _common_settings(self) -> dict[str, str]:
         """Return the settings that all ranks must share, by name."""

@@ -29,7 +29,6 @@ from fastema.shadow.options import (
     OnNonFinite,
     Policy,
     Rounding,
-    WatchMode,
     check_ema_options,
     check_literal,
     check_which,
@@ -167,7 +166,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         in the model.
     zero_debias, shadow_dtype, rounding, seed, update_every, start_after
         See :class:`fastema.EMA`.
-    frozen, buffers, policy, on_nonfinite, drift, capturable, watch
+    frozen, buffers, policy, on_nonfinite, drift, capturable
         See :class:`fastema.EMA`.
 
     Raises
@@ -210,7 +209,6 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         on_nonfinite: OnNonFinite = "propagate",
         drift: bool = False,
         capturable: bool = False,
-        watch: WatchMode = "all",
     ) -> None:
         options = select_shared_options(locals()) | {"zero_debias": zero_debias}
         self.at_end: AtEnd = check_literal(at_end, "at_end", AtEnd)

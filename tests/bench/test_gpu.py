@@ -228,7 +228,6 @@ def test_targets_are_judged_from_the_measured_rows() -> None:
         row(targets.NARROW, OURS, 1.5, share=0.96),
         row(targets.NARROW, "timm ModelEmaV3, stochastic", 15.0),
         row(small, OURS, 0.010, 50.0),
-        row(small, targets.SAMPLED, 0.010, 51.0),
         row(small, "AveragedModel multi_avg_fn", 2.0, 2_000.0),
         row(small, targets.PLAN, 0.010),
         row(small, targets.CAPTURED, 0.0135),
@@ -245,7 +244,6 @@ def test_targets_are_judged_from_the_measured_rows() -> None:
         ("bf16 at random", 10.0, True),
         ("1,000 small tensors, host time against", 40.0, True),
         ("1,000 small tensors, host time of an update", 50.0, True),
-        ("1,000 small tensors, host time of an update, watch", 51.0, False),
         ("device time of a replay beyond that of the bare kernel, 1,000", 3.5, False),
         ("the same, GPT-2", None, None),
         ("64 tiny tensors, device time beyond that of torch._foreach_lerp_", 0.9, True),
@@ -263,7 +261,7 @@ def test_targets_are_judged_from_the_measured_rows() -> None:
     assert {targets.SAME, targets.MIXED, targets.NARROW, targets.SMALL} <= titles
     assert {targets.GPT2, targets.TINY} <= titles
     everyone = {peer.name for peer in peers.DEVICE_PEERS}
-    assert {OURS, targets.PLAN, targets.CAPTURED, targets.SAMPLED, targets.COMPILED} <= everyone
+    assert {OURS, targets.PLAN, targets.CAPTURED, targets.COMPILED} <= everyone
 
 
 def test_documents_take_their_figures_of_gpus_from_stored_results(tmp_path: Path) -> None:

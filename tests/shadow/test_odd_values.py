@@ -36,7 +36,6 @@ OPTIONS: list[tuple[type, dict[str, Any], str]] = [
     (fastema.EMA, {"policy": {1: "skip"}}, "policy=.*expected a mapping of name patterns"),
     (fastema.EMA, {"policy": lambda name, role: "skip"}, "policy=.*expected a mapping of name"),
     (fastema.EMA, {"rounding": ARRAY}, "rounding=.*expected one of nearest, stochastic"),
-    (fastema.EMA, {"watch": ["all"]}, "watch=.*expected one of all, sample"),
     (fastema.EMA, {"on_nonfinite": ARRAY}, "on_nonfinite=.*expected one of propagate, skip, raise"),
     (fastema.EMA, {"drift": ARRAY}, "drift=.*expected True or False"),
     (fastema.EMA, {"capturable": TENSOR}, "capturable=.*expected True or False"),
