@@ -195,7 +195,8 @@ class Binding:
     look : callable
         ``container -> Leaves``.
     leaves : Leaves, optional
-        The model's leaves, if already known.
+        The model's leaves, if already known. An average that fastema owns was then allocated for
+        them just now, and overlaps nothing.
     """
 
     def __init__(
@@ -241,7 +242,8 @@ class Binding:
                 for tag in pairs_by_tag
             }
         pairs = [pair for members in pairs_by_tag.values() for pair in members]
-        _check_overlap(pairs, self._labels)
+        if not owned or leaves is None:
+            _check_overlap(pairs, self._labels)
         sides: list[Side] = []
         for container, whole, watched, trained in (
             (containers[0], dst, found.dst, ()),

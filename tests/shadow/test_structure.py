@@ -262,6 +262,20 @@ def test_partly_overlapping_weights_are_refused_by_name() -> None:
             fastema.EMA(weights)
 
 
+def test_weights_that_were_moved_into_the_average_are_refused() -> None:
+    model = nn.Linear(3, 2)
+    ema = fastema.EMA(model, 0.5)
+    before = {name: average.clone() for name, average in ema.shadow.items()}
+    model.weight.data = ema.shadow["weight"]
+    with pytest.raises(LayoutError, match=r"average of weight .* and weight .* overlap"):
+        ema.update()
+    with pytest.raises(LayoutError, match="overlap"):
+        fastema.Plan(ema.shadow, model)
+    model.weight.data = before["weight"] + 1
+    ema.update()
+    torch.testing.assert_close(ema.shadow["weight"], before["weight"] + 0.5)
+
+
 class Wrapper(nn.Module):
     """A wrapper that prefixes names like ``DataParallel``."""
 
