@@ -14,7 +14,7 @@ def _mark(name: str) -> object:
     return pytest.param(name, marks=marks)
 
 
-@pytest.mark.parametrize("family", map(_mark, FAMILIES))
+@pytest.mark.parametrize("family", list(map(_mark, FAMILIES)))
 def test_values_equal_the_stored_corpus(family: str) -> None:
     require_packages(*FAMILIES[family].needs)
     found = differences(family, record(family))
@@ -22,7 +22,7 @@ def test_values_equal_the_stored_corpus(family: str) -> None:
     assert not found, f"{len(found)} differ (python -m tests.corpus compare {family})\n{shown}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_stored_tensors_are_not_constant(family: str) -> None:
     for case, values in load(family).items():
         for path, value in values.items():

@@ -67,6 +67,8 @@ def train(weights: Any, *averages: Any, steps: Iterable[int] = range(1, STEPS + 
         fill(weights, step)
         for one in averages:
             one.update()
+            if hasattr(one, "wait"):
+                one.wait()  # an offloaded update still reads the weights
 
 
 def values(weights: Any) -> dict[str, Any]:

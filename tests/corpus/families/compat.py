@@ -317,7 +317,7 @@ def ultralytics_checkpoints() -> Any:
     }
 
 
-@case(CASES, peer=("torch_ema", "timm", "swa_utils", "ema_pytorch", "diffusers", "nothing"))
+@case(CASES, peer=("swa_utils", "nothing"))
 def installation(peer: str) -> Any:
     found = {"before": [str(one) for one in fastema.compat.installed()]}
     done = attempt(lambda: fastema.compat.install(peer))

@@ -153,13 +153,15 @@ def converted_files(kind: str, to: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder, "average.safetensors"), Path(folder, "out")
         checkpoint.save(ema, path)
+        outcomes: list[Any] = []
         for ending in (".pt", ".safetensors"):
             target = out.with_suffix(ending)
             done = attempt(lambda target=target: checkpoint.convert(path, target, to=to))
+            outcomes.append(done if isinstance(done, Exception) else "converted")
             if not isinstance(done, Exception):
                 break
         if isinstance(done, Exception):
-            return {"refused": done}
+            return {"refused": outcomes}
         loaded = (
             torch.load(target, weights_only=True) if ending == ".pt" else load_file(str(target))
         )
