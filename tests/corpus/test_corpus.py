@@ -27,7 +27,10 @@ def test_stored_tensors_are_not_constant(family: str) -> None:
     for case, values in load(family).items():
         for path, value in values.items():
             head, _, numbers = str(value).partition("): ")
-            if head.startswith(("f64 (", "f32 (", "f16 (", "bf16 (")) and "constant" not in case:
+            if head.startswith(("f64 (", "f32 (", "f16 (", "bf16 (")):
+                if "residual" in path:  # its first values may be 0
+                    continue
+
                 shown = [one for one in numbers.split() if one[0] not in ".#"]
                 assert len(shown) < 3 or len(set(shown)) > 1, (case, path, value)
 

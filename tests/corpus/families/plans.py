@@ -120,5 +120,9 @@ def batch_norm(momentum: Any, progress: bool) -> Any:
     batches = [fill([torch.zeros(4, 5)], step)[0] for step in range(1, 6)]
     fastema.update_bn(batches, model, progress=progress)
     # torch's own sums may be added in another order on another processor
-    rounded = {k: v.double().mul(1e5).round() for k, v in model.state_dict().items()}
+    rounded = {
+        k: v.double().mul(1e5).round()
+        for k, v in model.state_dict().items()
+        if k[2:] not in ("weight", "bias")
+    }
     return rounded | {"training": model.training}

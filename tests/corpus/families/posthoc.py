@@ -96,7 +96,7 @@ def numpy_weights() -> Any:
     weights = {"w": np.zeros(5), "v": np.zeros((2, 3), np.float32)}
     ema = fastema.PowerEMA(weights, sigma_rels=0.1)
     for step in range(1, 31):
-        weights["w"] += step
-        weights["v"] += np.float32(0.5)
+        weights["w"] += step * np.arange(1, 6)
+        weights["v"] += np.arange(1, 7, dtype=np.float32).reshape(2, 3)
         ema.update()
     return dict(ema.shadow)
