@@ -81,7 +81,7 @@ INVALID: list[dict[str, Any]] = [
     {"rounding": "up"}, {"seed": -1}, {"update_every": 0}, {"start_after": -1}, {"frozen": "melt"},
     {"buffers": "melt"}, {"policy": {"*": "melt"}}, {"policy": ["*"]}, {"on_nonfinite": "stop"},
     {"drift": 1}, {"capturable": 1}, {"capturable": True, "on_nonfinite": "raise"},
-    {"watch": "none"}, {"shadow_dtype": "f31"},
+    {"shadow_dtype": "f31"},
 ]  # fmt: skip
 
 
