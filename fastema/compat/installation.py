@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import Any, Final, NamedTuple
 
 from fastema.compat.signatures import compare_interfaces
 from fastema.engine.interrupts import defer_signals
@@ -55,14 +55,8 @@ class _Binding(NamedTuple):
     ours: Any
 
 
-Horizon = Literal["peer", "corrected"]
-
-# Peers whose ``update_every`` lengthens the horizon: see fastema.compat.peer_horizon.
-_PEERS_WITH_HORIZON: Final = ("ema_pytorch", "lightning")
-
 _lock = rlock()
 _installed: dict[str, list[_Binding]] = {}
-_horizons: dict[str, Horizon] = {}
 
 
 class Installation:
@@ -88,7 +82,7 @@ class Installation:
         return f"Installation({', '.join(self.peers)})"
 
 
-def install(*peers: str, horizon: Horizon = "peer") -> Installation:
+def install(*peers: str) -> Installation:
     """Replace peers' classes with fastema's, so that an existing script uses the kernels unchanged.
 
     The names are replaced where they are defined and in every module that has imported them, so the
@@ -103,16 +97,11 @@ def install(*peers: str, horizon: Horizon = "peer") -> Installation:
         ``"diffusers"``, ``"ema_pytorch"``, ``"keras"``, ``"lightning"``, ``"swa_utils"`` (of
         :mod:`torch.optim`), ``"tensorflow"``, ``"timm"``, ``"torch_ema"``: docs/drop-in.md lists
         their classes. A peer that is already replaced stays so.
-    horizon : {"peer", "corrected"}
-        How ``update_every`` (ema_pytorch) and ``update_every_n_steps`` (Lightning) affect the
-        number of steps that are averaged. ``"peer"`` (default): multiply it, as the peers do.
-        ``"corrected"``: leave it as with an update after every step, like the classes of
-        :mod:`fastema.compat`.
 
     Raises
     ------
     ArgumentError
-        For no name, an unknown name or horizon, or a peer that is installed with another horizon.
+        For no name, or an unknown one.
     PeerError
         If a peer is missing, or its interface differs from the known one: the error names every
         difference. No peer is replaced then.
@@ -132,26 +121,15 @@ def install(*peers: str, horizon: Horizon = "peer") -> Installation:
             f"install: got {given}; known are {', '.join(sorted(_KNOWN))}. For other libraries, "
             "docs/drop-in.md says what to write instead"
         )
-    if horizon not in get_args(Horizon):
-        raise ArgumentError(
-            f"install: horizon={horizon!r}: expected one of {', '.join(get_args(Horizon))}"
-        )
     with _lock:
-        for peer in peers:
-            if peer in _PEERS_WITH_HORIZON and _horizons.get(peer, horizon) != horizon:
-                raise ArgumentError(
-                    f"install: {peer} is installed with horizon={_horizons[peer]!r}: uninstall it "
-                    f"before it is installed with horizon={horizon!r}"
-                )
         new = tuple(dict.fromkeys(peer for peer in peers if peer not in _installed))
-        pairs = {peer: _check_peer(peer, horizon) for peer in new}
+        pairs = {peer: _check_peer(peer) for peer in new}
         places = {peer: [p for pair in pairs[peer] for p in _find_bindings(*pair)] for peer in new}
         with defer_signals():
             for found in places.values():
                 for place in found:
                     _members(place.module)[place.name] = place.ours
             _installed.update(places)
-            _horizons.update(dict.fromkeys(places, horizon))
         return Installation(places)
 
 
@@ -169,7 +147,6 @@ def uninstall(*peers: str) -> None:
                 f"uninstall: {', '.join(map(repr, strange))} not installed; installed: {now}"
             )
         for peer in dict.fromkeys(peers or _installed):
-            _horizons.pop(peer)
             for place in _installed.pop(peer):
                 # Leave a replacement that somebody else installed.
                 members = _members(place.module)
@@ -183,16 +160,15 @@ def installed() -> tuple[str, ...]:
         return tuple(_installed)
 
 
-def _check_peer(name: str, horizon: Horizon) -> list[tuple[Any, Any]]:
+def _check_peer(name: str) -> list[tuple[Any, Any]]:
     """Return (theirs, ours) for each name of a peer; raise a PeerError if its interface differs."""
     known = _KNOWN[name]
     present = [home for home in known if _is_installed(home.partition(".")[0])]
     if not present:
         raise PeerError(f"{_distribution(next(iter(known)))} is not installed: nothing to replace")
-    inside = "peer_horizon." if horizon == "peer" and name in _PEERS_WITH_HORIZON else ""
     pairs = []
     for home in present:
-        problems, found = _compare_module(home, known[home], f"fastema.compat.{inside}{name}")
+        problems, found = _compare_module(home, known[home], f"fastema.compat.{name}")
         if problems:
             distribution = _distribution(home)
             raise PeerError(

@@ -16,9 +16,6 @@ Where it differs:
 - Theirs: under ``bf16-true`` each validation rounds the float32 average; here: it stays exact.
 - Theirs: an exception in validation leaves the average in the model; here: the weights are
   restored.
-- Theirs: ``update_every_n_steps=n`` makes the horizon n times as long; here: uses ``decay ** n``
-  (*).
-- Theirs: calls ``should_update`` only for the last of several steps in a batch; here: for each (*).
 - Theirs: ``save_weights_only=True`` saves raw weights although the average was monitored; here:
   saves the average.
 - Theirs: a checkpoint at the end of training holds the average twice; here: the average and the
@@ -119,11 +116,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._swap_block: RestoringBlock[None] | None = None
         # "ended": the model holds the average, and checkpoints still save the weights in training.
         self._phase: Literal["outside", "training", "ended", "failed"] = "outside"
-        self._steps_seen = self._batches_since = 0
         self._unwrap: Callable[[], None] | None = None
-
-    _uses_peer_horizon: bool = False
-    """Whether to update at the same steps, and with the same decay, as Lightning's callback."""
 
     @property
     def _has_updated(self) -> bool:
@@ -176,7 +169,6 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._averager = ModelAverager(self._average_model.module)
         self._latest_update_step = trainer.global_step
         self._latest_update_epoch = trainer.current_epoch - 1
-        self._steps_seen, self._batches_since = trainer.global_step, 0
         self._phase = "training"
         self._wrap_strategy(trainer.strategy)
 
@@ -185,26 +177,19 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     ) -> None:
         """Update the average if the optimizer made a step and :meth:`should_update` is True."""
         done = trainer.global_step
-        seen, self._steps_seen = self._steps_seen, done
-        self._batches_since += done > seen
-        # Lightning asks about the last step only, again after each batch until an update.
-        asked = range(done - 1, done) if self._uses_peer_horizon else range(seen, done)
-        if done <= (self._latest_update_step if self._uses_peer_horizon else seen):
-            return
-        if any(self.should_update(step_idx=step) for step in asked):
-            self._update(pl_module, by_step=True)
-            self._latest_update_step, self._batches_since = done, 0
+        # Of several steps, Lightning asks about the last, again after each batch until an update.
+        if done > self._latest_update_step and self.should_update(step_idx=done - 1):
+            assert self._average_model is not None
+            self._average_model.update_parameters(pl_module)
+            self._latest_update_step = done
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Update the average if :meth:`should_update` is True for this epoch."""
         epoch = trainer.current_epoch
         if epoch > self._latest_update_epoch and self.should_update(epoch_idx=epoch):
-            self._update(pl_module, by_step=False)
+            assert self._average_model is not None
+            self._average_model.update_parameters(pl_module)
             self._latest_update_epoch = epoch
-
-    def _update(self, pl_module: Any, *, by_step: bool) -> None:
-        assert self._average_model is not None
-        self._average_model.update_parameters(pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Swap the average into the model; after the last checkpoint :meth:`teardown` copies it."""
@@ -286,23 +271,16 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     # -- checkpoints -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step and epoch of the latest update, and the batches since."""
+        """Return the step and epoch of the latest update."""
         return {
             "latest_update_step": self._latest_update_step,
             "latest_update_epoch": self._latest_update_epoch,
-            "batches_since_update": self._batches_since,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the position of the latest update.
-
-        Lightning's own state lacks the epoch, and counts every step since as a batch.
-        """
+        """Load the step and epoch of the latest update; Lightning's own state lacks the epoch."""
         self._latest_update_step = state_dict["latest_update_step"]
         self._latest_update_epoch = state_dict.get("latest_update_epoch", -1)
-        self._batches_since = state_dict.get(
-            "batches_since_update", max(self._steps_seen - self._latest_update_step, 0)
-        )
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Save the average as ``state_dict`` and the weights as ``current_model_state``."""
@@ -339,7 +317,6 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         # Outside of fit the model needs only the average, which it has loaded already.
         if self._phase != "training" or self._average_model is None:
             return
-        self._steps_seen = checkpoint["global_step"]
         if not {"current_model_state", "averaging_state"} <= checkpoint.keys():
             _utilities.rank_zero_warn(
                 "The checkpoint was written without WeightAveraging: the average starts with the "
@@ -401,29 +378,24 @@ _EMAWeightAveraging: Any = type(
 class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
     """Exponential moving average of the weights; see :class:`WeightAveraging`.
 
-    ``avg = decay**n * avg + (1 - decay**n) * x`` after every n-th optimizer step; the first update
-    sets ``avg = x``.
+    ``avg = decay * avg + (1 - decay) * x`` after every n-th optimizer step; the first update sets
+    ``avg = x``.
 
     Parameters
     ----------
     device, use_buffers, **kwargs
         See :class:`WeightAveraging`.
     decay : float
-        Weight of the old average per step, in [0, 1]; per batch if a batch makes several steps.
-        Default 0.999.
+        Weight of the old average in an update, in [0, 1]. Default 0.999.
     update_every_n_steps : int
         Update after each step whose number, from 0, is a multiple of this; 0 for never. Default 1.
-        Lightning counts the steps of all optimizers together: with two optimizers, 2 means after
-        every batch.
+        With n steps between updates the average looks back over n times as many steps;
+        :class:`fastema.lightning.EMACallback` keeps that number. Lightning counts the steps of all
+        optimizers together, and asks about the last step of a batch.
     update_starting_at_step : int, optional
         Number, from 0, of the first step that may update the average. Default: 0.
     update_starting_at_epoch : int, optional
-        Also update at the end of each epoch from this one on, with ``decay`` itself as the weight
-        of the old average. Default: never.
-    peer_exact : bool
-        Use Lightning's numbers: ``decay`` per update, not per step, so that
-        ``update_every_n_steps=10`` averages over ten times as many steps. Set it to resume a run of
-        Lightning's callback. Default False.
+        Also update at the end of each epoch from this one on. Default: never.
 
     Raises
     ------
@@ -439,8 +411,6 @@ class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
         update_every_n_steps: int = 1,
         update_starting_at_step: int | None = None,
         update_starting_at_epoch: int | None = None,
-        *,
-        peer_exact: bool = False,
         **kwargs: Any,
     ) -> None:
         given = sorted({"avg_fn", "multi_avg_fn"} & kwargs.keys())
@@ -449,16 +419,11 @@ class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
                 f"EMAWeightAveraging({given[0]}=...): it averages with decay={decay!r}; for "
                 f"another function use WeightAveraging({given[0]}=...)"
             )
-        super().__init__(device, use_buffers, **kwargs)
-        # One function for each decay in use, which differs at the end of an epoch. This one checks
-        # the decay now, not in the first batch.
-        self._functions = {decay: get_ema_multi_avg_fn(decay)}
+        super().__init__(device, use_buffers, multi_avg_fn=get_ema_multi_avg_fn(decay), **kwargs)
         self.decay = decay
         self.update_every_n_steps = update_every_n_steps
         self.update_starting_at_step = update_starting_at_step
         self.update_starting_at_epoch = update_starting_at_epoch
-        self.peer_exact = peer_exact
-        self._uses_peer_horizon |= peer_exact
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Return whether the arguments of the constructor ask for an update now."""
@@ -469,14 +434,3 @@ class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
                 return True
         first = self.update_starting_at_epoch
         return epoch_idx is not None and first is not None and epoch_idx >= first
-
-    def _update(self, pl_module: Any, *, by_step: bool) -> None:
-        assert self._average_model is not None
-        steps = 1
-        if by_step and not self._uses_peer_horizon:
-            steps = max(1, min(self.update_every_n_steps, self._batches_since))
-        decay = self.decay**steps
-        if decay not in self._functions:
-            self._functions[decay] = get_ema_multi_avg_fn(decay)
-        self._average_model.multi_avg_fn = self._functions[decay]
-        super()._update(pl_module, by_step=by_step)

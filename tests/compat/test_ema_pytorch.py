@@ -38,6 +38,18 @@ def largest_gap(ema: Any) -> float:
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("every", [1, 2, 7])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_decay_is_per_update_as_in_ema_pytorch(settings: Any, every: int, foreach: bool) -> None:
+    mine, yours = pair(**settings, update_every=every, use_foreach=foreach)
+    for step in range(40):
+        run([mine, yours], [step])
+        assert mine.get_current_decay() == pytest.approx(yours.get_current_decay(), abs=1e-6)
+        assert_close(mine.ema_model, yours.ema_model, atol=1e-5)
+    assert largest_gap(mine) > 0.1 or settings.get("beta") == 0.0
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("every", [1, 2, 7])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_peer_exact_matches_ema_pytorch(settings: Any, every: int, foreach: bool) -> None:
     mine, yours = pair(**settings, update_every=every, use_foreach=foreach, peer_exact=True)
     for step in range(40):

@@ -11,7 +11,6 @@ from torch.optim import swa_utils
 import fastema
 import fastema.compat.swa_utils
 from fastema.compat import lightning as ours
-from fastema.compat.peer_horizon import lightning as same
 
 from ..support.requirements import require_packages
 from ..support.torch_states import assert_same, snapshot
@@ -21,12 +20,10 @@ from .lightning_case import (
     STEPS,
     Alternating,
     Network,
-    State,
     assert_near,
     average_of,
     differ,
     fit_network,
-    floats,
 )
 
 pytestmark = MARKS
@@ -77,49 +74,33 @@ def test_averages_and_state_match_lightning(tmp_path: Path, configuration: str) 
         assert_near(one, seen)
 
 
-def test_update_every_n_steps_keeps_the_horizon_unless_peer_exact(tmp_path: Path) -> None:
-    def run(library: Any, every: int, **options: Any) -> Network:
-        callback = library.EMAWeightAveraging(decay=0.9, update_every_n_steps=every, **options)
-        return fit_network(tmp_path, callback)
-
-    def distance(one: State, other: State) -> float:
-        return sum(float((one[name] - other[name]).abs().sum()) for name in floats(one))
-
-    exact, default = run(ours, 4, peer_exact=True), run(ours, 4)
-    theirs, each = run(peer, 4).state_dict(), run(ours, 1).state_dict()
-    assert_same(snapshot(run(same, 4)), snapshot(exact))
-    assert_near(exact.state_dict(), theirs)
-    for module, decay in ((exact, 0.9), (default, 0.9**4)):
-        decays = [decay if k % 4 == 0 else None for k in range(COUNT)]
-        assert_near(module.state_dict(), average_of(module.steps, decays))
-    assert differ(default.state_dict(), theirs)
-    assert distance(default.state_dict(), each) < distance(theirs, each) / 3
+def test_decay_is_per_update_as_in_lightning(tmp_path: Path) -> None:
+    theirs, mine = (
+        fit_network(tmp_path, library.EMAWeightAveraging(decay=0.9, update_every_n_steps=4))
+        for library in (peer, ours)
+    )
+    assert_near(mine.state_dict(), theirs.state_dict())
+    decays = [0.9 if k % 4 == 0 else None for k in range(COUNT)]
+    assert_near(mine.state_dict(), average_of(mine.steps, decays))
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 4, 5])
 def test_alternating_optimizers_update_as_in_lightning(tmp_path: Path, every: int) -> None:
-    def run(library: Any, **options: Any) -> Network:
-        callback = library.EMAWeightAveraging(decay=0.8, update_every_n_steps=every, **options)
+    def run(library: Any) -> Network:
+        callback = library.EMAWeightAveraging(decay=0.8, update_every_n_steps=every)
         return fit_network(tmp_path, callback, module=Alternating())
 
-    theirs, exact, default = run(peer), run(ours, peer_exact=True), run(ours)
-    assert_same(snapshot(run(same)), snapshot(exact))
-    assert len(default.steps) == COUNT
+    theirs, mine = run(peer), run(ours)
+    assert len(mine.steps) == COUNT
     last = [(2 * k + 1) % every == 0 for k in range(COUNT)]
     assert any(last) is (every % 2 == 1)
     if any(last):
-        assert_near(exact.state_dict(), theirs.state_dict())
+        assert_near(mine.state_dict(), theirs.state_dict())
+        decays = [0.8 if fires else None for fires in last]
+        assert_near(mine.state_dict(), average_of(mine.steps, decays))
     else:  # theirs ends with the initial weights
         assert_same(snapshot(theirs), snapshot(Network()))
-        assert_same(snapshot(exact), exact.steps[-1])
-    decays: list[float | None] = []
-    since = 0
-    for k in range(COUNT):
-        since += 1
-        fires = any(step % every == 0 for step in (2 * k, 2 * k + 1))
-        decays.append(0.8**since if fires else None)
-        since = 0 if fires else since
-    assert_near(default.state_dict(), average_of(default.steps, decays))
+        assert_same(snapshot(mine), mine.steps[-1])
 
 
 MODULE = """

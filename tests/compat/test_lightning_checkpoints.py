@@ -48,8 +48,7 @@ def test_interrupted_run_resumes_in_either_library(
     tmp_path: Path, first: Any, second: Any, options: dict[str, Any]
 ) -> None:
     def callback(library: Any) -> Any:
-        exact = {"peer_exact": True} if library is ours else {}
-        return library.EMAWeightAveraging(**options, **exact)
+        return library.EMAWeightAveraging(**options)
 
     whole = fit_network(tmp_path / "whole", callback(second))
     begun = fit_network(tmp_path, callback(first), save_epochs(tmp_path), max_epochs=2)

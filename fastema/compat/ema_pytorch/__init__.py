@@ -14,10 +14,6 @@ Notes
 -----
 Where it differs:
 
-- Theirs: the default ``update_every=10`` makes the horizon ten times as long; here: ``decay **
-  update_every`` keeps it (*).
-- Theirs: with ``update_every > 1``, ``PostHocEMA`` synthesizes a width of 0.24 for a requested
-  0.05; here: 0.05 (*).
 - Theirs: synthesis uses snapshots newer than the requested step, and coefficients that do not sum
   to 1; here: neither.
 - Theirs: integer buffers are never copied; here: copied at each update.

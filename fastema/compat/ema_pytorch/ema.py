@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ class EMA(ScheduledDecayModule, ModelAverage):
     """An exponential moving average of a model, kept in a copy of the model.
 
     From step ``update_after_step`` on, every ``update_every``-th call of :meth:`update` computes
-    ``avg += (1 - decay**update_every) * (x - avg)`` for all float parameters and buffers, with
+    ``avg += (1 - decay) * (x - avg)`` for all float parameters and buffers, with
     ``decay = clamp(1 - (1 + epoch / inv_gamma) ** -power, min_value, beta)`` and ``epoch`` the
     steps since ``update_after_step``. Before that step, those calls copy the weights.
 
@@ -58,8 +58,8 @@ class EMA(ScheduledDecayModule, ModelAverage):
     lazy_init_ema : bool
         Create the averaged model at the first update (default False).
     peer_exact : bool
-        Reproduce the numbers of ema_pytorch, to continue an old run: ``decay`` instead of
-        ``decay**update_every``, in single precision, and 16-bit averages rounded to nearest.
+        Reproduce the numbers of ema_pytorch to the digit, to continue an old run: decays in single
+        precision, and 16-bit averages rounded to nearest.
 
     Attributes
     ----------
@@ -92,8 +92,6 @@ class EMA(ScheduledDecayModule, ModelAverage):
     3.0
     """
 
-    _tree_class: ClassVar[type[EMAPytree]] = EMAPytree
-
     def __new__(cls, model: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Return an EMA of a module, or an EMAPytree of anything else.
 
@@ -101,7 +99,7 @@ class EMA(ScheduledDecayModule, ModelAverage):
         """
         if model is None or isinstance(model, nn.Module):
             return super().__new__(cls)
-        return cls._tree_class(model, *args, **kwargs)
+        return EMAPytree(model, *args, **kwargs)
 
     def __init__(
         self,
@@ -213,7 +211,7 @@ class EMA(ScheduledDecayModule, ModelAverage):
     ) -> None:
         """Compute ``ma += (1 - decay) * (current - ma)`` of two models, unless frozen.
 
-        ``current_decay`` defaults to the schedule's decay, for ``update_every`` steps. Raises the
+        ``current_decay`` defaults to the schedule's decay. Raises the
         same errors as :meth:`update`.
         """
         if not self.is_frozen:

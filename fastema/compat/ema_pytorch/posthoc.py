@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,12 @@ class KarrasEMA(ModelAverage):
     """A power-function average of a model, kept in a copy of the model.
 
     Every ``update_every``-th call of :meth:`update` computes ``avg += (1 - beta) * (x - avg)`` with
-    ``beta = (1 - update_every / (step + 1)) ** (gamma + 1)``: the weight of step ``s`` is
-    proportional to ``s**gamma`` (T. Karras et al., Analyzing and Improving the Training Dynamics of
-    Diffusion Models, 2023, section 3.1, https://arxiv.org/abs/2312.02696). The first call copies
-    the weights.
+    ``beta = (1 - 1 / (step + 1)) ** (gamma + 1)``: with ``update_every=1`` the weight of step ``s``
+    is proportional to ``s**gamma`` (T. Karras et al., Analyzing and Improving the Training Dynamics
+    of Diffusion Models, 2023, section 3.1, https://arxiv.org/abs/2312.02696). The first call copies
+    the weights. As in ema_pytorch, ``update_every=k`` changes the exponent to ``(gamma + 1) / k -
+    1``, so that with k = 10 a width of 0.05 becomes 0.246; :class:`fastema.PowerEMA` keeps the
+    width.
 
     Parameters
     ----------
@@ -53,9 +55,7 @@ class KarrasEMA(ModelAverage):
     frozen : bool
         Whether updates after the first copy do nothing (default False).
     peer_exact : bool
-        Reproduce the numbers of ema_pytorch, to continue an old run: every update counts as one
-        step, so that with ``update_every=10`` a width of 0.05 becomes 0.246, and 16-bit averages
-        are rounded to nearest.
+        Round 16-bit averages to nearest, as ema_pytorch does, to continue an old run.
     update_every : int
         Steps per update (default 100).
     ema_model, and all others
@@ -100,7 +100,7 @@ class KarrasEMA(ModelAverage):
 
     @property
     def _weight(self) -> float:
-        return Power(self.gamma).weight(self._num_steps + 1, self._steps_per_update)
+        return Power(self.gamma).weight(self._num_steps + 1)
 
     def update_moving_average(self, ma_model: nn.Module, current_model: nn.Module) -> None:
         """Compute ``ma += (1 - beta) * (current - ma)``, unless the average is frozen.
@@ -169,13 +169,10 @@ class PostHocEMA(nn.Module):
     keeps coefficients small where they would amplify the rounding of the snapshots.
     docs/drop-in.md lists the differences from ema_pytorch 0.8.3.
 
-    With ``peer_exact=True`` and ``update_every = k`` above 1, an average has the exponent
-    ``(gamma + 1) / k - 1`` instead of the requested one, and synthesis takes that into account. Use
-    this for old runs, and for files that ema_pytorch wrote with that ``k``. Averages with an
-    exponent below 0 cannot be used in a synthesis.
+    With ``update_every`` above 1 the averages are wider than requested, see :class:`KarrasEMA`.
+    Like ema_pytorch, synthesis does not take that into account; :class:`fastema.PowerEMA` and
+    :func:`fastema.posthoc.synthesize` do.
     """
-
-    _average_class: ClassVar[type[KarrasEMA]] = KarrasEMA
 
     def __init__(
         self,
@@ -219,7 +216,7 @@ class PostHocEMA(nn.Module):
         made = self.maybe_ema_model
         if isinstance(made, nn.Module):
             made = partial(deepcopy, made)
-        return self._average_class(self.model, ema_model=made, gamma=gamma, **self.ema_kwargs)
+        return KarrasEMA(self.model, ema_model=made, gamma=gamma, **self.ema_kwargs)
 
     @property
     def model(self) -> Any:
@@ -311,10 +308,9 @@ class PostHocEMA(nn.Module):
         # Coefficients sum to 1, so a profile that ends later would be squeezed into the snapshots.
         last = max(one.step for one in every if one.step <= asked)
         synthesized = self._new_average(gamma)
-        exponents = [self._get_effective_exponent(one) for one in self.gammas]
         # Snapshots between the same two updates are equal. Leave out those after `last`.
         unique = {
-            synthesized._get_profile(exponents[one.average_index], one.step): one.path
+            synthesized._get_profile(self.gammas[one.average_index], one.step): one.path
             for one in every
             if one.step <= last
         }
@@ -324,20 +320,6 @@ class PostHocEMA(nn.Module):
         used = [(path, c) for path, c in zip(unique.values(), found.coefficients, strict=True) if c]
         self._fill(synthesized, newest, used)
         return synthesized
-
-    def _get_effective_exponent(self, gamma: float) -> float:
-        """Return the exponent of an average's profile, which ``peer_exact`` changes."""
-        first = self.ema_models[0]
-        if not first.peer_exact:
-            return gamma
-        exponent: float = (gamma + 1) / first.update_every - 1
-        if exponent < 0:
-            raise ArgumentError(
-                f"with peer_exact=True and update_every={first.update_every} the average of "
-                f"gamma={gamma:g} has the exponent {exponent:.3g}: nothing can be synthesized from "
-                "averages whose weights decrease from the beginning of a run on"
-            )
-        return exponent
 
     def _fill(
         self, target: KarrasEMA, newest: dict[str, Any], used: list[tuple[Path, float]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +50,6 @@ class StepCountingModule(nn.Module):
 
     _copy_weights: Callable[[], None]
     _update_average: Callable[[], None]
-
-    _uses_peer_horizon: ClassVar[bool] = False
-    """Whether an update counts as one step, regardless of ``update_every``."""
 
     def __init__(self, *, peer_exact: bool) -> None:
         super().__init__()
@@ -115,11 +112,6 @@ class StepCountingModule(nn.Module):
             self._update_average()
 
     @property
-    def _steps_per_update(self) -> int:
-        every = whole_number(self.update_every, "update_every")
-        return 1 if self.peer_exact or self._uses_peer_horizon else every
-
-    @property
     def _rounding(self) -> str:
         return "nearest" if self.peer_exact else "stochastic"
 
@@ -163,7 +155,7 @@ class ScheduledDecayModule(StepCountingModule):
             raise ArgumentError(f"inv_gamma={self.inv_gamma!r}: expected a number above 0")
 
     def get_current_decay(self) -> float:
-        """Return the current decay per step, which is 0 until after ``update_after_step``."""
+        """Return the current decay per update, which is 0 until after ``update_after_step``."""
         self._check_schedule()
         epoch = self._num_steps - self.update_after_step - 1
         if epoch <= 0:
@@ -181,10 +173,4 @@ class ScheduledDecayModule(StepCountingModule):
 
     def _weight(self, decay: float | None) -> float:
         """Return the weight of new values, from ``decay`` or, if it is None, the schedule."""
-        if decay is not None:
-            return 1.0 - decay
-        decay, steps = self.get_current_decay(), self._steps_per_update
-        if steps == 1 or decay <= 0.0:
-            return 1.0 - decay
-        # Near decay = 1, computing 1 - decay**steps directly would lose digits.
-        return -math.expm1(steps * math.log(decay))
+        return 1.0 - (self.get_current_decay() if decay is None else decay)

@@ -20,7 +20,7 @@ __all__ = ["EMAPytree", "EMATensor"]
 class EMAPytree(ScheduledDecayModule):
     """An exponential moving average of the tensors in nested lists, tuples and dicts.
 
-    Every ``update_every``-th call of :meth:`update` computes ``avg += (1 - decay**update_every) *
+    Every ``update_every``-th call of :meth:`update` computes ``avg += (1 - decay) *
     (x - avg)``. Trees of different structure raise a LayoutError.
 
     Parameters
@@ -112,7 +112,7 @@ class EMAPytree(ScheduledDecayModule):
     ) -> None:
         """Compute ``ma += (1 - decay) * (current - ma)``, unless the average is frozen.
 
-        ``current_decay`` defaults to the schedule's decay, for ``update_every`` steps.
+        ``current_decay`` defaults to the schedule's decay.
         """
         if not self.is_frozen:
             weight = self._weight(current_decay)
