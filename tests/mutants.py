@@ -78,7 +78,7 @@ def _is_text(node: ast.AST) -> bool:
 
 def _walk(node: ast.AST) -> Iterator[ast.AST]:
     """Yield the nodes that may change: no imports, types, texts, nor what an error says."""
-    kept = ast.unparse(node).startswith(("__all__", "cast(")) or (
+    kept = ast.unparse(node).startswith(("__all__", "cast(", "isinstance(")) or (
         isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
     )
     if kept or _is_text(node) or isinstance(node, ast.Import | ast.ImportFrom):

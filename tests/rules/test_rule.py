@@ -174,6 +174,13 @@ def test_debiased_is_the_zero_initialized_average_over_its_total_weight(
     assert float(average) == pytest.approx(float(zero / seen), rel=1e-9, abs=1e-9)
 
 
+@pytest.mark.parametrize("step", [255, 256, 300, 511, 600])
+def test_a_debiased_rule_asked_for_an_earlier_step_gives_what_it_gave_then(step: int) -> None:
+    rule, asked_later = (rules.debiased(FixedDecay(0.999)) for _ in range(2))
+    asked_later.log_decay(900)
+    assert asked_later.log_decay(step) == rule.log_decay(step) < 0
+
+
 @pytest.mark.parametrize("value", [float("nan"), -0.5, 1.5], ids=repr)
 def test_a_debiased_rule_with_an_invalid_weight_is_named(value: float) -> None:
     with pytest.raises(ArgumentError, match="FixedDecay"):
