@@ -1,8 +1,8 @@
 """CPU kernels: loops over the rows of a table and over the elements of a row.
 
 A kernel is ``_over_rows(body)``, compiled. Its body is mostly a walk: it loads what a step reads,
-applies the step, stores what it writes, and returns the sums of its measures. Anything that a step
-does not use, including random bits and sums, costs nothing.
+applies the step, stores what it writes, and returns the sum of what it finds. Anything that a step
+does not use, including random bits and the sum, costs nothing.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def function(operation: str, formats: tuple[str, ...], layout: str):
     step = getattr(steps, operation)(*formats, device="cpu")
     if OPERATIONS[operation].needs_ring:
         return _over_rows(_windowed(step, layout))
-    if OPERATIONS[operation].measures:
-        return _over_rows(_measuring(step, layout))
+    if OPERATIONS[operation].counts:
+        return _over_rows(_counting(step, layout))
     return _over_rows(_plain(step, layout))
 
 
@@ -87,18 +87,14 @@ def _plain(step: Step, layout: str):
     return body
 
 
-def _measuring(step: Step, layout: str):
-    """Return a body that also writes the sums of its row to the address in the control block."""
+def _counting(step: Step, layout: str):
+    """Return a body that also writes the sum of its row to the address in the control block."""
     walk, convert = _WALKS[layout](step, 4 * abi.BLOCK), step.number
 
     @device_fn
     def body(cells, at, numbers, settings):
-        one, two, three = walk(cells, at, convert(_number(cells, at, numbers)), 0, settings)
-        results = pointer_f64(load(settings, abi.RESULTS))
-        row = at // abi.COLUMNS * abi.MEASURES
-        store(results, row + abi.DISTANCE, one)
-        store(results, row + abi.SQUARE, two)
-        store(results, row + abi.STILL, three)
+        found = walk(cells, at, convert(_number(cells, at, numbers)), 0, settings)
+        store(pointer_f64(load(settings, abi.RESULTS)), at // abi.COLUMNS, found)
 
     return body
 
@@ -119,8 +115,8 @@ def _flat(step: Step, size: int = abi.BLOCK):
     """Return a walk over elements that are adjacent on both sides.
 
     Blocks of constant length and a prefetch in each stream overlap the arithmetic of 16-bit formats
-    with memory traffic: measured gains are 25-45 % there and 5-10 % for f32. Sums leave the vector
-    registers at the end of each block, so measuring kernels use larger blocks.
+    with memory traffic: measured gains are 25-45 % there and 5-10 % for f32. The sum leaves the
+    vector registers at the end of each block, so counting kernels use larger blocks.
     """
     lines = size // abi.BLOCK
     pointers, sizes = streams([step])
@@ -137,11 +133,11 @@ def _flat(step: Step, size: int = abi.BLOCK):
         second = scalar.mix32(key)
         index = low32(load(cells, at + abi.INDEX))
         count = load(cells, at + abi.COUNT)
-        one, two, three = 0.0, 0.0, 0.0
+        found = 0.0
         blocks = count // size
         for block in range(blocks):
             first = block * size
-            a_sum, b_sum, c_sum = total(0), total(0), total(0)
+            in_block = total(0)
             for line in range(lines * to_size):
                 prefetch(dst_address + first * to_size + abi.PREFETCH + line * abi.LINE)
             for line in range(lines * residual_size):
@@ -154,16 +150,14 @@ def _flat(step: Step, size: int = abi.BLOCK):
             for k in range(size):
                 word = scalar.random_word(counter, second)
                 counter = add32(counter, scalar.WORD_STRIDE)
-                a, b, c = element(to, residual, ring, of, first + k, first + k, w, word)
-                a_sum, b_sum = sum_any_order(a_sum, a), sum_any_order(b_sum, b)
-                c_sum = sum_any_order(c_sum, c)
-            one, two, three = one + a_sum, two + b_sum, three + c_sum
+                one = element(to, residual, ring, of, first + k, first + k, w, word)
+                in_block = sum_any_order(in_block, one)
+            found += in_block
         for i in range(blocks * size, count):
             counter = scalar.word_counter(add32(index, low32(i)), key)
             word = scalar.random_word(counter, second)
-            a, b, c = element(to, residual, ring, of, i, i, w, word)
-            one, two, three = one + a, two + b, three + c
-        return one, two, three
+            found += element(to, residual, ring, of, i, i, w, word)
+        return found
 
     return walk
 
@@ -186,13 +180,12 @@ def _strided(step: Step, size: int = abi.BLOCK):
         key = row_key(cells, at, load(settings, abi.SEED), load(settings, abi.STEP))
         second = scalar.mix32(key)
         first, step, rise, inverse = index_map(cells, at)
-        one, two, three = 0.0, 0.0, 0.0
+        found = 0.0
         for i in range(load(cells, at + abi.COUNT)):
             index = scalar.index_of(low32(i), first, step, rise, inverse)
             word = scalar.random_word(scalar.word_counter(index, key), second)
-            a, b, c = element(to, residual, ring, of, i * to_step, i * of_step, w, word)
-            one, two, three = one + a, two + b, three + c
-        return one, two, three
+            found += element(to, residual, ring, of, i * to_step, i * of_step, w, word)
+        return found
 
     return walk
 

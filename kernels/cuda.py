@@ -21,7 +21,7 @@ from fastema.kernels.cuda_loops import make_walks
 from fastema.kernels.jit import device_fn
 from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.rows import window_body
-from fastema.kernels.table import DISTANCE, GPU_THREADS, MAX_AVERAGES, MEASURES, SQUARE, STILL
+from fastema.kernels.table import GPU_THREADS, MAX_AVERAGES
 from fastema.kernels.variants import CLOCK
 from fastema.kernels.words import load, pointer_f64, pointer_i64, store
 
@@ -180,60 +180,41 @@ def _kernel(body, finish, to_do):
             at = row * abi.COLUMNS
             head, average = load_head(cells, at)
             number = _number(average, clock, (w0, w1, w2, w3, w4, w5, w6, w7))
-            sums = body(cells, at, head, number, now, thread, threads)
-            finish(results, clock, row, thread, sums)
+            found = body(cells, at, head, number, now, thread, threads)
+            finish(results, clock, row, thread, found)
             row += np.int64(cuda.gridDim.x)
 
     return kernel
 
 
 @device_fn
-def _measure_nothing(results, clock, row, thread, measures):
+def _finish_nothing(results, clock, row, thread, found):
     pass
 
 
-def _measure():
-    """Return the function that adds up the measures of a block's threads and writes the sums."""
+def _flag_or_count():
+    """Return the function that flags a thread's finds on the clock, or counts without a clock."""
     from numba import cuda
 
     @device_fn
-    def measure(results, clock, row, thread, measures):
-        sums = cuda.shared.array((MEASURES, GPU_THREADS), np.float64)
-        sums[DISTANCE, thread], sums[SQUARE, thread], sums[STILL, thread] = measures
+    def flag_or_count(results, clock, row, thread, found):
+        if clock:
+            if found > 0.0:  # all such threads write the same value
+                cuda_clock.flag(clock)
+            return
+        sums = cuda.shared.array(GPU_THREADS, np.float64)
+        sums[thread] = found
         half = GPU_THREADS // 2
-        while half:  # in a fixed order, so that measures are reproducible
+        while half:
             cuda.syncthreads()
             if thread < half:
-                for k in range(MEASURES):
-                    sums[k, thread] += sums[k, thread + half]
+                sums[thread] += sums[thread + half]
             half //= 2
         if thread == 0:
-            for k in range(MEASURES):
-                store(pointer_f64(results), row * MEASURES + k, sums[k, 0])
+            store(pointer_f64(results), row, sums[0])
         cuda.syncthreads()
 
-    return measure
-
-
-def _flag_or_measure():
-    """Return the function that flags non-finite values on the clock, or counts without a clock."""
-    measure = _measure()
-
-    @device_fn
-    def flag_or_measure(results, clock, row, thread, measures):
-        if not clock:
-            measure(results, clock, row, thread, measures)
-        elif measures[0] > 0.0:  # all such threads write the same value
-            cuda_clock.flag(clock)
-
-    return flag_or_measure
-
-
-def _finish(operation: str):
-    """Return the function that uses the sums of each thread and row."""
-    if not OPERATIONS[operation].measures:
-        return _measure_nothing
-    return _flag_or_measure() if operation == "finite" else _measure()
+    return flag_or_count
 
 
 def _advance():
@@ -273,7 +254,8 @@ def translate(
         return _ptx(operation, _advance(), types.void(types.int64), capability)
     device = "cuda" if capability >= _CONVERTS_BF16 else "cuda, bf16 by integers"
     body = make_body(operation, formats, layout, device)
-    kernel = _kernel(body, _finish(operation), rows_to_do(operation))
+    finish = _flag_or_count() if OPERATIONS[operation].counts else _finish_nothing
+    kernel = _kernel(body, finish, rows_to_do(operation))
     return _ptx(operation, kernel, _PARAMETERS, capability)
 
 

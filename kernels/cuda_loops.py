@@ -25,10 +25,10 @@ def vector(to, residual, ring, of, w, row, first, key, second):
     store_d(to, ({d}))
     store_l(residual, ({l}))
     store_s(of, ({s}))
-    return {one}, {two}, {three}
+    return {found}
 """
 _STEP = (
-    "    d{k}, l{k}, s{k}, r{k}, (a{k}, b{k}, c{k}) = apply(d[{k}], l[{k}], s[{k}], r[{k}], w, "
+    "    d{k}, l{k}, s{k}, r{k}, f{k} = apply(d[{k}], l[{k}], s[{k}], r[{k}], w, "
     "random_word(word_counter(index(row, first + {k}), key), second))"
 )
 
@@ -76,17 +76,14 @@ def _vector(step: Step, n: int, index):
         names[f"load_{letter}"] = cuda_memory.LOADS[n, stream] if reads else skip_load
         names[f"store_{letter}"] = cuda_memory.STORES[n, stream] if writes else skip_store
     parts = {letter: ", ".join(f"{letter}{k}" for k in range(n)) for letter in "dlsr"}
-    sums = {
-        name: " + ".join(f"{letter}{k}" for k in range(n))
-        for name, letter in (("one", "a"), ("two", "b"), ("three", "c"))
-    }
+    found = " + ".join(f"f{k}" for k in range(n))
     steps = "\n".join(_STEP.format(k=k) for k in range(n))
-    exec(_VECTOR.format(steps=steps, **parts, **sums), names)
+    exec(_VECTOR.format(steps=steps, found=found, **parts), names)
     return device_fn(names["vector"])
 
 
 def make_walks(steps: Sequence[Step], layout: str):
-    """Return for every step ``walk(cells, at, w, slot, run) -> sums``, for one row.
+    """Return for every step ``walk(cells, at, w, slot, run) -> found``, for one row.
 
     ``run`` is the seed, the step, the index of this thread, the number of threads in the block, and
     the row's first columns: addresses of the written and of the other side, number of elements.
@@ -109,27 +106,26 @@ def _walk(step: Step, layout: str, n: int, sizes, pointers):
 
     @device_fn
     def one_by_one(cells, at, w, slot, run, first, dst_step, src_step, key, row):
-        """Process elements one by one from index ``first`` on; return the sums."""
+        """Process elements one by one from index ``first`` on; return the sum of what they find."""
         _, _, thread, threads, (dst, src, count) = run
         beside, kept = load_companions(cells, at, slot)
         to, residual = to_pointer(dst), residual_pointer(beside)
         ring, of = ring_pointer(kept), of_pointer(src)
         second = scalar.mix32(key)
-        one, two, three = 0.0, 0.0, 0.0
+        found = 0.0
         i = first + thread
         while i < count:
             word = scalar.random_word(scalar.word_counter(index(row, i), key), second)
-            a, b, c = element(to, residual, ring, of, i * dst_step, i * src_step, w, word)
-            one, two, three = one + a, two + b, three + c
+            found += element(to, residual, ring, of, i * dst_step, i * src_step, w, word)
             i += threads
-        return one, two, three
+        return found
 
     @device_fn
     def adjacent(cells, at, w, slot, run):
         seed, step, thread, threads, (dst, src, count) = run
         beside, kept = load_companions(cells, at, slot)
         key, row = row_key(cells, at, seed, step), of_row(cells, at)
-        one, two, three = 0.0, 0.0, 0.0
+        found = 0.0
         whole = np.int64(0)
         if (dst & to_mask) | (beside & residual_mask) | (kept & ring_mask) | (src & of_mask) == 0:
             second = scalar.mix32(key)
@@ -142,11 +138,9 @@ def _walk(step: Step, layout: str, n: int, sizes, pointers):
                 )
                 ring = ring_pointer(kept + first * ring_size)
                 of = of_pointer(src + first * of_size)
-                a, b, c = vector(to, residual, ring, of, w, row, first, key, second)
-                one, two, three = one + a, two + b, three + c
+                found += vector(to, residual, ring, of, w, row, first, key, second)
                 first += threads * n
-        a, b, c = one_by_one(cells, at, w, slot, run, whole, 1, 1, key, row)
-        return one + a, two + b, three + c
+        return found + one_by_one(cells, at, w, slot, run, whole, 1, 1, key, row)
 
     @device_fn
     def spaced(cells, at, w, slot, run):

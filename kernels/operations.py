@@ -19,8 +19,8 @@ class Operation(NamedTuple):
     name : str
     moves_bits : "never", "if equal" or "always"
         Whether the operation moves raw bits: between equal dtypes, or between any dtypes.
-    measures : bool
-        Whether it writes measures of every row.
+    counts : bool
+        Whether it writes the number of elements that it finds in every row.
     needs_ring : bool
         Whether its pairs have a ring and a residual.
     in_torch : bool
@@ -29,7 +29,7 @@ class Operation(NamedTuple):
 
     name: str
     moves_bits: Literal["never", "if equal", "always"] = "never"
-    measures: bool = False
+    counts: bool = False
     needs_ring: bool = False
     in_torch: bool = True
 
@@ -38,10 +38,9 @@ OPERATIONS: Final = {
     one.name: one
     for one in (
         Operation("lerp"),
-        Operation("lerp_measured", measures=True),
         Operation("add"),
         Operation("window", needs_ring=True),
-        Operation("finite", measures=True),
+        Operation("finite", counts=True),
         Operation("copy", moves_bits="if equal"),
         Operation("cast_back", moves_bits="if equal"),
         Operation("swap", moves_bits="if equal"),

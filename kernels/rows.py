@@ -86,14 +86,14 @@ def make_element_step(step: Step):
 
     @device_fn
     def element(to, residual, ring, of, i, j, w, word):
-        d, rest, s, r, measures = apply(
+        d, rest, s, r, found = apply(
             load_d(to, i), load_l(residual, i), load_s(of, j), load_r(ring, i), w, word
         )
         store_r(ring, i, r)
         store_d(to, i, d)
         store_l(residual, i, rest)
         store_s(of, j, s)
-        return measures
+        return found
 
     return element
 

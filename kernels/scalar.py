@@ -68,7 +68,7 @@ def with_dither(w):
 def fma_dithered(weight, half_x, avg, power, noise):
     """Return a float32 next to ``avg + w * x`` whose expected value is ``avg + w * x``.
 
-    An average in 16 bits moves by steps of which float32 would keep a few bits, or none. So the
+    Float32 would keep only a few bits of the small steps of a 16-bit average, or none. So the
     step is rounded, not the sum: to a multiple of the last place ``u`` of ``avg``, after adding a
     random number between ``-u / 2`` and ``u / 2``. The sum of ``avg`` and this step is exact unless
     it leads to a larger power of two. A step of 0 stays 0. A step larger than ``p / 2`` loses

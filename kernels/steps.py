@@ -2,10 +2,10 @@
 
 A step is a function of stored values, written in words, without addresses or loops:
 
-``apply(d, residual, s, r, w, word) -> (d, residual, s, r, measures)``
+``apply(d, residual, s, r, w, word) -> (d, residual, s, r, found)``
 
 It takes the written side, its residual, the other side, the ring's slot, the row's number and 32
-random bits. It returns the values to store and three numbers to sum. Streams that a step does not
+random bits. It returns the values to store and a number to sum. Streams that a step does not
 touch are neither loaded nor stored. Each function here builds the step of one entry of
 :data:`fastema.kernels.operations.OPERATIONS`.
 """
@@ -22,8 +22,8 @@ from fastema.kernels.formats import FORMATS, access
 from fastema.kernels.jit import device_fn
 from fastema.kernels.words import bits32, nan_to_zero, narrow16
 
-_NOTHING = (np.float32(0),) * 3
-"""The measures of a step that measures nothing."""
+_NOTHING = np.float32(0)
+"""What a step finds that looks for nothing."""
 
 
 class Formats(NamedTuple):
@@ -82,22 +82,6 @@ def lerp(dst: str, src: str, device: str) -> Step:
     return _step(dst, src, apply, "ds", "d", real, number)
 
 
-def lerp_measured(dst: str, src: str, device: str) -> Step:
-    """Return :func:`lerp` with measures: squares of distance and average, unchanged elements."""
-    real, read, write, read_src, _, number, mean, _ = access(dst, src, device)
-
-    @device_fn
-    def apply(d, residual, s, r, w, word):
-        before, x = read(d, residual), read_src(s)
-        new, rest = write(mean(before, x, w, word), word)
-        after = read(new, rest)
-        distance = x - after
-        still = real(1) if after == before else real(0)
-        return new, rest, s, r, (distance * distance, after * after, still)
-
-    return _step(dst, src, apply, "ds", "d", real, number)
-
-
 def add(dst: str, src: str, device: str) -> Step:
     """Return the step ``dst += w * src``, for weighted sums, one term per call or row."""
     # Named a second time, an average excludes encodings for means: a sum may leave their range.
@@ -151,7 +135,7 @@ def _export_bf16(dst: str, src: str, device: str) -> Step:
 
 
 def finite(dst: str, src: str, device: str) -> Step:
-    """Return the step that counts NaN and infinite elements of the source, in ``DISTANCE``.
+    """Return the step that counts NaN and infinite elements of the source.
 
     It writes nothing. Memory traffic: the source once.
     """
@@ -162,7 +146,7 @@ def finite(dst: str, src: str, device: str) -> Step:
     def apply(d, residual, s, r, w, word):
         x = read_src(s)
         bad = real(0) if abs(x) <= largest else real(1)
-        return d, residual, s, r, (bad, real(0), real(0))
+        return d, residual, s, r, bad
 
     return _step(dst, src, apply, "s", "", real)
 

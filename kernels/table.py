@@ -36,7 +36,7 @@ Control, ``int64[CONTROLS]``:
 ``NEXT``         the next row to take; every thread advances it atomically
 ``CLAIM``        rows taken at once, which read the same chunk; it divides the number of rows
 ``SEED, STEP``   random bits depend on these and on the index of the element
-``RESULTS``      address of ``float64[rows, MEASURES]``, for kernels that measure
+``RESULTS``      address of ``float64[rows]``, for kernels that count elements
 ``WINDOW``       slots of the ring
 ``SLOT``         the slot that is overwritten
 ``TURN``         number of values put into the ring so far, including this update's
@@ -62,10 +62,6 @@ begins like a control block. More averages than ``MAX_AVERAGES`` have several ad
 :mod:`fastema.engine.weight_table` builds the weight table, ``float64[rows, WEIGHT_COLUMNS]``:
 ``FIRST``, the first update of a piece, ``SCALE``, and from column ``COEFFICIENTS`` on the
 coefficients of a polynomial of degree ``DEGREE``.
-
-Measures, per row: ``DISTANCE`` and ``SQUARE``, the sums of squares of weights minus average and of
-the average after the update, and ``STILL``, the number of elements that did not change. A kernel
-that only checks for non-finite elements stores their number in ``DISTANCE``.
 
 Steps and counts are in elements of the kernel's formats (a complex number is two).
 
@@ -95,9 +91,6 @@ CLOCK_CELLS = TABLES + 2 * MAX_AVERAGES
 FIRST, SCALE, COEFFICIENTS = range(3)
 DEGREE = 11
 WEIGHT_COLUMNS = COEFFICIENTS + DEGREE + 1
-
-DISTANCE, SQUARE, STILL = range(3)
-MEASURES = 3
 
 CHUNK = 1 << 16
 """Most elements in one row: few enough that threads finish together, many enough that the atomic

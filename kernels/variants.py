@@ -43,7 +43,6 @@ def _formats() -> Iterator[tuple[str, ...]]:
     for dst in FORMS:
         for src in FLOATS:
             yield "lerp", dst, src
-            yield "lerp_measured", dst, src
     for dst in (*FLOATS, "bf16+16"):
         for src in FLOATS:
             if dst != src:

@@ -32,6 +32,8 @@ WEIGHTS = [np.ones(3)]
         ({"device": "cpu"}, "use offload"),
         ({"model": WEIGHTS}, "use weights, the first argument"),
         ({"foreach": True}, "leave foreach out"),
+        ({"drift": True}, r"call ema\.drift\(\): leave drift out"),
+        ({"watch": "all"}, "leave watch out"),
         ({"update_evry": 2}, "did you mean update_every?"),
         ({"qqq": 2}, "its options: weights, decay, zero_debias"),
     ],
@@ -80,7 +82,7 @@ INVALID: list[dict[str, Any]] = [
     {"decay": 1.5}, {"decay": ()}, {"decay": fastema.rules.constant}, {"zero_debias": 1},
     {"rounding": "up"}, {"seed": -1}, {"update_every": 0}, {"start_after": -1}, {"frozen": "melt"},
     {"buffers": "melt"}, {"policy": {"*": "melt"}}, {"policy": ["*"]}, {"on_nonfinite": "stop"},
-    {"drift": 1}, {"capturable": 1}, {"capturable": True, "on_nonfinite": "raise"},
+    {"capturable": 1}, {"capturable": True, "on_nonfinite": "raise"},
     {"shadow_dtype": "f31"},
 ]  # fmt: skip
 

@@ -87,13 +87,12 @@ _FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16 -> bf16, stochastic": ("bfloat16", {}),
     "f16 -> f16, stochastic": ("float16", {}),
     "bf16 -> bf16+16": ("bfloat16", {"shadow_dtype": "bf16+16"}),
-    "bf16 -> f32, two decays, guard, drift": (
+    "bf16 -> f32, two decays, guard": (
         "bfloat16",
         {
             "decay": (0.99, 0.999),
             "shadow_dtype": "float32",
             "on_nonfinite": "skip",
-            "drift": True,
         },
     ),
 }

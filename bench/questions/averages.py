@@ -211,9 +211,7 @@ def _guarded(dtype: str, nbytes: float) -> list[Contender]:
     make = partial(fastema.EMA, decay=0.9, shadow_dtype="float32")
     return [
         _ours(make, nbytes, "no guard"),
-        _ours(partial(make, drift=True), nbytes, "drift=True"),
         _ours(partial(make, on_nonfinite="skip"), nbytes + size, 'on_nonfinite="skip"'),
-        _ours(partial(make, on_nonfinite="skip", drift=True), nbytes + size, "both of them"),
     ]
 
 

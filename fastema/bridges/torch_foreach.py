@@ -6,8 +6,8 @@ torch's functions on lists of tensors if there is one for it, otherwise flat cop
 It works on at most :data:`AT_ONCE` elements at a time, with at most :data:`BYTES` bytes of
 temporaries per element, so the memory needed does not grow with the model.
 
-Differences from the kernels: multiplications and additions are not always fused, so ``lerp``,
-``lerp_measured`` and ``add`` may be off by one unit in the last place of the compute dtype, at the
+Differences from the kernels: multiplications and additions are not always fused, so ``lerp``
+and ``add`` may be off by one unit in the last place of the compute dtype, at the
 magnitude of the largest term. A windowed mean is computed from its whole ring at every update. The
 random bits are the same.
 """
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from fastema.errors import DTypeError
 from fastema.kernels.operations import OPERATIONS
-from fastema.kernels.table import DISTANCE, MEASURES, SQUARE, STILL
 from fastema.layout.device_context import LaunchArgs, Substitute
 from fastema.layout.group import Pair, kernel_format
 from fastema.layout.table import first_and_strides, tensor_key
@@ -354,15 +353,6 @@ def _lerp(batch: PieceBatch, args: LaunchArgs) -> None:
         batch.form.store(batch, x, words)
 
 
-def _lerp_measured(batch: PieceBatch, args: LaunchArgs) -> Tensor:
-    before = batch.form.load(batch)
-    _lerp(batch, args)
-    after, x = batch.form.load(batch), _flat(batch.src, batch.real)
-    still = before == after
-    distance = x.sub_(after)
-    return _sums(batch, {DISTANCE: distance.square_(), SQUARE: after.square_(), STILL: still})
-
-
 def _add(batch: PieceBatch, args: LaunchArgs) -> None:
     w = _weight(batch, args)
     if batch.form is _PLAIN and batch.dst[0].dtype == batch.real:
@@ -379,19 +369,7 @@ def _add(batch: PieceBatch, args: LaunchArgs) -> None:
 
 def _finite(batch: PieceBatch, args: LaunchArgs) -> Tensor:
     bad = torch.isfinite(_flat(batch.src, batch.real)).logical_not_()
-    return _sums(batch, {DISTANCE: bad} if bad.any() else {})
-
-
-def _sums(batch: PieceBatch, measures: dict[int, Tensor]) -> Tensor:
-    """Return the sum of each measure over each piece: ``[pieces, MEASURES]``."""
-    sizes = [one.numel() for one in batch.dst]
-    device = batch.dst[0].device
-    wide = torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
-    found = torch.zeros(len(sizes), MEASURES, dtype=wide, device=device)
-    for column, values in measures.items():
-        sums = [part.sum(dtype=wide) for part in values.split(sizes)]
-        found[:, column] = torch.stack(sums)
-    return found
+    return torch.stack([part.sum() for part in bad.split([one.numel() for one in batch.dst])])
 
 
 # -- copies ----------------------------------------------------------------------------------------
@@ -581,7 +559,7 @@ def substitute(operation: str, pairs: Sequence[Pair]) -> Substitute:
     """Return a function that runs a kernel operation on checked pairs, in place.
 
     The owner of a ring's spec must be the whole ring, ``[slots, ...]``. Only an operation that
-    measures waits for the device; it returns ``float64[pairs, MEASURES]``. Raises a DTypeError for
+    counts waits for the device; it returns ``float64[pairs]``. Raises a DTypeError for
     an unknown operation, and for averages of integers.
     """
     function = _STAND_INS.get(operation)
@@ -593,9 +571,9 @@ def substitute(operation: str, pairs: Sequence[Pair]) -> Substitute:
     def run(args: LaunchArgs) -> NDArray[np.float64] | None:
         with torch.inference_mode():  # inference tensors may be written only here
             sums = [function(batch, args) for batch in prepared]
-        if not OPERATIONS[operation].measures:
+        if not OPERATIONS[operation].counts:
             return None
-        found = np.zeros((len(pairs), MEASURES))
+        found = np.zeros(len(pairs))
         for batch, some in zip(prepared, sums, strict=True):
             assert some is not None
             np.add.at(found, batch.rows, some.cpu().numpy())

@@ -27,7 +27,6 @@ class CpuGroup(Group):
         self, tag: str, members: Sequence[Pair], layout: str, rows: IndexedTable, claim: int
     ) -> None:
         super().__init__(tag, members)
-        self.indices = rows.table[:, abi.AVERAGE]
         self._layout, self._table, self._pair = layout, rows.table, rows.pair
         self._offsets: dict[int, NDArray[np.int64]] = {}
         self._nbytes = count_bytes(members)
@@ -39,8 +38,8 @@ class CpuGroup(Group):
     def prepare(self, operation: str) -> Callable[[], None]:
         """Compile the kernel of an operation and return its launch."""
         compiled = kernel(operation, formats_of(operation, self._members[0]), self._layout)
-        if OPERATIONS[operation].measures and not len(self._results):
-            self._results = np.empty((len(self._table), abi.MEASURES))
+        if OPERATIONS[operation].counts and not len(self._results):
+            self._results = np.empty(len(self._table))
             self._control[abi.RESULTS] = self._results.ctypes.data
         table, control = self._table.ctypes.data, self._control.ctypes.data
         numbers, rows = self._numbers.ctypes.data, len(self._table)
@@ -70,7 +69,7 @@ class CpuGroup(Group):
         self._table[:, column] = self._offsets[column] + addresses[self._pair]
 
     def results(self) -> NDArray[np.float64]:
-        """Return the measures of every row; empty before the first measuring operation."""
+        """See :class:`Group`."""
         return self._results
 
 

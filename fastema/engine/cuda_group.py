@@ -21,7 +21,7 @@ from fastema.engine.group import Group, formats_of
 from fastema.engine.streams import StreamTracker, keep_for_graphs
 from fastema.errors import DTypeError, StateError
 from fastema.kernels.operations import OPERATIONS
-from fastema.kernels.table import AVERAGE, CLOCK_CELLS, GPU_THREADS, MAX_AVERAGES, MEASURES
+from fastema.kernels.table import AVERAGE, CLOCK_CELLS, GPU_THREADS, MAX_AVERAGES
 from fastema.layout.device_context import DeviceContext, LaunchArgs, Substitute
 from fastema.layout.group import Pair
 from fastema.layout.table import Table, build_tables, gpu_chunk
@@ -86,15 +86,13 @@ class CudaGroup(Group):
         # The row number decides when a windowed mean is recomputed: use the chunks of the CPU.
         chunk = None if members[0].ring else gpu_chunk(members)
         tables = build_tables(members, len({pair.average_index for pair in members}), chunk)
-        columns = [table[:, AVERAGE] for table in tables.values()]
-        self.indices = np.concatenate([np.empty(0, np.int64), *columns])
-        for column in columns:
-            column -= self._first
+        for table in tables.values():
+            table[:, AVERAGE] -= self._first
         self._parts = [_Part(layout, table) for layout, table in tables.items()]
         self._args = LaunchArgs()
         self._streams = StreamTracker(context)
-        self._measures: Any = None
-        self._substitute_measures: NDArray[np.float64] | None = None
+        self._results: Any = None
+        self._substitute_results: NDArray[np.float64] | None = None
 
     def prepare(self, operation: str) -> Callable[[], None]:
         """Load the kernels of an operation, compile new ones, and return the launch."""
@@ -123,21 +121,22 @@ class CudaGroup(Group):
             )
         for part in self._parts:
             part.upload(self._context)
-        if OPERATIONS[operation].measures and self._measures is None:
-            self._make_measures()
+        if OPERATIONS[operation].counts and self._results is None:
+            self._make_results()
         launches = [
             partial(gpu.launch, function, part.blocks, GPU_THREADS)
             for part, function in zip(self._parts, functions, strict=True)
         ]
         return partial(self._launch, launches)
 
-    def _make_measures(self) -> None:
+    def _make_results(self) -> None:
         assert self._streams is not None
         self._streams.forget_streams()  # these are new to the known streams
-        self._measures, address = self._context.upload(np.zeros((len(self.indices), MEASURES)))
+        rows = sum(len(part.table) for part in self._parts)
+        self._results, address = self._context.upload(np.zeros(rows))
         for part in self._parts:
             part.values["results"] = address
-            address += 8 * MEASURES * len(part.table)
+            address += 8 * len(part.table)
 
     def begin(self, args: LaunchArgs) -> None:
         """Store the arguments where the next launches read them."""
@@ -160,7 +159,7 @@ class CudaGroup(Group):
     def _tables(self) -> list[Any]:
         """Return the owners of memory that only the kernels use."""
         owners = [part.owner for part in self._parts]
-        return [one for one in (*owners, self._measures) if one is not None]
+        return [one for one in (*owners, self._results) if one is not None]
 
     def _owners(self) -> list[Any]:
         """Return the owners of all memory that the launches use."""
@@ -195,19 +194,18 @@ class CudaGroup(Group):
             )
         assert self._streams is not None
         self._streams.stream(self._owners, self._tables)
-        measured = run(args)
-        if measured is not None:
-            self.indices = np.array([pair.average_index for pair in self._members])
-            self._substitute_measures = measured
+        found = run(args)
+        if found is not None:
+            self._substitute_results = found
 
     def results(self) -> NDArray[np.float64]:
-        """Return the measures of every row; wait for the device to compute them."""
-        if self._substitute_measures is not None:
-            return self._substitute_measures
-        if self._measures is None:
+        """Return what each row's kernel found; wait for the device."""
+        if self._substitute_results is not None:
+            return self._substitute_results
+        if self._results is None:
             return super().results()
         # Downloaded each time: a graph may have been replayed since.
-        return self._context.download(self._measures).reshape(-1, MEASURES)
+        return self._context.download(self._results)
 
 
 def groups(tag: str, members: Sequence[Pair]) -> list[CudaGroup]:

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastema.kernels.operations import OPERATIONS
-from fastema.kernels.table import MEASURES
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.dtypes import raw
 from fastema.layout.group import Pair, kernel_format
@@ -22,11 +21,7 @@ class Group:
     Attributes
     ----------
     tag : str
-    indices : int64[rows]
-        The index of the average that each row of :meth:`results` belongs to.
     """
-
-    indices: NDArray[np.int64]
 
     def __init__(self, tag: str, members: Sequence[Pair]) -> None:
         self.tag, self._members = tag, members
@@ -43,8 +38,8 @@ class Group:
         """Continue with the same tensors at other addresses, given by pair name."""
 
     def results(self) -> NDArray[np.float64]:
-        """Return ``[rows, MEASURES]`` of the latest measuring operation; empty before the first."""
-        return np.empty((0, MEASURES))
+        """Return what the latest counting operation found in each row; empty before the first."""
+        return np.empty(0)
 
 
 def formats_of(operation: str, pair: Pair) -> tuple[str, ...]:

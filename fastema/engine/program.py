@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import NamedTuple
 
 import numpy as np
 
@@ -13,19 +11,10 @@ from fastema.engine.group import Group
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.locks import lock
 from fastema.errors import DTypeError, StateError
-from fastema.kernels.table import DISTANCE, SQUARE, STILL
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair
 
-__all__ = ["Measures", "Program"]
-
-
-class Measures(NamedTuple):
-    """Norms of weights minus average and of the average, and the number of unchanged elements."""
-
-    distance: float
-    size: float
-    still: int
+__all__ = ["Program"]
 
 
 class Program:
@@ -121,21 +110,9 @@ class Program:
                 "the streams of all devices join the capture, and update CPU tensors outside of it"
             )
 
-    def read_measures(self, index: int) -> Measures:
-        """Return the measures of one average from the latest measuring run."""
-        distance = square = 0.0
-        still = 0
-        for group in self._groups:
-            results = group.results()
-            rows = results[group.indices[: len(results)] == index]
-            distance += float(rows[:, DISTANCE].sum())
-            square += float(rows[:, SQUARE].sum())
-            still += int(rows[:, STILL].sum())
-        return Measures(math.sqrt(distance), math.sqrt(square), still)
-
     def all_finite(self) -> bool:
         """Return whether the latest run of ``"finite"`` found only finite values."""
-        return not any(np.any(group.results()[:, DISTANCE]) for group in self._groups)
+        return not any(np.any(group.results()) for group in self._groups)
 
 
 def _groups(tag: str, members: Sequence[Pair]) -> Sequence[Group]:

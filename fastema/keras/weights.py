@@ -110,7 +110,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         With several decays, the index of the average to evaluate and save.
     zero_debias, shadow_dtype, rounding, seed, update_every, start_after
         See :class:`fastema.EMA`.
-    frozen, buffers, policy, on_nonfinite, drift, capturable
+    frozen, buffers, policy, on_nonfinite, capturable
         See :class:`fastema.EMA`.
 
     Raises
@@ -181,7 +181,6 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         buffers: Policy = "copy",
         policy: Mapping[str, Policy] | None = None,
         on_nonfinite: OnNonFinite = "propagate",
-        drift: bool = False,
         capturable: bool = False,
     ) -> None:
         options = select_shared_options(locals()) | {"zero_debias": zero_debias}

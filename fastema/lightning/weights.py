@@ -60,7 +60,7 @@ class EMACallback(Callback):  # type: ignore[misc]
         in the model.
     zero_debias, shadow_dtype, rounding, seed, update_every, start_after
         See :class:`fastema.EMA`.
-    frozen, buffers, policy, on_nonfinite, drift, capturable
+    frozen, buffers, policy, on_nonfinite, capturable
         See :class:`fastema.EMA`.
 
     Raises
@@ -122,7 +122,6 @@ class EMACallback(Callback):  # type: ignore[misc]
         buffers: Policy = "copy",
         policy: Mapping[str, Policy] | None = None,
         on_nonfinite: OnNonFinite = "propagate",
-        drift: bool = False,
         capturable: bool = False,
     ) -> None:
         options = select_shared_options(locals()) | {"zero_debias": zero_debias}

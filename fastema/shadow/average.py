@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from fastema.engine.program import Program
-from fastema.errors import ArgumentError, StateError
+from fastema.errors import ArgumentError
+from fastema.shadow.drift import Drift, measure
 from fastema.shadow.reports import describe_rule, report
 from fastema.shadow.saving import SaveableAverage
 from fastema.shadow.updating import Weights
-from fastema.shadow.views import Drift
 
 __all__ = ["Average", "Weights", "check_average"]
 
@@ -88,35 +86,59 @@ class Average(SaveableAverage[Weights]):
         """Further names of tied weights, each mapped to the name under which they are averaged."""
         return dict(self._names.aliases)
 
-    @property
-    def drifts(self) -> tuple[Drift, ...]:
-        """Distance between every average and the weights, in the order of the rules."""
-        program = self._drift_program
-        if program is None:
-            raise StateError("no drift was measured: build with drift=True, and update first")
-        return tuple(self._drift(program, index) for index in range(len(self._store.sets)))
+    def drift(self, model: Any = None, *, which: int | None = None) -> Drift:
+        """Return the distance between an average and the weights, a :class:`Drift`.
 
-    @property
-    def drift(self) -> Drift:
-        """Distance between the average and the weights after the latest update, a :class:`Drift`.
+        Reads both once, in float32 (float64 if either is), a few million elements at a time, and
+        adds up in float64. Waits for the GPU, and copies both to the host.
 
-        Reading it waits for the GPU. With several averages use :attr:`drifts`.
+        Parameters
+        ----------
+        model : optional
+            The weights, by default those that the average follows; JAX users pass the current
+            arrays.
+        which : int, optional
+            With several averages, the index of one.
 
         Raises
         ------
         StateError
-            If the average was built without ``drift=True``, or before the first update.
+            While the average is applied: the model does not hold the weights.
         ArgumentError
-            If there are several averages.
-        """
-        return self.drifts[self._average_index(None)]
+            If ``which`` is missing or out of range; if the weights are divided among ranks; if
+            ``model`` is left out where its arrays are immutable.
+        LayoutError
+            If names or shapes of the model's tensors have changed.
 
-    def _drift(self, program: Program, index: int) -> Drift:
-        distance, size, still = program.read_measures(index)
-        entries = self._store.sets[index].values()
-        reals = sum(e.spec.size * e.spec.kind.parts for e in entries if e.averaged)
-        relative = distance / size if size else math.inf if distance else 0.0
-        return Drift(distance, relative, still / max(reals, 1))
+        Examples
+        --------
+        >>> import numpy as np, fastema
+        >>> w = np.array([3.0, 4.0])
+        >>> ema = fastema.EMA([w], decay=0.5)
+        >>> w *= 2
+        >>> ema.drift()
+        Drift(distance=5.0, relative=1.0)
+        """
+        index = self._average_index(which)
+        with self._lock:
+            self._refuse_applied("drift")
+            if self._ranks is not None:
+                self._refuse_parts()
+            return self._measure_drift(model, index)
+
+    def _refuse_parts(self) -> NoReturn:
+        raise ArgumentError(
+            "drift(): these weights are divided among ranks, and one rank has only its part; "
+            "measure a model that is gathered on one rank"
+        )
+
+    def _measure_drift(self, model: Any, index: int) -> Drift:
+        with self._current(model) as program:
+            binding = self._binding
+            if self._is_synced():
+                self._sync_by(program)
+            names = [name for name, e in self._store.sets[index].items() if e.averaged]
+            return measure([binding.pair(name, index) for name in names])
 
     if not TYPE_CHECKING:  # with it, type checkers would accept every attribute
 

@@ -77,9 +77,6 @@ class EMA(Average[Weights]):
         ``"raise"`` read the tensors once more first, and wait for a GPU. Ranks that share DTensors
         decide together, by an all-reduce of one number. With ``capturable=True`` the GPU skips
         updates without waiting, and ``"raise"`` is an error.
-    drift : bool
-        Measure the distance between weights and average in the same pass; read it from
-        :attr:`drift`. False by default; not available for DTensors.
     capturable : bool
         Count the updates on the GPU, so that :meth:`update` can be captured in a CUDA graph whose
         replays follow the schedule, warm-ups and random bits included. Costs one small kernel per
@@ -152,7 +149,6 @@ class EMA(Average[Weights]):
         buffers: Policy = "copy",
         policy: Mapping[str, Policy] | None = None,
         on_nonfinite: OnNonFinite = "propagate",
-        drift: bool = False,
         capturable: bool = False,
         offload: bool | Literal["skip"] = False,
     ) -> None:

@@ -32,6 +32,7 @@ from fastema.errors import ArgumentError, BridgeError, LayoutError, format_probl
 from fastema.layout.spec import Leaves, TensorSpec
 from fastema.rules import Rule
 from fastema.rules.checks import MAX_STEPS, validate_int
+from fastema.shadow.drift import Drift
 from fastema.shadow.ema import EMA
 from fastema.shadow.entries import select
 from fastema.shadow.matching import (
@@ -472,6 +473,13 @@ class OffloadedEMA(EMA[Any]):
         with self._lock:
             self._drain()
             return super().to(*target, device=device, dtype=dtype, **options)
+
+    def _measure_drift(self, model: Any, index: int) -> Drift:
+        if any(leaf.spec.division is not None for leaf in self._leaves(model).items):
+            self._refuse_parts()
+        self._drain()
+        self._link.fetch(self._tensors(model)).complete()
+        return super()._measure_drift(None, index)
 
     def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
         """Return the state needed to resume the run; see :meth:`fastema.EMA.state_dict`."""

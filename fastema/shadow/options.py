@@ -39,7 +39,7 @@ WhenBehind = Literal["wait", "skip"]
 
 _OPTIONS: Final = (
     *("shadow_dtype", "rounding", "seed", "update_every", "start_after", "frozen", "buffers"),
-    *("policy", "on_nonfinite", "drift", "capturable"),
+    *("policy", "on_nonfinite", "capturable"),
 )
 
 
@@ -152,7 +152,6 @@ class Settings(NamedTuple):
     schedule: Schedule
     policies: Policies
     on_nonfinite: OnNonFinite
-    drift: bool
     capturable: bool
     seed: int
     format: ShadowFormat
@@ -170,7 +169,6 @@ def parse_settings(
     buffers: Any = "copy",
     policy: Any = None,
     on_nonfinite: Any = "propagate",
-    drift: Any = False,
     capturable: Any = False,
 ) -> Settings:
     """Return the keyword arguments of an average, checked as far as no weights are needed.
@@ -184,7 +182,6 @@ def parse_settings(
     policies = Policies.of(frozen, buffers, policy)
     check_literal(on_nonfinite, "on_nonfinite", OnNonFinite)
     check_flag(capturable, "capturable")
-    check_flag(drift, "drift")
     if capturable and on_nonfinite == "raise":
         raise ArgumentError(
             "on_nonfinite='raise' needs the host, which a captured graph does not ask; with "
@@ -192,7 +189,7 @@ def parse_settings(
         )
     seed = check_seed(seed)
     stored = format_of(shadow_dtype, rounding, len(schedule.rules))
-    return Settings(schedule, policies, on_nonfinite, drift, capturable, seed, stored)
+    return Settings(schedule, policies, on_nonfinite, capturable, seed, stored)
 
 
 def parse_rules(decay: Any, zero_debias: Any) -> list[Rule]:

@@ -33,7 +33,7 @@ class PowerEMA(Average[Weights]):
         all of them.
     shadow_dtype, rounding, seed, update_every, start_after
         See :class:`fastema.EMA`.
-    frozen, buffers, policy, on_nonfinite, drift, capturable
+    frozen, buffers, policy, on_nonfinite, capturable
         See :class:`fastema.EMA`.
 
     Raises
@@ -79,7 +79,6 @@ class PowerEMA(Average[Weights]):
         buffers: Policy = "copy",
         policy: Mapping[str, Policy] | None = None,
         on_nonfinite: OnNonFinite = "propagate",
-        drift: bool = False,
         capturable: bool = False,
     ) -> None:
         options = select_shared_options(locals())

@@ -241,7 +241,6 @@ class SaveableAverage(SwappableAverage[Weights]):
                 self._format, self._store, self._binding = rounded
                 self._log_decays = saved.log_decays
                 self._version += 1
-                self._drift_program = None
                 if self._count is not None:  # before the copy: this waits for pending replays
                     self._count.set(
                         self._schedule, tables, self._seed, self._done, self._num_skipped

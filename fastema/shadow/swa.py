@@ -28,7 +28,7 @@ class SWA(Average[Weights]):
         keeps long means exact enough for :func:`fastema.mean_between`.
     rounding, seed, update_every, start_after
         See :class:`fastema.EMA`.
-    frozen, buffers, policy, on_nonfinite, drift, capturable
+    frozen, buffers, policy, on_nonfinite, capturable
         See :class:`fastema.EMA`.
 
     Raises
@@ -72,7 +72,6 @@ class SWA(Average[Weights]):
         buffers: Policy = "copy",
         policy: Mapping[str, Policy] | None = None,
         on_nonfinite: OnNonFinite = "propagate",
-        drift: bool = False,
         capturable: bool = False,
     ) -> None:
         options = select_shared_options(locals())

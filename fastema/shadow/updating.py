@@ -68,9 +68,7 @@ class UpdatableAverage(Generic[Weights]):
         self._schedule, self._format = settings.schedule, settings.format
         self._seed = settings.seed
         self._on_nonfinite: OnNonFinite = settings.on_nonfinite
-        self._measures_drift = settings.drift
-        averaged = "lerp_measured" if settings.drift else self._operation
-        self._operations = {"averaged": averaged, "copied": "copy"}
+        self._operations = {"averaged": self._operation, "copied": "copy"}
         if ring is not None:
             window, dtype, on_host = ring
             self._format = self._format._replace(
@@ -86,18 +84,12 @@ class UpdatableAverage(Generic[Weights]):
         self._pending_steps = 0  # taken, but not averaged: the next update counts them
         self._ranks = ranks_of(leaf.spec.owner for leaf in (*selection.averaged, *selection.copied))
         if self._ranks is not None:
-            if settings.drift:
-                raise ArgumentError(
-                    "drift=True measures one rank's part, and these weights are divided among "
-                    "several ranks; build the average without it"
-                )
             self._ranks.compare(self._common_settings())
         self._log_decays = self._schedule.log_decays(0)
         self._version = 0
         self._follower: StepHooks | None = None
         self._lock = rlock()
         self._applied: ShadowSwap | None = None
-        self._drift_program: Program | None = None
         self._binding = self._bind(container, self._store, leaves)
         # Do not keep immutable arrays: the arrays passed last are the model.
         self._own_model = None if self._binding.model.fixed else container
@@ -406,7 +398,6 @@ class UpdatableAverage(Generic[Weights]):
             program.run(operations, args)
             self._done, self._log_decays = step, log_decays
             self._version += 1
-            self._drift_program = None if begins or not self._measures_drift else program
         return True
 
     def _update_by(self, count: ScheduleCounter, program: Program) -> None:
@@ -418,7 +409,6 @@ class UpdatableAverage(Generic[Weights]):
                 self._binding.flag_nonfinite(count.args)
             count.advance()
             program.run(self._operations, count.args)
-            self._drift_program = program if self._measures_drift else None
 
     def _launch_args(self, step: int, weights: tuple[float, ...]) -> LaunchArgs:
         return LaunchArgs(weights, self._seed, step)

@@ -1,29 +1,11 @@
-"""Read-only views of an average: its tensors by name, and its distance to the weights."""
+"""Read-only views of an average: its tensors by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-__all__ = ["Drift", "Shadow"]
-
-
-class Drift(NamedTuple):
-    """Distance between an average and the weights after an update.
-
-    Attributes
-    ----------
-    distance : float
-        Euclidean norm of ``weights - average``, over all averaged tensors.
-    relative : float
-        ``distance`` divided by the norm of the average; infinite if only that norm is 0.
-    still : float
-        Share of the elements that the update did not change, in [0, 1].
-    """
-
-    distance: float
-    relative: float
-    still: float
+__all__ = ["Shadow"]
 
 
 class Shadow(Mapping[str, Any]):

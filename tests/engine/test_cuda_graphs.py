@@ -118,7 +118,7 @@ REPLAYED: list[dict[str, Any]] = [
     {"decay": warmup(0.999), "start_after": 3, "update_every": 2},
     {"decay": warmup(0.9), "start_after": 3, "shadow_dtype": "bfloat16"},
     {"decay": (constant(0.9), power(0.1)), "start_after": 5, "update_every": 2},
-    {"start_after": 2, "shadow_dtype": "bfloat16", "rounding": "nearest", "drift": True},
+    {"start_after": 2, "shadow_dtype": "bfloat16", "rounding": "nearest"},
     {"decay": warmup(0.9), "start_after": 1, "shadow_dtype": "bf16+16", "update_every": 3},
 ]
 

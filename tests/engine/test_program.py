@@ -258,25 +258,3 @@ def test_later_runs_neither_compile_nor_leak(
     assert registry._loaded == made
     # A leak grows in every round and other memory also shrinks, so check the least growth.
     assert min(np.diff(held)) < 2500
-
-
-def test_each_average_has_its_own_measures(threads: Threads) -> None:
-    threads(3)
-    sizes, weights = [5, 1000, 3 * CHUNK + 5], (0.25, 0.0)
-    pairs, expected = [], np.zeros((2, 3))
-    for i, size in enumerate(sizes):
-        x = numbers(size, "f32", i)
-        for index, weight in enumerate(weights):
-            avg = numbers(size, "bf16", 50 + i)
-            after = reference.decode(reference.lerp(avg, x, weight, "bf16", "f32"), "bf16")
-            still = np.sum(after == reference.decode(avg, "bf16"))
-            expected[index] += np.sum((x - after) ** 2), np.sum(after**2), still
-            pairs.append(
-                Pair(f"t{i}", spec_of(avg, "bf16"), spec_of(x, "f32"), average_index=index)
-            )
-    program = Program({"all": pairs})
-    program.run({"all": "lerp_measured"}, LaunchArgs(weights))
-    for index, (distance, square, still) in enumerate(expected):
-        measured = program.read_measures(index)
-        np.testing.assert_allclose(measured[:2], np.sqrt([distance, square]), rtol=1e-4)
-        assert measured.still == still

@@ -27,7 +27,7 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 USES: dict[str, dict[str, Any]] = {
     "plain": {},
     "several": {"decay": (0.9, 0.99)},
-    "guard and drift": {"on_nonfinite": "skip", "drift": True},
+    "guard": {"on_nonfinite": "skip"},
     "capturable": {"capturable": True},
 }
 

@@ -98,7 +98,7 @@ def after(steps):
         fastema.EMA(weights, (0.5, 0.9)),
         fastema.SMA(weights, 2),
         fastema.EMA(weights, 0.75, shadow_dtype="float16"),
-        fastema.EMA(weights, 0.75, on_nonfinite="skip", drift=True),
+        fastema.EMA(weights, 0.75, on_nonfinite="skip"),
     ]
     for n in range(steps):
         step(weights, several, n)

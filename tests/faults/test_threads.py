@@ -43,7 +43,7 @@ BUILDS: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {
     "three": lambda w: fastema.EMA(w, (0.5, 0.9, 0.99)),
     "mean": lambda w: fastema.SMA(w, 3),
     "random": lambda w: fastema.EMA(w, 0.9, shadow_dtype="float16"),
-    "guarded": lambda w: fastema.EMA(w, 0.9, on_nonfinite="skip", drift=True),
+    "guarded": lambda w: fastema.EMA(w, 0.9, on_nonfinite="skip"),
 }
 
 

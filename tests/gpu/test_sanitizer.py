@@ -30,7 +30,7 @@ def tensors(dtype):
 for dtype, options in (
     (torch.float32, {}),
     (torch.bfloat16, {}),
-    (torch.bfloat16, {"shadow_dtype": "float32", "drift": True}),
+    (torch.bfloat16, {"shadow_dtype": "float32"}),
     (torch.bfloat16, {"shadow_dtype": "bf16+16", "on_nonfinite": "skip"}),
     (torch.float16, {"decay": (0.9, 0.99)}),
 ):

@@ -139,7 +139,6 @@ def test_calls_never_wait_for_the_device(gpu: torch.device) -> None:
         fastema.EMA(weights, 0.9),
         fastema.EMA(narrow, (0.9, 0.99), shadow_dtype="float32"),
         fastema.EMA(narrow, 0.9),
-        fastema.EMA(weights, 0.9, drift=True),
         fastema.EMA(narrow, 0.9, capturable=True),
         fastema.SMA(weights, 3),
     ]

@@ -52,13 +52,13 @@ def run(
     claim: int = 1,
     **settings: int,
 ) -> NDArray[np.float64]:
-    """Run a kernel over rows and return its measures; measures that it does not write stay -1.
+    """Run a kernel over rows and return what it finds; numbers that it does not write stay -1.
 
     ``settings`` are columns of the control block.
     """
     cells, numbers = table_of(rows), np.array(weights, np.float64)
     assert all(0 <= row.average < len(numbers) for row in rows)
-    control, results = np.zeros(abi.CONTROLS, np.int64), np.full((len(rows), abi.MEASURES), -1.0)
+    control, results = np.zeros(abi.CONTROLS, np.int64), np.full(len(rows), -1.0)
     control[[abi.CLAIM, abi.RESULTS]] = claim, results.ctypes.data
     for name, value in settings.items():
         control[getattr(abi, name.upper())] = value

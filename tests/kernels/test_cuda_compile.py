@@ -51,15 +51,14 @@ PLAIN = parse_kernels(
 
 EACH_KIND = parse_kernels(
     *("lerp f64 f64", "lerp bf16~ bf16", "lerp f16~ f32", "lerp bf16+16 bf16"),
-    *("lerp_measured f32 bf16", "copy f32 bf16", "cast_back bf16+16 f32", "swap bf16+16 raw4"),
+    *("copy f32 bf16", "cast_back bf16+16 f32", "swap bf16+16 raw4"),
     *("add f64 f32", "finite f32 bf16", "window f32 f32 f32 f32"),
 )
 """One of each other kind of kernel, also compiled for every architecture."""
 
 OTHERS = parse_kernels(
     *(f"lerp {dst} {src}" for dst in FORMS for src in REALS),
-    *(f"lerp_measured {dst} bf16" for dst in FORMS),
-    *("lerp_measured f32 f32", "add f32 bf16"),
+    "add f32 bf16",
     *(f"copy {dst} {src}" for dst in (*REALS, "bf16+16") for src in REALS if dst != src),
     *(f"cast_back bf16+16 {src}" for src in REALS),
     *("cast_back f64 f32", "cast_back f32 f16", "cast_back f16 bf16", "cast_back bf16 f32"),
@@ -72,13 +71,13 @@ OTHERS = parse_kernels(
 )
 
 USUAL_KERNELS = parse_kernels(
-    *("lerp f32 bf16", "lerp_measured f32 bf16", "copy f32 bf16", "swap raw4 raw4"),
+    *("lerp f32 bf16", "copy f32 bf16", "swap raw4 raw4"),
     *("add f64 f32", "finite f32 bf16"),
 )
 """One kernel of each family, for the fast tests."""
 
 READS_AND_WRITES = {
-    **dict.fromkeys(("lerp", "lerp_measured", "add"), ("ds", "d")),
+    **dict.fromkeys(("lerp", "add"), ("ds", "d")),
     **dict.fromkeys(("swap", "park", "unpark"), ("ds", "ds")),
     "copy": ("s", "d"),
     "cast_back": ("d", "s"),
@@ -127,7 +126,7 @@ def max_registers(
 
     32 let a multiprocessor be full, as do 40 or 64 with fewer threads; more avoid spills.
     """
-    if operation in ("window", "advance", "lerp_measured") or capability == (7, 5):
+    if operation in ("window", "advance") or capability == (7, 5):
         return 64
     if formats[0].endswith("~"):  # strided kernels also run adjacent elements
         return 56 if layout == "strided" or formats[1] == "bf16" else 48

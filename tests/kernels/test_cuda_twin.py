@@ -131,11 +131,8 @@ ORDERS = {
         pytest.param("f16", "f64", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize(
-    "operation", ["lerp", pytest.param("lerp_measured", marks=pytest.mark.slow)]
-)
 def test_random_bits_follow_indices_instead_of_memory_order(
-    gpu: StubGpu, operation: str, dst: str, src: str, order: str
+    gpu: StubGpu, dst: str, src: str, order: str
 ) -> None:
     shape, axes, whole, offset = ORDERS[order]
     size, stored = int(np.prod(shape)), [shape[axis] for axis in axes]
@@ -146,7 +143,7 @@ def test_random_bits_follow_indices_instead_of_memory_order(
             for seed, code in enumerate((dst, src))
         )
         weights = describe(b, src, whole=whole, offset=offset)
-        run(operation, [Pair("x", describe(a, dst), weights, f"{dst}~")])
+        run("lerp", [Pair("x", describe(a, dst), weights, f"{dst}~")])
         return [a]
 
     assert_same_on_both(gpu, work)
@@ -154,9 +151,7 @@ def test_random_bits_follow_indices_instead_of_memory_order(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("src", ["f32", "bf16"])
-def test_several_averages_and_measures_equal_the_cpu(gpu: StubGpu, src: str) -> None:
-    measures = []
-
+def test_several_averages_equal_the_cpu(gpu: StubGpu, src: str) -> None:
     def work(describe: Describe) -> list[Array]:
         x = draw(40_003, src, 4)
         averages = [draw(40_003, "f32", 5 + k) for k in range(3)]
@@ -164,14 +159,10 @@ def test_several_averages_and_measures_equal_the_cpu(gpu: StubGpu, src: str) -> 
             Pair("x", describe(a, "f32"), describe(x, src), average_index=k)
             for k, a in enumerate(averages)
         ]
-        program = run("lerp_measured", pairs, LaunchArgs((0.1, 0.01, 0.0)))
-        measures.append([program.read_measures(k) for k in range(3)])
+        run("lerp", pairs, LaunchArgs((0.1, 0.01, 0.0)))
         return averages
 
     assert_same_on_both(gpu, work)
-    for one, other in zip(*measures, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5)
-    assert measures[1][2].still == 40_003
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

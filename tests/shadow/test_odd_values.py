@@ -37,7 +37,6 @@ OPTIONS: list[tuple[type, dict[str, Any], str]] = [
     (fastema.EMA, {"policy": lambda name, role: "skip"}, "policy=.*expected a mapping of name"),
     (fastema.EMA, {"rounding": ARRAY}, "rounding=.*expected one of nearest, stochastic"),
     (fastema.EMA, {"on_nonfinite": ARRAY}, "on_nonfinite=.*expected one of propagate, skip, raise"),
-    (fastema.EMA, {"drift": ARRAY}, "drift=.*expected True or False"),
     (fastema.EMA, {"capturable": TENSOR}, "capturable=.*expected True or False"),
     (fastema.EMA, {"zero_debias": ARRAY}, "zero_debias=.*expected True or False"),
     (fastema.EMA, {"offload": ARRAY}, "offload=.*expected True, False or 'skip'"),

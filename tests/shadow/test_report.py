@@ -1,4 +1,4 @@
-"""What an average reports: report(), repr, drift, and hints for names of other libraries."""
+"""What an average reports: report(), repr, and hints for names of other libraries."""
 
 import copy
 import pickle
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import fastema
 from fastema import hints, rules
@@ -104,20 +103,3 @@ def test_an_average_is_neither_copied_nor_pickled() -> None:
     for copied in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(StateError, match="state_dict"):
             copied(fastema.EMA([np.ones(3)]))
-
-
-def test_drift_shows_an_average_that_rounding_stalls() -> None:
-    start = torch.randn(5000).bfloat16()
-    weights = {"w": start.clone(), "equal": torch.ones(5000)}
-    nearest = fastema.EMA(weights, 0.999, rounding="nearest", drift=True)
-    random = fastema.EMA(weights, 0.999, drift=True)
-    weights["w"].mul_(1.01)
-    for one in (nearest, random):
-        one.update()
-        assert one.drift.distance > 0
-    assert nearest.drift.still == 1
-    assert 0.5 < random.drift.still < 1
-    weights["w"].copy_(start)
-    again = fastema.EMA(weights, 0.9, drift=True)
-    again.update()
-    assert again.drift == (0.0, 0.0, 1.0)

@@ -24,7 +24,7 @@ from fastema.engine.cubins import Cubin, Key, Unavailable
 from fastema.engine.driver import DriverError
 from fastema.kernels import cuda, cuda_clock
 from fastema.kernels.operations import OPERATIONS
-from fastema.kernels.table import CLOCK_CELLS, COLUMNS, DISTANCE, MEASURES, SQUARE, STILL
+from fastema.kernels.table import CLOCK_CELLS, COLUMNS
 from fastema.kernels.variants import CLOCK
 from fastema.kernels.words import pointer_f64, pointer_i64, store
 from fastema.layout.spec import TensorSpec
@@ -38,10 +38,10 @@ SIGNATURE = types.void(*(types.int64,) * 4, *(types.float64,) * 8, *(types.int64
 @cache
 def compile_on_host(operation: str, formats: tuple[str, ...], layout: str) -> Any:
     """Compile a GPU kernel for the host; its blocks and threads run one after another."""
-    body, measures = cuda.make_body(operation, formats, layout), OPERATIONS[operation].measures
+    body, counts = cuda.make_body(operation, formats, layout), OPERATIONS[operation].counts
     number_of, moment_of, rows_of = cuda._number, cuda._launch_args, cuda.rows_to_do(operation)
     head_of = cuda.load_head
-    flags, flag = operation == "finite", cuda_clock.flag
+    flag = cuda_clock.flag
 
     def run(  # type: ignore[no-untyped-def]
         table, rows, results, clock, w0, w1, w2, w3, w4, w5, w6, w7, seed, step, window, slot, turn
@@ -52,18 +52,14 @@ def compile_on_host(operation: str, formats: tuple[str, ...], layout: str) -> An
             at = row * COLUMNS
             head, average = head_of(cells, at)
             number = number_of(average, clock, (w0, w1, w2, w3, w4, w5, w6, w7))
-            one, two, three = 0.0, 0.0, 0.0
+            found = 0.0
             for thread in range(THREADS):
-                a, b, c = body(cells, at, head, number, now, thread, THREADS)
-                one, two, three = one + a, two + b, three + c
-            if flags and clock:
-                if one > 0.0:
+                found += body(cells, at, head, number, now, thread, THREADS)
+            if counts and clock:
+                if found > 0.0:
                     flag(clock)
-            elif measures:
-                found = pointer_f64(results)
-                store(found, row * MEASURES + DISTANCE, one)
-                store(found, row * MEASURES + SQUARE, two)
-                store(found, row * MEASURES + STILL, three)
+            elif counts:
+                store(pointer_f64(results), row, found)
 
     return njit(SIGNATURE, nogil=True, error_model="numpy")(run)
 
