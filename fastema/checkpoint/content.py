@@ -11,10 +11,10 @@ import numpy as np
 
 from fastema.bridges.names import plain_names
 from fastema.checkpoint import dcp, torch_file
-from fastema.checkpoint.files import StoredTensor
+from fastema.checkpoint.files import OpenFile, StoredTensor
 from fastema.checkpoint.pickles import PickledTensor
 from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
-from fastema.checkpoint.stretches import Stretches
+from fastema.checkpoint.stretches import Place
 from fastema.errors import CheckpointError
 
 __all__ = ["Content", "StoredLeaf", "collect_tensors", "drop_tied_names", "open_content"]
@@ -25,7 +25,7 @@ class StoredLeaf:
     """A tensor in a file, located but not read."""
 
     stored: StoredTensor
-    place: Stretches
+    place: Place
 
 
 class Content(NamedTuple):
@@ -41,8 +41,7 @@ class Content(NamedTuple):
         if isinstance(one, StoredLeaf):
             return one
         assert self.state is not None
-        stored, offset = torch_file.locate_tensor(self.path, name, one, self.state)
-        return StoredLeaf(stored, Stretches.whole(self.path, offset))
+        return StoredLeaf(*torch_file.locate_tensor(name, one, self.state))
 
     def tensors(self, part: Any) -> dict[str, Any]:
         """Return the tensors of a part of the file by dotted key."""
@@ -56,7 +55,7 @@ class Content(NamedTuple):
             {name: one.stored for name, one in tensors.items()},
             {name: one.place for name, one in tensors.items()},
             {"model.safetensors": list(tensors)},
-            list(dict.fromkeys(part for one in tensors.values() for part in one.place.paths)),
+            list(dict.fromkeys(f.path for one in tensors.values() for f in one.place.files)),
         )
 
     def number(self, found: Any, name: str) -> int | float:
@@ -95,7 +94,7 @@ def open_content(path: Path, key: str | None) -> tuple[Content, Checkpoint | Non
     Also return its checkpoint if it holds nothing but tensors by name, as safetensors does.
     """
     if is_torch_file(path):
-        state = torch_file.read(path)
+        state = torch_file.read(OpenFile(path))
         part = state.content if key is None else torch_file.part_of(state.content, key, path)
         return Content(path, part if isinstance(part, Mapping) else {"": part}, state), None
     if (path / ".metadata").exists():
@@ -157,8 +156,8 @@ def drop_tied_names(found: Checkpoint) -> Checkpoint:
     tied = dict(found.tied)
     for name, stored in found.tensors.items():
         if stored.nbytes:
-            path, offset, _, _ = next(found.places[name].within(0, 1))
-            owner = owners.setdefault((path, offset, stored.kind, stored.shape), name)
+            key = found.places[name].origin, stored.kind, stored.shape
+            owner = owners.setdefault(key, name)
             if owner != name:
                 tied[name] = owner
     kept = {name: one for name, one in found.tensors.items() if name not in tied}

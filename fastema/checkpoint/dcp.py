@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import stat
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastema.checkpoint import pickles
-from fastema.checkpoint.files import StoredTensor, read_whole, reading
+from fastema.checkpoint.files import FilePart, OpenFile, StoredTensor, retrying
 from fastema.checkpoint.folder import Block
 from fastema.checkpoint.stretches import Stretches
 from fastema.checkpoint.torch_file import data_of
@@ -91,7 +90,7 @@ class _Chunk(NamedTuple):
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
-    path: Path
+    file: OpenFile
     begin: int
     length: int
 
@@ -109,42 +108,58 @@ class Folder(NamedTuple):
     path: Path
     tensors: dict[str, ChunkedTensor]  # by key
     places: dict[str, tuple[Any, ...]]  # key to its path in the saved state
-    values: dict[str, tuple[Path, int, int]]  # key of a plain value to its file, offset and length
+    values: dict[str, tuple[OpenFile, int, int]]  # key to file, offset and length
 
 
 def opened(path: Path) -> Folder:
     """Read the description of a folder; raise a CheckpointError if it is missing or damaged."""
-    description = path / ".metadata"
-    if not description.exists():
+    return retrying(lambda: _open(path))
+
+
+def _open(path: Path) -> Folder:
+    if not (path / ".metadata").exists():
         raise CheckpointError(
             f"{path} has no .metadata: it is not a folder of torch.distributed.checkpoint, or its "
             "writers were killed"
         )
+    description = OpenFile(path / ".metadata")
     try:
-        found = pickles.load(read_whole(description, _LONGEST), _ALLOWED)
+        found = pickles.load(description.read_whole(_LONGEST), _ALLOWED)
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{description} cannot be read: {error}") from None
+        raise CheckpointError(f"{description.path} cannot be read: {error}") from None
+    files: dict[Path, OpenFile] = {}
     try:
-        return _parse_description(path, found)
+        folder = _parse_description(path, found, files)
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{description} is damaged: {error!r}") from None
+        raise CheckpointError(f"{description.path} is damaged: {error!r}") from None
+    for one in (description, *files.values()):  # all of the same moment
+        one.refuse_changes(path=True)
+    return folder
 
 
-def _parse_description(path: Path, found: Any) -> Folder:
+def _parse_description(path: Path, found: Any, files: dict[Path, OpenFile]) -> Folder:
+    """Return the contents of a folder; its files are opened and added to ``files``."""
+
+    def opened(key: str, info: Any) -> OpenFile:
+        file = _file_of(path, key, info)
+        if file not in files:
+            files[file] = OpenFile(file)
+        return files[file]
+
     stored = {
         (index.fqn, tuple(index.offset)): info
         for index, info in found.storage_data.items()
         if getattr(index, "offset", None) is not None
     }
     tensors: dict[str, ChunkedTensor] = {}
-    values: dict[str, tuple[Path, int, int]] = {}
+    values: dict[str, tuple[OpenFile, int, int]] = {}
     for index, info in found.storage_data.items():
         if getattr(index, "offset", None) is None:
-            file = _file_of(path, index.fqn, info)
+            file = opened(index.fqn, info)
             values[str(index.fqn)] = file, int(info.offset), int(info.length)
     for key, entry in found.state_dict_metadata.items():
         if not hasattr(entry, "chunks"):
@@ -160,7 +175,7 @@ def _parse_description(path: Path, found: Any) -> Folder:
             if len(ends) != len(shape) or any(e > n for e, n in zip(ends, shape, strict=True)):
                 raise CheckpointError(f"{key}: a block lies outside the tensor")
             info = stored[key, offset]
-            file = _file_of(path, key, info)
+            file = opened(key, info)
             chunks.append(_Chunk(offset, extents, file, int(info.offset), int(info.length)))
         tensor = StoredTensor(dtype(_CODE_OF[state[0]]), shape)
         if len(chunks) > _MOST_BLOCKS:
@@ -189,19 +204,18 @@ def plain_values(folder: Folder) -> dict[str, Any]:
     no average needs.
     """
     found = {}
-    for key, (path, begin, length) in folder.values.items():
+    for key, (file, begin, length) in folder.values.items():
         if length > _LONGEST_VALUE or "param_groups" in folder.places.get(key, (key,)):
             continue
         try:
-            with path.open("rb") as file:
-                part = io.BufferedReader(_FilePart(file, begin, length))
-                with zipfile.ZipFile(part) as archive:
-                    entries = {one.filename.partition("/")[2]: one for one in archive.infolist()}
-                    found[key] = pickles.load(
-                        _description_in(archive, entries["data.pkl"], key, length), pickles.TENSORS
-                    )
+            part: Any = io.BufferedReader(FilePart(file, begin, length))
+            with zipfile.ZipFile(part) as archive:
+                entries = {one.filename.partition("/")[2]: one for one in archive.infolist()}
+                found[key] = pickles.load(
+                    _description_in(archive, entries["data.pkl"], key, length), pickles.TENSORS
+                )
         except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+            raise CheckpointError(f"cannot read {file.path}: {error.strerror or error}") from None
         except Exception:  # zipfile and pickle raise many types
             continue
     return found
@@ -211,19 +225,18 @@ def check(path: Path) -> None:
     """Read a whole folder and verify its checksums; raise a CheckpointError if one differs."""
     folder = opened(path)
     chunks = [one for stored in folder.tensors.values() for one in stored.chunks]
-    places = {(one.path, one.begin, one.length) for one in chunks}
-    for file, begin, length in sorted(places | {*folder.values.values()}):
+    places = {(one.file, one.begin, one.length) for one in chunks} | {*folder.values.values()}
+    for file, begin, length in sorted(places, key=lambda one: (one[0].path, *one[1:])):
+        part: Any = io.BufferedReader(FilePart(file, begin, length))
         try:
-            with file.open("rb") as whole:
-                part = io.BufferedReader(_FilePart(whole, begin, length))
-                with zipfile.ZipFile(part) as archive:
-                    damaged = archive.testzip()
+            with zipfile.ZipFile(part) as archive:
+                damaged = archive.testzip()
         except OSError as error:
-            raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from None
+            raise CheckpointError(f"cannot read {file.path}: {error.strerror or error}") from None
         except Exception as error:  # zipfile raises many types
-            raise CheckpointError(f"{file} is damaged at {begin}: {error}") from None
+            raise CheckpointError(f"{file.path} is damaged at {begin}: {error}") from None
         if damaged is not None:
-            raise CheckpointError(f"{file} is damaged at {begin}: {damaged} differs")
+            raise CheckpointError(f"{file.path} is damaged at {begin}: {damaged} differs")
 
 
 def _description_in(
@@ -318,25 +331,22 @@ class _BlockReader:
         extents = [one.stop - one.start for one in piece]
         at = sum(one.start * s for one, s in zip(piece, self._strides, strict=True)) * size
         data: NDArray[Any] = np.empty(math.prod(extents) * size, np.uint8)
-        with reading(self._chunk.path) as fill:
-            fill(self._begin + at, memoryview(data.data))
+        self._chunk.file.read(self._begin + at, memoryview(data.data))
         return data
 
     def data_offset(self) -> int:
         """Return the offset in the file of the block's first element."""
         chunk = self._chunk
         try:
-            if not stat.S_ISREG(chunk.path.stat().st_mode):
-                raise CheckpointError(f"{chunk.path} is not a file")
-            with chunk.path.open("rb") as file:
-                part = io.BufferedReader(_FilePart(file, chunk.begin, chunk.length))
-                with zipfile.ZipFile(part) as archive:
-                    return chunk.begin + self._in_archive(archive, part)
+            part: Any = io.BufferedReader(FilePart(chunk.file, chunk.begin, chunk.length))
+            with zipfile.ZipFile(part) as archive:
+                return chunk.begin + self._in_archive(archive, part)
         except CheckpointError:
             raise
         except Exception as error:
             raise CheckpointError(
-                f"{self._name}: {chunk.path} does not hold it in the format of torch.save ({error})"
+                f"{self._name}: {chunk.file.path} does not hold it in the format of torch.save "
+                f"({error})"
             ) from None
 
     def _in_archive(self, archive: zipfile.ZipFile, part: Any) -> int:
@@ -367,43 +377,17 @@ class _BlockReader:
         return begin
 
 
-class _FilePart(io.RawIOBase):
-    """A byte range of a file as a read-only file."""
-
-    def __init__(self, file: Any, begin: int, length: int) -> None:
-        self._file, self._begin, self._length, self._at = file, begin, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        self._at = max(base + offset, 0)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        room = min(len(buffer), max(self._length - self._at, 0))
-        self._file.seek(self._begin + self._at)
-        data = self._file.read(room)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-
 def stretches_of(name: str, stored: ChunkedTensor) -> Stretches:
     """Return where the bytes of a tensor lie in the files that hold its blocks."""
     chunks = [one for one in stored.chunks if math.prod(one.shape)]
-    paths = list(dict.fromkeys(one.path for one in chunks))
+    files = list(dict.fromkeys(one.file for one in chunks))
 
     def table() -> NDArray[np.int64]:
-        parts = [_stretches(name, stored.tensor, one, paths.index(one.path)) for one in chunks]
+        parts = [_stretches(name, stored.tensor, one, files.index(one.file)) for one in chunks]
         whole = np.concatenate(parts)
         return np.asarray(whole[np.argsort(whole[:, 2], kind="stable")])
 
-    return Stretches(paths, table)
+    return Stretches(files, table)
 
 
 def _stretches(name: str, tensor: StoredTensor, chunk: _Chunk, place: int) -> NDArray[np.int64]:

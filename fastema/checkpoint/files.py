@@ -6,6 +6,7 @@ row-major order; see https://huggingface.co/docs/safetensors.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -14,11 +15,12 @@ import secrets
 import shutil
 import stat
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from importlib import import_module
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
 from fastema.errors import CheckpointError, StorageError
 from fastema.layout.dtypes import DType, dtype
@@ -28,22 +30,25 @@ from fastema.layout.spec import TensorSpec
 __all__ = [
     "File",
     "FileChangedError",
-    "Fill",
+    "FilePart",
+    "OpenFile",
+    "Read",
     "StoredTensor",
     "atomic_write_path",
     "fsync",
     "header_of",
-    "lock_folder",
+    "parse",
+    "partial_path",
     "read",
-    "read_whole",
-    "reading",
     "refuse_ending",
+    "remove_abandoned",
+    "retrying",
     "wrap_write_errors",
     "write",
 ]
 
-Fill = Callable[[int, memoryview], None]
-"""``fill(offset, buffer)``: fill the buffer with the file's bytes from an offset on."""
+Read = Callable[[str, int, memoryview], None]
+"""``read(name, first, buffer)``: fill the buffer with a tensor's row-major bytes from ``first``."""
 
 _NAMES: Final = {
     **{code: code.upper() for code in ("f64", "f32", "f16", "bf16", "c64", "bool")},
@@ -72,8 +77,16 @@ _MOST_AXES: Final = 32
 _PARTIAL: Final = re.compile(r"\..+\.fastema-[0-9a-f]{12}\..+", re.DOTALL)
 """Names of partial files and folders: being written, or left behind by a killed process."""
 
-_AHEAD: Final = 8
-"""Readahead, in multiples of the bytes just read."""
+_ABANDONED_S: Final = 24 * 3600.0
+"""Seconds without a write after which a partial file or folder is one of a killed process."""
+
+_MOST_OPEN: Final = 256
+"""Limit on the files that stay open; processes may often open 1024."""
+
+_ATTEMPTS: Final = 8
+"""Times to open several files again that belong together, if one is replaced meanwhile."""
+
+Found = TypeVar("Found")
 
 _seeking = threading.Lock()
 """Lock for reads on systems without positioned reads."""
@@ -101,75 +114,186 @@ class FileChangedError(CheckpointError):
     """Raised when a file is replaced or changed between two reads."""
 
 
-class File(NamedTuple):
-    """A safetensors file whose header has been read."""
+class OpenFile:
+    """A regular file, opened for reading.
 
-    path: Path
-    tensors: dict[str, StoredTensor]
-    metadata: dict[str, str]
-    version: tuple[int, ...] | None = None  # changes if the file is replaced or rewritten
+    It stays open while the object lives, so that it is read as it was found even if another file
+    takes its path. Of many files only the first :data:`_MOST_OPEN` stay open; the others are opened
+    for each read.
 
-    def opened(self) -> AbstractContextManager[Fill]:
-        """Open the file for :func:`reading`; raise a FileChangedError if it has changed."""
-        return reading(self.path, self.version)
+    Raises
+    ------
+    CheckpointError
+        If the file is missing or is not a regular file.
+    FileChangedError
+        By :meth:`read` or :meth:`refuse_changes`, if it was rewritten, or replaced while closed.
+    """
+
+    _kept: ClassVar[set[int]] = set()  # handles of files that stay open
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = threading.Lock()
+        self.kept: tuple[Any, Any] = (None, None)
+        """Whose data was read whole from the file last, and that data; guarded by ``lock``."""
+        self._handle: int | None = None
+        handle = self._open_now()
+        self.version = _version_of(os.fstat(handle))
+        if len(self._kept) < _MOST_OPEN and os.name == "posix":  # Windows replaces no open file
+            self._kept.add(handle)
+            self._handle = handle
+            weakref.finalize(self, _close, handle)
+        else:
+            os.close(handle)
+
+    @property
+    def size(self) -> int:
+        """The size in bytes."""
+        return self.version[2]
+
+    def _open_now(self) -> int:
+        try:
+            if not stat.S_ISREG(self.path.stat().st_mode):  # opening a pipe waits for its writer
+                raise CheckpointError(f"{self.path} is not a file")
+            return os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror or error}") from None
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        if self._handle is not None:
+            yield self._handle
+            return
+        handle = self._open_now()
+        try:
+            self._compare(os.fstat(handle))
+            yield handle
+        finally:
+            os.close(handle)
+
+    def _compare(self, found: os.stat_result) -> None:
+        if _version_of(found) != self.version:
+            raise FileChangedError(f"{self.path} was changed while it was read; read it again")
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer with the file's bytes from an offset on; any thread may call this."""
+        with self._opened() as handle:
+            while buffer:
+                count = _read_at(handle, offset, buffer)
+                if not count:
+                    raise CheckpointError(f"{self.path} was cut short")
+                offset, buffer = offset + count, buffer[count:]
+
+    def read_whole(self, most: int) -> bytes:
+        """Read a small file; raise a CheckpointError if it is larger than ``most`` bytes."""
+        if self.size > most:
+            raise CheckpointError(
+                f"{self.path} has more than {most} bytes, the limit for such a file"
+            )
+        content = bytearray(self.size)
+        self.read(0, memoryview(content))
+        self.refuse_changes()
+        return bytes(content)
+
+    def starts_with(self, magic: bytes) -> bool:
+        """Return whether the file begins with these bytes."""
+        found = bytearray(len(magic))
+        if self.size < len(magic):
+            return False
+        self.read(0, memoryview(found))
+        return found == magic
+
+    def refuse_changes(self, *, path: bool = False) -> None:
+        """Raise a FileChangedError if the file was rewritten, or, with ``path``, if it moved."""
+        if path:
+            try:
+                self._compare(self.path.stat())
+            except OSError:
+                raise FileChangedError(f"{self.path} was removed while it was read") from None
+            return
+        with self._opened() as handle:
+            self._compare(os.fstat(handle))
 
 
-def _version_of(opened: Any) -> tuple[int, ...]:
-    found = os.fstat(opened.fileno())
+def _close(handle: int) -> None:
+    OpenFile._kept.discard(handle)
+    os.close(handle)
+
+
+def _version_of(found: os.stat_result) -> tuple[int, int, int, int]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-@contextmanager
-def reading(path: Path, version: tuple[int, ...] | None = None) -> Iterator[Fill]:
-    """Yield a function that reads a file's bytes from an offset into a buffer, on any thread.
-
-    Raise a CheckpointError if the file is missing, is not a regular file, or is truncated while it
-    is read, and a FileChangedError if its version is not ``version``.
-    """
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
-            raise CheckpointError(f"{path} is not a file")
-        file = path.open("rb", buffering=0)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    with file as opened:
-        if version is not None and _version_of(opened) != version:
-            raise FileChangedError(f"{path} was changed while it was read; read it again")
-
-        def fill(offset: int, buffer: memoryview) -> None:
-            ahead = len(buffer)
-            while buffer:
-                count = _read_at(opened, offset, buffer)
-                if not count:
-                    raise CheckpointError(f"{path} was cut short")
-                offset, buffer = offset + count, buffer[count:]
-            if hasattr(os, "posix_fadvise"):  # the disk reads while the caller computes
-                os.posix_fadvise(opened.fileno(), offset, _AHEAD * ahead, os.POSIX_FADV_WILLNEED)
-
-        yield fill
-
-
-def read_whole(path: Path, most: int) -> bytes:
-    """Read a small file; raise a CheckpointError if it is larger than ``most`` bytes."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path} is not a file")
-        with path.open("rb") as opened:
-            content = opened.read(most + 1)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    if len(content) > most:
-        raise CheckpointError(f"{path} has more than {most} bytes, the limit for such a file")
-    return content
-
-
-def _read_at(opened: Any, offset: int, buffer: memoryview) -> int:
+def _read_at(handle: int, offset: int, buffer: memoryview) -> int:
     if hasattr(os, "preadv"):
-        return os.preadv(opened.fileno(), [buffer], offset)
+        return os.preadv(handle, [buffer], offset)
     with _seeking:
-        opened.seek(offset)
-        return int(opened.readinto(buffer))
+        os.lseek(handle, offset, os.SEEK_SET)
+        data = os.read(handle, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+
+class FilePart(io.RawIOBase):
+    """A byte range of a file as a read-only file."""
+
+    def __init__(self, file: OpenFile, begin: int = 0, length: int | None = None) -> None:
+        self._file, self._begin, self._at = file, begin, 0
+        self._length = file.size - begin if length is None else length
+
+    def readable(self) -> bool:
+        """See :class:`io.RawIOBase`."""
+        return True
+
+    def seekable(self) -> bool:
+        """See :class:`io.RawIOBase`."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """See :class:`io.RawIOBase`."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = max(base + offset, 0)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """See :class:`io.RawIOBase`."""
+        at = self._begin + self._at
+        room = min(len(buffer), self._length - self._at, self._file.size - at)
+        if room <= 0:
+            return 0
+        self._file.read(at, memoryview(buffer)[:room])
+        self._at += room
+        return room
+
+
+def retrying(call: Callable[[], Found]) -> Found:
+    """Call a function that opens several files, again if one of them is replaced meanwhile."""
+    for _ in range(_ATTEMPTS):
+        with suppress(FileChangedError):
+            return call()
+    return call()
+
+
+class File(NamedTuple):
+    """A safetensors file whose header has been read."""
+
+    source: OpenFile
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+    @property
+    def path(self) -> Path:
+        """Where the file was found."""
+        return self.source.path
+
+    @contextmanager
+    def opened(self) -> Iterator[Read]:
+        """Yield a function that reads; raise a FileChangedError if the file is rewritten."""
+        self.source.refuse_changes()
+        yield lambda name, first, buffer: self.source.read(
+            self.tensors[name].offset + first, buffer
+        )
+        self.source.refuse_changes()
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], **metadata: str) -> None:
@@ -250,18 +374,18 @@ def refuse_ending(path: Path, *, torch: bool = False) -> None:
 def atomic_write_path(path: str | os.PathLike[str], suffix: str = ".part") -> Iterator[str]:
     """Yield a temporary path to write; rename it to ``path`` on success, delete it on failure.
 
-    Also remove what killed writers left in the folder, unless another process is writing there or
-    the file system has no locks to rule that out. Raise a StorageError if the file cannot be
-    written.
+    The temporary name is like no other: any number of processes may write to a folder, and the last
+    one to finish decides what ``path`` holds. Raise a StorageError if the file cannot be written.
     """
     final = Path(path)
     if not final.name or "\0" in final.name:
         raise StorageError(f"{os.fspath(path)!r} is not a file name")
     if final.exists() and not final.is_file():
         raise StorageError(f"{final} is not a file, and will not be replaced by one")
+    remove_abandoned(final.parent)
     # Not from tempfile, whose files do not have the default permissions.
-    partial = final.with_name(f".{final.name}.fastema-{secrets.token_hex(6)}{suffix}")
-    with wrap_write_errors(final), lock_folder(final.parent):
+    partial = partial_path(final, suffix)
+    with wrap_write_errors(final):
         try:
             yield os.fspath(partial)
             fsync(partial)
@@ -274,35 +398,31 @@ def atomic_write_path(path: str | os.PathLike[str], suffix: str = ".part") -> It
             fsync(final.parent)
 
 
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a shared lock on a folder during the block, after removing files of killed writers.
-
-    All writers share the lock, and the system releases the locks of killed processes. A process
-    that gets the lock exclusively therefore knows that nobody else is writing.
-    """
-    with ExitStack() as stack:
-        with suppress(ImportError, OSError):  # Windows, or a network file system
-            locks = import_module("fcntl")
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            with suppress(OSError):
-                locks.flock(handle, locks.LOCK_EX | locks.LOCK_NB)
-                _remove_partial(folder)
-            with suppress(OSError):  # do not wait for another program's lock
-                locks.flock(handle, locks.LOCK_SH | locks.LOCK_NB)
-        yield
+def partial_path(final: Path, suffix: str = ".part") -> Path:
+    """Return a new path beside ``final`` to write to before it is renamed."""
+    return final.with_name(f".{final.name}.fastema-{secrets.token_hex(6)}{suffix}")
 
 
-def _remove_partial(folder: Path) -> None:
-    with os.scandir(folder) as entries:
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed writers left in a folder: not written to for a day."""
+    with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if not _PARTIAL.fullmatch(entry.name) or entry.is_symlink():
-                continue
-            if entry.is_dir():
-                shutil.rmtree(entry.path, ignore_errors=True)
-            elif entry.is_file():
-                os.unlink(entry.path)
+            if _PARTIAL.fullmatch(entry.name) and not entry.is_symlink():
+                with suppress(OSError):
+                    _remove_if_abandoned(Path(entry.path))
+
+
+def _remove_if_abandoned(path: Path) -> None:
+    parts = [path, *(path.iterdir() if path.is_dir() else ())]
+    if time.time() - max(one.stat().st_mtime for one in parts) < _ABANDONED_S:
+        return
+    # Rename it first: a writer that finishes it now either has renamed it, or fails.
+    gone = path.with_name(f".{path.name[:64]}.gone.fastema-{secrets.token_hex(6)}.part")
+    os.rename(path, gone)
+    if gone.is_dir():
+        shutil.rmtree(gone, ignore_errors=True)
+    else:
+        gone.unlink()
 
 
 def fsync(path: str | os.PathLike[str]) -> None:
@@ -316,20 +436,21 @@ def fsync(path: str | os.PathLike[str]) -> None:
 
 def read(path: str | os.PathLike[str]) -> File:
     """Read the header of a safetensors file; raise a CheckpointError if the file is damaged."""
-    name = Path(path)
-    if not stat.S_ISREG(name.stat().st_mode):  # opening a pipe would block until it has a writer
-        raise CheckpointError(f"{name} is not a file")
-    with name.open("rb") as opened:
-        version = _version_of(opened)
-        size = os.fstat(opened.fileno()).st_size
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-            raise CheckpointError(
-                f"{name} is not a safetensors or torch.save file, or was cut short"
-            )
-        text = opened.read(length)
+    return parse(OpenFile(Path(path)))
+
+
+def parse(file: OpenFile) -> File:
+    """Read the header of an open safetensors file; see :func:`read`."""
+    name, size = file.path, file.size
+    head = bytearray(8)
+    file.read(0, memoryview(head)[: min(8, size)])
+    length = int.from_bytes(head, "little")
+    if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
+        raise CheckpointError(f"{name} is not a safetensors or torch.save file, or was cut short")
+    text = bytearray(length)
+    file.read(8, memoryview(text))
     try:
-        header = _check_type(json.loads(text, object_pairs_hook=_without_repeats), dict)
+        header = _check_type(json.loads(bytes(text)), dict)
         annotations = header.pop(_METADATA, None)
         metadata = {} if annotations is None else _check_type(annotations, dict)
         for value in metadata.values():
@@ -344,14 +465,7 @@ def read(path: str | os.PathLike[str]) -> File:
             raise ValueError(f"{size - end} bytes at its end belong to no tensor")
     except (ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{name} is not a safetensors file: {error}") from None
-    return File(name, tensors, metadata, version)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
+    return File(file, tensors, metadata)
 
 
 def _check_type(value: Any, kind: type) -> Any:

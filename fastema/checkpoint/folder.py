@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,7 +12,14 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from fastema.bridges.memory import bytes_of
-from fastema.checkpoint.files import StoredTensor, fsync, header_of, lock_folder, wrap_write_errors
+from fastema.checkpoint.files import (
+    StoredTensor,
+    fsync,
+    header_of,
+    partial_path,
+    remove_abandoned,
+    wrap_write_errors,
+)
 from fastema.errors import CheckpointError, StorageError
 from fastema.layout.flat import row_major
 
@@ -101,12 +107,9 @@ def check_vacant(folder: Path) -> None:
 
 
 def begin(folder: Path, files: Files) -> Path:
-    """Create a hidden folder next to ``folder``, with files of their final size; return its path.
-
-    The caller must hold the lock of the parent folder,
-    :func:`~fastema.checkpoint.files.lock_folder`.
-    """
-    partial = folder.with_name(f".{folder.name}.fastema-{secrets.token_hex(6)}.part")
+    """Create and return a hidden folder beside ``folder``, with files of their final size."""
+    remove_abandoned(folder.parent)
+    partial = partial_path(folder)
     with wrap_write_errors(folder):
         partial.mkdir()
         try:
@@ -123,7 +126,7 @@ def begin(folder: Path, files: Files) -> Path:
 @contextmanager
 def new_folder(folder: Path, files: Files, copied_from: Path) -> Iterator[Path]:
     """Yield a hidden folder to write to; rename it to ``folder`` on success, else remove it."""
-    with wrap_write_errors(folder), lock_folder(folder.parent):
+    with wrap_write_errors(folder):
         partial = begin(folder, files)
         try:
             yield partial

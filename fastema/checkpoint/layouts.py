@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from fastema.bridges.names import strip_wrapper_prefixes
 from fastema.checkpoint.content import Content
-from fastema.checkpoint.files import read_whole
+from fastema.checkpoint.files import OpenFile
 from fastema.checkpoint.source import PROVENANCE, Checkpoint
 from fastema.errors import ArgumentError, CheckpointError
 from fastema.rules import Aligned, Constant, CumulativeMean, Power, Rule, Schedule, Warmup
@@ -415,7 +415,7 @@ def _config_of(path: Path) -> dict[str, Any] | None:
     if not (path / "config.json").is_file():
         return None
     try:
-        found = json.loads(read_whole(path / "config.json", _LONGEST_CONFIG))
+        found = json.loads(OpenFile(path / "config.json").read_whole(_LONGEST_CONFIG))
     except (ValueError, RecursionError):
         return None
     if isinstance(found, dict) and {"optimization_step", "update_after_step"} <= found.keys():

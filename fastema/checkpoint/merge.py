@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from fastema.checkpoint.files import StoredTensor, atomic_write_path, wrap_write_errors
+from fastema.checkpoint.files import Read, StoredTensor, atomic_write_path, wrap_write_errors
 from fastema.checkpoint.folder import Files, check_vacant, files_of, new_folder, write_at
 from fastema.checkpoint.source import PROVENANCE, Checkpoint
 from fastema.checkpoint.stored import TRAINING_FILE, open_weights
-from fastema.checkpoint.sums import Read, weighted_sums
+from fastema.checkpoint.sums import weighted_sums
 from fastema.errors import ArgumentError, CheckpointError, format_problems
 
 __all__ = [

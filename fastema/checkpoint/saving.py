@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from fastema.checkpoint import files
 from fastema.checkpoint.source import is_torch_file
@@ -20,10 +20,6 @@ from fastema.shadow.average import Average, check_average
 from fastema.shadow.state import SavedOrMine
 
 __all__ = ["load_into", "save", "wait"]
-
-
-_ATTEMPTS: Final = 20
-"""Times to read a file that is replaced during every read."""
 
 
 class _BackgroundWriter:
@@ -161,9 +157,9 @@ def load_into(
     _writer.raise_failed(all_of_them=True)
     file = Path(path)
     if file.is_file() and not is_torch_file(file):
-        like = next(iter(ema.shadows[0].values()))
-        state = _read_whole(file, like)
-        if state is not None:
+        found = files.read(file)
+        if is_state(found):
+            state = read_state(found, next(iter(ema.shadows[0].values())))
             if num_updates is not None:
                 raise ArgumentError(
                     f"num_updates={num_updates!r}: {file} is a file of fastema and records it; "
@@ -177,20 +173,6 @@ def load_into(
     from fastema.checkpoint.transfer import load_stored
 
     load_stored(ema, stored, schedule, num_updates)
-
-
-def _read_whole(file: Path, like: Any) -> dict[str, Any] | None:
-    """Read a state, retrying if the file is replaced meanwhile; return None if it holds none."""
-    for attempt in range(_ATTEMPTS):
-        found = files.read(file)
-        if not is_state(found):
-            return None
-        try:
-            return read_state(found, like)
-        except files.FileChangedError:
-            if attempt + 1 == _ATTEMPTS:
-                raise
-    raise AssertionError
 
 
 def wait() -> None:

@@ -6,15 +6,15 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from fastema.checkpoint import dcp, files, torch_file
-from fastema.checkpoint.files import StoredTensor, reading
-from fastema.checkpoint.stretches import Stretches
+from fastema.checkpoint.files import OpenFile, Read, StoredTensor, retrying
+from fastema.checkpoint.stretches import Place, Stretches
 from fastema.errors import CheckpointError
 
 __all__ = ["PROVENANCE", "Checkpoint", "Read", "is_torch_file", "open_checkpoint", "step_of_name"]
@@ -22,14 +22,8 @@ __all__ = ["PROVENANCE", "Checkpoint", "Read", "is_torch_file", "open_checkpoint
 PROVENANCE: Final = "fastema.average"
 """Metadata key of an average's sources and their weights."""
 
-Read = Callable[[str, int, memoryview], None]
-"""``read(name, first, buffer)``: fill the buffer with a tensor's row-major bytes from ``first``."""
-
 _INDEX: Final = ".index.json"
 _LONGEST_INDEX: Final = 100_000_000
-_MOST_OPEN: Final = 256
-"""Limit on the files of a checkpoint that stay open."""
-
 _STATES: Final = ("state_dict", "model_state_dict", "model", "module", "ema_state_dict", "ema")
 """Keys under which training programs save a model's state; the first one present is used."""
 
@@ -54,8 +48,9 @@ class Checkpoint:
         "safetensors", "sharded safetensors", "torch", "sharded torch" or "torch.distributed".
     tensors : dict of str to StoredTensor
         Dtype and shape of each tensor by name.
-    places : mapping of str to Stretches
-        Where the bytes of each tensor lie.
+    places : mapping of str to Place
+        Where the bytes of each tensor lie, in files that stay open: a checkpoint is read as it was
+        when it was opened, even if another takes its path.
     metadata : dict of str to str
         Metadata of safetensors files; otherwise empty.
     step : int or None
@@ -71,35 +66,28 @@ class Checkpoint:
     path: Path
     format: str
     tensors: dict[str, StoredTensor]
-    places: Mapping[str, Stretches] = field(repr=False)
+    places: Mapping[str, Place] = field(repr=False)
     layout: dict[str, list[str]] = field(repr=False)
     files: list[Path] = field(repr=False)
     metadata: dict[str, str] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     step: int | None = None
 
-    def opened(self) -> AbstractContextManager[Read]:
-        """Open the files; the context manager yields a function that any thread may read with."""
-        return _open_readers(self)
+    @contextmanager
+    def opened(self) -> Iterator[Read]:
+        """Yield a function that reads a tensor's bytes, on any thread.
 
-
-@contextmanager
-def _open_readers(checkpoint: Checkpoint) -> Iterator[Read]:
-    paths = dict.fromkeys(path for place in checkpoint.places.values() for path in place.paths)
-    with ExitStack() as stack:
-        few = len(paths) <= _MOST_OPEN
-        fills = {path: stack.enter_context(reading(path)) for path in paths if few}
-
-        def read(name: str, first: int, buffer: memoryview) -> None:
-            for path, offset, begin, count in checkpoint.places[name].within(first, len(buffer)):
-                part = buffer[begin : begin + count]
-                if few:
-                    fills[path](offset, part)
-                else:
-                    with reading(path) as fill:
-                        fill(offset, part)
-
-        yield read
+        Raises
+        ------
+        FileChangedError
+            At the beginning or the end of the block, if a file was rewritten in place.
+        """
+        every = dict.fromkeys(file for place in self.places.values() for file in place.files)
+        for file in every:
+            file.refuse_changes()
+        yield lambda name, first, buffer: self.places[name].read(first, buffer)
+        for file in every:
+            file.refuse_changes()
 
 
 def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
@@ -129,11 +117,11 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     with _wrap_read_errors(found):
         mode = found.stat().st_mode
         if stat.S_ISDIR(mode):
-            made = _open_folder(found, key)
+            made = retrying(lambda: _open_folder(found, key))
         elif not stat.S_ISREG(mode):  # opening a pipe would block until it has a writer
             raise CheckpointError(f"{found} is not a file or a folder")
         else:
-            made = _open_file(found, key)
+            made = retrying(lambda: _open_file(found, key))
     if not made.tensors:
         raise CheckpointError(f"{found} holds no tensors")
     return made
@@ -155,19 +143,17 @@ def _wrap_read_errors(path: Path) -> Iterator[None]:
 def is_torch_file(path: Path) -> bool:
     """Return whether a path is a regular file that begins like one of ``torch.save``."""
     with _wrap_read_errors(path):
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
-            return False
-        with path.open("rb") as file:
-            return file.read(4) == b"PK\3\4"
+        return path.is_file() and OpenFile(path).starts_with(torch_file.MAGIC)
 
 
 def _open_file(path: Path, key: str | None) -> Checkpoint:
     if path.name.endswith(_INDEX):
         return _open_index(path, key)
-    if is_torch_file(path):
-        return _open_torch([path], path, key)
+    file = OpenFile(path)
+    if file.starts_with(torch_file.MAGIC):
+        return _open_torch([file], path, key)
     _refuse_key(path, key)
-    return _open_safetensors([path], path)
+    return _open_safetensors([file], path)
 
 
 def _refuse_key(path: Path, key: str | None) -> None:
@@ -206,7 +192,8 @@ def _with_folder_path(found: Checkpoint, path: Path) -> Checkpoint:
 
 
 def _open_index(path: Path, key: str | None) -> Checkpoint:
-    content = files.read_whole(path, _LONGEST_INDEX)
+    listing = OpenFile(path)
+    content = listing.read_whole(_LONGEST_INDEX)
     try:
         index = json.loads(content)
         names = index["weight_map"]
@@ -218,11 +205,13 @@ def _open_index(path: Path, key: str | None) -> Checkpoint:
     for name in listed:
         if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
             raise CheckpointError(f"{path}: {name!r} is not the name of a file next to it")
-    parts = [path.parent / name for name in listed]
-    for part in parts:
-        if not part.is_file():
-            raise CheckpointError(f"{path} names {part.name}, which is missing")
-    zipped = is_torch_file(parts[0] if parts else path)
+    for name in listed:
+        if not (path.parent / name).is_file():
+            raise CheckpointError(f"{path} names {name}, which is missing")
+    parts = [OpenFile(path.parent / name) for name in listed]
+    for one in (listing, *parts):  # all of the same moment
+        one.refuse_changes(path=True)
+    zipped = bool(parts) and parts[0].starts_with(torch_file.MAGIC)
     if not zipped:
         _refuse_key(path, key)
     found = _open_torch(parts, path, key) if zipped else _open_safetensors(parts, path)
@@ -230,7 +219,7 @@ def _open_index(path: Path, key: str | None) -> Checkpoint:
         name
         for name, part in names.items()
         if (name not in found.tensors and name not in found.tied)
-        or (name in found.places and found.places[name].paths[0].name != part)
+        or (name in found.places and found.places[name].files[0].path.name != part)
     ]
     if missing:
         raise CheckpointError(f"{path}: {missing[0]!r} is not in the file that it names")
@@ -246,46 +235,48 @@ def _open_index(path: Path, key: str | None) -> Checkpoint:
     return replace(found, tensors=kept, layout=layout, files=[*found.files, path])
 
 
-def _open_safetensors(paths: list[Path], path: Path) -> Checkpoint:
+def _open_safetensors(opened: list[OpenFile], path: Path) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
-    places: dict[str, Stretches] = {}
+    places: dict[str, Place] = {}
     layout: dict[str, list[str]] = {}
     metadata: dict[str, str] = {}
-    for part in paths:
-        found = files.read(part)
+    for file in opened:
+        part, found = file.path, files.parse(file)
         inside = sorted(found.tensors, key=lambda name: (found.tensors[name].offset, name))
         for name in inside:
             if name in tensors:
                 raise CheckpointError(f"{part}: {name!r} is in another file too")
             tensors[name] = found.tensors[name]
-            places[name] = Stretches.whole(part, found.tensors[name].offset)
+            places[name] = Stretches.whole(file, found.tensors[name].offset)
         layout[part.name] = inside
         metadata |= found.metadata
+    paths = [file.path for file in opened]
     kind = "safetensors" if len(paths) == 1 else "sharded safetensors"
     step = _step_of(metadata)
     step = step_of_name(path) if step is None else step
     return Checkpoint(path, kind, tensors, places, layout, paths, metadata, {}, step)
 
 
-def _open_torch(paths: list[Path], path: Path, key: str | None) -> Checkpoint:
+def _open_torch(opened: list[OpenFile], path: Path, key: str | None) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
-    places: dict[str, Stretches] = {}
+    places: dict[str, Place] = {}
     tied: dict[str, str] = {}
     step: int | None = None
-    for part in paths:
-        state = torch_file.read(part)
+    for file in opened:
+        part, state = file.path, torch_file.read(file)
         chosen, prefix = _select_part(state, key, part)
         step = _step_of(state) if step is None else step
         owners: dict[Any, str] = {}
         for name, one in torch_file.tensors_in(chosen).items():
-            stored, offset = torch_file.locate_tensor(part, f"{prefix}{name}", one, state)
+            stored, place = torch_file.locate_tensor(f"{prefix}{name}", one, state)
             if name in tensors:
                 raise CheckpointError(f"{part}: {name!r} is in another file too")
-            owner = owners.setdefault((offset, stored.kind, stored.shape), name)
+            owner = owners.setdefault((place.origin, stored.kind, stored.shape), name)
             if owner != name and stored.nbytes:
                 tied[name] = owner
                 continue
-            tensors[name], places[name] = stored, Stretches.whole(part, offset)
+            tensors[name], places[name] = stored, place
+    paths = [file.path for file in opened]
     kind = "torch" if len(paths) == 1 else "sharded torch"
     step = step_of_name(path) if step is None else step
     layout = {"model.safetensors": list(tensors)}
@@ -309,7 +300,7 @@ def _open_dcp(path: Path, key: str | None) -> Checkpoint:
         raise CheckpointError(f"{path} has nothing at {key!r}")
     tensors = {name: folder.tensors[one].tensor for name, one in chosen.items()}
     lie = {name: dcp.stretches_of(name, folder.tensors[one]) for name, one in chosen.items()}
-    used = dict.fromkeys(part for place in lie.values() for part in place.paths)
+    used = dict.fromkeys(file.path for place in lie.values() for file in place.files)
     layout = {"model.safetensors": list(tensors)}
     every = [*used, path / ".metadata"]
     step = step_of_name(path)

@@ -73,19 +73,18 @@ def read_tensors(path: str | os.PathLike[str], like: Any) -> dict[str, Any]:
     found, bridge = files.read(path), memory_of(like)
     sums = json.loads(found.metadata.get(_SUMS, "{}"))
     tensors = {}
-    with found.opened() as fill:
+    with found.opened() as read:
         for name, stored in found.tensors.items():
-            tensors[name] = array = _read_array(stored, fill, bridge)
+            tensors[name] = array = _allocate(stored, bridge)
+            read(name, 0, bytes_of(array))
             if sums.get(name) != zlib.crc32(bytes_of(array)):
                 raise _damaged(found, name)
     return tensors
 
 
-def _read_array(stored: files.StoredTensor, fill: files.Fill, bridge: Any) -> Any:
-    """Read a tensor of an open file into an array in the memory of a bridge's framework."""
-    array = bridge.zeros(stored.size, stored.kind.code, "cpu").reshape(stored.shape)
-    fill(stored.offset, bytes_of(array))
-    return array
+def _allocate(stored: files.StoredTensor, bridge: Any) -> Any:
+    """Return an array for a tensor in the memory of a bridge's framework."""
+    return bridge.zeros(stored.size, stored.kind.code, "cpu").reshape(stored.shape)
 
 
 def is_state(found: files.File) -> bool:
@@ -102,12 +101,12 @@ def verify_checksums(found: files.File) -> bool:
     if not isinstance(sums, dict):
         return False
     buffer = memoryview(bytearray(_PIECE))
-    with found.opened() as fill:
+    with found.opened() as read:
         for name, stored in found.tensors.items():
             crc = 0
             for first in range(0, stored.nbytes, _PIECE):
                 part = buffer[: min(_PIECE, stored.nbytes - first)]
-                fill(stored.offset + first, part)
+                read(name, first, part)
                 crc = zlib.crc32(part, crc)
             if sums.get(name) != crc:
                 raise _damaged(found, name)
@@ -140,9 +139,10 @@ def read_state(found: files.File, like: Any) -> dict[str, Any]:
         if any(at >= len(places) for _, at, _ in places.values()):
             raise ValueError("it has more averages than tensors")
         state: dict[str, Any] = plain
-        with found.opened() as fill:
+        with found.opened() as read:
             for key, stored in found.tensors.items():
-                array = _read_array(stored, fill, bridge)
+                array = _allocate(stored, bridge)
+                read(key, 0, bytes_of(array))
                 if sums.get(key) != zlib.crc32(bytes_of(array)):
                     raise _damaged(found, key)
                 if key == _KEY:

@@ -13,17 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastema.bridges.memory import Memory
-from fastema.checkpoint.files import File, Fill, StoredTensor
+from fastema.checkpoint.files import File, Read, StoredTensor
+from fastema.checkpoint.source import Checkpoint
 from fastema.engine.program import Program
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.dtypes import DType, average_of, parse_dtype
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["Read", "Write", "weighted_sum", "weighted_sums"]
-
-Read = Callable[[str, int, memoryview], None]
-"""``read(name, first, buffer)``: fill the buffer with a tensor's bytes from ``first`` on."""
+__all__ = ["Write", "weighted_sum", "weighted_sums"]
 
 Write = Callable[[int, str, int, memoryview], None]
 """``write(output, name, first, buffer)``: store a sum's bytes at ``first`` of a tensor."""
@@ -217,18 +215,18 @@ def _fill_batches(
 
 
 def weighted_sum(
-    files: Sequence[File],
+    files: Sequence[File | Checkpoint],
     coefficients: Sequence[float],
     result: Mapping[str, Memory],
     summed: Collection[str],
     advance: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """Sum safetensors files into row-major memory; see :func:`weighted_sums`.
+    """Sum checkpoints into row-major memory; see :func:`weighted_sums`.
 
-    All files must have the same tensors. Tensors not in ``summed`` are copied from the last file.
+    All must have the same tensors. Tensors not in ``summed`` are copied from the last.
     """
     with ExitStack() as stack:
-        reads = [_reader(file, stack.enter_context(file.opened())) for file in files]
+        reads = [stack.enter_context(file.opened()) for file in files]
         for name, (_, spec) in result.items():
             if name not in summed and spec.nbytes:
                 reads[-1](name, 0, spec.bytes())
@@ -239,7 +237,3 @@ def weighted_sum(
         tensors = [file.tensors for file in files]
         wanted = {name: result[name][1].kind for name in summed}
         weighted_sums(reads, tensors, [coefficients], wanted, write, advance)
-
-
-def _reader(file: File, fill: Fill) -> Read:
-    return lambda name, first, buffer: fill(file.tensors[name].offset + first, buffer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +10,25 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from fastema.checkpoint import pickles
-from fastema.checkpoint.files import StoredTensor
+from fastema.checkpoint.files import FilePart, OpenFile, StoredTensor
 from fastema.checkpoint.pickles import PickledTensor
+from fastema.checkpoint.stretches import Place, Stretches, Strided, extent
 from fastema.errors import CheckpointError
 from fastema.layout.dtypes import DTYPES, dtype
 
-__all__ = ["TorchFile", "check", "data_of", "locate_tensor", "part_of", "read", "tensors_in"]
+__all__ = [
+    "MAGIC",
+    "TorchFile",
+    "check",
+    "data_of",
+    "locate_tensor",
+    "part_of",
+    "read",
+    "tensors_in",
+]
+
+MAGIC: Final = b"PK\3\4"
+"""The first bytes of a file."""
 
 _LONGEST: Final = 1 << 28
 """Size limit of a description, in bytes."""
@@ -32,14 +46,15 @@ _DEEPEST: Final = 64
 class TorchFile(NamedTuple):
     """A file's contents, with a :class:`PickledTensor` for each tensor, and its storages."""
 
+    file: OpenFile
     content: Any
     storages: dict[str, tuple[int, int]]  # name to first byte in the file and length
 
 
-def read(path: Path) -> TorchFile:
+def read(file: OpenFile) -> TorchFile:
     """Read a file's contents but no tensor data; raise a CheckpointError if damaged or unsafe."""
-    with _archive(path) as (file, archive):
-        size = path.stat().st_size
+    path, size = file.path, file.size
+    with _archive(file) as (opened, archive):
         entries = {one.filename.partition("/")[2]: one for one in archive.infolist()}
         if "data.pkl" not in entries:
             raise CheckpointError(f"{path} is not a file of torch.save: it has no data.pkl")
@@ -54,16 +69,16 @@ def read(path: Path) -> TorchFile:
         for name, one in entries.items():
             if name.startswith("data/"):
                 _refuse_compressed(path, one)
-                begin = data_of(file, one.header_offset)
+                begin = data_of(opened, one.header_offset)
                 if begin + one.file_size > size:
                     raise CheckpointError(f"{path} was cut short")
                 storages[name.removeprefix("data/")] = begin, one.file_size
-    return TorchFile(content, storages)
+    return TorchFile(file, content, storages)
 
 
 def check(path: Path) -> None:
     """Read a whole file and verify its checksums; raise a CheckpointError if one differs."""
-    with _archive(path) as (_, archive):
+    with _archive(OpenFile(path)) as (_, archive):
         for one in archive.infolist():
             _refuse_compressed(path, one)
             with archive.open(one) as opened:
@@ -72,17 +87,20 @@ def check(path: Path) -> None:
 
 
 @contextmanager
-def _archive(path: Path) -> Iterator[tuple[Any, zipfile.ZipFile]]:
+def _archive(file: OpenFile) -> Iterator[tuple[Any, zipfile.ZipFile]]:
     """Yield a file and its zip archive; turn any error in the block into a CheckpointError."""
+    opened: Any = io.BufferedReader(FilePart(file))
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            yield file, archive
+        with zipfile.ZipFile(opened) as archive:
+            yield opened, archive
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+        raise CheckpointError(f"cannot read {file.path}: {error.strerror or error}") from None
     except Exception as error:  # zipfile and pickle raise many types
-        raise CheckpointError(f"{path} is damaged, or not a file of torch.save: {error}") from None
+        raise CheckpointError(
+            f"{file.path} is damaged, or not a file of torch.save: {error}"
+        ) from None
 
 
 def _refuse_compressed(path: Path, entry: zipfile.ZipInfo) -> None:
@@ -147,24 +165,20 @@ def _walk(
             yield from _walk(value, kind, f"{prefix}{key}.", depth + 1, left)
 
 
-def locate_tensor(
-    path: Path, name: str, tensor: PickledTensor, state: TorchFile
-) -> tuple[StoredTensor, int]:
-    """Return a tensor's dtype and shape, and its offset in the file."""
+def locate_tensor(name: str, tensor: PickledTensor, state: TorchFile) -> tuple[StoredTensor, Place]:
+    """Return a tensor's dtype and shape, and where it lies in the file."""
+    path = state.file.path
     if tensor.code not in DTYPES:
         raise CheckpointError(f"{path}: {name} has an unknown dtype: {tensor.code}")
     kind = dtype(tensor.code)
     stored = StoredTensor(kind, tensor.size)
-    if not pickles.is_row_major(tensor):
-        raise CheckpointError(
-            f"{path}: {name} is not row-major (strides {list(tensor.strides)}); save it with "
-            ".contiguous()"
-        )
     try:
         begin, size = state.storages[tensor.key]
     except KeyError:
         raise CheckpointError(f"{path}: the data of {name} is missing") from None
     first = tensor.offset * kind.itemsize
-    if first + stored.nbytes > size:
+    if first + extent(tensor.size, tensor.strides) * kind.itemsize > size:
         raise CheckpointError(f"{path}: {name} is longer than its storage")
-    return stored, begin + first
+    if pickles.is_row_major(tensor):
+        return stored, Stretches.whole(state.file, begin + first)
+    return stored, Strided(state.file, begin + first, stored, tensor.strides)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 from fastema.checkpoint import dcp
-from fastema.checkpoint.files import StoredTensor, lock_folder
+from fastema.checkpoint.files import StoredTensor
 from fastema.checkpoint.folder import (
     Block,
     Files,
@@ -188,18 +187,16 @@ def _write(
         if copied_from is not None and not copied_from.is_dir():
             raise CheckpointError(f"files_from={str(copied_from)!r}: there is no such folder")
         files = plan(tensors, file_bytes, _METADATA)
-        stack.enter_context(lock_folder(folder.parent))
         made.append(begin(folder, files))
         return files, made[0]
 
-    with ExitStack() as stack:  # hold the first rank's lock until all ranks have written
-        try:
-            files, partial = group.run_on_all_ranks(prepare, on_first=True)
-            group.run_on_all_ranks(lambda: write_blocks(partial, files, tensors, blocks, most))
-            group.run_on_all_ranks(
-                lambda: publish_folder(partial, folder, files, copied_from), on_first=True
-            )
-        except BaseException:
-            for one in made:
-                shutil.rmtree(one, ignore_errors=True)
-            raise
+    try:
+        files, partial = group.run_on_all_ranks(prepare, on_first=True)
+        group.run_on_all_ranks(lambda: write_blocks(partial, files, tensors, blocks, most))
+        group.run_on_all_ranks(
+            lambda: publish_folder(partial, folder, files, copied_from), on_first=True
+        )
+    except BaseException:
+        for one in made:
+            shutil.rmtree(one, ignore_errors=True)
+        raise

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastema.checkpoint import average, dcp, merge, open_checkpoint, weights
+from fastema.checkpoint import average, dcp, files, merge, open_checkpoint, weights
 from fastema.checkpoint.files import StoredTensor
 from fastema.checkpoint.select import select
 from fastema.errors import ArgumentError, CheckpointError
@@ -359,13 +359,12 @@ def test_pickle_that_runs_code_or_nests_deeply_is_refused(inside: Path) -> None:
         ("data/0", b"12", "longer than its storage"),
         ("byteorder", b"big", "big-endian"),
         ("deflated", None, "compressed"),
-        ("transposed", None, "w is not row-major"),
         ("half of it", None, r"1\.pt"),
     ],
 )
 def test_unreadable_torch_files_are_refused(entry: str, content: bytes | None, words: str) -> None:
     w = torch.randn(5, 10)
-    torch.save({"w": w.t() if entry == "transposed" else w}, "1.pt")
+    torch.save({"w": w}, "1.pt")
     with zipfile.ZipFile("1.pt") as archive:
         entries = {one.filename: archive.read(one) for one in archive.infolist()}
     how = zipfile.ZIP_DEFLATED if entry == "deflated" else zipfile.ZIP_STORED
@@ -418,9 +417,9 @@ def test_blocks_cut_along_the_last_axis_are_read_in_order(inside: Path) -> None:
     whole, chunks = torch.randn(4, 3, 5), []
     for first, last in ((2, 5), (0, 2)):
         torch.save(whole[..., first:last].clone(), path := inside / f"{first}.distcp")
-        chunks.append(
-            dcp._Chunk((0, 0, first), (4, 3, last - first), path, 0, os.stat(path).st_size)
-        )
+        file = files.OpenFile(path)
+        chunks.append(dcp._Chunk((0, 0, first), (4, 3, last - first), file, 0, file.size))
     place = dcp.stretches_of("w", dcp.ChunkedTensor(StoredTensor(dtype("f32"), (4, 3, 5)), chunks))
-    parts = [path.read_bytes()[at : at + count] for path, at, _, count in place.within(0, 240)]
-    assert b"".join(parts) == whole.numpy().tobytes()
+    found = bytearray(240)
+    place.read(0, memoryview(found))
+    assert found == whole.numpy().tobytes()

@@ -1,8 +1,10 @@
 """Checkpoint files: atomic writes, exact reads, and errors for damage."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +102,55 @@ def test_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     assert sorted(tmp_path.glob("*.safetensors")) == [path]
     assert len(list(tmp_path.iterdir())) == 2
-    pytest.importorskip("fcntl")  # lets the next write detect that the writer is dead
-    files.write(tmp_path / "b.safetensors", {"x": describe(np.arange(4.0))})
+    for days, left in ((0.9, 1), (1.1, 0)):  # a partial file may be one that is being written
+        for one in tmp_path.iterdir():
+            os.utime(one, (then := time.time() - days * 24 * 3600, then))
+        files.write(tmp_path / "b.safetensors", {"x": describe(np.arange(4.0))})
+        assert len(list(tmp_path.glob(".*.part"))) == left
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+    assert path.read_bytes() == before
+
+
+SAVER = """
+import sys, numpy as np
+from fastema.bridges.registry import describe
+from fastema.checkpoint import files
+for k in range(60):
+    files.write(sys.argv[1], {"x": describe(np.full(300, float(sys.argv[2])))})
+"""
+
+
+def test_many_processes_save_into_one_folder(tmp_path: Path) -> None:
+    running = [
+        subprocess.Popen([sys.executable, "-c", SAVER, tmp_path / f"{k // 2}.safetensors", str(k)])
+        for k in range(6)
+    ]
+    assert [one.wait() for one in running] == [0] * 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{k}.safetensors" for k in range(3)
+    ]
+    for k in range(3):
+        found = files.read(tmp_path / f"{k}.safetensors")
+        held = np.empty(300)
+        with found.opened() as read:
+            read("x", 0, held.view(np.uint8).data)
+        assert held[0] in (2 * k, 2 * k + 1)
+        assert (held == held[0]).all()
+
+
+def test_folder_that_is_finished_while_it_is_removed_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial, final = files.partial_path(tmp_path / "mean"), tmp_path / "mean"
+    partial.mkdir()
+    (partial / "weights").write_bytes(b"all of them")
+    for one in (partial / "weights", partial):
+        os.utime(one, (1.0, 1.0))
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda *names: (rename(partial, final), rename(*names)))
+    files.remove_abandoned(tmp_path)  # the other process renames it a moment before
+    assert [path.name for path in tmp_path.iterdir()] == ["mean"]
+    assert (final / "weights").read_bytes() == b"all of them"
 
 
 def test_full_disk_is_a_storage_error_and_keeps_the_old_file(tmp_path: Path) -> None:

@@ -131,22 +131,6 @@ def test_mismatched_or_damaged_file_changes_nothing(inside: Path) -> None:
     assert ema.shadow["0"].tolist() == [7.25] * 3
 
 
-def test_file_replaced_while_it_is_read_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    ema, other, read, last = zeros(), zeros(), files.read, 2
-
-    def read_and_replace(path: Path) -> Any:
-        found = read(path)
-        if ema.num_updates < last:
-            ema.update()
-            save(ema, path)
-        return found
-
-    save(ema, "ema")
-    monkeypatch.setattr(files, "read", read_and_replace)
-    load_into(other, "ema")
-    assert other.num_updates == 2
-
-
 def test_child_process_forgets_its_parents_writes() -> None:
     writer = saving._BackgroundWriter()
     writer.submit(Path("/nowhere/ema.safetensors"), {})

@@ -100,6 +100,13 @@ def kill_one(operation: Callable[[Path, int], None], folder: Path, delay: float)
     return any(folder.glob("*.part"))
 
 
+def age_everything(folder: Path) -> None:
+    """Let all files be two days old: partial ones are then those of killed processes."""
+    then = time.time() - 2 * 24 * 3600
+    for path in [*folder.rglob("*"), folder]:
+        os.utime(path, (then, then))
+
+
 def run(name: str, trials: int, seed: int) -> str:
     chance = random.Random(f"{seed} {name}")
     operation, unfinished, moves = OPERATIONS[name], 0, itertools.count()
@@ -117,6 +124,7 @@ def run(name: str, trials: int, seed: int) -> str:
             unfinished += kill_one(operation, place, chance.uniform(0.0, LONGEST))
             if number % 5 == 0:
                 clear()
+                age_everything(place)
                 operation(place, 1)
                 assert not list(place.glob("*.part"))
     return f"{name}: {trials} killed, {unfinished} while they wrote, seed {seed}"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -15,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastema.bridges.registry import describe
-from fastema.checkpoint.files import File, StoredTensor, atomic_write_path
+from fastema.checkpoint.files import StoredTensor, atomic_write_path
+from fastema.checkpoint.source import Checkpoint, open_checkpoint
 from fastema.checkpoint.sums import weighted_sum
 from fastema.errors import CheckpointError, format_problems
 
@@ -90,36 +90,16 @@ def read_snapshot(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a snapshot: {error}") from error
 
 
-class _MappedSnapshot(File):
-    """A memory-mapped snapshot, as a file whose offsets are memory addresses."""
-
-    rows: dict[str, Tensor]
-    """The row-major tensors that own the memory."""
-
-    @contextmanager
-    def opened(self) -> Iterator[Callable[[int, memoryview], None]]:
-        def fill(address: int, buffer: memoryview) -> None:
-            # memmove runs without the GIL, unlike an assignment to the memoryview.
-            ctypes.memmove((ctypes.c_char * len(buffer)).from_buffer(buffer), address, len(buffer))
-
-        yield fill
-
-
-def _map_snapshot(path: Path, names: Sequence[str]) -> _MappedSnapshot:
-    state, rows = read_snapshot(path), {}
-    for name in names:
-        value = state.get(name)
-        if isinstance(value, Tensor):
-            if value.layout is not torch.strided:
-                raise CheckpointError(f"{name!r} is sparse in {path}: expected a dense tensor")
-            rows[name] = value.contiguous()
-    tensors = {
-        name: StoredTensor(describe(row).kind, tuple(row.shape), row.data_ptr())
-        for name, row in rows.items()
-    }
-    file = _MappedSnapshot(path, tensors, {})
-    file.rows = rows
-    return file
+def _open_snapshot(path: Path, names: Sequence[str]) -> Checkpoint:
+    """Open a snapshot's tensors of these names."""
+    found = open_checkpoint(path)
+    stored = {name: found.tied.get(_PREFIX + name, _PREFIX + name) for name in names}
+    there = {name: one for name, one in stored.items() if one in found.tensors}
+    return replace(
+        found,
+        tensors={name: found.tensors[one] for name, one in there.items()},
+        places={name: found.places[one] for name, one in there.items()},
+    )
 
 
 def sum_snapshots(
@@ -132,7 +112,7 @@ def sum_snapshots(
     dtype.
     """
     names = list(like)
-    files = [_map_snapshot(path, names) for path in paths]
+    files = [_open_snapshot(path, names) for path in paths]
     problems = []
     for file in files:
         for name in names:
