@@ -234,6 +234,15 @@ class Trial:
 
     def _run_child(self, tests: list[Path], said: Path) -> None:
         class Reporter:
+            def pytest_sessionstart(self):
+                with suppress(ImportError):  # a smaller example of a failure takes time
+                    from hypothesis import Phase, settings
+
+                    fixed = {"derandomize": True, "database": None}
+                    phases = [Phase.explicit, Phase.generate]
+                    settings.register_profile("mutants", settings.default, phases=phases, **fixed)
+                    settings.load_profile("mutants")
+
             def pytest_runtest_logreport(self, report):
                 if report.failed:
                     said.write_text(report.nodeid)
