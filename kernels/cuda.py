@@ -97,7 +97,7 @@ def _windowed(parts: steps.WindowSteps, start: steps.Step, layout: str):
             copy(cells, at, real(number), 0, run)
         else:
             update(cells, at, number, window, slot, turn, run)
-        return 0.0, 0.0, 0.0
+        return 0.0
 
     return body
 

@@ -180,7 +180,6 @@ class _CompiledWatch(Watch):
         task[abi.CLEAR_ERROR] = _c_address(ctypes.pythonapi.PyErr_Clear)
         task[abi.ENTRIES_AT], task[abi.DIMS_AT] = entry.ctypes.data, dims.ctypes.data
         task[abi.SCRATCH_AT] = scratch.ctypes.data
-
         task[abi.TENSORS], task[abi.TENSORS_AT] = len(tensor), tensor.ctypes.data
         task[abi.RECORD] = 1
         # A tensor that cannot be described any more has changed: the first check reports it.

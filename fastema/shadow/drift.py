@@ -94,8 +94,10 @@ def _pieces(pair: Pair) -> Iterator[Pair]:
 
 
 def _narrow(spec: TensorSpec, axis: int, first: int, count: int) -> TensorSpec:
-    shape = (*spec.shape[:axis], count, *spec.shape[axis + 1 :])
-    return spec.part(spec.owner, first * spec.strides[axis], shape, spec.strides)
+    shape, owner = (*spec.shape[:axis], count, *spec.shape[axis + 1 :]), spec.owner
+    if spec.context is not None:  # without kernels, the framework's functions work on the owner
+        owner = spec.tensor[(*[slice(None)] * axis, slice(first, first + count))]
+    return spec.part(owner, first * spec.strides[axis], shape, spec.strides)
 
 
 def _read(batch: Sequence[Pair]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -104,21 +106,20 @@ def _read(batch: Sequence[Pair]) -> tuple[NDArray[Any], NDArray[Any]]:
     bridge = host if of.context is None else memory_by(bridge_of(of.owner))
     offsets = [0, *accumulate(pair.dst.size for pair in batch)]
     flats = [bridge.zeros(offsets[-1], code, of.device) for _ in range(2)]
-    specs = [bridge.describe(flat) for flat in flats]
 
-    def buffers(spec: TensorSpec) -> list[TensorSpec]:
+    def buffers(flat: Any) -> list[TensorSpec]:
         return [
-            spec.part(spec.owner, offset, pair.dst.shape, _row_major(pair.dst.shape))
+            bridge.describe(flat[offset : offset + pair.dst.size].reshape(pair.dst.shape))
             for offset, pair in zip(offsets, batch, strict=False)
         ]
 
     averages = [
         Pair(str(n), pair.dst, buffer, pair.form, pair.residual)
-        for n, (pair, buffer) in enumerate(zip(batch, buffers(specs[0]), strict=True))
+        for n, (pair, buffer) in enumerate(zip(batch, buffers(flats[0]), strict=True))
     ]
     weights = [
         Pair(str(n), buffer, pair.src)
-        for n, (pair, buffer) in enumerate(zip(batch, buffers(specs[1]), strict=True))
+        for n, (pair, buffer) in enumerate(zip(batch, buffers(flats[1]), strict=True))
     ]
     Program({"averages": averages, "weights": weights}).run(
         {"averages": "cast_back", "weights": "copy"}
@@ -126,7 +127,3 @@ def _read(batch: Sequence[Pair]) -> tuple[NDArray[Any], NDArray[Any]]:
     read = host.alias if of.context is None else of.context.download
     real = np.float64 if code in ("f64", "c128") else np.float32
     return read(flats[0]).view(real), read(flats[1]).view(real)
-
-
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[n + 1 :]) for n in range(len(shape)))
