@@ -224,7 +224,7 @@ class StubContext:
         assert not self.captured
         self.calls["download"] += 1
         self.wait()
-        return np.array(owner)
+        return np.asarray(owner).copy()
 
     def write(self, owner: np.ndarray, array: np.ndarray) -> None:
         assert not self.captured

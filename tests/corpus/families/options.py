@@ -23,7 +23,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "buffers average": {"buffers": "average"},
     "buffers skip": {"buffers": "skip"},
     "policy": {"policy": {"cube": "skip", "*ea*": "average", "frozen": "copy", "off*": "copy"}},
-    "drift": {"drift": True},
     "capturable": {"capturable": True},
     "seed": {"seed": 2**63 - 1, "shadow_dtype": "bfloat16"},
     "nearest": {"rounding": "nearest", "shadow_dtype": "float16"},
@@ -47,7 +46,7 @@ def options_after_50_steps(average: Any, option: dict[str, Any]) -> Any:
     train(model, ema)
     found = read(ema) | {"names": sorted(ema.averaged_names), "aliases": dict(ema.aliases)}
     found["skipped"] = sorted(ema.skipped_names)
-    found["drifts"] = attempt(lambda: list(ema.drifts))
+    found["drift"] = attempt(lambda: [f"{x:.9g}" for x in ema.drift(which=0)])
     return found
 
 

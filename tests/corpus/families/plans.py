@@ -121,7 +121,7 @@ def batch_norm(momentum: Any, progress: bool) -> Any:
     fastema.update_bn(batches, model, progress=progress)
     # torch's own sums may be added in another order on another processor
     rounded = {
-        k: v.double().mul(1e5).round()
+        k: v.double().mul(1e5).round().add(0.0)
         for k, v in model.state_dict().items()
         if k[2:] not in ("weight", "bias")
     }
