@@ -159,6 +159,7 @@ _OPTIONS: Final = (
         "strict",
         "every mismatch is an error, which names the tensors: leave {} out",
     ),
+    _Option("", "horizon peer_exact", "a drop-in counts as its peer does: leave {} out"),
     _Option("", "drift", "it is measured when you call ema.drift(): leave {} out"),
     _Option("", "watch", "every update checks all tensors for having moved: leave {} out"),
     _Option("", "foreach fused", "all tensors are always updated in one call: leave {} out"),

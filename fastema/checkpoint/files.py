@@ -81,7 +81,7 @@ _ABANDONED_S: Final = 24 * 3600.0
 """Seconds without a write after which a partial file or folder is one of a killed process."""
 
 _MOST_OPEN: Final = 256
-"""Limit on the files that stay open; processes may often open 1024."""
+"""Limit on the files that stay open."""
 
 _ATTEMPTS: Final = 8
 """Times to open several files again that belong together, if one is replaced meanwhile."""
@@ -135,11 +135,11 @@ class OpenFile:
         self.path = path
         self.lock = threading.Lock()
         self.kept: tuple[Any, Any] = (None, None)
-        """Whose data was read whole from the file last, and that data; guarded by ``lock``."""
+        """What was read of a strided tensor last, and the data; guarded by ``lock``."""
         self._handle: int | None = None
         handle = self._open_now()
         self.version = _version_of(os.fstat(handle))
-        if len(self._kept) < _MOST_OPEN and os.name == "posix":  # Windows replaces no open file
+        if len(self._kept) < _room():
             self._kept.add(handle)
             self._handle = handle
             weakref.finalize(self, _close, handle)
@@ -152,12 +152,15 @@ class OpenFile:
         return self.version[2]
 
     def _open_now(self) -> int:
+        flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # no wait for a pipe
         try:
-            if not stat.S_ISREG(self.path.stat().st_mode):  # opening a pipe waits for its writer
-                raise CheckpointError(f"{self.path} is not a file")
-            return os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            handle = os.open(self.path, os.O_RDONLY | flags)
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror or error}") from None
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise CheckpointError(f"{self.path} is not a file")
+        return handle
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
@@ -213,6 +216,14 @@ class OpenFile:
             return
         with self._opened() as handle:
             self._compare(os.fstat(handle))
+
+
+def _room() -> int:
+    """Return how many files may stay open: a quarter of the process' limit at most."""
+    if os.name != "posix":  # Windows replaces no open file
+        return 0
+    limit = os.sysconf("SC_OPEN_MAX")
+    return _MOST_OPEN if limit < 0 else min(_MOST_OPEN, limit // 4)
 
 
 def _close(handle: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,11 +78,18 @@ class Stretches:
             at, row = at + size, row + 1
 
 
+_BAND: Final = 1 << 22
+"""Bytes of a strided tensor that are read together."""
+
+_RUN: Final = 1 << 16
+"""Bytes of a file that are read at once even if the tensor has only some of them."""
+
+
 class Strided:
     """A tensor of ``torch.save`` that is not row-major: channels-last, transposed or expanded.
 
-    Its part of the file is read whole, and the last one of each file is kept, since tensors are
-    read piece by piece.
+    It is read in bands of rows, the last one of which each file keeps: whoever reads a tensor asks
+    for small pieces in order.
 
     Parameters
     ----------
@@ -100,32 +107,81 @@ class Strided:
         self, file: OpenFile, offset: int, tensor: StoredTensor, strides: tuple[int, ...]
     ) -> None:
         self.files = [file]
-        self._offset, self._tensor, self._strides = offset, tensor, strides
+        self._size = tensor.kind.itemsize
+        self._block = _Block(offset, tensor.shape, strides)
 
     @property
     def origin(self) -> tuple[Any, ...]:
         """See :class:`Place`."""
-        return self.files[0].version, self._offset, self._strides
+        return self.files[0].version, self._block
 
     def read(self, first: int, buffer: memoryview) -> None:
         """See :class:`Place`."""
-        size = self._tensor.kind.itemsize
-        skip = first % size
-        elements = np.empty(-(-(skip + len(buffer)) // size), f"V{size}")
-        if len(elements):
-            _gather(self._view(), first // size, elements)
-        buffer[:] = elements.view(np.uint8).data[skip : skip + len(buffer)]
+        skip = first % self._size
+        out = np.empty(-(-(skip + len(buffer)) // self._size), f"V{self._size}")
+        self._gather(self._block, first // self._size, out)
+        buffer[:] = out.view(np.uint8).data[skip : skip + len(buffer)]
 
-    def _view(self) -> NDArray[Any]:
-        file, size = self.files[0], self._tensor.kind.itemsize
+    def _gather(self, block: _Block, first: int, out: NDArray[Any]) -> None:
+        """Copy elements ``first, first + 1, ...`` of a block, in row-major order, to ``out``."""
+        while len(out):
+            row = math.prod(block.shape[1:])
+            i, at = divmod(first, row)
+            if row * self._size > _BAND:
+                count = min(len(out), row - at)
+                self._gather(block.row(i, self._size), at, out[:count])
+            else:
+                rows = max(_BAND // (row * self._size), 1)
+                begin = i // rows * rows
+                band = self._band(block.rows(begin, rows, self._size)).reshape(-1)
+                at = first - begin * row
+                count = min(len(out), len(band) - at)
+                out[:count] = band[at : at + count]
+            first, out = first + count, out[count:]
+
+    def _band(self, block: _Block) -> NDArray[Any]:
+        file = self.files[0]
         with file.lock:
-            if file.kept[0] is not self:
-                memory = np.empty(extent(self._tensor.shape, self._strides), f"V{size}")
-                file.read(self._offset, memory.view(np.uint8).data)
-                file.kept = self, memory
-            memory = file.kept[1]
-        strides = [stride * size for stride in self._strides]
-        return np.lib.stride_tricks.as_strided(memory, self._tensor.shape, strides)
+            if file.kept[0] != (block, self._size):
+                file.kept = (block, self._size), self._fetch(block)
+            band: NDArray[Any] = file.kept[1]
+            return band
+
+    def _fetch(self, block: _Block) -> NDArray[Any]:
+        """Read a block into a row-major array."""
+        span, size = extent(block.shape, block.strides), self._size
+        if span <= 2 * math.prod(block.shape) or span * size <= _RUN:
+            memory = np.empty(span, f"V{size}")
+            self.files[0].read(block.offset, memory.view(np.uint8).data)
+            strides = [stride * size for stride in block.strides]
+            return np.lib.stride_tricks.as_strided(memory, block.shape, strides).copy()
+        axis = max(range(len(block.shape)), key=lambda k: block.strides[k] * (block.shape[k] > 1))
+        parts = [self._fetch(block.row(i, size, axis)) for i in range(block.shape[axis])]
+        return np.stack(parts, axis)
+
+
+class _Block(NamedTuple):
+    """A block of a strided tensor: its first byte in the file, shape, and strides in elements."""
+
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def row(self, i: int, size: int, axis: int = 0) -> _Block:
+        """Return the block at an index of an axis, without that axis."""
+        return _Block(
+            self.offset + i * self.strides[axis] * size,
+            self.shape[:axis] + self.shape[axis + 1 :],
+            self.strides[:axis] + self.strides[axis + 1 :],
+        )
+
+    def rows(self, first: int, count: int, size: int) -> _Block:
+        """Return up to ``count`` rows, from ``first`` on."""
+        if not self.shape:
+            return self
+        count = min(count, self.shape[0] - first)
+        offset = self.offset + first * self.strides[0] * size
+        return _Block(offset, (count, *self.shape[1:]), self.strides)
 
 
 def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
@@ -133,21 +189,3 @@ def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     if 0 in shape:
         return 0
     return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-
-
-def _gather(view: NDArray[Any], first: int, out: NDArray[Any]) -> None:
-    """Copy elements ``first, first + 1, ...`` of a view, in row-major order, to ``out``."""
-    if view.ndim < 2:
-        out[:] = view.reshape(-1)[first : first + len(out)]
-        return
-    row = math.prod(view.shape[1:])
-    begin, end = -(-first // row), (first + len(out)) // row  # whole rows
-    if begin > end:
-        _gather(view[end], first - end * row, out)
-        return
-    head, tail = begin * row - first, end * row - first
-    if head:
-        _gather(view[begin - 1], first - (begin - 1) * row, out[:head])
-    out[head:tail].reshape(end - begin, *view.shape[1:])[...] = view[begin:end]
-    if tail < len(out):
-        _gather(view[end], 0, out[tail:])

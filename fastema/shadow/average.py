@@ -90,13 +90,13 @@ class Average(SaveableAverage[Weights]):
         """Return the distance between an average and the weights, a :class:`Drift`.
 
         Reads both once, in float32 (float64 if either is), a few million elements at a time, and
-        adds up in float64. Waits for the GPU, and copies both to the host.
+        adds up squares in float64. Waits for the GPU, and copies both to the host.
 
         Parameters
         ----------
         model : optional
-            The weights, by default those that the average follows; JAX users pass the current
-            arrays.
+            The weights, by default those that the average follows; of JAX
+            the arrays passed last.
         which : int, optional
             With several averages, the index of one.
 
@@ -105,10 +105,11 @@ class Average(SaveableAverage[Weights]):
         StateError
             While the average is applied: the model does not hold the weights.
         ArgumentError
-            If ``which`` is missing or out of range; if the weights are divided among ranks; if
-            ``model`` is left out where its arrays are immutable.
+            If ``which`` is missing or out of range; if the weights are divided among ranks.
         LayoutError
             If names or shapes of the model's tensors have changed.
+        DTypeError, BridgeError
+            If ``model`` has tensors that cannot be compared: integers, meta tensors.
 
         Examples
         --------

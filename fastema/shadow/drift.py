@@ -46,9 +46,10 @@ def measure(pairs: Sequence[Pair]) -> Drift:
     distance = square = 0.0
     for batch in _batches(pairs):
         average, weights = (one.astype(np.float64) for one in _read(batch))
-        square += float(np.vdot(average, average))
-        average -= weights
-        distance += float(np.vdot(average, average))
+        with np.errstate(all="ignore"):  # infinities and NaNs show in the result
+            square += float(np.vdot(average, average))
+            average -= weights
+            distance += float(np.vdot(average, average))
     norm, size = math.sqrt(distance), math.sqrt(square)
     return Drift(norm, norm / size if size else math.inf if norm else 0.0)
 

@@ -25,7 +25,9 @@ def describe_rule(rule: Rule) -> str:
     if isinstance(rule, Constant):
         return f"decay {rule.value!r}"
     if isinstance(rule, Warmup):
-        return f"decay {rule.limit!r} with warm-up"
+        return f"decay {rule.limit!r} with warm-up" + (
+            f" (offset {rule.offset:g})" if rule.offset != 10 else ""
+        )
     if isinstance(rule, Debiased):
         return f"{describe_rule(rule.inner)}, bias-corrected"
     if isinstance(rule, CumulativeMean):

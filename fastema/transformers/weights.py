@@ -415,8 +415,15 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Call ``trainer.save_model(output_dir)`` with the average instead of the weights."""
+        trainer = self._trainer()
+        if trainer is None:
+            raise StateError(
+                "save_model() saves by the trainer that EMACallback is attached to, and there is "
+                "none: call EMACallback(...).attach(trainer) before train(), or "
+                "model.save_pretrained(...) inside `with callback.swapped()`"
+            )
         with self.swapped():
-            self._trainer().save_model(output_dir)
+            trainer.save_model(output_dir)
 
     # -- the Trainer's events ----------------------------------------------------------------------
 
@@ -426,7 +433,6 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         """Create the average, or continue the average of a checkpoint."""
         trainer = self._trainer()
         if trainer is not None and trainer.state is not state:  # another trainer calls
-            del self._trainer
             trainer = None
         if trainer is None and (self.evaluate_with_average or self._saves_average):
             raise StateError(
@@ -533,8 +539,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 found = files.read(folder / AVERAGE_FILE)
                 _check_weights_beside(found)
                 _load_average(self.ema, found)
-            except (FileNotFoundError, CheckpointError) as error:
-                lacks = isinstance(error, FileNotFoundError)
+            except CheckpointError as error:
+                lacks = not (folder / AVERAGE_FILE).exists()
                 problem = (
                     f"has no {AVERAGE_FILE}" if lacks else f"has the wrong {AVERAGE_FILE} ({error})"
                 )

@@ -1,5 +1,6 @@
 """Checkpoints that are replaced or rewritten while they are read, and tensors of any strides."""
 
+import gc
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ import torch.distributed.checkpoint as dist_cp
 from safetensors.torch import load_file, save_file
 
 import fastema
-from fastema.checkpoint import average, files, load_into, open_checkpoint, save
+from fastema.checkpoint import average, files, load_into, open_checkpoint, save, stretches
 from fastema.checkpoint.source import Checkpoint
 from fastema.errors import CheckpointError
 
@@ -186,7 +187,12 @@ def strided(generator: torch.Generator) -> dict[str, torch.Tensor]:
     }
 
 
-def test_tensors_of_any_strides_are_read_as_torch_reads_them() -> None:
+@pytest.mark.parametrize("band", [1 << 22, 48])
+def test_tensors_of_any_strides_are_read_as_torch_reads_them(
+    band: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stretches, "_BAND", band)
+    monkeypatch.setattr(stretches, "_RUN", band // 64)
     state = strided(torch.Generator().manual_seed(5))
     assert not state["channels last"].is_contiguous()
     torch.save(state, "ck.pt")
@@ -200,6 +206,24 @@ def test_tensors_of_any_strides_are_read_as_torch_reads_them() -> None:
                 piece = bytearray(b"\xff" * (last - first))
                 fill(name, first, memoryview(piece))
                 assert piece == whole[first:last], (name, first, last)
+
+
+def test_strided_tensors_keep_no_file_open_and_little_memory() -> None:
+    torch.save({"w": torch.randn(3000, 2000).t()}, "ck.pt")
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(files.OpenFile._kept)
+        found = open_checkpoint("ck.pt")
+        piece = bytearray(1 << 18)
+        with found.opened() as fill:
+            fill("w", 1 << 20, memoryview(piece))
+        (file,) = found.places["w"].files
+        assert 1 << 18 <= file.kept[1].nbytes <= 1 << 22
+        del found, fill, file
+        assert len(files.OpenFile._kept) == before
+    finally:
+        gc.enable()
 
 
 def test_strided_tensor_beyond_its_storage_is_refused() -> None:

@@ -96,3 +96,12 @@ def test_drift_is_0_until_averaging_starts_and_infinite_beside_an_average_of_0()
     weights[0] += 1
     assert late.drift() == (0.0, 0.0)
     assert ema.drift() == (2.0, np.inf)
+
+
+def test_infinite_weights_show_in_the_drift_without_a_warning() -> None:
+    weights = {"w": np.array([1.0, 2.0])}
+    ema = fastema.EMA(weights, decay=0.5)
+    weights["w"][1] = np.inf
+    assert ema.drift() == (np.inf, np.inf)
+    ema.update()
+    assert np.isnan(ema.drift().distance)

@@ -255,15 +255,24 @@ def test_training_without_trainer_checkpoint_or_whole_weights_is_refused(tmp_pat
 
 
 def test_callback_in_the_list_of_another_trainer_than_its_own_is_refused(tmp_path: Path) -> None:
-    run, ema = trainer(tmp_path), EMACallback(DECAY)
-    ema.attach(trainer(tmp_path))
+    run, own, ema = trainer(tmp_path), trainer(tmp_path), EMACallback(DECAY)
+    ema.attach(own)
     run.add_callback(ema)
     with pytest.raises(StateError, match="not attached to the trainer"):
         run.train()
+    assert ema._trainer() is own  # a refused call of another trainer changes nothing
     ema.attach(run)
     run.train()
     assert ema.ema.num_updates == STEPS
     assert_same(snapshot(run.model), dict(ema.ema.shadow))
+
+
+def test_save_model_of_a_callback_without_a_trainer_is_refused(tmp_path: Path) -> None:
+    run, ema = trainer(tmp_path), EMACallback(DECAY, evaluate_with_average=False, checkpoints="raw")
+    run.add_callback(ema)
+    run.train()
+    with pytest.raises(StateError, match=r"save_model\(\).*attach\(trainer\)"):
+        ema.save_model(str(tmp_path / "averaged"))
 
 
 def test_weights_that_zero3_has_partitioned_are_refused_by_name(tmp_path: Path) -> None:
