@@ -181,6 +181,8 @@ class Trial:
         self._tests = [file for one in places for file in (*one.rglob("test_*.py"), one)]
         self._tests = [file for file in self._tests if file.is_file()]
         self._texts = {file: file.read_text(encoding="utf-8") for file in self._tests}
+        self._cache = folder / "cache"
+        self._cache.mkdir()
         self._tick = time.time()
         os.environ |= {"OMP_NUM_THREADS": "1", "KERAS_BACKEND": "torch"}
         import_module("pytest")  # once, not for every mutant, as these
@@ -196,6 +198,9 @@ class Trial:
         file = self.copy / mutant.file
         text, then = file.read_bytes(), file.stat().st_mtime
         file.write_bytes(text[: mutant.start] + mutant.new.encode() + text[mutant.end :])
+        self._cache = Path(tempfile.mkdtemp(dir=self._folder))
+        if self._room == "engine":
+            shutil.copytree(self._folder / "cache", self._cache, dirs_exist_ok=True)
         self._tick += 1  # Python tells compiled files apart by whole seconds
         os.utime(file, (self._tick, self._tick))
         try:
@@ -204,6 +209,7 @@ class Trial:
         finally:
             file.write_bytes(text)
             os.utime(file, (then, then))
+            shutil.rmtree(self._cache)
 
     def _order(self, stem: str) -> tuple[list[Path], list[Path]]:
         """Return the files of tests that most likely notice a change of a module, and the rest."""
@@ -257,8 +263,9 @@ class Trial:
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.environ["PYTHONPATH"] = str(self.copy)
-            if self._room == "kernels":  # of others no kernel differs: the user's cache has them
-                os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(dir=self._folder)
+            # Mutants of these two compile other kernels, or store them wrong: never for the user.
+            if self._room in ("kernels", "engine"):
+                os.environ |= {"XDG_CACHE_HOME": str(self._cache), "NUMBA_CACHE_DIR": ""}
             for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
                 del sys.modules[name]
             sys.path[:] = [str(self.copy), *(p for p in sys.path if p not in ("", str(ROOT)))]

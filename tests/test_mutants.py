@@ -72,6 +72,30 @@ def test_survivors_and_the_score_are_printed(checkout: Path) -> None:
     assert lines[-1] == "counting, seed 1: 2 of 3 caught"
 
 
+def test_mutants_of_the_engine_find_the_cache_as_the_unchanged_room_left_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {
+        "fastema/engine/disk.py": "first, second = True, True\n",
+        "tests/engine/test_disk.py": """
+import os, pathlib
+
+def test_cache():
+    cache = pathlib.Path(os.environ["XDG_CACHE_HOME"])
+    entries = len([*cache.iterdir()])
+    (cache / str(entries)).touch()
+    assert entries < 2
+""",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    command = [sys.executable, "-m", "tests.mutants", "engine", "--root", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "engine, seed 1: 0 of 2 caught", done.stderr
+    assert not (tmp_path / "user").exists()
+
+
 def test_tests_that_fail_without_a_fault_give_no_score(checkout: Path) -> None:
     (checkout / "tests/counting/test_down.py").write_text("def test_it():\n    assert 0\n")
     command = [sys.executable, "-m", "tests.mutants", "counting", "--root", str(checkout)]
