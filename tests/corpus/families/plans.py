@@ -116,7 +116,8 @@ def mean_between(which: str, kind: str) -> Any:
 
 @case(CASES, momentum=(0.1, None), progress=(False,))
 def batch_norm(momentum: Any, progress: bool) -> Any:
-    model = nn.Sequential(nn.BatchNorm1d(5, momentum=momentum), nn.BatchNorm1d(5, affine=False))
+    second = nn.BatchNorm1d(5, affine=False)
+    model = nn.Sequential(nn.BatchNorm1d(5, momentum=momentum), nn.ReLU(), second)
     batches = [fill([torch.zeros(4, 5)], step)[0] for step in range(1, 6)]
     fastema.update_bn(batches, model, progress=progress)
     # torch's own sums may be added in another order on another processor
