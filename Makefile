@@ -38,8 +38,8 @@ SAY = @printf '\n==> %s\n'
 
 help:
 	@echo "make demo         train a small model on real data, with and without its average"
-	@echo "make test         the tests: PyTorch, NumPy, JAX, Keras; five minutes on two cores"
-	@echo "make test-all     the same, then slow tests, TensorFlow, NumPy alone; twelve minutes"
+	@echo "make test         the tests: PyTorch, NumPy, JAX, Keras; eight minutes on two cores"
+	@echo "make test-all     the same, then slow tests, TensorFlow, NumPy alone; seventeen minutes"
 	@echo "make test-full    every combination of test parameters; most of an hour"
 	@echo "make bench-quick  the benchmarks in short, under four minutes"
 	@echo "make bench        the benchmarks in full; forty minutes"

@@ -18,7 +18,7 @@ if not EXAMPLES.exists():
 IMAGES = 1797
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_staircase_table_agrees_with_its_logs(tmp_path: Path) -> None:
     folder, out = tmp_path / "logs", tmp_path / "staircase.png"
     epochs, size = 3, 32

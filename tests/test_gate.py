@@ -93,7 +93,7 @@ def test_missing_module_of_tests_is_named(
     assert "pip install no_such_module" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.torch
 def test_explained_suite_passes(sources: Path, capsys: pytest.CaptureFixture[str]) -> None:
     suites = {"it": made_up("test_good.py", differs={"::test_mended$": ("why", "a mended bug")})}
@@ -103,7 +103,7 @@ def test_explained_suite_passes(sources: Path, capsys: pytest.CaptureFixture[str
     assert "left out: test_good.py::test_device: no such device" in out
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.torch
 def test_unexplained_failures_and_idle_tests_are_named(
     sources: Path, capsys: pytest.CaptureFixture[str]

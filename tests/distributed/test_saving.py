@@ -30,7 +30,7 @@ def test_checkpoint_loads_in_any_other_layout(
 
 
 @pytest.mark.parametrize(
-    "how", ["thread", "staged", pytest.param("process", marks=pytest.mark.slow)]
+    "how", ["thread", "staged", pytest.param("process", marks=pytest.mark.full)]
 )
 def test_updates_continue_during_an_asynchronous_save(run: Run, tmp_path: Path, how: str) -> None:
     run(saving.save, "fsdp 4", "bf16", str(tmp_path / "c"), how)

@@ -202,7 +202,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_levels
-@pytest.mark.slow
+@pytest.mark.full
 def test_shipped_code_needs_no_compiler_and_gives_the_same_results(
     wheel: Path, tmp_path: Path, python: Callable[..., str]
 ) -> None:
