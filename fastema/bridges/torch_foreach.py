@@ -223,6 +223,9 @@ def _copy(piece: _Piece, run: _Run) -> None:
 def _cast_back(piece: _Piece, run: _Run) -> None:
     if piece.form == _SPLIT and piece.src.dtype == torch.bfloat16:
         piece.src.view(torch.int16).copy_(piece.dst)
+    elif piece.src.dtype == torch.bfloat16 and piece.dst.dtype == torch.float32:
+        # As a swap does: ties go away from zero, since ties to even could not be undone.
+        piece.src.view(torch.int16).copy_(_round_high(piece.dst.view(torch.int32)))
     else:
         piece.src.copy_(_load(piece) if piece.form else piece.dst)
 

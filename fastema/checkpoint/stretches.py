@@ -88,8 +88,8 @@ _RUN: Final = 1 << 16
 class Strided:
     """A tensor of ``torch.save`` that is not row-major: channels-last, transposed or expanded.
 
-    It is read in bands of rows, the last one of which each file keeps: whoever reads a tensor asks
-    for small pieces in order.
+    It is read in bands of rows. Each file keeps its latest band, because tensors are read in small
+    pieces, one after another.
 
     Parameters
     ----------

@@ -95,8 +95,8 @@ class Average(SaveableAverage[Weights]):
         Parameters
         ----------
         model : optional
-            The weights, by default those that the average follows; of JAX
-            the arrays passed last.
+            The weights, by default those that the average follows; for JAX, the arrays passed
+            last.
         which : int, optional
             With several averages, the index of one.
 
