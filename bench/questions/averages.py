@@ -232,9 +232,9 @@ MEANS = [
 
 def works(quick: bool) -> list[Workload]:
     """Return the races, in full or in quick mode."""
-    large = partial(shapes.gpt2, layers=2, vocab=8_192) if quick else shapes.gpt2
+    large = partial(shapes.gpt2, layers=2, vocab=1_024) if quick else shapes.gpt2
     six = large if quick else partial(shapes.gpt2, layers=6)  # three whole rings do not fit
-    half = partial(shapes.gpt2, layers=2, vocab=4_096) if quick else partial(shapes.gpt2, layers=4)
+    half = partial(shapes.gpt2, layers=1, vocab=1_024) if quick else partial(shapes.gpt2, layers=4)
     name = "two layers of GPT-2" if quick else "GPT-2 small"
     some = name if quick else f"six layers of {name}"
     bf16 = "bf16 weights"
@@ -269,7 +269,7 @@ def race(work: Workload, quick: bool) -> list[Row]:
         work.title,
         jobs,
         rounds=12,
-        budget_s=2.0 if quick else 40.0,
+        budget_s=0.5 if quick else 40.0,
         n_elements=shapes.total_elements(inventory),
         bytes_per_element={entry.name: entry.bytes_per_element for entry in work.entries},
     )
@@ -325,7 +325,7 @@ def _once(way: Job, paths: list[Path], cold: bool) -> float:
 
 def synthesis(quick: bool) -> Iterator[Row]:
     """Time the synthesis of an average from 20 snapshots, and yield the rows."""
-    inventory = shapes.gpt2(layers=2, vocab=8_192) if quick else shapes.gpt2()
+    inventory = shapes.gpt2(layers=1, vocab=2_048) if quick else shapes.gpt2()
     with tempfile.TemporaryDirectory() as folder:
         model = build(inventory, "f32")
         ema = fastema.PowerEMA(model)

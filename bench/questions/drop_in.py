@@ -1,7 +1,8 @@
 """Measure existing training loops before and after ``install()``.
 
 For each loop: the averaging's share of a step and the memory that it adds, with the peer's class
-and with ours in its place. Each loop runs in its own process, and in four more for its memory.
+and with ours in its place. Each loop runs in its own process, and in four more for its memory,
+which a quick run leaves out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from bench.race.report import Figure, Row, Rows, number
 from bench.race.training_loops import DECAY, LOOPS, OURS, STEP, THEIRS, Loop
 from fastema.cli.clock import interleave
 
-QUICK = ("torch AveragedModel, GPT-2", "diffusers EMAModel, UNet")
+QUICK = "torch_ema, GPT-2"
+"""The loop of a quick run. It also evaluates with the average."""
+
 NONE, KERNELS = "none", "kernels alone"
 WAYS = (NONE, KERNELS, THEIRS, OURS)
 WARM_UP = 3
@@ -95,13 +98,16 @@ def cases(settings: Settings) -> list[str]:
 
 
 def rows(settings: Settings) -> Rows:
-    """Measure the chosen loops in fresh processes; by default all, or two in quick mode."""
+    """Measure the chosen loops in fresh processes; a quick run measures one, and no memory."""
     quick = settings.quick
-    names = QUICK if quick and not settings.cases else filter(settings.wants, LOOPS)
+    names = [QUICK] if quick and not settings.cases else filter(settings.wants, LOOPS)
     evaluations = []
     for name in names:
         found = call_in_subprocess(measure, name, quick)
-        peaks = {w: call_in_subprocess(peak, name, quick, w, environment=ALLOCATOR) for w in WAYS}
+        peaks = {
+            way: call_in_subprocess(peak, name, quick, way, environment=ALLOCATOR)
+            for way in (() if quick else WAYS)
+        }
         yield Row(STEPS, name, _step_figures(found, peaks))
         if times := found["evaluation"]:
             evaluations.append(Row(EVALUATION, name, _compare_times(times)))
@@ -115,11 +121,11 @@ def _compare_times(times: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _step_figures(found: dict[str, Any], peaks: dict[str, int]) -> dict[str, Any]:
-    """Return the averages' shares of a step, and their memory in copies of the average."""
-    times, copy = found["step"], 4 * found["n_elements"]
+    """Return the averages' shares of a step, and their memory where it was measured."""
+    times = found["step"]
     step = times[STEP]["ms"]
     compared = _compare_times(times)
-    return {
+    figures = {
         "weights": found["n_elements"] / 1e6,
         "in_tensors": found["n_tensors"],
         "dtype": found["dtype"],
@@ -127,6 +133,13 @@ def _step_figures(found: dict[str, Any], peaks: dict[str, int]) -> dict[str, Any
         **compared,
         "share_before": compared["peer_ms"] / (step + compared["peer_ms"]),
         "share_after": compared["ours_ms"] / (step + compared["ours_ms"]),
+    }
+    return figures | _memory_figures(peaks, 4 * found["n_elements"]) if peaks else figures
+
+
+def _memory_figures(peaks: dict[str, int], copy: int) -> dict[str, Any]:
+    """Return the averages' memory in copies of ``copy`` bytes."""
+    return {
         "copies_before": (peaks[THEIRS] - peaks[NONE]) / copy,
         "copies_after": (peaks[OURS] - peaks[KERNELS]) / copy,
         "kernels_mb": (peaks[KERNELS] - peaks[NONE]) / 1e6,

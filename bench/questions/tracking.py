@@ -204,7 +204,7 @@ def exact_ewm_mean(x: Floats, decay: float) -> NDArray[np.longdouble]:
 def _places(n: int, window: int) -> NDArray[np.int64]:
     """Return the positions to compare, fewer for large windows, which take long to sum."""
     rng = np.random.default_rng(1)
-    return np.sort(rng.integers(0, n, max(200, min(20_000, 200_000_000 // window))))
+    return np.sort(rng.integers(0, n, max(200, min(20_000, 20 * n // window))))
 
 
 def _error(found: Floats, exact: Any) -> float:
