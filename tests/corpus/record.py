@@ -153,7 +153,7 @@ def is_close(stored: Any, now: Any, rtol: float) -> bool:
     if stored == now or not rtol:
         return bool(stored == now) and type(stored) is type(now)
     if isinstance(stored, str) and isinstance(now, str):
-        a, b = stored.replace(",", " ").split(" "), now.replace(",", " ").split(" ")
+        a, b = (re.sub(r"[\[\],]", " ", one).split(" ") for one in (stored, now))
         return len(a) == len(b) and all(map(lambda x, y: _are_near(x, y, rtol), a, b))
     return _are_near(stored, now, rtol)
 
