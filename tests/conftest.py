@@ -164,6 +164,15 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "BYTES_PER_THREAD", 1 << 12)
 
 
+@pytest.fixture
+def no_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep Keras' set_random_seed from importing TensorFlow, which takes half a gigabyte."""
+    if "tensorflow" not in sys.modules:
+        from keras.src.utils import module_utils
+
+        monkeypatch.setattr(module_utils.tensorflow, "_available", False)
+
+
 def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
     # The child must import the same fastema, however this process found it.
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))

@@ -12,7 +12,7 @@ SEED = f"--seed={random.SystemRandom().randrange(1 << 30)}"
 WRITERS = ("save", "save later", "average", "average folders", "convert")
 PROGRAMS = {
     **{f"kills {one}": ["kills", one, "25", SEED] for one in WRITERS},
-    "trials": ["trials", "500", SEED],
+    "trials": ["trials", "240", SEED],
 }
 
 

@@ -381,9 +381,10 @@ def trial(subject: Side, twin: Side, op: Op, fault: Fault, chance: random.Random
 def run(trials: int, seed: int, of: str, longest: int = 25) -> Counter[str]:
     """Run trials on all subjects in turn, up to ``longest`` on each pair of twins.
 
-    Return how often each fault had each outcome.
+    With few trials all subjects get equal shares. Return how often each fault had each outcome.
     """
     subjects = [(name, one) for name, one in _subjects().items() if of in name]
+    longest = min(longest, -(-trials // len(subjects)))
     ended: Counter[str] = Counter()
     for turn in range(0, trials, longest):
         name, subject = subjects[turn // longest % len(subjects)]

@@ -10,8 +10,9 @@ BACKEND = keras.backend.backend()
 DECAY = 0.8
 BATCH, BATCHES = 4, 6
 
-# Warnings from Keras' use of TensorFlow, PyTorch and its own files.
 MARKS = [
+    pytest.mark.usefixtures("no_tensorflow"),
+    # Warnings from Keras' use of TensorFlow, PyTorch and its own files.
     pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning"),
     pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't:DeprecationWarning"),

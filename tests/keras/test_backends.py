@@ -1,13 +1,11 @@
 """fastema.keras and fastema.compat.keras: some cases in this process, all on each backend."""
 
-import sys
 from pathlib import Path
 
 import pytest
-from keras.src.utils import module_utils
 
 from ..support.requirements import require_packages
-from .backends import BACKENDS, run_cases
+from .backends import run_cases
 from .evaluation_cases import (
     test_evaluate_and_predict_use_the_average_and_restore_every_bit,  # noqa: F401
     test_validation_uses_the_average,  # noqa: F401
@@ -28,15 +26,10 @@ from .weights_cases import (
 NEEDS = ("safetensors",)
 
 
-@pytest.fixture(autouse=True)
-def _no_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep Keras' set_random_seed from importing TensorFlow, which takes half a gigabyte."""
-    if "tensorflow" not in sys.modules:
-        monkeypatch.setattr(module_utils.tensorflow, "_available", False)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend", [pytest.param("tensorflow", marks=pytest.mark.tensorflow), "torch", "jax"]
+)
 def test_all_cases_pass(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     require_packages(backend)
     run_cases(backend, tmp_path, *["--full"] * request.config.option.full)
