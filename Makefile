@@ -34,14 +34,14 @@ SAY = @printf '\n==> %s\n'
 # Two concurrent pips would break an environment.
 .NOTPARALLEL:
 .PHONY: help demo test test-all test-full bench bench-quick gpu-check compiled wheel wheel-cpu wheel-check docs lint format dev clean \
-  release-check
+  ci-environment release-check
 
 help:
 	@echo "make demo         train a small model on real data, with and without its average"
 	@echo "make test         the tests: PyTorch, NumPy, JAX, Keras; eight minutes on two cores"
 	@echo "make test-all     the same, then slow tests, TensorFlow, NumPy alone; seventeen minutes"
 	@echo "make test-full    every combination of test parameters; most of an hour"
-	@echo "make bench-quick  the benchmarks in short, under four minutes"
+	@echo "make bench-quick  the benchmarks in short, under three minutes"
 	@echo "make bench        the benchmarks in full; forty minutes"
 	@echo "make gpu-check    on a machine with a CUDA GPU: build, test, benchmark; eight minutes"
 	@echo "make compiled ARGS=\"--device cpu\"  CPU kernels for this checkout: no first update compiles; ten minutes"
@@ -147,6 +147,9 @@ dev: $(VENV)/.dev
 	$(SAY) "pre-commit install"
 	@$(PY) -m pre_commit install
 
+# The first step of .ci/run.
+ci-environment: $(VENV)/.ci
+
 clean:
 	$(SAY) "removing $(VENV), $(ALONE), $(BUILD), $(CUDA12), caches and build products"
 	@rm -rf $(VENV) $(ALONE) $(BUILD) $(CUDA12) fastema/compiled build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -179,6 +182,12 @@ $(CUDA12)/.made: Makefile pyproject.toml
 	@$(PYTHON) -m venv $(CUDA12)
 	@$(CUDA12)/bin/python -m pip install -e . $(TOOLKIT)
 	@touch "$@"
+
+# What continuous integration needs, at once: each pip on its own would resolve and build again.
+$(VENV)/.ci: $(PINS) | $(VENV)/.made
+	$(SAY) "installing fastema[test-all,docs,dev] into $(VENV), pinned by constraints.txt"
+	@$(PY) -m pip install -c constraints.txt -e ".[test-all,docs,dev]"
+	@touch $(addprefix $(VENV)/.,demo test test-all bench docs dev ci)
 
 $(VENV)/.demo $(VENV)/.test $(VENV)/.test-all $(VENV)/.bench $(VENV)/.docs $(VENV)/.dev: $(VENV)/.%: $(PINS) | $(VENV)/.made
 	$(SAY) "installing fastema[$(or $(EXTRAS),$*)] into $(VENV), pinned by constraints.txt"
