@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastema
-from fastema.errors import ArgumentError, DTypeError, FastemaError
+from fastema.errors import ArgumentError, DTypeError, FastemaError, LayoutError
 
 nn = torch.nn
 
@@ -119,6 +119,29 @@ def test_mismatched_container_is_refused_until_it_fits_again() -> None:
     x["a"] = good
     plan.lerp_(0.5)
     np.testing.assert_array_equal(avg["a"], np.full(4, 3.0))
+
+
+def test_target_that_cannot_be_written_is_refused_by_name_before_any_write() -> None:
+    read_only = np.full(3, 2.0)
+    read_only.flags.writeable = False
+    x = {"a": np.full(3, 4.0), "b": np.full(3, 4.0)}
+    for target, message in (
+        (read_only, "^b: .*is read-only"),
+        (np.lib.stride_tricks.as_strided(np.full(1, 2.0), (3,), (0,)), "^b: several indices"),
+    ):
+        avg = {"a": np.full(3, 2.0), "b": target}
+        with pytest.raises(LayoutError, match=message):
+            fastema.lerp_(avg, x, 0.5)
+        assert all(tensor.tolist() == [2.0] * 3 for tensor in avg.values())
+
+
+def test_error_about_a_missing_tensor_names_its_memory_only_if_it_has_some() -> None:
+    for shared, hint in (
+        (torch.ones(2), "the second, where it is 'a'"),
+        (torch.ones(0), "the second$"),
+    ):
+        with pytest.raises(LayoutError, match=f"'b' is only in {hint}"):
+            fastema.Plan({"a": torch.ones_like(shared)}, {"a": shared, "b": shared})
 
 
 def test_policy_averages_copies_and_skips_by_pattern() -> None:
