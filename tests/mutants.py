@@ -186,10 +186,11 @@ class Trial:
         self._tick = time.time()
         os.environ |= {"OMP_NUM_THREADS": "1", "KERAS_BACKEND": "torch"}
         import_module("pytest")  # once, not for every mutant, as these
-        for name in ("numpy", "numba", "torch"):
-            if any(re.search(rf"import {name}\b", text) for text in self._texts.values()):
+        for module in ("numpy", "numba", "torch", "lightning", "transformers.trainer"):
+            imports = re.compile(rf"(import|from) {module.partition('.')[0]}\b")
+            if any(map(imports.search, self._texts.values())):
                 with suppress(ImportError):
-                    import_module(name)
+                    import_module(module)
 
     def run(self, mutant: Mutant | None, seconds: float) -> str:
         """Return the first test that fails, "timeout", or "" if none notices the mutant."""
