@@ -294,34 +294,43 @@ def main() -> int:
     parser.add_argument("room", help="a folder of fastema, kernels, or top: fastema/*.py")
     parser.add_argument("--n", type=int, default=30, help="how many mutants (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="which mutants (%(default)s)")
+    parser.add_argument("--again", action="store_true", help="only the stored survivors")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds for all of them")
     parser.add_argument("--each", type=float, help="seconds for one (30 and thrice all tests)")
     parser.add_argument("--write", action="store_true", help=f"store the score in {SCORES.name}")
     parser.add_argument("--root", type=Path, default=ROOT, help="another checkout")
     given = parser.parse_args()
-    chosen = choose(given.room, given.n, given.seed, given.root)
+    room, seed, made, survivors = given.room, given.seed, 0, []
+    if given.again:
+        stored = json.loads(SCORES.read_text(encoding="utf-8"))[room]
+        seed, made, survivors = stored["seed"], stored["made"], [*stored["survivors"]]
+    chosen = choose(room, made or given.n, seed, given.root)
     if not chosen:
-        parser.error(f"no room {given.room!r} in {given.root}")
-    made, survivors, began = 0, [], time.monotonic()
+        parser.error(f"no room {room!r} in {given.root}")
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, suppress(KeyboardInterrupt):
-        trial = Trial(Path(folder), given.room, given.root)
+        trial = Trial(Path(folder), room, given.root)
         if said := trial.run(None, given.limit):
             print((Path(folder) / "log").read_text(), f"without a fault: {said}", file=sys.stderr)
             return 2
         took = time.monotonic() - began
-        print(f"all tests of {given.room}: {took:.0f} s", flush=True)
+        print(f"all tests of {room}: {took:.0f} s", flush=True)
         for mutant in chosen:
+            what = describe(mutant, (trial.copy / mutant.file).read_bytes())
+            if given.again and f"{mutant.file}: {what}" not in survivors:
+                continue
             if time.monotonic() > began + given.limit:
                 break
-            what = describe(mutant, (trial.copy / mutant.file).read_bytes())
             said = trial.run(mutant, given.each or 3 * took + 30)
-            made += 1
-            if not said:
-                survivors.append(f"{mutant.file}: {what}")
+            if not given.again:
+                made += 1
+                survivors += [f"{mutant.file}: {what}"]
+            if said:
+                survivors.remove(f"{mutant.file}: {what}")
             print(f"{said or 'SURVIVED'}: {mutant.file}:{mutant.line}: {what}", flush=True)
-    print(f"{given.room}, seed {given.seed}: {made - len(survivors)} of {made} caught")
+    print(f"{room}, seed {seed}: {made - len(survivors)} of {made} caught")
     if given.write and made:
-        write(given.room, given.seed, made, survivors)
+        write(room, seed, made, survivors)
     return 0
 
 
