@@ -28,7 +28,8 @@ SCORES = Path(__file__).with_suffix(".json")
 TESTS = {
     "binding": ["tests/binding", "tests/test_plan.py", "tests/compat/test_averager.py"]
     + [f"tests/shadow/test_{name}.py" for name in ("jax", "moved", "swap")],
-    "bridges": ["tests/bridges", "tests/shadow/test_swap.py", "tests/distributed/test_sharded.py"],
+    "bridges": ["tests/bridges", "tests/distributed/test_sharded.py"]
+    + [f"tests/shadow/test_{name}.py" for name in ("offload", "swap")],
     "checkpoint": ["tests/checkpoint", "tests/shadow/test_state.py", "tests/test_posthoc.py"],
     "distributed": ["tests/distributed", "tests/shadow/test_patterns.py"],
     "engine": ["tests/engine", "tests/kernels/test_update.py"],
