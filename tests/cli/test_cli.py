@@ -56,6 +56,10 @@ def test_plan_counts_the_bytes_and_seconds_of_each_way(fastema: Any) -> None:
     line = "plan --params 64B --world 64 --hbm 2000 --link 50 --host 80 --step 0.5"
     out = fastema(line).out
     assert max(map(len, out.splitlines())) < 80
+    assert "\naverage        " in out
+    assert (
+        "\non the host, float32          -  6 GB " in out
+    )  # names to the left, numbers to the right
     table = [" ".join(one.split()) for one in out.splitlines()]
     assert table[0].startswith("64,000,000,000 weights in bfloat16 on 64 ranks. For each rank:")
     table = table[table.index("average GPU host moved link time share") + 1 :]
