@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib import import_module
@@ -274,7 +275,10 @@ class Trial:
             pytest = import_module("pytest")
             marks = "not slow" if self._room == "tensorflow" else "not slow and not tensorflow"
             options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", marks]
+            options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is imported
             code = pytest.main([*options, *map(str, tests)], plugins=[Reporter()])
+        except Exception:
+            traceback.print_exc()  # in the log
         finally:
             os._exit(code)
 
