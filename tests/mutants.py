@@ -34,7 +34,9 @@ TESTS = {
     "checkpoint": ["tests/checkpoint", "tests/shadow/test_state.py", "tests/test_posthoc.py"],
     "distributed": ["tests/distributed", "tests/shadow/test_patterns.py"],
     "engine": ["tests/engine", "tests/kernels/test_update.py"],
-    "keras": ["tests/keras", "tests/test_trainers.py"],
+    "keras": ["tests/test_trainers.py"]
+    + [f"tests/keras/{name}_cases.py" for name in ("weights", "evaluation", "swap")]
+    + [f"tests/keras/{name}_cases.py" for name in ("losses", "losses_runs")],
     "lightning": ["tests/lightning", "tests/test_trainers.py"],
     "top": [
         *(f"tests/test_{name}.py" for name in ("plan", "mixed", "linear", "posthoc", "hints")),
@@ -186,7 +188,8 @@ class Trial:
         self._cache = folder / "cache"
         self._cache.mkdir()
         self._tick = time.time()
-        os.environ |= {"OMP_NUM_THREADS": "1", "KERAS_BACKEND": "torch"}
+        backend = "tensorflow" if room == "tensorflow" else "torch"
+        os.environ |= {"OMP_NUM_THREADS": "1", "KERAS_BACKEND": backend}
         import_module("pytest")  # once, not for every mutant, as these
         for module in ("numpy", "numba", "torch", "lightning", "transformers.trainer"):
             imports = re.compile(rf"(import|from) {module.partition('.')[0]}\b")
