@@ -29,7 +29,8 @@ SCORES = Path(__file__).with_suffix(".json")
 TESTS = {
     "binding": ["tests/binding", "tests/test_plan.py", "tests/compat/test_averager.py"]
     + [f"tests/shadow/test_{name}.py" for name in ("jax", "moved", "swap")],
-    "bridges": ["tests/bridges", "tests/distributed/test_sharded.py"]
+    "bridges": ["tests/bridges"]
+    + [f"tests/distributed/test_{name}.py" for name in ("saving", "sharded")]
     + [f"tests/shadow/test_{name}.py" for name in ("offload", "swap")],
     "checkpoint": ["tests/checkpoint", "tests/shadow/test_state.py", "tests/test_posthoc.py"],
     "compat": ["tests/compat", "tests/keras/swap_cases.py"],
