@@ -32,7 +32,10 @@ TESTS = {
     "bridges": ["tests/bridges"]
     + [f"tests/distributed/test_{name}.py" for name in ("saving", "sharded")]
     + [f"tests/shadow/test_{name}.py" for name in ("offload", "swap")],
-    "checkpoint": ["tests/checkpoint", "tests/shadow/test_state.py", "tests/test_posthoc.py"],
+    "checkpoint": [
+        *("tests/checkpoint", "tests/distributed/test_consolidate.py"),
+        *("tests/shadow/test_state.py", "tests/test_posthoc.py"),
+    ],
     "compat": ["tests/compat", "tests/keras/swap_cases.py"],
     "distributed": ["tests/distributed", "tests/shadow/test_patterns.py"],
     "engine": ["tests/engine", "tests/kernels/test_update.py"],
