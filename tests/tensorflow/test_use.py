@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -239,3 +240,18 @@ def test_tensor_whose_shape_is_unknown_while_tracing_is_refused_by_name() -> Non
     with pytest.raises(Exception, match="'loss' is not known while tracing"):
         function(tf.ones(3))
     assert not ema.shadow
+
+
+def test_copy_of_variables_and_their_average_is_independent(rng: Rng) -> None:
+    weights, ema = build_average(rng)
+    ema.apply(weights)
+    held = values(averages(ema, weights))
+    others, other = copy.deepcopy((weights, ema))
+    assert_equal(values(averages(other, others)), held)
+    assert [other.average_name(one) for one in others] == [ema.average_name(w) for w in weights]
+    move(rng, others)
+    other.apply(others)
+    assert_equal(values(averages(ema, weights)), held)
+    want = [old + 0.1 * (x - old) for old, x in zip(held, values(others), strict=True)]
+    for got, expected in zip(values(averages(other, others)), want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
