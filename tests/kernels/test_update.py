@@ -173,9 +173,7 @@ def test_parking_an_average_in_the_weights_loses_no_bit(kind: int | str, layout:
 def test_kernels_of_raw_bits_are_those_of_operations_that_move_bits() -> None:
     for operation, formats, _ in cpu_variants():
         if formats:
-            moves, raw = (
-                operations.OPERATIONS[operation].moves_bits,
-                [one[:3] == "raw" for one in formats],
-            )
+            moves = operations.OPERATIONS[operation].moves_bits
+            raw = [one.startswith("raw") for one in formats]
             assert moves != "never" or not any(raw), operation
             assert moves != "always" or all(raw), operation
