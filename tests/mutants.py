@@ -43,6 +43,7 @@ TESTS = {
     + [f"tests/keras/{name}_cases.py" for name in ("weights", "evaluation", "swap")]
     + [f"tests/keras/{name}_cases.py" for name in ("losses", "losses_runs")],
     "kernels": ["tests/kernels"] + [f"tests/engine/test_{name}.py" for name in ("series", "watch")],
+    "layout": ["tests/layout", "tests/test_plan.py"],
     "lightning": ["tests/lightning", "tests/test_trainers.py"],
     "top": [
         *(f"tests/test_{name}.py" for name in ("plan", "mixed", "linear", "posthoc", "hints")),
