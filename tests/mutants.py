@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib import import_module
@@ -28,11 +29,21 @@ SCORES = Path(__file__).with_suffix(".json")
 TESTS = {
     "binding": ["tests/binding", "tests/test_plan.py", "tests/compat/test_averager.py"]
     + [f"tests/shadow/test_{name}.py" for name in ("jax", "moved", "swap")],
-    "bridges": ["tests/bridges", "tests/shadow/test_swap.py"],
-    "checkpoint": ["tests/checkpoint", "tests/shadow/test_state.py", "tests/test_posthoc.py"],
+    "bridges": ["tests/bridges"]
+    + [f"tests/distributed/test_{name}.py" for name in ("saving", "sharded")]
+    + [f"tests/shadow/test_{name}.py" for name in ("offload", "swap")],
+    "checkpoint": [
+        *("tests/checkpoint", "tests/distributed/test_consolidate.py"),
+        *("tests/shadow/test_state.py", "tests/test_posthoc.py"),
+    ],
+    "compat": ["tests/compat", "tests/keras/swap_cases.py"],
     "distributed": ["tests/distributed", "tests/shadow/test_patterns.py"],
     "engine": ["tests/engine", "tests/kernels/test_update.py"],
-    "keras": ["tests/keras", "tests/test_trainers.py"],
+    "keras": ["tests/test_trainers.py"]
+    + [f"tests/keras/{name}_cases.py" for name in ("weights", "evaluation", "swap")]
+    + [f"tests/keras/{name}_cases.py" for name in ("losses", "losses_runs")],
+    "kernels": ["tests/kernels"] + [f"tests/engine/test_{name}.py" for name in ("series", "watch")],
+    "layout": ["tests/layout", "tests/test_plan.py"],
     "lightning": ["tests/lightning", "tests/test_trainers.py"],
     "top": [
         *(f"tests/test_{name}.py" for name in ("plan", "mixed", "linear", "posthoc", "hints")),
@@ -184,12 +195,14 @@ class Trial:
         self._cache = folder / "cache"
         self._cache.mkdir()
         self._tick = time.time()
-        os.environ |= {"OMP_NUM_THREADS": "1", "KERAS_BACKEND": "torch"}
+        backend = "tensorflow" if room == "tensorflow" else "torch"
+        os.environ |= {"OMP_NUM_THREADS": "1", "KERAS_BACKEND": backend}
         import_module("pytest")  # once, not for every mutant, as these
-        for name in ("numpy", "numba", "torch"):
-            if any(re.search(rf"import {name}\b", text) for text in self._texts.values()):
+        for module in ("numpy", "numba", "torch", "lightning", "transformers.trainer"):
+            imports = re.compile(rf"(import|from) {module.partition('.')[0]}\b")
+            if any(map(imports.search, self._texts.values())):
                 with suppress(ImportError):
-                    import_module(name)
+                    import_module(module)
 
     def run(self, mutant: Mutant | None, seconds: float) -> str:
         """Return the first test that fails, "timeout", or "" if none notices the mutant."""
@@ -272,7 +285,10 @@ class Trial:
             pytest = import_module("pytest")
             marks = "not slow" if self._room == "tensorflow" else "not slow and not tensorflow"
             options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", marks]
+            options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is imported
             code = pytest.main([*options, *map(str, tests)], plugins=[Reporter()])
+        except Exception:
+            traceback.print_exc()  # in the log
         finally:
             os._exit(code)
 
@@ -293,34 +309,44 @@ def main() -> int:
     parser.add_argument("room", help="a folder of fastema, kernels, or top: fastema/*.py")
     parser.add_argument("--n", type=int, default=30, help="how many mutants (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="which mutants (%(default)s)")
+    parser.add_argument("--again", action="store_true", help="stored survivors without a note")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds for all of them")
     parser.add_argument("--each", type=float, help="seconds for one (30 and thrice all tests)")
     parser.add_argument("--write", action="store_true", help=f"store the score in {SCORES.name}")
     parser.add_argument("--root", type=Path, default=ROOT, help="another checkout")
     given = parser.parse_args()
-    chosen = choose(given.room, given.n, given.seed, given.root)
+    room, seed, made, survivors, notes = given.room, given.seed, 0, [], {}
+    if given.again:
+        stored = json.loads(SCORES.read_text(encoding="utf-8"))[room]
+        seed, made, notes = stored["seed"], stored["made"], stored["survivors"]
+        survivors = [*notes]
+    chosen = choose(room, made or given.n, seed, given.root)
     if not chosen:
-        parser.error(f"no room {given.room!r} in {given.root}")
-    made, survivors, began = 0, [], time.monotonic()
+        parser.error(f"no room {room!r} in {given.root}")
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, suppress(KeyboardInterrupt):
-        trial = Trial(Path(folder), given.room, given.root)
+        trial = Trial(Path(folder), room, given.root)
         if said := trial.run(None, given.limit):
             print((Path(folder) / "log").read_text(), f"without a fault: {said}", file=sys.stderr)
             return 2
         took = time.monotonic() - began
-        print(f"all tests of {given.room}: {took:.0f} s", flush=True)
+        print(f"all tests of {room}: {took:.0f} s", flush=True)
         for mutant in chosen:
+            what = describe(mutant, (trial.copy / mutant.file).read_bytes())
+            if given.again and notes.get(f"{mutant.file}: {what}") != "":
+                continue
             if time.monotonic() > began + given.limit:
                 break
-            what = describe(mutant, (trial.copy / mutant.file).read_bytes())
             said = trial.run(mutant, given.each or 3 * took + 30)
-            made += 1
-            if not said:
-                survivors.append(f"{mutant.file}: {what}")
+            if not given.again:
+                made += 1
+                survivors += [f"{mutant.file}: {what}"]
+            if said:
+                survivors.remove(f"{mutant.file}: {what}")
             print(f"{said or 'SURVIVED'}: {mutant.file}:{mutant.line}: {what}", flush=True)
-    print(f"{given.room}, seed {given.seed}: {made - len(survivors)} of {made} caught")
+    print(f"{room}, seed {seed}: {made - len(survivors)} of {made} caught")
     if given.write and made:
-        write(given.room, given.seed, made, survivors)
+        write(room, seed, made, survivors)
     return 0
 
 

@@ -72,6 +72,30 @@ def test_survivors_and_the_score_are_printed(checkout: Path) -> None:
     assert lines[-1] == "counting, seed 1: 2 of 3 caught"
 
 
+def test_again_runs_stored_survivors_without_a_note(
+    checkout: Path, tmp_path: Path, python: Callable[..., str]
+) -> None:
+    (checkout / "fastema/counting/down.py").write_text("count = lambda n: 6\nunused = True\n")
+    begin = "fastema/counting/down.py: `"
+    unused = f"{begin}unused = True` -> `unused = False`"
+    now_caught = f"{begin}count = lambda n: 6` -> `count = lambda n: 7`"
+    score = {"seed": 1, "caught": 1, "made": 3, "survivors": {unused: "note", now_caught: ""}}
+    stored = tmp_path / "scores.json"
+    stored.write_text(json.dumps({"counting": score}))
+    script = """
+        import sys
+        from pathlib import Path
+        from tests import mutants
+
+        mutants.SCORES = Path(sys.argv.pop())
+        mutants.main()
+    """
+    said = python(script, "counting", "--again", "--write", "--root", str(checkout), str(stored))
+    assert len(said.splitlines()) == 3  # time, one mutant, score
+    score = {"seed": 1, "caught": 2, "made": 3, "survivors": {unused: "note"}}
+    assert json.loads(stored.read_text()) == {"counting": score}
+
+
 def test_mutants_of_the_engine_find_the_cache_as_the_unchanged_room_left_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastema
-from fastema.errors import ArgumentError, DTypeError, FastemaError
+from fastema.errors import ArgumentError, DTypeError, FastemaError, LayoutError
 
 nn = torch.nn
 
@@ -121,6 +121,52 @@ def test_mismatched_container_is_refused_until_it_fits_again() -> None:
     np.testing.assert_array_equal(avg["a"], np.full(4, 3.0))
 
 
+def test_target_that_cannot_be_written_is_refused_by_name_before_any_write() -> None:
+    read_only = np.full(3, 2.0)
+    read_only.flags.writeable = False
+    x = {"a": np.full(3, 4.0), "b": np.full(3, 4.0)}
+    for target, message in (
+        (read_only, "^b: .*is read-only"),
+        (np.lib.stride_tricks.as_strided(np.full(1, 2.0), (3,), (0,)), "^b: several indices"),
+    ):
+        avg = {"a": np.full(3, 2.0), "b": target}
+        with pytest.raises(LayoutError, match=message):
+            fastema.lerp_(avg, x, 0.5)
+        assert all(tensor.tolist() == [2.0] * 3 for tensor in avg.values())
+
+
+def test_error_about_a_missing_tensor_names_its_memory_only_if_it_has_some() -> None:
+    for shared, hint in (
+        (torch.ones(2), "the second, where it is 'a'"),
+        (torch.ones(0), "the second$"),
+    ):
+        with pytest.raises(LayoutError, match=f"'b' is only in {hint}"):
+            fastema.Plan({"a": torch.ones_like(shared)}, {"a": shared, "b": shared})
+
+
+def test_written_tensors_that_overlap_are_refused_by_name() -> None:
+    whole = np.arange(4.0)
+    views = {"a": whole[:3], "b": whole[1:]}
+    apart = {"a": np.zeros(3), "b": np.zeros(3)}
+    with pytest.raises(LayoutError, match=r"avg a.*avg b"):
+        fastema.Plan(views, apart)
+    plan = fastema.Plan(apart, views)
+    plan.lerp_(1.0)  # only reads them
+    assert [one.tolist() for one in apart.values()] == [[0, 1, 2], [1, 2, 3]]
+    with pytest.raises(LayoutError, match=r"x a.*x b"):
+        plan.swap_()
+    assert whole.tolist() == [0, 1, 2, 3]
+
+
+def test_new_source_stays_the_source_also_if_it_holds_the_same_tensors() -> None:
+    avg, x = [np.zeros(2)], [np.ones(2)]
+    plan, new = fastema.Plan(avg, x), list(x)
+    plan.lerp_(1.0, new)
+    new[0] = np.full(2, 5.0)
+    plan.lerp_(1.0)
+    np.testing.assert_array_equal(avg[0], new[0])
+
+
 def test_policy_averages_copies_and_skips_by_pattern() -> None:
     avg = {"w": np.array([1.0, 2.0]), "copied": np.array([3.0]), "n": np.array([4]), "old": {}}
     x = {"w": np.array([3.0, 2.0]), "copied": np.array([5.0]), "n": np.array([6])}
@@ -134,6 +180,7 @@ def test_policy_averages_copies_and_skips_by_pattern() -> None:
     assert (avg["w"].tolist(), avg["n"].tolist()) == ([1.5, 4], [9])
     plan.swap_()
     assert (avg["n"].tolist(), x["w"].tolist()) == ([9], [1.5, 4])
+    assert plan.calls == 3
 
 
 def batch_norm_network(seed: int) -> Any:

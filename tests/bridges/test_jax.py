@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import layout
 
 from fastema.bridges import jax as bridge
 from fastema.bridges import registry
@@ -72,6 +73,15 @@ def test_every_dtype_is_read_in_place_and_returned_as_a_copy(name: str) -> None:
         assert isinstance(wide, jax.Array)
         for one in (array, narrow, wide):
             assert (one.dtype.name, np.asarray(one).tobytes()) == (name, before)
+
+
+@pytest.mark.skipif(not hasattr(layout, "Format"), reason="JAX before 0.7 has other names")
+@pytest.mark.parametrize("order", [(1, 0), (2, 0, 1), (1, 2, 0)])
+def test_arrays_with_another_order_of_axes_are_read_in_place(order: tuple[int, ...]) -> None:
+    array = jnp.arange(24.0).reshape((4, 6) if len(order) == 2 else (2, 3, 4))
+    form = layout.Format(layout.Layout(order), array.sharding)
+    assert_read(jax.device_put(array, form))
+    assert bridge.describe(jax.device_put(array, form)).strides != bridge.describe(array).strides
 
 
 def test_deleted_and_donated_arrays_are_refused() -> None:

@@ -99,6 +99,7 @@ BASE = np.arange(1.0, 121.0, dtype=np.float32).reshape(4, 5, 6)
 ARRAYS = [
     *(BASE.T, BASE[1:, ::2, -1], BASE[::-1, :, ::-2], BASE[0, 0, 0:0], np.array(3.5)),
     *(np.ones(7, bool), np.ones(4, np.float16), np.ones((2, 3), np.complex128)[:, 1]),
+    *(np.ones(3, f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)),
 ]
 
 

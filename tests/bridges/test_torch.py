@@ -1,3 +1,4 @@
+import threading
 from typing import Any
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastema.bridges import torch as bridge
+from fastema.bridges.torch_link import Link
 from fastema.errors import BridgeError, DTypeError
 
 nn = torch.nn
@@ -128,3 +130,27 @@ def test_unusable_tensors_of_a_module_are_refused_by_name() -> None:
         assert name in {one.name for one in leaves.opaque}
         with pytest.raises(error, match=f"{name}.*{message}"):
             leaves.refuse_opaque()
+
+
+def _wait(event: threading.Event) -> None:
+    event.wait(60)
+
+
+def test_fence_waits_for_the_copy_to_the_host_and_says_so() -> None:
+    weights = {"w": torch.ones(3, requires_grad=True)}
+    link, begin = Link(weights), threading.Event()
+    link.delay = lambda number: _wait(begin)
+    fetch = link.fetch(weights)
+
+    class Copied(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            begin.set()
+            return super().wait(timeout)
+
+    fetch._copied = Copied()
+    worker = threading.Thread(target=fetch.complete)
+    worker.start()
+    assert fetch.fence()
+    assert torch.equal(link.staging["w"], weights["w"])
+    worker.join()
+    assert not fetch.fence()

@@ -226,6 +226,19 @@ def test_copies_of_every_pair_of_floats_are_exact(dst: str, src: str, operation:
     assert_same(stored(pair.src.owner), x if operation == "copy" else back, src)
 
 
+@pytest.mark.parametrize("code", [code for code, kind in DTYPES.items() if kind.real is None])
+def test_dtypes_without_an_average_are_copied_and_swapped_by_their_bits(code: str) -> None:
+    kind = bridge.native(code)
+    old, new = (torch.tensor(one, dtype=torch.uint8).repeat(8) for one in ([1, 0, 1], [0, 1, 1]))
+    avg, x = old.clone().view(kind), new.clone().view(kind)
+    run("copy", [pair_of(avg, x)])
+    assert torch.equal(avg.view(torch.uint8), new)
+    avg.view(torch.uint8).copy_(old)
+    run("swap", [pair_of(avg, x)])
+    assert torch.equal(avg.view(torch.uint8), new)
+    assert torch.equal(x.view(torch.uint8), old)
+
+
 # Dtypes of the average, weights, ring and residual.
 WINDOWS = [
     *(("f32", "f32", "f32", "f32"), ("f64", "f64", "f64", "f64"), ("f32", "bf16", "bf16", "f32")),

@@ -1,8 +1,10 @@
 """Averages of fastema in folders that hold a model too, and the names of what is written."""
 
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -11,6 +13,7 @@ from torch import nn
 
 import fastema
 from fastema.checkpoint import average, convert, inspect, load, load_into, save
+from fastema.checkpoint.folder import pieces
 from fastema.checkpoint.merge import prepare
 from fastema.checkpoint.stored import open_weights
 from fastema.checkpoint.transfer import tensors_of
@@ -121,6 +124,24 @@ def test_flipped_bit_in_a_distributed_folder_is_found_by_check() -> None:
     assert inspect("dcp").checked == "sizes"
     with pytest.raises(CheckpointError, match="is damaged"):
         inspect("dcp", check=True)
+
+
+def test_column_major_tensor_of_a_distributed_folder_is_refused_by_name() -> None:
+    w = torch.arange(6.0).reshape(2, 3)
+    for folder, one in (("rows", w), ("columns", w.t().contiguous().t())):
+        dcp.save({"w": one}, checkpoint_id=folder, no_dist=True)
+    with pytest.raises(CheckpointError, match="w: its block is not row-major; load it"):
+        average(["rows", "columns"], [0.5, 0.5], "mean.safetensors")
+
+
+def test_pieces_of_a_block_are_in_its_order_and_small() -> None:
+    for shape in ((), (0, 3), (7,), (5, 4), (3, 2, 6)):
+        block = np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
+        for most in (8, 24, 10_000):
+            found = [block[piece] for piece in pieces(shape, 8, most)]
+            assert all(one.nbytes <= most for one in found)
+            assert [n for one in found for n in one.flat] == block.ravel().tolist()
+            assert most < 10_000 or len(found) == (block.size > 0)
 
 
 def test_mean_of_models_that_are_averages_already_is_said_to_be_so() -> None:

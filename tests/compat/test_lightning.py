@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks import weight_averaging as peer
 from torch.optim import swa_utils
 
@@ -72,6 +73,19 @@ def test_averages_and_state_match_lightning(tmp_path: Path, configuration: str) 
     begun = 0 if "epochs" not in configuration else 2
     for one, seen in zip(module.validated[begun:], other.validated[begun:], strict=True):
         assert_near(one, seen)
+
+
+def test_evaluation_of_another_trainer_in_training_ends_nothing(tmp_path: Path) -> None:
+    class Ending(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+            average.teardown(trainer, pl_module, "validate")
+
+    average = ours.EMAWeightAveraging(decay=0.8)
+    module = fit_network(tmp_path, average, Ending())
+    other = fit_network(tmp_path, ours.EMAWeightAveraging(decay=0.8))
+    assert_same(snapshot(module), snapshot(other))
+    for found, want in zip(module.validated, other.validated, strict=True):
+        assert_same(found, want)
 
 
 def test_decay_is_per_update_as_in_lightning(tmp_path: Path) -> None:

@@ -48,6 +48,15 @@ def test_functions_average_without_an_averaged_model(kind: str, integers: bool) 
     truth.check(averaged, model)
 
 
+def test_empty_lists_are_averaged_alone() -> None:
+    apply = ours.get_ema_multi_avg_fn(0.5)
+    assert apply([], [], 1) is None
+    for averages, tensors in (([torch.ones(2)], []), ([], [torch.ones(2)])):
+        words = f"{len(averages)} averages cannot follow {len(tensors)} tensors"
+        with pytest.raises(LayoutError, match=words):
+            apply(averages, tensors, 1)
+
+
 def test_device_count_is_read_only_when_it_may_have_changed(device_reads: list[float]) -> None:
     model = Network(23)
     averaged = ours.AveragedModel(model)

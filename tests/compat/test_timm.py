@@ -139,3 +139,27 @@ def test_averages_round_trip_through_timm_checkpoints(
     truth.train(model, make_generator(35), 1 - DECAY, resumed[0].update)
     resumed[0].ema.cache.copy_(model.cache)
     truth.check(resumed[0].ema, model)
+
+
+def test_subclass_with_its_own_update_averages_as_in_timm() -> None:
+    def train(library: Any) -> dict[str, torch.Tensor]:
+        class Counting(library.ModelEmaV2):  # type: ignore[misc]
+            calls = 0
+
+            def _update(self, model: nn.Module, update_fn: Any) -> None:
+                self.calls += 1
+                super()._update(model, update_fn)
+
+        model = build_untied(36)
+        average = Counting(model, DECAY)
+        for n in range(3):
+            randomize(model, make_generator(n))
+            average.update(model)
+        assert average.calls == 3
+        randomize(model, make_generator(3))
+        other = Counting(model, DECAY)
+        other.set(averaged_module(average))
+        assert other.calls == 1
+        return dict(averaged_module(other).state_dict())
+
+    torch.testing.assert_close(train(ours), train(theirs))

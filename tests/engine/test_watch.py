@@ -166,6 +166,17 @@ def test_a_watch_keeps_persistent_tensors_alive_but_no_modules_or_caches() -> No
     assert weight() is None
 
 
+def test_replaced_cache_is_noticed_by_the_watches_that_include_it() -> None:
+    net = build_net()
+    net.register_buffer("cache", torch.ones(3), persistent=False)
+    leaves = leaves_of(net)
+    watching = watches(leaves)
+    others = [make(persistent_of(leaves), transient=False) for make in (watch, _DescribingWatch)]
+    net.cache = torch.ones(30)
+    assert all(one.changed() for one in watching)
+    assert not any(one.changed() for one in others)
+
+
 @pytest.mark.parametrize("move", MOVES)
 def test_every_move_and_change_of_structure_is_noticed(move: str) -> None:
     net = new_net()

@@ -5,7 +5,9 @@ from itertools import product
 import numpy as np
 import pytest
 
+from fastema.kernels import operations
 from fastema.kernels.table import BLOCK
+from fastema.kernels.variants import cpu_variants
 
 from ..support import reference
 from ..support.arrays import assert_same, lay_out_guarded, numbers
@@ -166,3 +168,12 @@ def test_parking_an_average_in_the_weights_loses_no_bit(kind: int | str, layout:
         np.testing.assert_array_equal(avg.array, quiet_signaling_nan(pattern[:size]))
         avg.assert_rest_untouched()
         model.assert_rest_untouched()
+
+
+def test_kernels_of_raw_bits_are_those_of_operations_that_move_bits() -> None:
+    for operation, formats, _ in cpu_variants():
+        if formats:
+            moves = operations.OPERATIONS[operation].moves_bits
+            raw = [one.startswith("raw") for one in formats]
+            assert moves != "never" or not any(raw), operation
+            assert moves != "always" or all(raw), operation

@@ -206,3 +206,11 @@ def test_dense_tensors_take_one_row_in_any_axis_order(
     assert {layout: len(rows) for layout, rows in tables.items()} == {"flat": 1}
     if order != (0, 1, 2, 3):
         check_tables([Pair("t", dst, dense_spec(shape, codes[1], 1 << 30))])
+
+
+def test_bytes_to_divide_among_threads_are_those_of_both_sides() -> None:
+    sizes = [((3, 5), ("f32", "bf16")), ((7,), ("c64", "c128")), ((0,), ("f32", "f32"))]
+    pairs = [
+        Pair("t", *(dense_spec(shape, code, 1 << 20) for code in codes)) for shape, codes in sizes
+    ]
+    assert table.count_bytes(pairs) == 15 * (4 + 2) + 7 * (8 + 16)

@@ -218,10 +218,12 @@ def test_invalid_arguments_are_refused(options: dict[str, Any], message: str) ->
 
 def test_bar_gets_every_batch_and_loggers_some_also_in_a_continued_run(tmp_path: Path) -> None:
     logged: dict[str, list[int]] = {}
+    shown: dict[str, bool] = {}
 
     class Watching(Regression):
         def log(self, name: str, *args: Any, **options: Any) -> None:
             logged.setdefault(name, []).append(len(self.seen) - 1)
+            shown[name] = options["prog_bar"]
             super().log(name, *args, **options)
 
     module, averages = build_module(Watching), LossAverages(WINDOW, DECAY, record=True)
@@ -230,6 +232,7 @@ def test_bar_gets_every_batch_and_loggers_some_also_in_a_continued_run(tmp_path:
         run.fit(module, loader())
     assert logged["train_loss_raw"] == [5, 11]  # the last of each epoch
     assert logged["train_loss_ema"] == list(range(12))
+    assert shown == {"train_loss_raw": False, "train_loss_sma": True, "train_loss_ema": True}
     # A power of two divides exactly.
     np.testing.assert_array_equal(averages.history["train_loss_raw"], module.losses)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import fastema
 from fastema import rules
 from fastema.errors import ArgumentError, StateError
 from fastema.lightning import EMACallback
+from fastema.lightning.packages import replace_method
 
 from ..support.lightning_runs import MARKS, quiet_trainer
 from ..support.replacements import read_lines
@@ -207,6 +209,18 @@ def test_invalid_arguments_are_refused() -> None:
             EMACallback(**options)  # type: ignore[arg-type]
     with pytest.raises(StateError, match="no average yet"):
         _ = EMACallback().ema
+
+
+def test_undone_replacement_of_a_method_leaves_an_earlier_or_a_later_one() -> None:
+    one = SimpleNamespace(earlier=lambda: "own")
+    undo = replace_method(one, "earlier", lambda method: f"{method()} in ours")
+    assert one.earlier() == "own in ours"
+    undo()
+    assert one.earlier() == "own"
+    undo = replace_method(one, "earlier", lambda method: "ours")
+    one.earlier = lambda: "later"
+    undo()
+    assert one.earlier() == "later"
 
 
 def test_average_follows_the_optimizer_inside_of_lightnings() -> None:

@@ -74,6 +74,14 @@ def test_effective_steps_of_long_runs_equal_the_definition(rule: rules.Rule, eve
     assert_equals_definition(rule, 20_003, every)
 
 
+@pytest.mark.parametrize("every", [1, 7])
+def test_older_updates_of_equal_weight_are_merged_exactly(
+    every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastema.rules.reach._EXACT", 256)
+    assert_equals_definition(Wave(0.0, 0.9998), 20_003, every)
+
+
 def test_invalid_steps_and_rules_are_refused() -> None:
     odd: Any
     for odd in (-1, 1.5, None, True):

@@ -131,6 +131,14 @@ def test_to_accepts_every_spelling_of_a_dtype(how: str, stored: str) -> None:
     assert full_state(average) == full_state(twin)
 
 
+def test_to_stores_averages_in_two_halves_by_place_or_by_keyword() -> None:
+    average, twin = (fastema.EMA(net(0), 0.99) for _ in range(2))
+    assert average.to("bf16+16") is average
+    twin.to(dtype="bf16+16")
+    assert full_state(average) == full_state(twin)
+    assert average.shadow["hidden.weight"].dtype == torch.bfloat16  # the upper halves
+
+
 REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "unknown name": (("foo",), {}, DeviceError, "foo"),
     "number": ((3.5,), {}, DeviceError, "3.5"),

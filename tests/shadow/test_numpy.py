@@ -1,6 +1,7 @@
 """Averages of NumPy arrays, without any other framework."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,3 +61,30 @@ def test_read_only_arrays_are_averaged_and_never_written() -> None:
     np.testing.assert_array_equal(later["fixed"], np.full(3, 2.0, np.float32))
     np.testing.assert_array_equal(later["free"], np.full(2, 7.0))
     np.testing.assert_array_equal(weights["fixed"], np.ones(3, np.float32))
+
+
+def test_arrays_whose_indices_share_elements_are_refused_by_name() -> None:
+    shared = np.lib.stride_tricks.as_strided(np.ones(1), (3,), (0,))
+    with pytest.raises(LayoutError, match="b: several indices"):
+        fastema.EMA({"a": np.ones(3), "b": shared})
+
+
+class Exporting:
+    """An array of an unknown framework."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._array.__dlpack_device__()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._array.__dlpack__(**options)
+
+
+def test_saved_arrays_of_an_unknown_framework_are_loaded_on_the_host() -> None:
+    ema = fastema.EMA({"a": np.ones(3, np.float32)})
+    state = ema.state_dict()
+    state["shadow"] = [{"a": Exporting(np.full(3, 7.0, np.float32))}]
+    ema.load_state_dict(state)
+    np.testing.assert_array_equal(ema.shadow["a"], np.full(3, 7.0, np.float32))

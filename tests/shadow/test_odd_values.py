@@ -146,6 +146,16 @@ def test_odd_option_of_a_callback_raises_an_error_that_names_it(framework: str) 
             package.LossAverages(metrics=odd)
 
 
+def test_odd_log_decays_of_a_saved_state_are_named() -> None:
+    ema = fastema.EMA([np.ones(2)], 0.9, zero_debias=True)
+    ema.update()
+    state, words = ema.state_dict(), r"log_decays is .*, expected one number from .* to 0 per rule"
+    for odd in ([0.5], [], ["x"], [-0.1, -0.1], 0.0, None):
+        with pytest.raises(CheckpointError, match=words):
+            ema.load_state_dict(state | {"log_decays": odd})
+    ema.load_state_dict(state)
+
+
 def test_arguments_in_the_wrong_order_are_named() -> None:
     ema = fastema.EMA(linear())
     power = fastema.PowerEMA(linear())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -216,3 +217,41 @@ def test_invalid_variables_are_refused_before_any_change(
     assert list(ema.shadow) == ["w", "loss"]
     assert ema.average(weight).numpy().tolist() == [1.0, 2.0]
     assert ema.average("loss").numpy() == 2.0
+
+
+def test_decays_and_counts_out_of_range_are_refused_at_once() -> None:
+    for numbers, words in (
+        ((1.5,), r"decay=1.5: expected a finite number in \[0, 1\]"),
+        (("0.9x",), r"decay='0.9x': expected a finite number in \[0, 1\]"),
+        ((0.9, -1), "num_updates=-1: expected a finite number of at least 0"),
+        ((tf.constant([0.5]),), r"decay of shape \(1,\) .*expected a real scalar"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            ExponentialMovingAverage(*numbers)
+
+
+def test_tensor_whose_shape_is_unknown_while_tracing_is_refused_by_name() -> None:
+    ema = ExponentialMovingAverage(0.5)
+
+    @tf.function(input_signature=[tf.TensorSpec([None])])
+    def function(x: Any) -> None:
+        ema.apply({"loss": x})
+
+    with pytest.raises(Exception, match="'loss' is not known while tracing"):
+        function(tf.ones(3))
+    assert not ema.shadow
+
+
+def test_copy_of_variables_and_their_average_is_independent(rng: Rng) -> None:
+    weights, ema = build_average(rng)
+    ema.apply(weights)
+    held = values(averages(ema, weights))
+    others, other = copy.deepcopy((weights, ema))
+    assert_equal(values(averages(other, others)), held)
+    assert [other.average_name(one) for one in others] == [ema.average_name(w) for w in weights]
+    move(rng, others)
+    other.apply(others)
+    assert_equal(values(averages(ema, weights)), held)
+    want = [old + 0.1 * (x - old) for old, x in zip(held, values(others), strict=True)]
+    for got, expected in zip(values(averages(other, others)), want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)

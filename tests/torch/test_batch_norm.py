@@ -171,6 +171,17 @@ def test_all_nested_tensors_move_to_the_device_and_progress_is_on_standard_error
     assert ("BatchNorm statistics" in printed.err, printed.out) == (True, "")
 
 
+def test_batches_without_a_device_are_passed_unchanged() -> None:
+    batch, seen = UserDict(x=torch.randn(4, 3)), []
+
+    def forward(model: nn.Module, batch: Any) -> None:
+        seen.append(batch)
+        model(batch["x"])
+
+    update_bn([batch], build_net(), forward=forward)
+    assert [one is batch for one in seen] == [True]
+
+
 class NamedInputs(nn.Module):
     """Take two inputs by name."""
 
@@ -193,6 +204,21 @@ class Wrapper(nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         return self.module(*inputs, **kwargs)
+
+
+class WithOptions(Wrapper):
+    """Take an input and any options, of which the module inside knows none."""
+
+    def forward(self, x: Tensor, **options: Any) -> Any:
+        assert options == {"mask": 1}
+        return self.module(x)
+
+
+def test_model_that_takes_any_keyword_gets_those_that_its_only_child_does_not_take() -> None:
+    model, x = WithOptions(build_net()), inputs()
+    expected = update_with_torch(model.module, x)
+    update_bn([{"x": one, "mask": 1} for one in x], model)
+    assert_equal(model.module, expected)
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {

@@ -89,6 +89,15 @@ def test_averages_equal_exact_ones(make: Factory, weighted: bool, sign: bool) ->
         assert found == ones  # bitwise
 
 
+@kinds
+def test_series_without_weights_follows_weighted_values(make: Factory) -> None:
+    x, single, at_once = series(12, 8), make(), make()
+    for average in (single, at_once):
+        average.update(x[0], 3.0)
+    found = at_once.update_many(x[1:])
+    np.testing.assert_allclose(found, [single.update(value) for value in x[1:]], rtol=1e-14)
+
+
 ODD = [1.0, math.nan, 3.0, 5.0, math.inf, -math.inf, 2.0, 4.0]
 
 

@@ -260,3 +260,13 @@ def test_average_is_saved_by_other_callbacks_and_by_trainers_with_their_own_chec
         run.trainer.train()
     assert len(run.recorder.steps) == run.ema.ema.num_updates - 1 == 5
     assert_near(average_in(tmp_path / "checkpoint-5"), run.recorder.average())
+
+
+def test_trainer_without_its_callback_saves_checkpoints_without_an_average(tmp_path: Path) -> None:
+    run = prepare_run(tmp_path, **SAVED)
+    run.trainer.remove_callback(run.ema)
+    run.trainer.train()
+    for step in (4, 8, 12):
+        folder = tmp_path / f"checkpoint-{step}"
+        assert_same(load_file(folder / "model.safetensors"), run.recorder.steps[step - 1])
+        assert not (folder / FILE).exists()
