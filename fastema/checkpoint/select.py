@@ -62,10 +62,10 @@ def best(
         raise ArgumentError(f"mode={mode!r}: expected 'min' (lower is better) or 'max'")
     if n > len(checkpoints):
         raise ArgumentError(f"there are {len(checkpoints)} checkpoints to choose the best {n} from")
-    found = _scores_of(checkpoints, scores)
+    values = _scores_of(checkpoints, scores)
     if mode == "max":
-        found = [-score for score in found]
-    ranked = sorted(range(len(found)), key=found.__getitem__)  # stable
+        values = [-value for value in values]
+    ranked = sorted(range(len(values)), key=values.__getitem__)  # stable
     return [checkpoints[i] for i in sorted(ranked[:n])]
 
 
@@ -73,12 +73,14 @@ def _scores_of(
     checkpoints: Sequence[str | os.PathLike[str] | Checkpoint], scores: Mapping[Any, float]
 ) -> list[float]:
     """Return the score of each checkpoint; raise an ArgumentError that names all without one."""
-    found: list[float] = []
+    values: list[float] = []
     owners: dict[Any, Path] = {}
     problems: list[str] = []
-    for one in checkpoints:
-        path = one.path if isinstance(one, Checkpoint) else Path(one)
-        step = one.step if isinstance(one, Checkpoint) else step_of_name(path)
+    for checkpoint in checkpoints:
+        if isinstance(checkpoint, Checkpoint):
+            path, step = checkpoint.path, checkpoint.step
+        else:
+            path, step = Path(checkpoint), step_of_name(Path(checkpoint))
         keys = [key for key in scores if _fits(str(key), path, step)]
         if len(keys) != 1:
             several = f"the scores {', '.join(map(repr, keys))}" if keys else "no score"
@@ -92,7 +94,7 @@ def _scores_of(
         if isinstance(score, bool) or not isinstance(score, Real) or math.isnan(score):
             problems.append(f"{path} has the score {score!r}")
         else:
-            found.append(float(score))
+            values.append(float(score))
     if problems:
         raise ArgumentError(
             "the best checkpoints cannot be chosen:\n"
@@ -100,7 +102,7 @@ def _scores_of(
             + "\nGive one number for each checkpoint, under its path, its file or folder name, or "
             "its step, or leave the checkpoint out."
         )
-    return found
+    return values
 
 
 def _fits(key: str, path: Path, step: int | None) -> bool:
@@ -177,20 +179,20 @@ def select(
             + "; name them one by one, oldest first"
         )
     found.sort(key=lambda one: (steps[one.path.name], one.path.name))
-    at = steps if unit == "steps" else _tokens_at(found, tokens_per_step)
-    newest = at[found[-1].path.name]
+    progress = steps if unit == "steps" else _tokens_of(found, tokens_per_step)
+    newest = progress[found[-1].path.name]
     taken: list[Checkpoint] = []
     for one in reversed(found):
-        here = at[one.path.name]
-        far = not taken or at[taken[-1].path.name] - here >= min_spacing
-        if far and (window is None or here > newest - window):
+        age = newest - progress[one.path.name]
+        far = not taken or progress[taken[-1].path.name] - progress[one.path.name] >= min_spacing
+        if far and (window is None or age < window):
             taken.append(one)
     if last is not None and len(taken) < last:
         raise ArgumentError(f"last={last}: {len(taken)} checkpoints of {root} qualify")
     return taken[:last][::-1]
 
 
-def _tokens_at(checkpoints: Sequence[Checkpoint], per_step: int | None) -> dict[str, int]:
+def _tokens_of(checkpoints: Sequence[Checkpoint], per_step: int | None) -> dict[str, int]:
     """Return the tokens that each checkpoint, by its name, was trained on."""
     if per_step is not None:
         return {one.path.name: (one.step or 0) * per_step for one in checkpoints}
