@@ -180,12 +180,18 @@ class OpenFile:
 
     def read(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer with the file's bytes from an offset on; any thread may call this."""
-        with self._opened() as handle:
-            while buffer:
-                count = _read_at(handle, offset, buffer)
-                if not count:
-                    raise CheckpointError(f"{self.path} was cut short")
-                offset, buffer = offset + count, buffer[count:]
+        if self._handle is None:
+            with self._opened() as handle:
+                self._fill(handle, offset, buffer)
+        else:  # a context manager would cost more than the system call
+            self._fill(self._handle, offset, buffer)
+
+    def _fill(self, handle: int, offset: int, buffer: memoryview) -> None:
+        while buffer:
+            count = _read_at(handle, offset, buffer)
+            if not count:
+                raise CheckpointError(f"{self.path} was cut short")
+            offset, buffer = offset + count, buffer[count:]
 
     def read_whole(self, most: int) -> bytes:
         """Read a small file; raise a CheckpointError if it is larger than ``most`` bytes."""

@@ -16,6 +16,7 @@ from fastema.checkpoint.folder import Files, check_vacant, files_of, new_folder,
 from fastema.checkpoint.source import PROVENANCE, Checkpoint
 from fastema.checkpoint.stored import TRAINING_FILE, open_weights
 from fastema.checkpoint.sums import weighted_sums
+from fastema.checkpoint.weights import swa
 from fastema.errors import ArgumentError, CheckpointError, format_problems
 
 __all__ = [
@@ -79,7 +80,7 @@ class Merge:
 
 def average(
     paths: Sequence[_Path],
-    weights: Sequence[float],
+    weights: Sequence[float] | None,
     out: _Path,
     *,
     key: str | None = None,
@@ -95,8 +96,8 @@ def average(
     paths : sequence of paths
         Checkpoints in any layout that :func:`open_checkpoint` reads, oldest first. For a state of
         fastema's own, its average is read, under the model's names.
-    weights : sequence of float
-        One finite weight per checkpoint, of any sign.
+    weights : sequence of float or None
+        One finite weight per checkpoint, of any sign. None for equal weights.
     out : path
         A file whose name ends in ``.safetensors``; or a new folder, if the newest checkpoint is a
         folder or several files: it gets their layout, and copies of config and tokenizer files. The
@@ -137,10 +138,11 @@ def average(
     >>> for step, value in ((100, 1.0), (200, 4.0)):
     ...     save_file({"w": torch.full((2,), value)}, folder / f"step-{step}.safetensors")
     >>> paths = sorted(folder.iterdir())
-    >>> load_file(average(paths, [0.5, 0.5], folder / "mean.safetensors"))["w"]
+    >>> load_file(average(paths, None, folder / "mean.safetensors"))["w"]
     tensor([2.5000, 2.5000])
     """
     made = prepare([open_weights(path, key) for path in paths])
+    weights = swa(len(paths)) if weights is None else weights
     check(made, {Path(out): weights})
     warn_of(weights)
     packed = describe_packed(made)

@@ -45,11 +45,10 @@ class Stretches:
         self.files, self._table = files, table
         self._found: NDArray[np.int64] | None = None
 
-    @classmethod
-    def whole(cls, file: OpenFile, offset: int) -> Stretches:
-        """Return the stretches of a tensor that is contiguous in one file."""
-        found = np.array([[0, offset, 0]], np.int64)
-        return cls([file], lambda: found)
+    @staticmethod
+    def whole(file: OpenFile, offset: int) -> Place:
+        """Return the place of a tensor that is contiguous in one file."""
+        return _Contiguous(file, offset)
 
     @property
     def origin(self) -> tuple[Any, ...]:
@@ -76,6 +75,22 @@ class Stretches:
             size = min(count - at, end - begin - skip)
             yield self.files[place], offset + skip, at, size
             at, row = at + size, row + 1
+
+
+class _Contiguous:
+    """The place of a tensor whose row-major bytes follow each other in one file."""
+
+    def __init__(self, file: OpenFile, offset: int) -> None:
+        self.files, self._offset = [file], offset
+
+    @property
+    def origin(self) -> tuple[Any, ...]:
+        """See :class:`Place`."""
+        return self.files[0].version, self._offset
+
+    def read(self, first: int, buffer: memoryview) -> None:
+        """See :class:`Place`."""
+        self.files[0].read(self._offset + first, buffer)
 
 
 _BAND: Final = 1 << 22

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from fastema.bridges.memory import Memory
 from fastema.checkpoint.files import File, Read, StoredTensor
 from fastema.checkpoint.source import Checkpoint
+from fastema.engine.cpu import get_num_threads
 from fastema.engine.program import Program
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.dtypes import DType, average_of, parse_dtype
@@ -26,18 +26,15 @@ __all__ = ["Write", "weighted_sum", "weighted_sums"]
 Write = Callable[[int, str, int, memoryview], None]
 """``write(output, name, first, buffer)``: store a sum's bytes at ``first`` of a tensor."""
 
-_ROOM: Final = 1 << 16
-"""Elements of a buffer: its float64 sums fit in the L2 cache."""
+_ROOM: Final = 1 << 17
+"""Elements of a buffer: in fewer, the time between system calls counts; more leave the caches."""
 
-_TOGETHER: Final = 16
-"""Checkpoints with a piece in memory at a time, per thread."""
+_TOGETHER: Final = 4
+"""Checkpoints with a piece in memory at a time, per thread. They are added chunk by chunk, so that
+a sum is loaded once for all of them; more leave the caches."""
 
 _MOST_THREADS: Final = 8
-
-
-def _threads() -> int:
-    """Return the number of cores: more threads would evict each other's buffers from the caches."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+"""More would evict each other's buffers from the caches."""
 
 
 Bytes = NDArray[np.uint8]
@@ -102,7 +99,7 @@ def weighted_sums(
                 benches[key] = _Workbench(coefficients, *key)
             advance(benches[key].run(reads, batch.pieces, write))
 
-    threads = min(_threads(), _MOST_THREADS)
+    threads = min(get_num_threads(), _MOST_THREADS)
     with ThreadPoolExecutor(threads, "fastema-sum") as pool:
         futures = [pool.submit(work) for _ in range(threads)]
         try:

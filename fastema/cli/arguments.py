@@ -71,8 +71,27 @@ def number(
     return parse
 
 
+_POWERS = {"K": 3, "M": 6, "B": 9, "T": 12}
+
+
+def expand(text: str) -> str:
+    """Return a number without its suffix: 7e9 for 7B; the suffixes are K, M, B and T."""
+    power = _POWERS.get(text[-1:].upper())
+    return text if power is None else f"{text[:-1]}e{power}"
+
+
+def _whole(text: str) -> int:
+    value = float(expand(text))  # exact below 2**53
+    if not value.is_integer():
+        raise ValueError
+    return int(value)
+
+
 decay = number(float, lambda value: 0.0 <= value < 1.0, "a number in [0, 1)")
 count = number(int, lambda value: value >= 1, "a whole number of at least 1")
+amount = number(
+    _whole, lambda value: 1 <= value < 2**53, "a whole number of at least 1, such as 40000 or 250B"
+)
 
 
 def picture_path(text: str) -> Path:

@@ -7,7 +7,7 @@ import json
 import textwrap
 from dataclasses import asdict, dataclass
 
-from fastema.cli.arguments import count, dtype_name, number
+from fastema.cli.arguments import count, dtype_name, expand, number
 
 SUMMARY = "Estimate what averaging a large model costs: bytes per rank, time per update."
 EXTRA = ""
@@ -15,13 +15,9 @@ NEEDS: dict[str, str] = {}
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-_positive = number(float, lambda value: 0.0 < value < 1e30, "a number above 0")
-
-
-def _params(text: str) -> float:
-    """Parse a number of weights, such as 7e9 or 7B."""
-    scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper(), 0.0)
-    return scale * _positive(text[:-1]) if scale else _positive(text)
+_positive = number(
+    lambda text: float(expand(text)), lambda value: 0.0 < value < 1e30, "a number above 0"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  fastema plan --params 70e9 --dtype bf16 --world 64 --link 50 --step 2.5\n"
     )
     parser.add_argument(
-        "--params", type=_params, required=True, help="number of weights, such as 7e9 or 7B"
+        "--params", type=_positive, required=True, help="number of weights, such as 7e9 or 7B"
     )
     parser.add_argument(
         "--dtype",

@@ -1,6 +1,7 @@
 """Averages of checkpoint files: any layout in, a float64 sum out, complete or not written."""
 
 import json
+import math
 import os
 import pickle
 import warnings
@@ -16,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastema.checkpoint import average, dcp, files, merge, open_checkpoint, weights
+from fastema.checkpoint import average, best, dcp, files, merge, open_checkpoint, weights
 from fastema.checkpoint.files import StoredTensor
 from fastema.checkpoint.select import select
 from fastema.errors import ArgumentError, CheckpointError
@@ -211,11 +212,70 @@ def test_checkpoints_of_a_folder_are_selected_by_step(tmp_path: Path) -> None:
     assert chosen(window=501) == [500, 900, 1000]
     assert chosen(min_spacing=200) == [100, 500, 1000]
     assert chosen(min_spacing=100, last=3) == [500, 900, 1000]
-    average([one.path for one in select(tmp_path)], [0.2] * 5, tmp_path / "mean.safetensors")
+    average([one.path for one in select(tmp_path)], None, tmp_path / "mean.safetensors")
     assert chosen() == sorted(steps)  # the average is not selected
     save_file({"w": torch.ones(1)}, tmp_path / "final.safetensors")
     with pytest.raises(CheckpointError, match=r"step is not known.*\n.*final\.safetensors"):
         chosen()
+
+
+def test_checkpoints_are_selected_by_the_tokens_that_the_trainer_counted(tmp_path: Path) -> None:
+    for step, tokens in ((1, 10), (2, 40), (3, 50)):
+        folder = save_folder(tmp_path / f"checkpoint-{step}", STATES[0])
+        state = {"global_step": step, "num_input_tokens_seen": tokens}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+
+    def chosen(**options: Any) -> list[int | None]:
+        return [one.step for one in select(tmp_path, unit="tokens", **options)]
+
+    assert chosen(window=40) == [2, 3]
+    assert chosen(window=41) == [1, 2, 3]
+    assert chosen(min_spacing=20) == [1, 3]
+    assert chosen(window=40, tokens_per_step=30) == [2, 3]
+    (folder / "trainer_state.json").write_text('{"num_input_tokens_seen": 0}')  # not counted
+    with pytest.raises(CheckpointError, match=r"tokens are not known.*\n.*checkpoint-3\n"):
+        chosen(window=40)
+    for options, words in (
+        ({"unit": "batches"}, "expected 'steps' or 'tokens'"),
+        ({"tokens_per_step": 4}, "needs unit='tokens'"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            select(tmp_path, **options)
+
+
+def test_best_checkpoints_keep_their_order_and_earlier_ones_win_ties(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a-100", "a-200", "a-300", "b-400")]
+    scores = {100: 2.0, "a-200": np.float32(1), str(paths[2]): 2, "0400": 0.5, "c": 9, 7: 9}
+    assert best(paths, scores, 2, mode="min") == [paths[1], paths[3]]
+    assert best(paths, scores, 3, mode="min") == [paths[0], paths[1], paths[3]]
+    assert best(paths, scores, 1, mode="max") == [paths[0]]
+    file = save_lightning(tmp_path / "x-300", STATES[0])  # its step is 7
+    assert best([file], {300: 1.0}, 1, mode="max") == [file]
+    (chosen,) = best([open_checkpoint(file)], {7: 1.0}, 1, mode="max")
+    assert chosen.path == file
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "words"),
+    [
+        ({1: 0.5}, {}, "run/b-2 has no score\nGive one number for each checkpoint"),
+        ({1: 0.5, 2: math.nan}, {}, "run/b-2 has the score nan"),
+        ({1: 0.5, 2: "0.4"}, {}, "run/b-2 has the score '0.4'"),
+        ({1: 0.5, 2: True}, {}, "run/b-2 has the score True"),
+        ({1: 0.5, 2: 0.4, "b-2": 0.4}, {}, "run/b-2 has the scores 2, 'b-2'"),
+        ({1: 0.5, 2: 0.4}, {"n": 3}, "there are 2 checkpoints to choose the best 3 from"),
+        ({1: 0.5, 2: 0.4}, {"n": 0}, "n=0: expected a whole number of at least 1"),
+        ({1: 0.5, 2: 0.4}, {"mode": "low"}, "mode='low': expected 'min'"),
+        ({1: 1, 2: 1}, {"more": "b/b-2"}, "the score 2 fits run/b-2 and b/b-2: name their paths"),
+    ],
+)
+def test_scores_that_do_not_decide_are_refused(
+    scores: dict[Any, Any], options: dict[str, Any], words: str
+) -> None:
+    paths = ["run/a-1", "run/b-2", *filter(None, [options.pop("more", None)])]
+    with pytest.raises(ArgumentError) as caught:
+        best(paths, scores, **{"n": 1, "mode": "min", **options})
+    assert words in str(caught.value)
 
 
 def test_weights_follow_steps_of_uneven_checkpoints() -> None:

@@ -205,6 +205,88 @@ def test_several_averages_of_a_folder_get_distinct_names(run: Any, tmp_path: Pat
     assert "step-900.safetensors   900" in out
 
 
+SCORES = {"step-100.safetensors": 0.4, "./step-200.safetensors": 0.3, "450": 0.2, "500": 0.3}
+SCORES |= {"900": 0.1, "1000": 0.0}  # the last is of no checkpoint
+LOG = [{"step": step, "loss": 9.0} for step in STEPS]
+LOG += [{"step": step, "eval_loss": step / 7, "eval_f1": step / 7} for step in STEPS]
+
+
+def test_average_of_the_best_checkpoints_by_a_file_of_scores(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "scores.json").write_text(json.dumps(SCORES))
+    out, _ = run("--dir . --best 3 --metric scores.json --mode min -o best.safetensors")
+    # Of the two scores of 0.3 the earlier step's is better.
+    assert load_file("best.safetensors")["w"][0].item() == pytest.approx((2 + 4.5 + 9) / 3)
+    assert "note: the 3 of 5 checkpoints with the lowest score" in out.splitlines()
+    names = "step-100.safetensors step-500.safetensors"
+    run(f"{names} --best 1 --metric scores.json --mode max -o best.safetensors --force")
+    assert load_file("best.safetensors")["w"][0].item() == 1.0
+
+
+def test_average_of_the_best_checkpoints_by_a_metric_in_a_log(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"epoch": 1.0, "log_history": LOG}))
+    (tmp_path / "metrics.csv").write_text("step,val\n100,1\n200,5\n450,\n450,4\n500,2\n900,3\n")
+
+    def steps(metric: str) -> list[int]:
+        line = f"--dir . --best 2 --metric {metric} --dry-run --json"
+        return [one["step"] for one in json.loads(run(line).out)["checkpoints"]]
+
+    assert steps("trainer_state.json:eval_loss") == [100, 200]
+    assert steps("trainer_state.json:eval_loss --mode max") == [500, 900]
+    assert steps("trainer_state.json:eval_f1 --mode max") == [500, 900]
+    assert steps("trainer_state.json:eval_f1 --mode max --window 401 --last 2") == [500, 900]
+    assert steps("metrics.csv:val --mode max") == [200, 450]
+
+
+NOT_BEST = {
+    "--best 2": "--best needs the scores: --metric FILE[:NAME]",
+    "--metric scores.json": "--metric and --mode need --best",
+    "--best 2 --metric scores.json": "is a low or a high score better? Add --mode min or --mode",
+    "--best 2 --metric log.json:eval_f1": "is a low or a high eval_f1 better? Add --mode min",
+    "--best 2 --metric scores.json --mode min --ema 0.9": "--best averages equally: leave out",
+    "--best 9 --metric log.json:loss": "there are 5 checkpoints to choose the best 9 from",
+    "--best 2 --metric log.json --mode min": "of a log, name the metric, as in log.json:eval_loss",
+    "--best 2 --metric log.json:acc --mode max": "log.json: no column 'acc'; those with numbers",
+    "--best 2 --metric twice.json:loss": "loss is 1.0 and 2.0 at step 100; leave one of them",
+    "--best 2 --metric stepless.json:loss": "no column of steps; expected one of global_step, step",
+    "--best 2 --metric gone.json:loss": "gone.json: No such file or directory",
+    "--best 2 --metric nan.json --mode min": "step-500.safetensors has the score nan",
+    "--best 2 --metric some.json --mode min": "step-450.safetensors has no score",
+    "--best 2 --metric both.json --mode min": "the scores '100', 'step-100.safetensors'",
+}
+
+
+@pytest.mark.parametrize("line", NOT_BEST)
+def test_scores_that_do_not_choose_are_refused(run: Any, tmp_path: Path, line: str) -> None:
+    nan = {str(step): float("nan") if step == 500 else 1.0 for step in STEPS}
+    for name, content in {
+        "scores.json": SCORES,
+        "log.json": LOG,
+        "twice.json": [{"step": 100, "loss": 1}, {"step": 100, "loss": 2}],
+        "stepless.json": [{"row": 100, "loss": 1}],
+        "nan.json": nan,
+        "some.json": {"100": 1, "200": 2},
+        "both.json": dict.fromkeys(map(str, STEPS), 1) | {"step-100.safetensors": 1},
+    }.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    err = run(f"--dir . {line} -o best.safetensors", code=2).err
+    assert err.startswith("fastema average: ")
+    assert NOT_BEST[line] in err
+    assert not (tmp_path / "best.safetensors").exists()
+
+
+def test_average_of_a_window_of_tokens(run: Any) -> None:
+    def steps(line: str) -> list[int]:
+        found = json.loads(run(f"--dir . {line} --dry-run --json").out)
+        return [one["step"] for one in found["checkpoints"]]
+
+    assert steps("--window 0.401k") == [500, 900]
+    tokens = "--unit tokens --tokens-per-step 4M"
+    assert steps(f"--window 1.6B {tokens}") == [900]
+    assert steps(f"--window 1.601B {tokens}") == [500, 900]
+    assert steps(f"--min-spacing 1.5B {tokens}") == [100, 500, 900]
+    assert steps(f"--min-spacing 1B --window 3.2B {tokens} --ema 0.9") == [200, 500, 900]
+
+
 def test_average_dry_run_writes_nothing_and_json_reports_the_average(run: Any) -> None:
     out, err = run("--dir . --window 401 --weights=-1,1.5 --dry-run -o mean.safetensors")
     assert out.endswith("would read 64 B and write mean.safetensors\n")
@@ -223,6 +305,11 @@ NO_AVERAGE = {
     "step-100.safetensors --last 2 -o x.safetensors": "--last, --window and --min-spacing",
     "--dir .": "name the output: -o OUT",
     "--dir nothing -o x.safetensors": "cannot read nothing: No such file or directory",
+    "--dir . --window 1B --unit tokens -o x.safetensors": "took the same number of tokens, pass "
+    "--tokens-per-step",
+    "--dir . --window 9 --tokens-per-step 1K -o x.safetensors": "--tokens-per-step 1000: needs "
+    "--unit tokens",
+    "--dir . --unit tokens -o x.safetensors": "need --window or --min-spacing",
     "--dir . --last 9 -o x.safetensors": "average: --last 9: 5 checkpoints of . qualify",
     "--dir . --sma 9 -o x.safetensors": "average: --sma 9: there are 5 checkpoints",
     "--dir . --weights 1,2 -o x.safetensors": "--weights has 2 numbers for 5 checkpoints",
@@ -230,7 +317,16 @@ NO_AVERAGE = {
     "--dir . --sigma-rel 0.1 -o x.safetensors": "is no snapshot of a power-function average",
     "--dir . --key a.b -o x.safetensors --dry-run": "has nothing at 'a.b'",
 }
-USAGE = ("--ema 1.5", "--sma 0", "--wsm cubic", "--weights a", "--sigma-rel 3")
+USAGE = (
+    "--window 1.5",
+    "--window 7Q",
+    "--window inf",
+    "--ema 1.5",
+    "--sma 0",
+    "--wsm cubic",
+    "--weights a",
+    "--sigma-rel 3",
+)
 
 
 @pytest.mark.parametrize("line", [*NO_AVERAGE, *USAGE])

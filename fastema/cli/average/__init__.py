@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastema.cli.arguments import add_force, count, decay, number
+from fastema.cli.arguments import add_force, amount, count, decay, number
 
 SUMMARY = "Average finished checkpoints: safetensors, torch, Hugging Face, DCP folders."
 EXTRA = "posthoc"
@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  fastema average step-100.safetensors step-200.safetensors -o mean.safetensors\n"
         "  fastema average --dir runs/llama --last 10 --ema 0.9998 -o runs/llama-ema\n"
-        "  fastema average --dir runs/llama --window 40000 --swa --wsm 1-sqrt -o merged\n"
+        "  fastema average --dir runs/llama --window 40K --swa --wsm 1-sqrt -o merged\n"
+        "  fastema average --dir . --window 250B --unit tokens --tokens-per-step 4M -o m\n"
+        "  fastema average --dir runs --best 5 --metric log.csv:eval_loss -o out\n"
     )
     parser.add_argument("paths", nargs="*", type=Path, help="checkpoints, oldest first")
     parser.add_argument(
@@ -38,15 +40,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--last", type=count, metavar="N", help="with --dir: the newest N")
     parser.add_argument(
         "--window",
-        type=count,
-        metavar="STEPS",
-        help="with --dir: only checkpoints less than STEPS older than the newest",
+        type=amount,
+        metavar="N",
+        help="with --dir: only checkpoints less than N steps older than the newest; K, M, B and T "
+        "stand for thousands to trillions",
     )
     parser.add_argument(
         "--min-spacing",
+        type=amount,
+        metavar="N",
+        help="with --dir: skip a checkpoint less than N steps older than the one last taken",
+    )
+    parser.add_argument(
+        "--unit",
+        choices=("steps", "tokens"),
+        default="steps",
+        help="unit of --window and --min-spacing (%(default)s); tokens are those that the Trainer "
+        "counted in trainer_state.json, or steps times --tokens-per-step",
+    )
+    parser.add_argument(
+        "--tokens-per-step", type=amount, metavar="N", help="training tokens in each step"
+    )
+    parser.add_argument(
+        "--best",
         type=count,
-        metavar="STEPS",
-        help="with --dir: skip a checkpoint less than STEPS older than the one last taken",
+        metavar="N",
+        help="only the N checkpoints with the best scores by --metric, averaged equally",
+    )
+    parser.add_argument(
+        "--metric",
+        metavar="FILE[:NAME]",
+        help="scores: a JSON file that maps paths, names or steps to numbers; or a metric in a log "
+        "that fastema smooth reads, such as trainer_state.json:eval_loss",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=("min", "max"),
+        help="whether low or high scores are best; may be left out if NAME ends in loss: min",
     )
     parser.add_argument(
         "-o",

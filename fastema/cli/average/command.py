@@ -10,14 +10,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastema.checkpoint import weights
 from fastema.checkpoint.merge import Merge, check, merge, prepare, warn_of
-from fastema.checkpoint.select import select
+from fastema.checkpoint.select import best, select
 from fastema.checkpoint.source import Checkpoint
 from fastema.checkpoint.stored import open_weights
 from fastema.cli.arguments import check_new
+from fastema.cli.average.scores import read_scores
 from fastema.cli.sizes import size
 from fastema.errors import ArgumentError, CheckpointError
 
@@ -26,7 +27,9 @@ __all__ = ["run"]
 
 def run(args: argparse.Namespace) -> None:
     """Write the requested averages, or print what a dry run would write."""
-    made = prepare(_checkpoints(args))
+    checkpoints, notes = _best(args, _checkpoints(args))
+    made = prepare(checkpoints)
+    made.notes[:0] = notes
     averages = _averages(args, made.checkpoints)
     if args.out is None and not args.dry_run:
         raise ArgumentError("name the output: -o OUT")
@@ -63,6 +66,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _checkpoints(args: argparse.Namespace) -> list[Checkpoint]:
+    if (args.unit == "tokens" or args.tokens_per_step) and not (args.window or args.min_spacing):
+        raise ArgumentError("--unit and --tokens-per-step need --window or --min-spacing")
     if args.dir is not None:
         if args.paths:
             raise ArgumentError("give either checkpoints or --dir, not both")
@@ -71,6 +76,8 @@ def _checkpoints(args: argparse.Namespace) -> list[Checkpoint]:
             last=args.last,
             window=args.window,
             min_spacing=args.min_spacing or 0,
+            unit=args.unit,
+            tokens_per_step=args.tokens_per_step,
             key=args.key,
         )
     if args.last or args.window or args.min_spacing:
@@ -78,6 +85,32 @@ def _checkpoints(args: argparse.Namespace) -> list[Checkpoint]:
     if not args.paths:
         raise ArgumentError("name checkpoints, or a folder of them: --dir DIR")
     return [open_weights(path, args.key) for path in args.paths]
+
+
+def _best(
+    args: argparse.Namespace, checkpoints: list[Checkpoint]
+) -> tuple[list[Checkpoint], list[str]]:
+    """Return the checkpoints that ``--best`` leaves, and a note that says how they were chosen."""
+    if args.best is None:
+        if args.metric or args.mode:
+            raise ArgumentError("--metric and --mode need --best")
+        return checkpoints, []
+    if args.metric is None:
+        raise ArgumentError("--best needs the scores: --metric FILE[:NAME]")
+    if args.sma or args.ema or args.wma or args.wsm or args.sigma_rel or args.weights:
+        raise ArgumentError(
+            "--best averages equally: leave out --sma, --ema, --wma, --wsm, --sigma-rel, --weights"
+        )
+    scores, name = read_scores(args.metric)
+    mode: Literal["min", "max"] = args.mode or "min"
+    if args.mode is None and not name.lower().endswith("loss"):
+        raise ArgumentError(
+            f"is a low or a high {name or 'score'} better? Add --mode min or --mode max"
+        )
+    chosen = best(checkpoints, scores, args.best, mode=mode)
+    which = "lowest" if mode == "min" else "highest"
+    note = f"the {len(chosen)} of {len(checkpoints)} checkpoints with the {which} {name or 'score'}"
+    return chosen, [note]
 
 
 def _averages(
