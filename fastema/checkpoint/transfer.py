@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fastema.bridges.memory import bytes_of
 from fastema.bridges.names import strip_wrapper_prefixes
+from fastema.checkpoint.layout import StoredAverage
 from fastema.checkpoint.source import Checkpoint
-from fastema.checkpoint.stored import StoredAverage
 from fastema.errors import ArgumentError, CheckpointError, format_problems
 from fastema.layout.dtypes import NAME_OF
 from fastema.rules import Schedule

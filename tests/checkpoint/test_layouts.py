@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import fastema
 from fastema.checkpoint import convert, inspect, load, load_into, save
-from fastema.checkpoint.conversion import LIBRARIES
+from fastema.checkpoint.conversion import writable_libraries
+from fastema.checkpoint.detection import known_layouts
 from fastema.checkpoint.transfer import tensors_of
 from fastema.errors import ArgumentError, CheckpointError
 from fastema.rules import Aligned, Constant
@@ -29,7 +30,7 @@ STATES = {
     for name, one in PEERS.items()
     if not name.startswith("swa_utils ema")
     and name != "timm ModelEma"  # its state looks like any model's
-    and one.ours in LIBRARIES
+    and one.ours in writable_libraries()
 }
 """Classes whose states `fastema.checkpoint` recognizes."""
 
@@ -224,6 +225,17 @@ WHOLE: dict[str, tuple[str, Any, int | None]] = {
     "ultralytics": ("ultralytics", {"ema": MODEL, "updates": 9}, 9),
 }  # fmt: skip
 """Checkpoints with more than an average: library, contents and number of updates."""
+
+
+def test_one_layout_alone_claims_a_checkpoint() -> None:
+    for library, content, _ in WHOLE.values():
+        claims = [
+            name
+            for name, layouts in known_layouts().items()
+            for one in layouts
+            if one.find(content) is not None
+        ]
+        assert claims == ([] if library in ("fastema", "state dict") else [library])
 
 
 @pytest.mark.parametrize("name", WHOLE)
