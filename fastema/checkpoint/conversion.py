@@ -15,7 +15,7 @@ from fastema.checkpoint.files import atomic_write_path, refuse_ending
 from fastema.checkpoint.layout import Layout, StoredAverage
 from fastema.checkpoint.merge import copy, refuse_source
 from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
-from fastema.checkpoint.state import write_state
+from fastema.checkpoint.state import write_tensors
 from fastema.checkpoint.stored import load
 from fastema.errors import ArgumentError, CheckpointError, StorageError, format_problems
 from fastema.rules import Constant, CumulativeMean, Power, Rule, Schedule, Window
@@ -370,7 +370,7 @@ def _write_ours(source: StoredAverage, out: Path) -> None:
     logs = schedule.log_decays(counters["num_updates"])
     tensors = {"shadow": [_tensors(drop_tied_names(source.checkpoint))]}
     rounding = source.options.get("rounding", "stochastic")
-    write_state(out, pack(kind, counters, schedule, logs, rounding, tensors, source.parameters))
+    write_tensors(out, pack(kind, counters, schedule, logs, rounding, tensors, source.parameters))
 
 
 _KINDS: Final[dict[type[Rule], str]] = {CumulativeMean: "SWA", Power: "PowerEMA"}

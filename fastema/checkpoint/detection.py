@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
@@ -10,12 +9,11 @@ from pkgutil import iter_modules
 from typing import Any, Final
 
 from fastema.checkpoint.content import Content
-from fastema.checkpoint.layout import Layout, StoredContents, entries_under
+from fastema.checkpoint.layout import Layout, StoredContents
 from fastema.checkpoint.source import PROVENANCE, Checkpoint
 from fastema.errors import ArgumentError, CheckpointError
 from fastema.rules import Power, Schedule
-from fastema.shadow.state import PARAMETERS
-from fastema.shadow.store import PARTS
+from fastema.shadow.state import HEADER, PARAMETERS, parse_header, part_of_key
 
 __all__ = ["detect", "explain_foreign_state", "known_layouts"]
 
@@ -54,7 +52,7 @@ def detect(
 ) -> tuple[str, StoredContents | None]:
     """Return a file's library and average, or ``("model", None)`` if it holds no average."""
     if whole is not None:
-        ours = _of_fastema(content, whole, index)
+        ours = _of_metadata(content, whole.metadata)
         if ours is not None:
             return ours
         for library, layouts in known_layouts().items():
@@ -63,8 +61,8 @@ def detect(
                 if found is not None:
                     return library, found
     for state in _candidates(content.mapping):
-        if state.get("format") == "fastema":
-            return "fastema", _of_state(content, state, state, index)
+        if HEADER in state:
+            return "fastema", _of_state(content, state, index)
         known = _find(state)
         if known is not None:
             return known[0], known[1].read(content, known[2])
@@ -82,7 +80,7 @@ def _candidates(mapping: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
     callbacks = mapping.get("callbacks")  # Lightning, with a callback of fastema
     for one in callbacks.values() if isinstance(callbacks, Mapping) else ():
         inner = one.get("ema") if isinstance(one, Mapping) else None
-        if isinstance(inner, Mapping) and "format" in inner:
+        if isinstance(inner, Mapping) and HEADER in inner:
             yield inner
     yield mapping
     for name in _WITHIN:
@@ -106,19 +104,10 @@ def explain_foreign_state(state: Mapping[Any, Any]) -> str:
 # -- of fastema ------------------------------------------------------------------------------------
 
 
-def _of_fastema(
-    content: Content, whole: Checkpoint, index: int
+def _of_metadata(
+    content: Content, metadata: Mapping[str, str]
 ) -> tuple[str, StoredContents] | None:
-    metadata = whole.metadata
-    if "state" in metadata:
-        try:
-            plain = json.loads(metadata["state"])
-        except (ValueError, RecursionError):
-            plain = None
-        if not isinstance(plain, dict):
-            raise CheckpointError(f"{whole.path}: its plain values are not a mapping")
-        parts = {part: _sets(entries_under(content.mapping, f"{part}.")) for part in PARTS}
-        return "fastema", _of_state(content, plain, parts, index)
+    """Return what a safetensors file of fastema holds if its metadata says so."""
     if {"gamma", "step", "start", "every"} <= metadata.keys():
         return "fastema.posthoc", _of_snapshot(content, metadata)
     if PROVENANCE in metadata:
@@ -127,39 +116,48 @@ def _of_fastema(
     return None
 
 
-def _sets(tensors: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the list of mappings whose tensors are named ``i.name``."""
-    found: dict[str, dict[str, Any]] = {}
-    for key, one in tensors.items():
-        place, _, name = key.partition(".")
-        found.setdefault(place, {})[name] = one
-    return [found[str(i)] for i in range(len(found)) if str(i) in found]
-
-
-def _of_state(
-    content: Content, plain: Mapping[str, Any], parts: Mapping[str, Any], index: int
-) -> StoredContents:
-    several, schedule = list(parts.get("shadow") or ()), _parse_schedule(content, plain)
-    if len(several) != len(schedule.rules):
+def _of_state(content: Content, state: Mapping[Any, Any], index: int) -> StoredContents:
+    try:
+        header = parse_header(bytes(content.read(HEADER, state[HEADER])))
+    except CheckpointError as error:
+        raise CheckpointError(f"{content.path}: {error}") from None
+    schedule = _parse_schedule(content, header)
+    keys = {key: found for key in state if (found := part_of_key(key)) is not None}
+    several: dict[int, dict[str, Any]] = {}
+    for key, (part, number, name) in keys.items():
+        if part == "shadow":
+            several.setdefault(number, {})[name] = state[key]
+    parts = {part for part, _, _ in keys.values()}
+    if several.keys() != {*range(len(schedule.rules))}:
         raise CheckpointError(
             f"{content.path} holds {len(several)} averages, and {len(schedule.rules)} schedules"
         )
-    if not 0 <= index < len(several):
+    if index not in several:
         raise ArgumentError(f"index={index}: {content.path} holds {len(several)} averages")
     chosen = Schedule(schedule.rules[index], schedule.update_every, schedule.start_after)
     notes = [f"{len(several)} averages; this is number {index}"] if len(several) > 1 else []
-    if parts.get("residual"):
+    if "residual" in parts:
         notes.append("the average is split; its halves in 'residual' are not in these tensors")
-    if parts.get("ring"):
+    if "ring" in parts:
         notes.append("the windowed mean's latest weights are in 'ring'")
-    options = {key: plain[key] for key in ("kind", "rounding", "seed") if key in plain}
-    count = content.whole(plain.get("num_updates", 0), "num_updates")
-    listed = plain.get(PARAMETERS)
+    options: dict[str, Any] = {
+        key: header[key] for key in ("kind", "rounding", "seed") if key in header
+    }
+    count = content.whole(header.get("num_updates", 0), "num_updates")
+    listed = header.get(PARAMETERS)
     if listed is not None and not _are_names(listed):
         raise CheckpointError(f"{content.path}: {PARAMETERS!r} is not a list of names")
-    state = {**plain, **parts}
+    own = {key: state[key] for key in (HEADER, *keys)}
     return StoredContents(
-        several[index], "full", count, chosen, options, None, tuple(notes), listed, state
+        {**several[0], **several[index]},
+        "full",
+        count,
+        chosen,
+        options,
+        None,
+        tuple(notes),
+        listed,
+        own,
     )
 
 
@@ -167,9 +165,9 @@ def _are_names(found: Any) -> bool:
     return isinstance(found, list | tuple) and all(isinstance(one, str) for one in found)
 
 
-def _parse_schedule(content: Content, plain: Mapping[str, Any]) -> Schedule:
+def _parse_schedule(content: Content, header: Mapping[str, Any]) -> Schedule:
     try:
-        return Schedule.from_dict(plain["schedule"])
+        return Schedule.from_dict(header["schedule"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{content.path}: its schedule is invalid: {error}") from None
 

@@ -85,9 +85,8 @@ class StoredAverage:
         Remarks for the user.
     parameters : list of str or None
         The names of ``model.parameters()`` in order, if the file tells them from buffers.
-    state : dict or None
-        fastema's own state: its plain values, and a list of checkpoints for each of its lists of
-        tensors. None for other libraries.
+    state : Checkpoint or None
+        fastema's own state, for ``load_state_dict``. None for other libraries.
     """
 
     path: Path
@@ -100,7 +99,7 @@ class StoredAverage:
     weights: Checkpoint | None = None
     notes: list[str] = field(default_factory=list)
     parameters: list[str] | None = None
-    state: dict[str, Any] | None = field(default=None, repr=False)
+    state: Checkpoint | None = field(default=None, repr=False)
 
 
 _Mapping = Mapping[Any, Any]

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from fastema.checkpoint import files
-from fastema.checkpoint.content import Content, collect_tensors, open_content
+from fastema.checkpoint.content import collect_tensors, open_content
 from fastema.checkpoint.detection import detect
 from fastema.checkpoint.layout import StoredAverage
 from fastema.checkpoint.source import Checkpoint, open_checkpoint, step_of_name
 from fastema.checkpoint.state import is_state
 from fastema.errors import CheckpointError, FastemaError
-from fastema.shadow.store import PARTS
 
 __all__ = ["AVERAGE_FILE", "TRAINING_FILE", "StoredAverage", "load", "open_weights"]
 
@@ -92,7 +90,7 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
         weights if own is None else _open_training_weights(own),
         list(found.notes),
         None if found.parameters is None else list(found.parameters),
-        None if found.state is None else _locate_state(content, found.state),
+        None if found.state is None else content.locate(found.state),
     )
 
 
@@ -110,15 +108,6 @@ def _open_training_weights(average: Path) -> Checkpoint | None:
     except CheckpointError:  # no model, or several
         return None
     return None if average in found.files else found
-
-
-def _locate_state(content: Content, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state of fastema with a checkpoint in place of each mapping of tensors."""
-    return {
-        name: [collect_tensors(content, one) for one in value] if name in PARTS else value
-        for name, value in state.items()
-        if name not in PARTS or value
-    }
 
 
 def open_weights(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:

@@ -20,6 +20,7 @@ from fastema.rules import Aligned, Constant
 from fastema.rules.ema import InverseGamma
 
 from ..support.peers import PEERS
+from ..support.states import flat, nested
 
 NEEDS = ("safetensors", "torch")
 
@@ -420,7 +421,8 @@ def test_plain_weights_and_averages_of_other_models_are_refused() -> None:
         ({**counters, "shadow_params": []}, "an average without tensors"),
         ({"n_averaged": torch.tensor(0.5), "module.w": torch.ones(1)}, "is 0.5, expected a count"),
         ({"n_averaged": torch.ones(3), "module.w": torch.ones(1)}, "'n_averaged' is not a number"),
-        ({"format": "fastema", "schedule": 3, "shadow": [{}]}, "its schedule is invalid"),
+        (flat({"schedule": 3, "shadow": [MODEL]}), "its schedule is invalid"),
+        ({"fastema": torch.ones(3), **MODEL}, "its tensor 'fastema' is not JSON"),
         ({"state": {"algorithms": [("EMA", {"ema_model": None})]}}, "before its average began"),
         ({"model": MODEL, "ema_state": None}, "an average without tensors"),
         (IN_TRAINING, "the average is in the model, which is missing"),
@@ -433,7 +435,7 @@ def test_plain_weights_and_averages_of_other_models_are_refused() -> None:
         torch.save(content, "odd.pt")
         with pytest.raises(CheckpointError, match=f"odd.pt.*{said}"):
             load_into(ema, "odd.pt")
-    assert_same(dict(ema.shadow), before["shadow"][0])
+    assert_same(dict(ema.shadow), nested(before)["shadow"][0])
 
 
 @pytest.mark.parametrize(
