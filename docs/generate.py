@@ -53,9 +53,11 @@ def introduction(module: str) -> str:
 def public(module: str) -> list[str]:
     """Read the names in a module's ``__all__`` that are ours."""
     theirs: set[str] = set()
-    for node in _parsed(module).body:
+    nodes = [*ast.walk(_parsed(module))]
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("fastema"):
             theirs |= {one.name for one in node.names}
+    for node in nodes:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return [name for name in ast.literal_eval(node.value) if name not in theirs]
     raise ValueError(f"{module} has no __all__")

@@ -11,13 +11,13 @@ __all__ = ["lazy_names"]
 
 
 def lazy_names(
-    package: str, homes: Mapping[str, str]
+    package: str, homes: Mapping[str, str], missing: type[Exception] = AttributeError
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return ``__getattr__`` and ``__dir__`` for a package whose names are imported on first use.
 
-    A name whose framework is not installed raises an AttributeError, so that ``hasattr``,
-    ``inspect.getmembers`` and ``help`` work everywhere. ``homes`` maps each name to the module that
-    defines it, and the name of a submodule to the submodule itself.
+    A name whose framework is not installed raises ``missing``: by default an AttributeError, so
+    that ``hasattr``, ``inspect.getmembers`` and ``help`` work everywhere. ``homes`` maps each name
+    to the module that defines it, and the name of a submodule to the submodule itself.
     """
     space = sys.modules[package].__dict__
 
@@ -30,7 +30,7 @@ def lazy_names(
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("fastema"):
                 raise
-            raise AttributeError(
+            raise missing(
                 f"{package}.{name} needs the package {error.name!r}, which is not installed"
             ) from error
         space[name] = module if home == f"{package}.{name}" else getattr(module, name)

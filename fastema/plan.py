@@ -478,8 +478,7 @@ def mean_between(later: Any, n: int, earlier: Any, m: int) -> dict[str, Any]:
     Parameters
     ----------
     later, earlier : array, list, tuple, dict, JAX pytree, module or model
-        The two means, such as ``swa.shadow`` and a copy of it saved earlier
-        (``swa.state_dict()["shadow"][0]``).
+        The two means, such as ``swa.shadow`` and clones of its tensors made earlier.
     n, m : int
         Numbers of updates that ``later`` and ``earlier`` average, ``n > m >= 1``.
 

@@ -50,6 +50,7 @@ from fastema.rules.posthoc import ExponentialProfile, PowerProfile, Profile, sol
 from fastema.rules.power import Power, gamma_of, sigma_rel_of, validate_gamma
 from fastema.shadow.average import Average, check_average
 from fastema.shadow.options import dtype_of
+from fastema.shadow.state import split_state
 
 __all__ = ["Snapshot", "Synthesized", "find_snapshots", "save_snapshot", "synthesize"]
 
@@ -151,14 +152,15 @@ def _save(average: Average, chosen: list[int], folder: Path, wanted: DType | Non
         raise StateError("nothing is averaged yet: save a snapshot after the first update")
     with wrap_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    state = average.state_dict(copy=False)
+    _, parts = split_state(average.state_dict(copy=False))
     averaged = average.averaged_names
     paths = []
     for index in chosen:
         rule = schedule.rules[index]
         assert isinstance(rule, Power)
-        residual = state["residual"][index] if "residual" in state else {}
-        tensors = _tensors_to_write(state["shadow"][index], residual, averaged, wanted)
+        residual = parts.get("residual", {}).get(index, {})
+        shadow = {**parts["shadow"][0], **parts["shadow"][index]}  # copied tensors are stored once
+        tensors = _tensors_to_write(shadow, residual, averaged, wanted)
         path = folder / f"step{step:09d}-{_width(rule.gamma)}.safetensors"
         write(
             path,

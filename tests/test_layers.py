@@ -31,7 +31,8 @@ MOVING = f"{LAYOUT} .bridges.registry .bridges.dlpack .bridges.moving .bridges.n
 # Allowed imports besides the standard library and modules of the same package. The most specific
 # key counts, and a key may end in `_`. `.layout` is fastema's own; `lazy:` allows an import only
 # where it does not run while the module is imported; `not:` forbids one that another entry or the
-# standard library allows; `alone`: modules of the same package need an entry too.
+# standard library allows; `alone`: modules of the same package need an entry too; `late:` allows an
+# import that only runs when somebody asks, and that counts in no cycle.
 TABLE = {
     "": f".lazy lazy:.fastema {' '.join(f'lazy:{name}' for name in BELOW_CLI.split())}"
     " lazy:numpy lazy:torch",
@@ -77,6 +78,7 @@ TABLE = {
     "binding": f"{LAYOUT} .engine .bridges",
     "plan": f"{BELOW_AVERAGES} .hints",
     "shadow": f"{BELOW_AVERAGES} .hints .rules numpy lazy:typing_extensions",
+    "shadow.foreign": f"{BELOW_AVERAGES} .hints .rules late:.checkpoint.detection",
     "tracking": ".errors .hints .rules .engine .bridges .lazy numpy",
     "tracking.plots.picture": ".errors .tracking numpy matplotlib",
     "tracking.plots": ".errors .tracking numpy lazy:matplotlib",
@@ -88,6 +90,9 @@ TABLE = {
     "tensorflow": ".errors .hints .plan .binding .bridges .engine.blocks .engine.interrupts numpy"
     " tensorflow",
     "checkpoint": f"{LAYOUT} .shadow .engine .bridges .rules numpy",
+    # Finds the layouts of libraries, which stand above it.
+    "checkpoint.detection": f"{LAYOUT} .shadow .bridges .rules late:.compat",
+    "checkpoint.layout": f"{LAYOUT} .bridges .rules lazy:torch",
     "checkpoint.conversion": f"{LAYOUT} .shadow .bridges .rules lazy:torch",
     "checkpoint.transfer": f"{LAYOUT} .shadow .bridges .rules torch",
     # Never imports torch: a process without torch.distributed is the only rank.
@@ -99,9 +104,10 @@ TABLE = {
     f" .tensorflow .lightning .engine.blocks .engine.interrupts .lazy numpy {FRAMEWORKS}",
     "compat.installation": ".errors .compat .engine.interrupts .engine.locks",
     "compat.keras": ".errors .keras .plan .binding .engine.interrupts keras",
-    "compat.torch_ema": ".errors .compat .engine.blocks .engine.interrupts torch",
+    "compat.torch_ema": ".errors .compat .checkpoint .rules .lazy",
+    "compat.torch_ema.classes": ".errors .compat .engine.blocks .engine.interrupts torch",
     "compat.ema_pytorch": f"{LAYOUT} .compat .shadow .rules .plan .bridges .checkpoint .posthoc"
-    " .engine.interrupts numpy torch",
+    " .engine.interrupts .lazy numpy torch",
     "compat.averager": f"{LAYOUT} .binding .plan .bridges .engine.blocks torch",
     # test_light_import.py checks that extras are imported only when a command runs.
     "cli": f".fastema {BELOW_CLI} numpy numba matplotlib rich sklearn psutil torchvision"
@@ -199,7 +205,7 @@ def _is_allowed(target: str, lazy: bool, module: str, entry: str) -> bool:
     if listed("not:"):
         return False
     is_standard = target.split(".")[0] in sys.stdlib_module_names
-    return is_standard or listed() or (lazy and listed("lazy:"))
+    return is_standard or listed() or (lazy and (listed("lazy:") or listed("late:")))
 
 
 def violations(sources: Mapping[str, str]) -> list[str]:
@@ -220,10 +226,13 @@ def violations(sources: Mapping[str, str]) -> list[str]:
 
 def assert_no_cycle(sources: Mapping[str, str]) -> None:
     """Raise CycleError if modules import each other, wherever the imports stand."""
-    targets = {
-        _module_name(path): {target[1:] for target, _, _ in imports(path, code) if target[0] == "."}
-        for path, code in sources.items()
-    }
+    targets: dict[str, set[str]] = {}
+    for path, code in sources.items():
+        module = _module_name(path)
+        late = {f"late:{target}" for target, _, _ in imports(path, code)}
+        late &= set(TABLE.get(_table_key(module) or "", "").split())
+        found = {target for target, _, _ in imports(path, code) if target[0] == "."}
+        targets[module] = {one[1:] for one in found if f"late:{one}" not in late}
     TopologicalSorter(targets).prepare()
 
 

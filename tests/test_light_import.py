@@ -39,6 +39,9 @@ ABSENT = {
     "import fastema; fastema.EMA, fastema.Plan": "torch jax keras tensorflow cupy ml_dtypes",
     "import fastema; fastema.SMA, fastema.posthoc": "torch safetensors rich",
     "import fastema.checkpoint": "torch safetensors",
+    "from fastema.checkpoint.detection import known_layouts; known_layouts()": (
+        "torch safetensors lightning diffusers timm"
+    ),
     "import fastema.torch": "numba llvmlite rich",
     "import fastema.tracking as t; t.SimpleMovingAverage(9).update(1.0); t.MetricSmoother": (
         f"{COMPILED} matplotlib tensorboard"

@@ -26,6 +26,7 @@ from .support.mixed import (
     to_storage,
     to_torch,
 )
+from .support.states import nested
 
 NEEDS = ("ml_dtypes",)
 
@@ -105,11 +106,10 @@ def test_average_and_state_continue_in_another_framework(first: str, later: str)
     other = fastema.EMA(make_arrays(later, draw_arrays(5)), 0.5)
     state = ema.state_dict()
     for kind in MAKE:
-        held = {n: MAKE[kind](to_numpy(one)) for n, one in state["shadow"][0].items()}
-        other.load_state_dict({**state, "shadow": [held]})
+        other.load_state_dict({n: MAKE[kind](to_numpy(one)) for n, one in state.items()})
         assert bytes_by_name({**other.shadow}) == bytes_by_name({**ema.shadow})
         other.update(make_arrays(later, draw_arrays(7)))
-    assert bytes_by_name(state["shadow"][0]) == bytes_by_name({**ema.shadow})
+    assert bytes_by_name(nested(state)["shadow"][0]) == bytes_by_name({**ema.shadow})
 
 
 def test_plan_of_integers_copies_but_does_not_average() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from fastema.bridges.registry import bridge_of, describe, memory_of
 from fastema.layout.dtypes import DType
 from fastema.layout.flat import compute_offsets, dense_strides
+from fastema.layout.flat import row_major as row_major_strides
 from fastema.layout.spec import TensorSpec
 
 __all__ = ["Memory", "allocate", "bytes_of", "row_major_on_host"]
@@ -20,12 +21,16 @@ Memory = tuple[Any, TensorSpec]
 
 
 def allocate(
-    wanted: Iterable[tuple[TensorSpec, DType]], slots: int = 0, *, on_host: bool = False
+    wanted: Iterable[tuple[TensorSpec, DType]],
+    slots: int = 0,
+    *,
+    on_host: bool = False,
+    row_major: bool = False,
 ) -> list[Memory]:
     """Allocate tensors with the shapes of given ones; return a view and a TensorSpec for each.
 
     There is one flat buffer per framework, device and dtype. Dense tensors keep their order of
-    axes, others become row-major.
+    axes unless ``row_major`` is set, others become row-major.
 
     Parameters
     ----------
@@ -43,15 +48,19 @@ def allocate(
     made: dict[int, Memory] = {}
     for (bridge, device, code), members in groups.items():
         itemsize = wanted[members[0]][1].itemsize
-        placed = compute_offsets([wanted[i][0].size for i in members], itemsize)
+        # Slot after slot, or row-major one tensor after another.
+        each, times = (max(slots, 1), 1) if row_major else (1, max(slots, 1))
+        placed = compute_offsets([wanted[i][0].size * each for i in members], itemsize)
         where = "pinned" if on_host and device != "cpu" else device
-        flat = bridge.zeros(placed.length * max(slots, 1), code, where)
+        flat = bridge.zeros(placed.length * times, code, where)
         whole = describe(flat)
         for i, offset in zip(members, placed.offsets, strict=True):
             like, _ = wanted[i]
             shape, strides = like.shape, dense_strides(like)
             if slots:
                 shape, strides = (slots, *shape), (placed.length, *strides)
+            if row_major:
+                strides = row_major_strides(shape)
             view = bridge.view(flat, offset, shape, strides)
             spec = whole.part(view, offset, shape, strides)
             if like.division is not None:
@@ -61,8 +70,9 @@ def allocate(
 
 
 def row_major_on_host(array: Any) -> Any:
-    """Return a torch or NumPy array row-major on the host, without a copy if it already is."""
-    there = bridge_of(array).transfer(array, "cpu")
+    """Return an array row-major on the host, without a copy if it already is."""
+    transfer = getattr(bridge_of(array), "transfer", None)
+    there = array if transfer is None else transfer(array, "cpu")
     return there.contiguous() if hasattr(there, "contiguous") else np.asarray(there, order="C")
 
 

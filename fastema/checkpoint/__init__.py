@@ -10,12 +10,13 @@ lists the tensors of one.
 
 from fastema.checkpoint.conversion import Conversion, convert
 from fastema.checkpoint.inspection import Description, inspect
+from fastema.checkpoint.layout import StoredAverage
 from fastema.checkpoint.merge import average
 from fastema.checkpoint.saving import load_into, save, wait
 from fastema.checkpoint.select import best
 from fastema.checkpoint.source import Checkpoint, open_checkpoint
 from fastema.checkpoint.state import load_state
-from fastema.checkpoint.stored import StoredAverage, load
+from fastema.checkpoint.stored import load
 
 __all__ = [
     "Checkpoint",

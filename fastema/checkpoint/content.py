@@ -58,16 +58,25 @@ class Content(NamedTuple):
             list(dict.fromkeys(f.path for one in tensors.values() for f in one.place.files)),
         )
 
+    def locate(self, tensors: Mapping[str, Any]) -> Checkpoint:
+        """Return a checkpoint of tensors of the file under the names that they have here."""
+        return self.checkpoint({name: self.find(name, one) for name, one in tensors.items()})
+
+    def read(self, name: str, found: Any) -> bytearray:
+        """Return the bytes of a tensor."""
+        leaf = self.find(name, found)
+        buffer = bytearray(leaf.stored.nbytes)
+        with self.checkpoint({name: leaf}).opened() as read:
+            read(name, 0, memoryview(buffer))
+        return buffer
+
     def number(self, found: Any, name: str) -> int | float:
         """Return a number that is stored as a plain value or as a tensor of one element."""
         if isinstance(found, PickledTensor | StoredLeaf):
             leaf = self.find(name, found)
             kind = _NUMBERS.get(leaf.stored.kind.code)
             if leaf.stored.size == 1 and kind is not None:
-                buffer = bytearray(leaf.stored.nbytes)
-                with self.checkpoint({name: leaf}).opened() as read:
-                    read(name, 0, memoryview(buffer))
-                value: int | float = np.frombuffer(buffer, kind)[0].item()
+                value: int | float = np.frombuffer(self.read(name, leaf), kind)[0].item()
                 return value
         if not isinstance(found, int | float):
             raise CheckpointError(f"{self.path}: {name!r} is not a number")
@@ -146,8 +155,7 @@ def _with_lists(found: Any) -> Any:
 def collect_tensors(content: Content, part: Any) -> Checkpoint:
     """Collect the tensors of a part of a file under names without wrapper prefixes."""
     held = content.tensors(part)
-    leaves = [content.find(name, one) for name, one in held.items()]
-    return content.checkpoint(dict(zip(plain_names(list(held)), leaves, strict=True)))
+    return content.locate(dict(zip(plain_names(list(held)), held.values(), strict=True)))
 
 
 def drop_tied_names(found: Checkpoint) -> Checkpoint:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from fastema.checkpoint.content import drop_tied_names
+from fastema.checkpoint.detection import known_layouts
 from fastema.checkpoint.files import atomic_write_path, refuse_ending
-from fastema.checkpoint.layouts import diffusers_options
+from fastema.checkpoint.layout import Layout, StoredAverage
 from fastema.checkpoint.merge import copy, refuse_source
 from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
-from fastema.checkpoint.state import write_state
-from fastema.checkpoint.stored import StoredAverage, load
+from fastema.checkpoint.state import write_tensors
+from fastema.checkpoint.stored import load
 from fastema.errors import ArgumentError, CheckpointError, StorageError, format_problems
-from fastema.rules import Constant, CumulativeMean, Power, Rule, Schedule, Warmup, Window
+from fastema.rules import Constant, CumulativeMean, Power, Rule, Schedule, Window
 from fastema.rules.checks import validate_decay
 from fastema.shadow.reports import describe_schedule
 from fastema.shadow.state import pack
@@ -24,7 +26,7 @@ from fastema.shadow.state import pack
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LIBRARIES", "Conversion", "convert"]
+__all__ = ["Conversion", "convert", "writable_libraries"]
 
 _Path = str | os.PathLike[str]
 
@@ -118,9 +120,9 @@ def convert(
     >>> done.lost
     ['the number of updates, 0', 'the schedule, decay 0.99 with warm-up']
     """
-    if to not in LIBRARIES:
-        raise ArgumentError(f"to={to!r}: expected one of {', '.join(LIBRARIES)}")
-    wanted, out = _WRITERS[to], Path(dst)
+    if to not in _writers():
+        raise ArgumentError(f"to={to!r}: expected one of {', '.join(_writers())}")
+    wanted, out = _writers()[to], Path(dst)
     refuse_ending(out, torch=to not in ("fastema", "safetensors"))
     source = load(src, key=key, index=index)
     if decay is not None:
@@ -196,12 +198,12 @@ _HOW_TO_NAME: Final = (
 
 
 def _arrange_tensors(
-    source: StoredAverage, wanted: _LayoutWriter, names: _ModelNames | None
+    source: StoredAverage, wanted: _Writer, names: _ModelNames | None
 ) -> tuple[StoredAverage, list[str]]:
     """Rename and order tensors for the target layout; also return what it leaves out."""
     found = source.checkpoint
     keys = list(found.tensors)
-    if source.names == "full" or (source.names, wanted.names) == ("places", "places"):
+    if source.names == "full" or (source.names, wanted.stores) == ("places", "places"):
         new = keys
     elif names is None:
         raise ArgumentError(
@@ -221,12 +223,12 @@ def _arrange_tensors(
     )
     if source.names != "full" and names is not None:  # it held parameters only
         source = replace(source, parameters=[name for name in names.names if name in {*new}])
-    if wanted.names == "full":
+    if wanted.stores == "full":
         return source, []
     kept = new if source.names == "places" else _parameters(source, names, wanted)
     left = [name for name in new if name not in set(kept)]
     lost = [f"tensors that are not parameters: {_join_names(left)}"] if left else []
-    by_place = wanted.names == "places"
+    by_place = wanted.stores == "places"
     of_places = {str(i) if by_place else name: name for i, name in enumerate(kept)}
     return replace(source, checkpoint=_select_and_rename(source.checkpoint, of_places)), lost
 
@@ -249,9 +251,7 @@ def _names_of_list(source: StoredAverage, names: _ModelNames) -> list[str]:
     return names.names
 
 
-def _parameters(
-    source: StoredAverage, names: _ModelNames | None, wanted: _LayoutWriter
-) -> list[str]:
+def _parameters(source: StoredAverage, names: _ModelNames | None, wanted: _Writer) -> list[str]:
     """Return the names of the parameters in the model's order."""
     given = names is not None and names.state is None
     if names is not None and given:
@@ -262,11 +262,11 @@ def _parameters(
         unclear = source.path if names is None or names.state is None else names.state.path
         raise ArgumentError(
             f"{wanted.library} stores the parameters alone"
-            + (", as a list in their order" if wanted.names == "places" else "")
+            + (", as a list in their order" if wanted.stores == "places" else "")
             + f", and {unclear} does not tell them from buffers; {_HOW_TO_NAME}"
         )
     missing = [f"{name!r} is missing" for name in chosen if name not in source.checkpoint.tensors]
-    if missing and (given or wanted.names == "places"):
+    if missing and (given or wanted.stores == "places"):
         raise CheckpointError(
             f"{wanted.library} stores all parameters of the model, and {source.path} lacks\n"
             + format_problems(missing)
@@ -294,138 +294,60 @@ def _select_and_rename(found: Checkpoint, names: Mapping[str, str]) -> Checkpoin
 # -- writing ---------------------------------------------------------------------------------------
 
 
-def _never(schedule: Schedule) -> bool:
-    return False
-
-
-class _LayoutWriter(NamedTuple):
-    """A library's layout: the function that writes it, and what it can store."""
+class _Writer(NamedTuple):
+    """The function that writes a layout, and what it can store; see :class:`Layout`."""
 
     library: str
     write: Callable[[StoredAverage, Path], None]
-    # Names of all tensors, names of parameters only, or positions in a list of parameters.
-    names: Literal["full", "parameters", "places"] = "full"
+    stores: Literal["full", "parameters", "places"] = "full"
     counts: bool = False
-    keeps: Callable[[Schedule], bool] = _never
     weights: bool = False
+    keeps: Callable[[Schedule], bool] = lambda schedule: False
 
 
-def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def _tensors(checkpoint: Checkpoint | None) -> dict[str, Tensor]:
     from fastema.checkpoint.transfer import tensors_of
 
-    return tensors_of(checkpoint)
+    return {} if checkpoint is None else tensors_of(checkpoint)
 
 
-def _build_torch_writer(
-    content: Callable[[StoredAverage, dict[str, Tensor]], dict[str, Any]],
-) -> Any:
-    """Return a function that builds a state with ``content`` and writes it with ``torch.save``."""
+def _writer_of(library: str, layout: Layout) -> _Writer:
+    """Return what writes a library's layout with ``torch.save``."""
 
     def write(source: StoredAverage, out: Path) -> None:
         import torch
 
-        made = content(source, _tensors(source.checkpoint))
+        assert layout.write is not None
+        weights = _tensors(source.weights if layout.weights else None)
+        made = layout.write(source, _tensors(source.checkpoint), weights)
         with atomic_write_path(out) as partial, open(partial, "xb") as opened:
             try:
                 torch.save(made, opened)
             except RuntimeError as error:  # torch.save raises this for every operating system error
                 raise StorageError(f"cannot write {out}: {error}") from error
 
-    return write
+    return _Writer(library, write, layout.stores, layout.counts, layout.weights, layout.keeps)
 
 
-def _number(value: float, dtype: str = "int64") -> Tensor:
-    import torch
-
-    return torch.tensor(value, dtype=getattr(torch, dtype))
-
-
-def _decay_of(source: StoredAverage, to: str) -> float:
-    """Return the decay of one update, or the limit that the decay approaches."""
-    schedule = source.schedule
-    rule = schedule.rules[0] if schedule is not None else None
-    limit = getattr(rule, "limit", getattr(rule, "value", None))
-    if limit is None:
-        found = source.options.get("decay")
-        if not isinstance(found, int | float):
-            raise ArgumentError(
-                f"{to} stores a decay, which {source.path} ({source.library}) does not record: "
-                "pass decay"
-            )
-        return float(found)
-    return float(limit) ** (schedule.update_every if schedule is not None else 1)
+@cache
+def _writers() -> dict[str, _Writer]:
+    """Return what writes each layout, by library."""
+    own = [
+        _Writer("fastema", _write_ours, counts=True, keeps=lambda schedule: True),
+        _Writer("safetensors", _write_weights),
+    ]
+    others = [
+        _writer_of(library, layout)
+        for library, layouts in known_layouts().items()
+        for layout in layouts
+        if layout.write is not None
+    ]
+    return {one.library: one for one in (*own, *others)}
 
 
-def _is_simple(schedule: Schedule) -> bool:
-    """Return whether the schedule is a constant decay or torch_ema's warm-up at every step."""
-    rule, later = schedule.rules[0], schedule.start_after
-    if type(rule) is Warmup:
-        return rule == Warmup(rule.limit) and not later and schedule.update_every == 1
-    return isinstance(rule, Constant) and schedule.update_every == 1
-
-
-def _has_warmup(source: StoredAverage) -> bool:
-    return source.schedule is not None and isinstance(source.schedule.rules[0], Warmup)
-
-
-def _torch_ema(source: StoredAverage, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    return {
-        "decay": _decay_of(source, "torch_ema"),
-        "num_updates": (source.num_updates or 0) if _has_warmup(source) else None,
-        "shadow_params": list(tensors.values()),
-        "collected_params": None,
-    }
-
-
-def _diffusers(source: StoredAverage, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    options = diffusers_options(source.schedule)
-    if options is None:
-        known = source.options if source.library == "diffusers" else {}
-        decay = known.get("decay", None)
-        decay = _decay_of(source, "diffusers") if decay is None else decay
-        options = {"decay": decay, "min_decay": decay, **known}
-    usual = {"update_after_step": 0, "use_ema_warmup": False, "inv_gamma": 1.0, "power": 2 / 3}
-    count = {"optimization_step": source.num_updates or 0}
-    return {**usual, **options, **count, "shadow_params": list(tensors.values())}
-
-
-def _swa_utils(source: StoredAverage, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    named = {f"module.{name}": one for name, one in tensors.items()}
-    return {"n_averaged": _number(source.num_updates or 0), **named}
-
-
-def _ema_pytorch(source: StoredAverage, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    begun = bool(source.num_updates) or source.num_updates is None
-    counters = {"initted": _number(begun, "bool"), "step": _number(source.num_updates or 0)}
-    weights = {} if source.weights is None else _tensors(source.weights)
-    return {
-        **counters,
-        **{f"online_model.{name}": one for name, one in weights.items()},
-        **{f"ema_model.{name}": one for name, one in tensors.items()},
-    }
-
-
-def _mmengine(source: StoredAverage, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    named = {f"module.{name}": one for name, one in tensors.items()}
-    return {"steps": _number(source.num_updates or 0), **named}
-
-
-def _timm(source: StoredAverage, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    weights = {} if source.weights is None else {"state_dict": _tensors(source.weights)}
-    return {**weights, "state_dict_ema": tensors}
-
-
-def _litema(source: StoredAverage, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    short = {name.replace(".", ""): one for name, one in tensors.items()}
-    if len(short) != len(tensors):
-        raise CheckpointError(f"{source.path}: two names are the same without dots")
-    count = (source.num_updates or 0) if _has_warmup(source) else -1
-    decay = _number(_decay_of(source, "litema"), "float32")
-    return {"decay": decay, "num_updates": _number(count, "int32"), **short}
-
-
-def _d2go(source: StoredAverage, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    return {"ema_state": tensors}
+def writable_libraries() -> tuple[str, ...]:
+    """Return the libraries whose layouts :func:`convert` can write."""
+    return tuple(_writers())
 
 
 def _write_ours(source: StoredAverage, out: Path) -> None:
@@ -448,7 +370,7 @@ def _write_ours(source: StoredAverage, out: Path) -> None:
     logs = schedule.log_decays(counters["num_updates"])
     tensors = {"shadow": [_tensors(drop_tied_names(source.checkpoint))]}
     rounding = source.options.get("rounding", "stochastic")
-    write_state(out, pack(kind, counters, schedule, logs, rounding, tensors, source.parameters))
+    write_tensors(out, pack(kind, counters, schedule, logs, rounding, tensors, source.parameters))
 
 
 _KINDS: Final[dict[type[Rule], str]] = {CumulativeMean: "SWA", Power: "PowerEMA"}
@@ -458,34 +380,3 @@ _KINDS: Final[dict[type[Rule], str]] = {CumulativeMean: "SWA", Power: "PowerEMA"
 def _write_weights(source: StoredAverage, out: Path) -> None:
     averaged = f"{source.library}: {source.path.name}" if source.library != "model" else ""
     copy(drop_tied_names(source.checkpoint), out, averaged)
-
-
-def _always(schedule: Schedule) -> bool:
-    return True
-
-
-_WRITERS: Final = {
-    one.library: one
-    for one in (
-        _LayoutWriter("fastema", _write_ours, counts=True, keeps=_always),
-        _LayoutWriter("safetensors", _write_weights),
-        _LayoutWriter("swa_utils", _build_torch_writer(_swa_utils), counts=True),
-        _LayoutWriter("timm", _build_torch_writer(_timm), weights=True),
-        _LayoutWriter("torch_ema", _build_torch_writer(_torch_ema), "places", True, _is_simple),
-        _LayoutWriter("ema_pytorch", _build_torch_writer(_ema_pytorch), counts=True, weights=True),
-        _LayoutWriter(
-            "diffusers",
-            _build_torch_writer(_diffusers),
-            "places",
-            True,
-            lambda schedule: diffusers_options(schedule) is not None,
-        ),
-        _LayoutWriter("litema", _build_torch_writer(_litema), "parameters", True, _is_simple),
-        _LayoutWriter("mmengine", _build_torch_writer(_mmengine), counts=True),
-        _LayoutWriter("d2go", _build_torch_writer(_d2go)),
-    )
-}
-"""Library to its layout."""
-
-LIBRARIES: Final = tuple(_WRITERS)
-"""Libraries whose layouts :func:`convert` can write."""

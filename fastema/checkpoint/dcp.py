@@ -21,6 +21,7 @@ from fastema.checkpoint.torch_file import data_of
 from fastema.errors import CheckpointError
 from fastema.layout.dtypes import NAME_OF, dtype
 from fastema.layout.flat import row_major
+from fastema.shadow.state import part_of_key
 
 __all__ = [
     "ChunkedTensor",
@@ -278,11 +279,10 @@ def average_in(folder: Folder, key: str | None, which: int | None) -> dict[str, 
     """Return name to key for the only average that matches; None matches any value."""
     found: dict[tuple[str, int], dict[str, str]] = {}
     for flat in folder.tensors:
-        place = folder.places.get(flat, (flat,))
-        for i in range(len(place) - 2):
-            if place[i] == "shadow" and isinstance(place[i + 1], int) and len(place) == i + 3:
-                prefix = ".".join(map(str, place[:i]))
-                found.setdefault((prefix, place[i + 1]), {})[str(place[i + 2])] = flat
+        *parents, last = folder.places.get(flat, (flat,))
+        part, index, name = part_of_key(last) or ("", 0, "")
+        if part == "shadow":
+            found.setdefault((".".join(map(str, parents)), index), {})[name] = flat
     chosen = [
         one
         for one in found
@@ -294,7 +294,8 @@ def average_in(folder: Folder, key: str | None, which: int | None) -> dict[str, 
             f"{folder.path} holds {len(chosen)} averages that match key={key!r} and "
             f"which={which!r}; it has: {there}"
         )
-    return found[chosen[0]]
+    prefix, index = chosen[0]
+    return {**found.get((prefix, 0), {}), **found[prefix, index]}  # copied tensors are stored once
 
 
 def state_in(folder: Folder, key: str) -> dict[str, str]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fastema.checkpoint import dcp, files, torch_file
+from fastema.checkpoint.layout import StoredAverage
 from fastema.checkpoint.source import Checkpoint, is_torch_file
 from fastema.checkpoint.state import verify_checksums
-from fastema.checkpoint.stored import StoredAverage, load
+from fastema.checkpoint.stored import load
 from fastema.errors import CheckpointError
 from fastema.rules.reach import Reach, effective_steps
 

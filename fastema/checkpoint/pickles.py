@@ -34,20 +34,8 @@ STORAGES: Final = {
 
 _MOST_AXES: Final = 64
 
-_BETWEEN: Final = {
-    "BINGET",
-    "LONG_BINGET",
-    "GET",
-    "MEMOIZE",
-    "BINPUT",
-    "LONG_BINPUT",
-    "PUT",
-    "MARK",
-}
-"""Opcodes that can occur between tuples nested directly in one another."""
-
-_MOST_TUPLES: Final = 16
-"""Limit on directly nested tuples: hashing deeper ones could crash Python."""
+_DEEPEST_TUPLE: Final = 16
+"""Limit on tuples in tuples: hashing deeper ones could crash Python, or never end."""
 
 
 def _refuse_far_places(data: bytes) -> None:
@@ -55,18 +43,33 @@ def _refuse_far_places(data: bytes) -> None:
 
     The unpickler allocates its memo up to the largest index.
     """
-    count = tuples = 0
+    # How deep tuples are nested in each object on the unpickler's stack, and in its memo.
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: dict[int, int] = {}
     for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name.startswith("TUPLE"):
-            tuples += 1
-            if tuples > _MOST_TUPLES:
-                raise pickle.UnpicklingError("it nests tuples too deeply")
-        elif opcode.name not in _BETWEEN:
-            tuples = 0
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            if int(argument or 0) > count + 256:
-                raise pickle.UnpicklingError(f"it stores an object at memo index {argument}")
-            count += 1
+        name, first = opcode.name, len(stack)
+        if name == "MARK":
+            marks.append(first)
+            continue
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            place = len(memo) if argument is None else int(argument)
+            if place > len(memo) + 256:
+                raise pickle.UnpicklingError(f"it stores an object at memo index {place}")
+            memo[place] = stack[-1] if stack else 0
+            continue
+        operands = [one.name for one in opcode.stack_before]
+        if "mark" in operands:  # the operands after the mark are all that lies above it
+            first = marks.pop() if marks else 0
+            del operands[operands.index("mark") :]
+        first = max(first - len(operands), 0)
+        depth = max(stack[first:], default=0) + name.startswith(("TUPLE", "FROZENSET"))
+        if depth > _DEEPEST_TUPLE:
+            raise pickle.UnpicklingError("it nests tuples too deeply")
+        del stack[first:]
+        if name in ("GET", "BINGET", "LONG_BINGET"):
+            depth = memo.get(int(argument or 0), 0)
+        stack += [depth] * len(opcode.stack_after)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -82,7 +85,8 @@ class _Unpickler(pickle.Unpickler):
             return self._allowed[module, name]
         except KeyError:
             raise pickle.UnpicklingError(
-                f"it asks for {module}.{name}, but code is never run; save a state_dict()"
+                f"it asks for {module}.{name}, but code is never run; save a state_dict() "
+                "(docs/checkpoints.md has the lines for modules)"
             ) from None
 
     def persistent_load(self, pid: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastema.checkpoint import files
 from fastema.checkpoint.source import is_torch_file
-from fastema.checkpoint.state import is_state, read_state, write_state
+from fastema.checkpoint.state import is_state, read_state, write_tensors
 from fastema.checkpoint.stored import load
 from fastema.engine.locks import lock
 from fastema.errors import ArgumentError, CheckpointError
@@ -41,7 +41,7 @@ class _BackgroundWriter:
         """Queue a state to be written; its arrays must not change until it is written."""
         with self._lock:
             self._pool = self._pool or ThreadPoolExecutor(1, "fastema-save")
-            self._writes.append(self._pool.submit(write_state, path, state))
+            self._writes.append(self._pool.submit(write_tensors, path, state))
 
     def raise_failed(self, *, all_of_them: bool = False) -> None:
         """Raise the first error of finished writes, or wait for all writes if ``all_of_them``."""
@@ -111,7 +111,7 @@ def save(ema: Average[Any], path: str | os.PathLike[str], *, wait: bool = True) 
         _writer.submit(target, ema.state_dict())
         return
     with ema.lock:  # no update may change the average during the write
-        write_state(target, ema.state_dict(copy=False))
+        write_tensors(target, ema.state_dict(copy=False))
 
 
 def load_into(

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from fastema.checkpoint import files
-from fastema.checkpoint.content import Content, collect_tensors, open_content
-from fastema.checkpoint.layouts import Names, read
+from fastema.checkpoint.content import collect_tensors, open_content
+from fastema.checkpoint.detection import detect
+from fastema.checkpoint.layout import StoredAverage
 from fastema.checkpoint.source import Checkpoint, open_checkpoint, step_of_name
 from fastema.checkpoint.state import is_state
 from fastema.errors import CheckpointError, FastemaError
-from fastema.rules import Schedule
-from fastema.shadow.store import PARTS
 
 __all__ = ["AVERAGE_FILE", "TRAINING_FILE", "StoredAverage", "load", "open_weights"]
 
@@ -24,55 +22,6 @@ AVERAGE_FILE: Final = "ema.safetensors"
 
 TRAINING_FILE: Final = "training_weights.safetensors"
 """Name of the file with the training weights beside it, if the folder's model is the average."""
-
-
-@dataclass(frozen=True)
-class StoredAverage:
-    """An average in a file or folder of any supported library.
-
-    Attributes
-    ----------
-    path : Path
-        The file or folder.
-    library : str
-        "fastema", "fastema.posthoc", "fastema.average", or another library: "torch_ema",
-        "diffusers", "swa_utils", "mmengine" and others, see docs/checkpoints.md. "model" if the
-        file holds only a model's weights, and "state dict" if an average is next to them under a
-        key such as "ema".
-    checkpoint : Checkpoint
-        The averaged tensors by name; its ``opened()`` reads them.
-    names : {"full", "without dots", "places"}
-        How the tensors are named: as in the model; as in the model but without dots (LitEma); or
-        "0", "1", ... in the order of ``model.parameters()`` (torch_ema, diffusers, NeMo).
-    num_updates : int or None
-        The number of updates, if the library saves it.
-    schedule : Schedule or None
-        The schedule with which fastema would continue; None if the file does not record one, or
-        fastema has no matching rule.
-    options : dict
-        The library's saved schedule options, under their original names.
-    weights : Checkpoint or None
-        The weights in training, if the file holds them too.
-    notes : list of str
-        Remarks for the user.
-    parameters : list of str or None
-        The names of ``model.parameters()`` in order, if the file tells them from buffers.
-    state : dict or None
-        fastema's own state: its plain values, and a list of checkpoints for each of its lists of
-        tensors. None for other libraries.
-    """
-
-    path: Path
-    library: str
-    checkpoint: Checkpoint
-    names: Names = "full"
-    num_updates: int | None = None
-    schedule: Schedule | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    weights: Checkpoint | None = None
-    notes: list[str] = field(default_factory=list)
-    parameters: list[str] | None = None
-    state: dict[str, Any] | None = field(default=None, repr=False)
 
 
 def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0) -> StoredAverage:
@@ -117,7 +66,7 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
     own = _find_average_file(Path(path)) if key is None else None
     content, whole = open_content(own or Path(path), key)
     try:
-        library, found = read(content, whole, index)
+        library, found = detect(content, whole, index)
     except FastemaError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -141,7 +90,7 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
         weights if own is None else _open_training_weights(own),
         list(found.notes),
         None if found.parameters is None else list(found.parameters),
-        None if found.state is None else _locate_state(content, found.state),
+        None if found.state is None else content.locate(found.state),
     )
 
 
@@ -159,15 +108,6 @@ def _open_training_weights(average: Path) -> Checkpoint | None:
     except CheckpointError:  # no model, or several
         return None
     return None if average in found.files else found
-
-
-def _locate_state(content: Content, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state of fastema with a checkpoint in place of each mapping of tensors."""
-    return {
-        name: [collect_tensors(content, one) for one in value] if name in PARTS else value
-        for name, value in state.items()
-        if name not in PARTS or value
-    }
 
 
 def open_weights(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:

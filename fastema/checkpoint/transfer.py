@@ -10,16 +10,15 @@ from torch import Tensor, nn
 
 from fastema.bridges.memory import bytes_of
 from fastema.bridges.names import strip_wrapper_prefixes
+from fastema.checkpoint.layout import StoredAverage
 from fastema.checkpoint.source import Checkpoint
-from fastema.checkpoint.stored import StoredAverage
 from fastema.errors import ArgumentError, CheckpointError, format_problems
 from fastema.layout.dtypes import NAME_OF
 from fastema.rules import Schedule
 from fastema.rules.checks import validate_int
 from fastema.shadow import EMA
 from fastema.shadow.reports import describe_schedule
-from fastema.shadow.state import SavedOrMine
-from fastema.shadow.store import PARTS
+from fastema.shadow.state import LOG_DECAYS, SavedOrMine, join_state, split_state
 
 __all__ = [
     "check_integer",
@@ -112,15 +111,15 @@ def load_modules(*pairs: tuple[nn.Module, Mapping[str, Any]]) -> None:
         module.load_state_dict(state)
 
 
-def _single_average(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
+def _single_average(parts: Mapping[str, Mapping[int, Any]]) -> Mapping[str, Tensor]:
     """Return the tensors of a single, unsplit average; raise an ArgumentError for others."""
-    shadows: list[Mapping[str, Tensor]] = state["shadow"]
+    shadows: Mapping[int, Mapping[str, Tensor]] = parts["shadow"]
     if len(shadows) != 1:
         raise ArgumentError(
             f"the EMA holds {len(shadows)} averages, the checkpoint one: build an EMA with one "
             "decay"
         )
-    if state.get("residual") and not state.get("ring"):
+    if "residual" in parts:
         raise ArgumentError(
             "the average is stored in two halves: call ema.to(dtype='float32') first, and "
             "ema.to(dtype='bf16+16') after it"
@@ -137,14 +136,14 @@ def load_averages(ema: EMA, averages: Mapping[str, Any], num_updates: int | None
     CheckpointError that names all of them, and change nothing. Raise an ArgumentError if the next
     update would replace the loaded average, or if its weight depends on an unknown count.
     """
-    state = ema.state_dict(copy=False)
-    if state.get("ring"):
+    header, parts = split_state(ema.state_dict(copy=False))
+    if "ring" in parts:
         raise ArgumentError(
             "a windowed mean can continue only from its own file, which holds the weights of its "
             "window; load this average into an EMA or SWA"
         )
-    own = _single_average(state)
-    count = state["num_updates"] if num_updates is None else num_updates
+    own = _single_average(parts)
+    count = header["num_updates"] if num_updates is None else num_updates
     count = validate_int(count, "num_updates", 0)
     found = strip_wrapper_prefixes(averages)
     aliases = ema.aliases
@@ -166,10 +165,10 @@ def load_averages(ema: EMA, averages: Mapping[str, Any], num_updates: int | None
         name: _cast_like(found[name], one) if name in found else one.clone()
         for name, one in own.items()
     }
-    state = {**state, "shadow": [tensors], "num_updates": count}
-    if "log_decays" in state:  # bias correction: log of the weight left of the start
-        state["log_decays"] = list(ema.schedule.log_decays(count))
-    ema.load_state_dict(state)
+    header["num_updates"] = count
+    if LOG_DECAYS in header:
+        header[LOG_DECAYS] = list(ema.schedule.log_decays(count))
+    ema.load_state_dict(join_state(header, {"shadow": [tensors]}))
 
 
 _LATE: Final = 1 << 40
@@ -208,11 +207,7 @@ def load_stored(
                 f"num_updates={num_updates!r}: {stored.path} is a state of fastema and records it; "
                 "leave it out"
             )
-        state = {
-            name: [tensors_of(one) for one in value] if name in PARTS else value
-            for name, value in stored.state.items()
-        }
-        ema.load_state_dict(state, schedule=schedule)
+        ema.load_state_dict(tensors_of(stored.state), schedule=schedule)
         return
     count = stored.num_updates if num_updates is None else num_updates
     load_averages(ema, _by_name(ema, stored), count)

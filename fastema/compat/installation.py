@@ -112,7 +112,7 @@ def install(*peers: str) -> Installation:
     >>> with fastema.compat.install("swa_utils"):
     ...     averaged = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(2, 2))
     >>> type(averaged).__module__
-    'fastema.compat.swa_utils'
+    'fastema.compat.swa_utils.classes'
     """
     unknown = [peer for peer in peers if not (isinstance(peer, str) and peer in _KNOWN)]
     if unknown or not peers:

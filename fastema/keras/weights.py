@@ -616,7 +616,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 os.replace(self._backup, _get_previous_path(self._backup))
             with self.ema.lock:
                 saved = self.ema.state_dict(copy=False)
-                state.write_state(self._backup, saved, steps=str(self._steps.count_steps()))
+                state.write_tensors(self._backup, saved, steps=str(self._steps.count_steps()))
         if self._checkpoints == "average" and self._has_later_callbacks:
             self._apply("epoch")
 
@@ -650,7 +650,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             steps.append(file.metadata["steps"])
         if str(done) in steps:
             file = found[steps.index(str(done))]
-            like = next(iter(self.ema.state_dict(copy=False)["shadow"][0].values()))
+            like = next(iter(self.ema.shadows[0].values()))
             self.ema.load_state_dict(state.read_state(file, like))
         elif found and must_fit:
             held = " and ".join(

@@ -285,12 +285,12 @@ class EMACallback(Callback):  # type: ignore[misc]
             return
         checkpoint[_TRAINING_WEIGHTS] = training
         state = checkpoint["callbacks"][self.state_key]["ema"]
-        if not state.get("residual"):
+        if not any(key.startswith("residual.") for key in state):
             # torch.save writes a tensor once that occurs twice.
-            shadow = state["shadow"][self._which or 0]
             for name, value in checkpoint["state_dict"].items():
-                if name in training and name in shadow and shadow[name].dtype == value.dtype:
-                    shadow[name] = value
+                key = f"shadow.{self._which or 0}.{name}"
+                if name in training and key in state and state[key].dtype == value.dtype:
+                    state[key] = value
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Load the training weights to continue a run; name what an evaluation uses."""

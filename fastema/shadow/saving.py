@@ -105,26 +105,26 @@ class SaveableAverage(SwappableAverage[Weights]):
     def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
         """Return the state needed to resume the run: counters, schedule and averages by name.
 
-        It consists of plain values and tensors, which ``torch.load(weights_only=True)`` reads. It
-        also holds the average while that is applied to the model, never the raw weights in its
-        place. Averages of DTensors are DTensors, for :mod:`torch.distributed.checkpoint`: all ranks
-        must call this method.
+        It consists of tensors by name, as :func:`safetensors.torch.save_file`, :func:`torch.save`
+        and :mod:`torch.distributed.checkpoint` take them. It also holds the average while that is
+        applied to the model, never the raw weights in its place. Averages of DTensors are DTensors:
+        all ranks must call this method.
 
         Parameters
         ----------
         copy : bool
-            True by default. False saves the memory of a copy and returns the average's own tensors:
-            write them out before calling anything else. (While an average is applied, the tensors
-            are always copies.)
+            True by default: row-major copies. False saves their memory and returns the average's
+            own tensors, with the strides of the weights: write them out before calling anything
+            else. (While an average is applied, the tensors are always copies.)
 
         Returns
         -------
         dict
-            ``"shadow"`` is a list with one mapping of names to tensors per average. ``"residual"``
-            and ``"ring"`` are such lists too: the second half of a split average or the rounding
-            error of a windowed mean, and the windowed mean's ring. ``"parameters"`` lists the names
-            of a PyTorch model's parameters in order. The other entries are numbers, strings and
-            the description of the schedule.
+            ``"shadow.<i>.<name>"`` is the i-th average of a tensor. ``"residual.<i>.<name>"`` and
+            ``"ring.<i>.<name>"`` are the second half of a split average or the rounding error of a
+            windowed mean, and the windowed mean's ring. ``"fastema"``, bytes of JSON, has the
+            schedule, the counters, and the names of a PyTorch model's parameters in order
+            (docs/reference/formats.md).
 
         Raises
         ------
@@ -136,8 +136,8 @@ class SaveableAverage(SwappableAverage[Weights]):
         >>> import numpy as np, fastema
         >>> ema = fastema.EMA({"w": np.array([1.0])})
         >>> state = ema.state_dict()
-        >>> state["num_updates"], state["shadow"]
-        (0, [{'w': array([1.])}])
+        >>> list(state), state["shadow.0.w"]
+        (['fastema', 'shadow.0.w'], array([1.]))
         """
         with self._lock:
             if self._ranks is not None:
@@ -171,10 +171,10 @@ class SaveableAverage(SwappableAverage[Weights]):
         self._sync()
         self._wait_for_the_ring()
         if self._applied is None:
-            return (self._store.duplicate() if copy else self._store).tensors()
+            return (self._store.duplicate(row_major=True) if copy else self._store).tensors()
         with self._applied_swap() as swap:
             # Overwrite the raw weights in the copy: they must not be saved.
-            store = self._store.duplicate()
+            store = self._store.duplicate(row_major=True)
             applied = [
                 (index, entry.name)
                 for index, entry in self._store
@@ -200,7 +200,8 @@ class SaveableAverage(SwappableAverage[Weights]):
         Parameters
         ----------
         state : mapping
-            The result of :meth:`state_dict`, or of a safetensors reader for a fastema file.
+            The result of :meth:`state_dict`, also from a file: by ``torch.load``, safetensors'
+            ``load_file`` or :func:`fastema.checkpoint.load_state`.
         schedule : {"saved", "mine"}
             Rules, ``update_every`` and ``start_after`` to continue with. ``"saved"`` (the default)
             restores the saved ones, and warns if they differ from those this average was built

@@ -1,27 +1,60 @@
-"""Pack an average's state into a dict of plain values and tensors, and check one on loading."""
+"""Pack an average's state into tensors by name, and check a state on loading.
+
+``shadow.<i>.<name>``, ``residual.<i>.<name>`` and ``ring.<i>.<name>`` are the tensors of the i-th
+average; ``fastema`` is the header, JSON in bytes: docs/reference/formats.md.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, get_args
 
+import numpy as np
+
 from fastema.binding.policies import Rounding
+from fastema.bridges.memory import bytes_of, row_major_on_host
 from fastema.bridges.names import plain_names
-from fastema.bridges.registry import describe
-from fastema.errors import ArgumentError, CheckpointError, FastemaError, format_problems
+from fastema.bridges.registry import describe, memory_of
+from fastema.errors import (
+    ArgumentError,
+    CheckpointError,
+    DeviceError,
+    FastemaError,
+    format_problems,
+)
 from fastema.layout.spec import TensorSpec
 from fastema.rules import Debiased, Rule, Schedule, Window
 from fastema.rules.rule import LOG_NEGLIGIBLE, to_plain_value
-from fastema.shadow.foreign import explain_foreign_state, unflatten_state
+from fastema.shadow.foreign import explain_foreign_state
 from fastema.shadow.store import PARTS, Tensors
 
-__all__ = ["PARAMETERS", "Saved", "SavedOrMine", "pack", "unpack"]
+__all__ = [
+    "HEADER",
+    "PARAMETERS",
+    "Saved",
+    "SavedOrMine",
+    "join_state",
+    "pack",
+    "parse_header",
+    "part_of_key",
+    "split_state",
+    "unpack",
+]
 
 SavedOrMine = Literal["saved", "mine"]
 """Schedule to continue with after loading: that of the state, or that of the average."""
 
-FORMAT: Final = "fastema"
+HEADER: Final = "fastema"
+"""Name of the tensor that holds everything but tensors."""
+
 VERSION: Final = 1
+
+_KEY: Final = re.compile(rf"({'|'.join(PARTS)})\.(0|[1-9]\d{{0,5}})\.(.+)", re.DOTALL)
+
+_ROOM: Final = 4096
+"""Bytes of a header for each average, besides the names of parameters."""
 
 
 class Saved(NamedTuple):
@@ -35,13 +68,13 @@ class Saved(NamedTuple):
 
 
 COUNTERS: Final = ("num_updates", "num_skipped", "seed")
-"""Entries of a state that are whole numbers from 0 to 2**63 - 1."""
+"""Entries of a header that are whole numbers from 0 to 2**63 - 1."""
 
 PARAMETERS: Final = "parameters"
-"""Entry of a state that tells a torch module's parameters from its buffers, and their order."""
+"""Entry of a header that tells a torch module's parameters from its buffers, and their order."""
 
 LOG_DECAYS: Final = "log_decays"
-"""Entry of a bias-corrected state: per average, the log of the initial weights' remaining share."""
+"""Entry of a header with bias correction: per average, the log of the initial weights' share."""
 
 
 def pack(
@@ -53,22 +86,79 @@ def pack(
     tensors: Tensors,
     parameters: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Return a state dict of strings, numbers and tensors, which ``weights_only=True`` loads.
+    """Return a state dict, which consists of tensors alone.
 
     ``parameters`` are the names of ``model.parameters()`` in order, if they are known: libraries
     that store an average as a list need them.
     """
-    head = {"format": FORMAT, "version": VERSION, "kind": kind}
-    debiased = {LOG_DECAYS: list(log_decays)} if _is_debiased(schedule) else {}
-    return {
-        **head,
-        **counters,
-        "schedule": schedule.to_dict(),
-        "rounding": rounding,
-        **({} if parameters is None else {PARAMETERS: list(parameters)}),
-        **debiased,
-        **tensors,
+    header: dict[str, Any] = {"version": VERSION, "kind": kind, **counters}
+    header |= {"schedule": schedule.to_dict(), "rounding": rounding}
+    if parameters is not None:
+        header[PARAMETERS] = list(parameters)
+    if _is_debiased(schedule):
+        header[LOG_DECAYS] = list(log_decays)
+    return join_state(header, tensors)
+
+
+def join_state(header: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
+    """Return the state dict with this header and these tensors."""
+    state = {
+        f"{part}.{i}.{name}": one
+        for part, of_part in tensors.items()
+        for i, named in enumerate(of_part)
+        for name, one in named.items()
     }
+    text = json.dumps(header).encode()
+    # torch.distributed.checkpoint loads in place: the size must not depend on counters and decays.
+    names = len(json.dumps(header.get(PARAMETERS)))
+    room = _ROOM * max(len(tensors.get("shadow", ())), 1)
+    while names + room < len(text):
+        room *= 2
+    try:
+        array = memory_of(next(iter(state.values()))).zeros(names + room, "u8", "cpu")
+    except DeviceError:  # CuPy has no memory on the host
+        array = np.zeros(names + room, np.uint8)
+    bytes_of(array)[:] = text.ljust(names + room)
+    return {HEADER: array, **state}
+
+
+def part_of_key(key: Any) -> tuple[str, int, str] | None:
+    """Return the part, the average's index and the tensor's name of a key; None for others."""
+    match = _KEY.fullmatch(key) if isinstance(key, str) else None
+    return None if match is None else (match[1], int(match[2]), match[3])
+
+
+def parse_header(text: bytes) -> dict[str, Any]:
+    """Return the contents of a header; raise a CheckpointError if they are not a JSON object."""
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"its tensor {HEADER!r} is not JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"its tensor {HEADER!r} is not a JSON object")
+    return header
+
+
+def split_state(state: Any) -> tuple[dict[str, Any], dict[str, dict[int, dict[str, Any]]]]:
+    """Return the header of a state dict, and its tensors by part, average and name.
+
+    Raise a CheckpointError if it is not a state, or has entries that no state has.
+    """
+    if not isinstance(state, Mapping) or HEADER not in state:
+        raise CheckpointError(explain_foreign_state(state))
+    try:
+        text = bytes(bytes_of(row_major_on_host(state[HEADER])))
+    except FastemaError as error:
+        raise CheckpointError(f"its entry {HEADER!r} is not a tensor: {error}") from None
+    header, parts = parse_header(text), dict[str, dict[int, dict[str, Any]]]()
+    for key, one in state.items():
+        found = part_of_key(key)
+        if found is not None:
+            part, index, name = found
+            parts.setdefault(part, {}).setdefault(index, {})[name] = one
+        elif key != HEADER:
+            raise CheckpointError(f"{key!r} is unexpected: a state has no such entry")
+    return header, parts
 
 
 def _is_debiased(schedule: Schedule) -> bool:
@@ -76,40 +166,32 @@ def _is_debiased(schedule: Schedule) -> bool:
 
 
 def _is_equal(found: Any, expected: str | int) -> bool:
-    """Return whether type and value are equal; arrays, whose ``==`` is elementwise, never are."""
+    """Return whether type and value are equal."""
     return type(found) is type(expected) and found == expected
 
 
-def _check_head(state: Any, kind: str, expected: Tensors) -> list[str]:
-    if not isinstance(state, Mapping) or not _is_equal(state.get("format"), FORMAT):
-        return [explain_foreign_state(state)]
+def _check_header(header: Mapping[str, Any], kind: str) -> list[str]:
     problems = []
-    if not _is_equal(state.get("version"), VERSION):
-        problems.append(f"version {state.get('version')!r} is not known, only {VERSION}")
-    if not _is_equal(state.get("kind"), kind):
-        problems.append(f"it was saved by {state.get('kind')!r}, not by {kind!r}")
+    if not _is_equal(header.get("version"), VERSION):
+        problems.append(f"version {header.get('version')!r} is not known, only {VERSION}")
+    if not _is_equal(header.get("kind"), kind):
+        problems.append(f"it was saved by {header.get('kind')!r}, not by {kind!r}")
     for name in COUNTERS:
-        value = state.get(name)
+        value = header.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
             problems.append(f"{name} is {value!r}")
-    if not any(_is_equal(state.get("rounding"), known) for known in get_args(Rounding)):
-        problems.append(f"rounding is {state.get('rounding')!r}")
-    for part in PARTS:
-        problems += _check_part(state.get(part), part, len(expected.get(part, ())))
+    if not any(_is_equal(header.get("rounding"), known) for known in get_args(Rounding)):
+        problems.append(f"rounding is {header.get('rounding')!r}")
     return problems
 
 
-def _check_part(found: Any, part: str, count: int) -> list[str]:
-    if found is None and not count:
-        return []
-    if not isinstance(found, list) or not all(
-        isinstance(one, Mapping) and all(isinstance(name, str) for name in one) for one in found
-    ):
-        return [f"it has no {part!r}, a list with a mapping of names to tensors for each average"]
-    if not count:
+def _check_part(found: Mapping[int, Any], part: str, count: int) -> list[str]:
+    if count and not found:
+        return [f"it has no {part!r}: no tensor's name begins with '{part}.0.'"]
+    if found and not count:
         return [f"{part!r} is unexpected: the average is stored in another way"]
-    if len(found) != count:
-        return [f"{part!r} holds {len(found)} averages, expected {count}"]
+    if found and max(found) + 1 != count:
+        return [f"{part!r} holds {max(found) + 1} averages, expected {count}"]
     return []
 
 
@@ -174,10 +256,10 @@ def _choose_schedule(plain: Any, own: Schedule, which: SavedOrMine) -> Schedule:
 
 
 def _would_discard(
-    own: Schedule, state: Mapping[str, Any], log_decays: tuple[float, ...] | None
+    own: Schedule, header: Mapping[str, Any], log_decays: tuple[float, ...] | None
 ) -> bool:
     """Return whether an average that has begun would be overwritten under another schedule."""
-    saved, count = state["schedule"], state["num_updates"]
+    saved, count = header["schedule"], header["num_updates"]
     began = isinstance(saved, Mapping) and count > saved.get("start_after", 0)
     return began and not own.discards(1 << 40) and own.discards(count, log_decays)
 
@@ -203,7 +285,7 @@ def unpack(
     Parameters
     ----------
     state : object
-        A saved state, or the tensors of a fastema file.
+        A saved state.
     kind : str
         Class name of the average.
     own : Schedule
@@ -218,29 +300,38 @@ def unpack(
     CheckpointError
         Listing every mismatch of names, shapes, dtypes, counters, schedule and class.
     """
-    state = unflatten_state(state)
-    problems = _check_head(state, kind, expected)
+    header: dict[str, Any] = {}
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    problems = []
+    try:
+        header, found = split_state(state)
+    except CheckpointError as error:
+        problems.append(str(error))
+    else:
+        problems += _check_header(header, kind)
+        for part in PARTS:
+            problems += _check_part(found.get(part, {}), part, len(expected.get(part, ())))
     schedule = None
     log_decays = None
     tensors: Tensors = {}
     if not problems:
         try:
-            schedule = _choose_schedule(state.get("schedule"), own, which)
+            schedule = _choose_schedule(header.get("schedule"), own, which)
         except ArgumentError as error:
             problems.append(f"schedule: {error}")
         else:
-            found = state.get(LOG_DECAYS)
-            log_decays = _check_log_decays(found, schedule, which)
+            listed = header.get(LOG_DECAYS)
+            log_decays = _check_log_decays(listed, schedule, which)
             if log_decays is None:
                 problems.append(
-                    f"{LOG_DECAYS} is {found!r}, expected one number from {LOG_NEGLIGIBLE} to 0 "
+                    f"{LOG_DECAYS} is {listed!r}, expected one number from {LOG_NEGLIGIBLE} to 0 "
                     "per rule if any rule is bias-corrected, otherwise none"
                 )
             if len(schedule.rules) != len(own.rules):
                 problems.append(f"it has {len(schedule.rules)} averages, not {len(own.rules)}")
-            elif which == "mine" and _would_discard(own, state, log_decays):
+            elif which == "mine" and _would_discard(own, header, log_decays):
                 problems.append(
-                    f"its {state['num_updates']:,} updates are too few for schedule='mine', "
+                    f"its {header['num_updates']:,} updates are too few for schedule='mine', "
                     f"{own}: the next one would replace the average by the weights"
                 )
             elif _windows(schedule) != _windows(own):
@@ -249,9 +340,9 @@ def unpack(
             tensors[part] = []
             for i, specs in enumerate(of_part):
                 label = "" if part == "shadow" and len(of_part) == 1 else f" in {part}[{i}]"
-                tensors[part].append(_strip_prefixes(state[part][i], specs))
+                tensors[part].append(_strip_prefixes(found[part].get(i, {}), specs))
                 problems += _check_tensors(specs, tensors[part][-1], label)
     if problems or schedule is None or log_decays is None:
         raise CheckpointError("the saved state does not fit:\n" + format_problems(problems))
-    counters = {name: state[name] for name in COUNTERS}
-    return Saved(counters, schedule, log_decays, state["rounding"], tensors)
+    counters = {name: header[name] for name in COUNTERS}
+    return Saved(counters, schedule, log_decays, header["rounding"], tensors)

@@ -126,8 +126,12 @@ class Store:
         found: Tensors = {}
         for part in PARTS:
             of_part = [
-                {name: what(e.parts[part]) for name, e in one.items() if part in e.parts}
-                for one in self.sets
+                {
+                    name: what(e.parts[part])
+                    for name, e in one.items()
+                    if part in e.parts and (e.averaged or not i)  # copied tensors are shared
+                }
+                for i, one in enumerate(self.sets)
             ]
             if any(of_part):
                 found[part] = of_part
@@ -138,9 +142,9 @@ class Store:
         """Whether rings are in host memory and their averages on another device."""
         return any(e.ring_on_host for _, e in self)
 
-    def duplicate(self) -> Store:
-        """Return a copy in new memory."""
-        return self._copy_from(lambda part, memory: memory[1], self.on_host)
+    def duplicate(self, *, row_major: bool = False) -> Store:
+        """Return a copy in new memory, with the same strides or row-major."""
+        return self._copy_from(lambda part, memory: memory[1], self.on_host, row_major)
 
     def on(self, device: str, *, ring_on_host: bool = False) -> Store:
         """Return a copy on a device; with ``ring_on_host`` its rings stay in host memory."""
@@ -153,7 +157,12 @@ class Store:
 
         return self._copy_from(there, ring_on_host)
 
-    def _copy_from(self, source: Callable[[str, Memory], TensorSpec], ring_on_host: bool) -> Store:
+    def _copy_from(
+        self,
+        source: Callable[[str, Memory], TensorSpec],
+        ring_on_host: bool,
+        row_major: bool = False,
+    ) -> Store:
         """Return a store in new memory of the same dtypes, filled from ``source(part, old)``."""
         old = {id(entry): entry for _, entry in self}
         keys = [(key, part) for key, entry in old.items() for part in entry.parts]
@@ -167,7 +176,8 @@ class Store:
                 if (of.shape[0] if part == "ring" else 0) == count
             ]
             likes = [(made[k]["shadow"][1] if count else of, of.kind) for k, _, of in chosen]
-            memories = allocate(likes, count, on_host=bool(count) and ring_on_host)
+            on_host = bool(count) and ring_on_host
+            memories = allocate(likes, count, on_host=on_host, row_major=row_major)
             for (key, part, _), memory in zip(chosen, memories, strict=True):
                 made[key][part] = memory
         copies = [

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from fastema.bridges.registry import is_divided
 from fastema.checkpoint import files
-from fastema.checkpoint.state import read_state, read_tensors, write_state, write_tensors
+from fastema.checkpoint.state import read_state, read_tensors, write_tensors
 from fastema.checkpoint.stored import AVERAGE_FILE, TRAINING_FILE
 from fastema.errors import ArgumentError, CheckpointError, StateError, format_problems
 from fastema.hints import check_options
@@ -398,7 +398,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         known = json.dumps(_hash_weight_files(folder))
         with self.ema.lock:  # block updates on other threads to write a consistent state
             state = self.ema.state_dict(copy=False)
-            write_state(folder / AVERAGE_FILE, state, step=str(step), weights=known)
+            write_tensors(folder / AVERAGE_FILE, state, step=str(step), weights=known)
         self._saved_step = step
 
     # -- the average in the model ------------------------------------------------------------------
@@ -582,7 +582,7 @@ def _load_training_weights(model: Any, folder: Path) -> None:
     if not path.exists():
         return
     _check_weights_beside(files.read(path))  # the model may be of a later run, without an average
-    weights = read_tensors(path, next(iter(model.parameters())))
+    weights = read_tensors(files.read(path), next(iter(model.parameters())))
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     if unknown:
         raise CheckpointError(

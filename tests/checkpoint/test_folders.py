@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastema
-from fastema.checkpoint import average, convert, inspect, load, load_into, save
+from fastema.checkpoint import average, convert, inspect, load, load_into, open_checkpoint, save
 from fastema.checkpoint.folder import pieces
 from fastema.checkpoint.merge import prepare
 from fastema.checkpoint.stored import open_weights
@@ -162,3 +162,12 @@ def test_name_that_ends_in_safetensors_is_a_file_for_any_source(inside: Path) ->
         assert torch.equal(one, model.state_dict()[name])
     average(["step-1", "step-2"], [0.5, 0.5], "mean")
     assert (inside / "mean" / "model.safetensors").is_file()
+
+
+def test_flat_state_of_many_tensors_is_read_from_a_distributed_checkpoint(inside: Path) -> None:
+    """The description of such a folder names every tensor in a tuple of its own."""
+    state = {f"layer.{i}.weight": torch.full((2,), float(i)) for i in range(300)}
+    dcp.save(state, checkpoint_id=inside / "flat", no_dist=True)
+    read = tensors_of(open_checkpoint(inside / "flat"))
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[name], one) for name, one in state.items())

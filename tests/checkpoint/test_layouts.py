@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 import fastema
 from fastema.checkpoint import convert, inspect, load, load_into, save
-from fastema.checkpoint.conversion import LIBRARIES
+from fastema.checkpoint.conversion import writable_libraries
+from fastema.checkpoint.detection import known_layouts
 from fastema.checkpoint.transfer import tensors_of
 from fastema.errors import ArgumentError, CheckpointError
 from fastema.rules import Aligned, Constant
 from fastema.rules.ema import InverseGamma
 
 from ..support.peers import PEERS
+from ..support.states import flat, nested
 
 NEEDS = ("safetensors", "torch")
 
@@ -29,7 +31,7 @@ STATES = {
     for name, one in PEERS.items()
     if not name.startswith("swa_utils ema")
     and name != "timm ModelEma"  # its state looks like any model's
-    and one.ours in LIBRARIES
+    and one.ours in writable_libraries()
 }
 """Classes whose states `fastema.checkpoint` recognizes."""
 
@@ -226,6 +228,17 @@ WHOLE: dict[str, tuple[str, Any, int | None]] = {
 """Checkpoints with more than an average: library, contents and number of updates."""
 
 
+def test_one_layout_alone_claims_a_checkpoint() -> None:
+    for library, content, _ in WHOLE.values():
+        claims = [
+            name
+            for name, layouts in known_layouts().items()
+            for one in layouts
+            if one.find(content) is not None
+        ]
+        assert claims == ([] if library in ("fastema", "state dict") else [library])
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_average_is_found_in_a_training_checkpoint(name: str) -> None:
     library, content, updates = WHOLE[name]
@@ -408,7 +421,8 @@ def test_plain_weights_and_averages_of_other_models_are_refused() -> None:
         ({**counters, "shadow_params": []}, "an average without tensors"),
         ({"n_averaged": torch.tensor(0.5), "module.w": torch.ones(1)}, "is 0.5, expected a count"),
         ({"n_averaged": torch.ones(3), "module.w": torch.ones(1)}, "'n_averaged' is not a number"),
-        ({"format": "fastema", "schedule": 3, "shadow": [{}]}, "its schedule is invalid"),
+        (flat({"schedule": 3, "shadow": [MODEL]}), "its schedule is invalid"),
+        ({"fastema": torch.ones(3), **MODEL}, "its tensor 'fastema' is not JSON"),
         ({"state": {"algorithms": [("EMA", {"ema_model": None})]}}, "before its average began"),
         ({"model": MODEL, "ema_state": None}, "an average without tensors"),
         (IN_TRAINING, "the average is in the model, which is missing"),
@@ -421,7 +435,7 @@ def test_plain_weights_and_averages_of_other_models_are_refused() -> None:
         torch.save(content, "odd.pt")
         with pytest.raises(CheckpointError, match=f"odd.pt.*{said}"):
             load_into(ema, "odd.pt")
-    assert_same(dict(ema.shadow), before["shadow"][0])
+    assert_same(dict(ema.shadow), nested(before)["shadow"][0])
 
 
 @pytest.mark.parametrize(

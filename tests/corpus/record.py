@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ..support.states import is_state, nested
+
 ROOT = Path(__file__).parents[2]
 SMALL, FIRST = 6, 3
 _SHORT = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -35,6 +37,8 @@ def flatten(value: Any, whole: bool = False) -> dict[str, Any]:
 
 
 def _walk(value: Any, path: str, found: dict[str, Any], whole: bool) -> None:
+    if is_state(value):
+        value = nested(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {one.name: getattr(value, one.name) for one in dataclasses.fields(value)}
         value = {"type": type(value).__name__, **fields}

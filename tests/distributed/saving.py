@@ -91,7 +91,7 @@ def check_state_exchange(layout: str, kind: str) -> None:
     again.load_state_dict(ema.state_dict())
     assert_equal(gather_averages(again), gather_averages(one))
     wrong = ema.state_dict()
-    wrong["shadow"][0]["down.weight"] = torch.zeros(2, 20)
+    wrong["shadow.0.down.weight"] = torch.zeros(2, 20)
     assert "'down.weight' is [2, 20], expected [7, 20]" in expect_error(
         CheckpointError, other.load_state_dict, wrong
     )

@@ -21,6 +21,8 @@ from fastema import checkpoint
 from fastema.checkpoint import convert, files, inspect, load
 from fastema.checkpoint.state import read_state
 
+from ..support.states import nested
+
 SIZES = (300_000, 7, 50_000)
 LONGEST = 0.06
 """Longest time before a writer is killed, in seconds."""
@@ -73,7 +75,7 @@ def check(folder: Path) -> None:
     for path in [*folder.glob("*.safetensors"), *folder.glob("mean*/model.safetensors")]:
         inspect(path, check=True)
         if load(path).library == "fastema":
-            read = read_state(files.read(path), np.zeros(1))
+            read = nested(read_state(files.read(path), np.zeros(1)))
             tensors = read["shadow"][0]
             assert read["seed"] == next(iter(tensors.values())).flat[0]
         else:

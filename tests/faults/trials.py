@@ -34,6 +34,7 @@ from fastema.errors import FastemaError
 from ..shadow.kinds import KINDS, full_state, which
 from ..shadow.weights import net, refresh_, tensors_of
 from ..support.peers import PEERS
+from ..support.states import flat, nested
 from .interrupts import interrupt, interrupt_after
 
 
@@ -107,9 +108,9 @@ def apply_and_restore(side: Side, seed: int) -> None:
 
 
 def load_state(side: Side, seed: int) -> None:
-    state = side.average.state_dict()
+    state = nested(side.average.state_dict())
     state["num_updates"] += seed % 3
-    side.average.load_state_dict(state)
+    side.average.load_state_dict(flat(state))
 
 
 def model_state(side: Side, seed: int) -> None:

@@ -175,9 +175,9 @@ def test_float32_average_is_written_once(
     saving = ModelCheckpoint(tmp_path / "saved")
     trainer(EMACallback(DECAY), saving).fit(Regression())
     saved = torch.load(saving.best_model_path, weights_only=True)
-    average = saved["callbacks"][NAME]["ema"]["shadow"][0]
+    average = saved["callbacks"][NAME]["ema"]
     for name, value in saved["state_dict"].items():
-        assert average[name].data_ptr() == value.data_ptr()
+        assert average[f"shadow.0.{name}"].data_ptr() == value.data_ptr()
 
 
 def test_checkpoint_and_end_of_a_module_with_compiled_parts_hold_the_average(

@@ -7,6 +7,7 @@ from typing import Any
 
 import fastema
 
+from ..support.states import nested
 from .weights import Tensor, assert_bits, bits, net, snapshot, train_
 
 Kind = Callable[..., Any]
@@ -55,7 +56,7 @@ def last_shadow(average: Any) -> dict[str, Tensor]:
 
 def full_state(average: Any) -> dict[Any, Any]:
     """Return all state of an average, to the bit: tensors, residuals, rings, counters, schedule."""
-    state = average.state_dict(copy=False)
+    state = nested(average.state_dict(copy=False))
     parts = {part: state.pop(part) for part in PARTS if part in state}
     return state | {
         (part, i, name): (tensor.dtype, bits(tensor).numpy().tobytes())

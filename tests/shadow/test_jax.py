@@ -130,7 +130,7 @@ class Network:
 def borrow_memory(ema: Any) -> Any:
     """Return a tree that borrows the average's memory; None if JAX copies it instead."""
     (name,) = ema.shadow
-    memory = ema.state_dict(copy=False)["shadow"][0][name]
+    memory = ema.state_dict(copy=False)[f"shadow.0.{name}"]
     borrowed = jax.device_put(memory)
     return [borrowed] if borrowed.unsafe_buffer_pointer() == memory.ctypes.data else None
 
@@ -155,7 +155,7 @@ def test_memory_of_the_average_is_refused_as_weights() -> None:
     ema.update([jnp.arange(1.0, size) + 2])
     np.testing.assert_array_equal(ema.shadow["0"], before + 1)
     with pytest.raises(LayoutError, match="overlap"):
-        fastema.Plan(ema.state_dict(copy=False)["shadow"][0], {"0": borrowed[0]})
+        fastema.Plan({"0": ema.state_dict(copy=False)["shadow.0.0"]}, {"0": borrowed[0]})
 
 
 jax.tree_util.register_pytree_with_keys(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from ..support.states import nested
 from .kinds import KINDS, PARTS, which
 from .weights import FLOATS
 
@@ -105,7 +106,7 @@ def test_every_part_of_a_state_is_one_buffer_of_its_size(
     kind: str, options: dict[str, Any], expected: dict[str, int]
 ) -> None:
     model = nn.Sequential(*(nn.Linear(40, 30) for _ in range(20)))
-    state = KINDS[kind](model, **options).state_dict(copy=False)
+    state = nested(KINDS[kind](model, **options).state_dict(copy=False))
     elements = sum(p.numel() for p in model.parameters())
     taken = {
         part: storages(t for one in state[part] for t in one.values())

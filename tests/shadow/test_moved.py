@@ -13,6 +13,7 @@ from torch import nn
 import fastema
 from fastema.errors import LayoutError
 
+from ..support.states import nested
 from .kinds import KINDS, VARIED, assert_unchanged, full_state, which
 from .weights import Net, assert_bits, net, poison_, snapshot, tensors_of, train_, values
 
@@ -159,7 +160,7 @@ def test_averages_of_every_kind_follow_weights_that_move(kind: str, move: str) -
         if kind == "SMA" and move in OTHER_STRIDES:
             # Chunks decide when a part of the mean is recomputed: other rounding errors, all below
             # the last place, in means of the same weights.
-            state, other = average.state_dict(), twin.state_dict()
+            state, other = nested(average.state_dict()), nested(twin.state_dict())
             assert_bits(state["ring"][0], snapshot(other["ring"][0]))
         else:
             assert full_state(average) == full_state(twin)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import fastema
 from fastema import rules
 
+from ..support.states import nested
 from .truth import Loop
 
 Decays = Callable[[int], float]
@@ -140,7 +141,7 @@ def test_mean_between_two_means_is_the_mean_of_their_window(m: int, n: int, dtyp
         swa.update()
         seen.append(weights["a"].astype(wide))
         if step == m:
-            earlier = swa.state_dict()["shadow"][0]
+            earlier = nested(swa.state_dict())["shadow"][0]
     got = fastema.mean_between(swa.shadow, n, earlier, m)
     assert set(got) == {"a"}
     assert got["a"].dtype == wide

@@ -9,6 +9,7 @@ import torch
 import fastema
 
 from ..support import reference
+from ..support.states import nested
 from ..support.tolerance import cast_bound, unit_roundoff
 from .kinds import PARTS, full_state
 from .stored import CODES, exact
@@ -89,6 +90,6 @@ def test_sma_takes_the_memory_of_window_plus_two_models(window: int) -> None:
         sma.update()
     held, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    state = sma.state_dict(copy=False)
+    state = nested(sma.state_dict(copy=False))
     assert sum(one.nbytes for part in PARTS for one in state[part][0].values()) == expected
     assert expected <= held <= most < expected + 0.1 * nbytes

@@ -9,6 +9,7 @@ import torch
 import fastema
 
 from ..support import reference
+from ..support.states import nested
 from .kinds import KINDS, assert_unchanged
 from .stored import exact, stored
 from .weights import FLOATS, assert_bits, net, snapshot, train_
@@ -20,7 +21,7 @@ SPLIT = "bf16+16"
 
 def assert_is_split(average: Any, wide: Any) -> None:
     """Assert that the halves are the split of a float32 average."""
-    residuals = average.state_dict()["residual"]
+    residuals = nested(average.state_dict())["residual"]
     for i, shadow in enumerate(average.shadows):
         for name in average.averaged_names:
             high, low = reference.split(stored(wide.shadows[i][name]))

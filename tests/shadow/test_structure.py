@@ -10,6 +10,7 @@ from torch import nn
 import fastema
 from fastema.errors import LayoutError
 
+from ..support.states import nested
 from .kinds import (
     KINDS,
     PARTS,
@@ -223,7 +224,7 @@ def test_tied_weights_are_stored_once_and_found_under_both_names(tie: str, kind:
     assert OTHER_NAME[tie] not in names
     state = average.state_dict()
     for part in PARTS:
-        assert all(list(tensors) == names for tensors in state.get(part, ()))
+        assert all(list(tensors) == names for tensors in nested(state).get(part, ()))
     average.load_state_dict(state)
     for shadow in average.shadows:
         assert torch.equal(shadow["embed.weight"], shadow[OTHER_NAME[tie]])
@@ -374,7 +375,7 @@ def test_any_layout_gives_the_average_of_contiguous_weights(layout: str, kind: s
             if kind != "SMA":
                 assert torch.equal(weights, plain)
             assert torch.equal(bits(whole[outside]), around)
-    found, want = average.state_dict(), twin.state_dict()
+    found, want = nested(average.state_dict()), nested(twin.state_dict())
     for part in PARTS if kind != "SMA" else ["ring"]:
         for one, other in zip(found.get(part, ()), want.get(part, ()), strict=True):
             assert_bits(one, snapshot(other))

@@ -47,7 +47,7 @@ def test_swap_round_trip_is_exact_to_the_bit(dtype: str) -> None:
         ema.apply_shadow()
         assert variable.numpy().tobytes() == bit_patterns(dtype, 0).tobytes()
         assert ema.shadow["0"].numpy().tobytes() == bit_patterns(dtype, 0).tobytes()
-        assert ema.state_dict()["shadow"][0]["0"].tobytes() == bit_patterns(dtype, 0).tobytes()
+        assert ema.state_dict()["shadow.0.0"].tobytes() == bit_patterns(dtype, 0).tobytes()
         assert held.numpy().tobytes() == raw.tobytes()
         during = variable.value()
         ema.restore()

@@ -89,5 +89,5 @@ def average_in(folder: Path) -> State:
     """Return the averages saved in a checkpoint folder, by the model's names."""
     found = load_file(folder / FILE)
     return {
-        name.removeprefix("shadow.0."): value for name, value in found.items() if name != "state"
+        name.removeprefix("shadow.0."): value for name, value in found.items() if name != "fastema"
     }

@@ -38,8 +38,64 @@ Where it differs:
 
 from __future__ import annotations
 
-from fastema.compat.ema_pytorch.ema import EMA
-from fastema.compat.ema_pytorch.posthoc import KarrasEMA, PostHocEMA
-from fastema.compat.ema_pytorch.tree import EMAPytree, EMATensor
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from fastema.checkpoint.content import Content
+from fastema.checkpoint.layout import (
+    Layout,
+    StoredAverage,
+    StoredContents,
+    count_of,
+    entries_under,
+    prefixed,
+    scalar,
+    with_keys,
+)
+from fastema.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from fastema.compat.ema_pytorch.ema import EMA
+    from fastema.compat.ema_pytorch.posthoc import KarrasEMA, PostHocEMA
+    from fastema.compat.ema_pytorch.tree import EMAPytree, EMATensor
 
 __all__ = ["EMA", "EMAPytree", "EMATensor", "KarrasEMA", "PostHocEMA"]
+
+
+def _read(content: Content, state: Mapping[Any, Any]) -> StoredContents:
+    count = content.whole(state["step"], "step")
+    options = {"initted": bool(content.number(state["initted"], "initted")), "step": count}
+    weights = entries_under(state, "online_model.") or None
+    averages = entries_under(state, "ema_model.")
+    return StoredContents(averages, "full", count, None, options, weights)
+
+
+def _write(
+    source: StoredAverage, tensors: Mapping[str, Any], weights: Mapping[str, Any]
+) -> dict[str, Any]:
+    begun = bool(source.num_updates) or source.num_updates is None
+    counters = {"initted": scalar(begun, "bool"), "step": count_of(source)}
+    models = {**prefixed("online_model.", weights), **prefixed("ema_model.", tensors)}
+    return {**counters, **models}
+
+
+LAYOUT: Final = Layout(
+    "the state of ema_pytorch's EMA",
+    with_keys("initted", "step"),
+    _read,
+    "fastema.compat.ema_pytorch.EMA.load_state_dict",
+    _write,
+    counts=True,
+    weights=True,
+)
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            **dict.fromkeys(("KarrasEMA", "PostHocEMA"), f"{__name__}.posthoc"),
+            **dict.fromkeys(("EMAPytree", "EMATensor"), f"{__name__}.tree"),
+            "EMA": f"{__name__}.ema",
+        },
+        ModuleNotFoundError,
+    )

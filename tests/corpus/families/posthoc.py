@@ -75,7 +75,7 @@ def snapshots() -> Any:
         }
 
 
-@case(CASES, bad=("empty", "both", "neither", "late", "average", "negative"))
+@case(CASES, rtol=1e-11, bad=("empty", "both", "neither", "late", "average", "negative"))
 def refusals(bad: str) -> Any:
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as empty:
         if bad != "empty":

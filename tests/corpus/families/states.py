@@ -12,6 +12,7 @@ import torch
 import fastema
 from fastema import checkpoint, rules
 
+from ...support.states import flat, nested
 from ..cases import Cases, case
 from ..record import attempt, flatten
 from ..weights import are_independent, fill, net, read, train
@@ -96,6 +97,7 @@ def states_of_another_average(saved: str, into: str) -> Any:
 
 
 def _break(state: dict[str, Any], way: str) -> dict[str, Any]:
+    state = nested(state)
     tensors = state["shadow"][0]
     if way == "without a tensor":
         del tensors["cube"]
@@ -111,7 +113,7 @@ def _break(state: dict[str, Any], way: str) -> dict[str, Any]:
         state = {}
     else:
         state.pop("schedule", None)
-    return state
+    return flat(state) if "shadow" in state else state
 
 
 _WAYS = ("without a tensor", "with another tensor", "of another shape", "of integers")

@@ -1,15 +1,4 @@
-"""``ExponentialMovingAverage`` of torch_ema, for a list of parameters, on fastema's kernels.
-
-Notes
------
-Where it differs:
-
-- Theirs: ``load_state_dict`` rounds a float32 average of a bfloat16 model to bfloat16; here: keeps
-  the wider dtype.
-- Theirs: nested ``average_parameters()`` blocks lose the weights; here: each block restores what it
-  found.
-- Theirs: ``store()`` after ``copy_to()`` loses the weights; here: an error.
-"""
+"""The classes and functions of this package."""
 
 from __future__ import annotations
 

@@ -1,11 +1,4 @@
-"""``LitEma`` of latent diffusion and Stable Diffusion, and the averages in their checkpoints.
-
-Notes
------
-Where it differs:
-
-- Theirs: never updates an average whose dtype differs from the parameter's; here: updates it.
-"""
+"""The classes and functions of this package."""
 
 from __future__ import annotations
 

@@ -1,19 +1,4 @@
-"""``ModelEma``, ``ModelEmaV2`` and ``ModelEmaV3`` of timm (1.0.31), on fastema's kernels.
-
-timm itself is not needed. Its ``CheckpointSaver``, ``load_checkpoint(use_ema=True)`` and
-``unwrap_model`` accept these classes like its own.
-
-Notes
------
-Where it differs:
-
-- Theirs: averages tied weights once per name, with weight 0.19 instead of 0.10 at decay 0.9; here:
-  averages them once.
-- Theirs: ``ModelEma`` and ``ModelEmaV2`` truncate integer buffers; here: copied exactly.
-- Theirs: pairs tensors by position; here: by name.
-- Theirs: a resumed run draws other bits for stochastic rounding; here: the same bits with
-  ``update(model, step=...)``.
-"""
+"""The classes and functions of this package."""
 
 from __future__ import annotations
 

@@ -1,26 +1,4 @@
-"""Classes and functions of :mod:`torch.optim.swa_utils` (PyTorch 2.13), on fastema's kernels.
-
-The functions work in this module's ``AveragedModel`` and in torch's own, and therefore in
-Lightning's ``WeightAveraging``:
-
->>> import torch
->>> from fastema.compat import swa_utils
->>> model = torch.nn.Linear(4, 2)
->>> averaged = torch.optim.swa_utils.AveragedModel(
-...     model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.999)
-... )
->>> averaged.update_parameters(model)
-
-Notes
------
-Where it differs:
-
-- Theirs: raises for a float32 average of bfloat16 weights; here: averages.
-- Theirs: integer buffers with ``use_buffers=True`` keep their first values; here: are copied.
-- Theirs: pairs tensors by position, and stops at the shorter list; here: pairs them by name, and
-  refuses another model.
-- Theirs: waits for the GPU at each step; here: reads the count only after it was loaded.
-"""
+"""The classes and functions of this package."""
 
 from __future__ import annotations
 

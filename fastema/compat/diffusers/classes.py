@@ -1,12 +1,4 @@
-"""``EMAModel`` of diffusers, as its training scripts use it, on fastema's kernels.
-
-Notes
------
-Where it differs:
-
-- Theirs: lists of different lengths are cut to the shorter one; here: an error.
-- Theirs: ``store()`` after ``copy_to()`` loses the weights; here: an error.
-"""
+"""The classes and functions of this package."""
 
 from __future__ import annotations
 

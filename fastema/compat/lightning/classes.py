@@ -1,34 +1,4 @@
-"""Lightning's averaging callbacks: ``lightning.pytorch.callbacks.weight_averaging`` of 2.6.6.
-
->>> from lightning.pytorch import Trainer                              # doctest: +SKIP
->>> from fastema.compat.lightning import EMAWeightAveraging
->>> trainer = Trainer(callbacks=[EMAWeightAveraging(decay=0.999)])     # doctest: +SKIP
-
-They work with ``lightning`` and ``pytorch_lightning``, whichever is installed, and also with older
-versions that have no averaging callbacks.
-
-Notes
------
-Where it differs:
-
-- Theirs: swaps before the first update, so that validation sees untrained weights; here: validates
-  the weights in training.
-- Theirs: under ``bf16-true`` each validation rounds the float32 average; here: it stays exact.
-- Theirs: an exception in validation leaves the average in the model; here: the weights are
-  restored.
-- Theirs: ``save_weights_only=True`` saves raw weights although the average was monitored; here:
-  saves the average.
-- Theirs: a checkpoint at the end of training holds the average twice; here: the average and the
-  weights in training.
-- Theirs: a run that ends without an update resets the model to its initial weights; here: keeps the
-  trained weights.
-- Theirs: resuming a finished run leaves the weights in training in the model; here: leaves the
-  average.
-- Theirs: outside of ``fit``, puts the average or the weights of an earlier ``fit`` into the model;
-  here: leaves the model alone.
-- Theirs: a second ``fit`` continues the step count of the first, and the epoch of the latest update
-  is not saved; here: the count restarts, and the epoch is saved.
-"""
+"""The classes and functions of this package."""
 
 from __future__ import annotations
 
@@ -38,7 +8,7 @@ from typing import Any, Final, Literal
 import torch
 
 from fastema.compat.averager import ModelAverager
-from fastema.compat.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from fastema.compat.swa_utils.classes import AveragedModel, get_ema_multi_avg_fn
 from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.errors import ArgumentError, StateError
 from fastema.lightning.packages import LIGHTNING_MODULES, PACKAGES, replace_method
