@@ -85,6 +85,6 @@ class Exporting:
 def test_saved_arrays_of_an_unknown_framework_are_loaded_on_the_host() -> None:
     ema = fastema.EMA({"a": np.ones(3, np.float32)})
     state = ema.state_dict()
-    state["shadow"] = [{"a": Exporting(np.full(3, 7.0, np.float32))}]
+    state["shadow.0.a"] = Exporting(np.full(3, 7.0, np.float32))
     ema.load_state_dict(state)
     np.testing.assert_array_equal(ema.shadow["a"], np.full(3, 7.0, np.float32))

@@ -19,6 +19,8 @@ from fastema.errors import (
     LayoutError,
 )
 
+from ..support.states import flat, nested
+
 pytestmark = pytest.mark.torch
 
 ARRAY, TENSOR = np.array([1, 2]), torch.ones(2)
@@ -152,7 +154,7 @@ def test_odd_log_decays_of_a_saved_state_are_named() -> None:
     state, words = ema.state_dict(), r"log_decays is .*, expected one number from .* to 0 per rule"
     for odd in ([0.5], [], ["x"], [-0.1, -0.1], 0.0, None):
         with pytest.raises(CheckpointError, match=words):
-            ema.load_state_dict(state | {"log_decays": odd})
+            ema.load_state_dict(flat(nested(state) | {"log_decays": odd}))
     ema.load_state_dict(state)
 
 
