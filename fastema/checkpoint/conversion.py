@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 from fastema.checkpoint.content import drop_tied_names
 from fastema.checkpoint.detection import known_layouts
 from fastema.checkpoint.files import atomic_write_path, refuse_ending
+from fastema.checkpoint.inspection import verify_files
 from fastema.checkpoint.layout import Layout, StoredAverage
 from fastema.checkpoint.merge import copy, refuse_source
 from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
@@ -21,7 +22,7 @@ from fastema.errors import ArgumentError, CheckpointError, StorageError, format_
 from fastema.rules import Constant, CumulativeMean, Power, Rule, Schedule, Window
 from fastema.rules.checks import validate_decay
 from fastema.shadow.reports import describe_schedule
-from fastema.shadow.state import pack
+from fastema.shadow.state import LOG_DECAYS, pack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,8 +126,12 @@ def convert(
     wanted, out = _writers()[to], Path(dst)
     refuse_ending(out, torch=to not in ("fastema", "safetensors"))
     source = load(src, key=key, index=index)
+    if source.library == "fastema":
+        verify_files(source)  # the new file has checksums of its own
     if decay is not None:
-        source = replace(source, schedule=Schedule(Constant(validate_decay(decay))))
+        kept = {k: v for k, v in source.options.items() if k not in ("kind", LOG_DECAYS)}
+        constant = Schedule(Constant(validate_decay(decay)))
+        source = replace(source, schedule=constant, options=kept)
     source, lost = _arrange_tensors(source, wanted, _model_names(names, out))
     lost += source.notes
     if source.library == "model":
@@ -218,6 +223,9 @@ def _arrange_tensors(
         if missing:
             raise CheckpointError(f"none of the names is {missing[0]!r} when its dots are removed")
         new = [dots[name] for name in keys]
+    if len(set(new)) < len(new):
+        twice = next(name for name in new if new.count(name) > 1)
+        raise CheckpointError(f"names: {twice!r} is there twice; each tensor needs its own name")
     source = replace(
         source, checkpoint=_select_and_rename(found, dict(zip(new, keys, strict=True)))
     )
@@ -365,9 +373,10 @@ def _write_ours(source: StoredAverage, out: Path) -> None:
         )
     kind = next((name for known, name in _KINDS.items() if isinstance(rule, known)), "EMA")
     kind = source.options.get("kind", kind) if source.library == "fastema" else kind
-    seed = source.options.get("seed", 0) if source.library == "fastema" else 0
-    counters = {"num_updates": source.num_updates or 0, "num_skipped": 0, "seed": seed}
-    logs = schedule.log_decays(counters["num_updates"])
+    own = source.options if source.library == "fastema" else {}
+    counters = {"num_updates": source.num_updates or 0}
+    counters |= {name: own.get(name, 0) for name in ("num_skipped", "seed")}
+    logs = own.get(LOG_DECAYS) or schedule.log_decays(counters["num_updates"])
     tensors = {"shadow": [_tensors(drop_tied_names(source.checkpoint))]}
     rounding = source.options.get("rounding", "stochastic")
     write_tensors(out, pack(kind, counters, schedule, logs, rounding, tensors, source.parameters))

@@ -21,7 +21,7 @@ from fastema.checkpoint.torch_file import data_of
 from fastema.errors import CheckpointError
 from fastema.layout.dtypes import NAME_OF, dtype
 from fastema.layout.flat import row_major
-from fastema.shadow.state import part_of_key
+from fastema.shadow.state import HEADER, part_of_key
 
 __all__ = [
     "ChunkedTensor",
@@ -278,10 +278,11 @@ def _extents(found: Any) -> tuple[int, ...]:
 def average_in(folder: Folder, key: str | None, which: int | None) -> dict[str, str]:
     """Return name to key for the only average that matches; None matches any value."""
     found: dict[tuple[str, int], dict[str, str]] = {}
-    for flat in folder.tensors:
-        *parents, last = folder.places.get(flat, (flat,))
+    places = {flat: folder.places.get(flat, (flat,)) for flat in folder.tensors}
+    states = {place[:-1] for place in places.values() if place[-1] == HEADER}
+    for flat, (*parents, last) in places.items():
         part, index, name = part_of_key(last) or ("", 0, "")
-        if part == "shadow":
+        if part == "shadow" and tuple(parents) in states:  # else a model's
             found.setdefault((".".join(map(str, parents)), index), {})[name] = flat
     chosen = [
         one
@@ -385,7 +386,7 @@ def stretches_of(name: str, stored: ChunkedTensor) -> Stretches:
 
     def table() -> NDArray[np.int64]:
         parts = [_stretches(name, stored.tensor, one, files.index(one.file)) for one in chunks]
-        whole = np.concatenate(parts)
+        whole = np.concatenate([np.empty((0, 3), np.int64), *parts])
         return np.asarray(whole[np.argsort(whole[:, 2], kind="stable")])
 
     return Stretches(files, table)

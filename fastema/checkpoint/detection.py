@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -13,7 +13,15 @@ from fastema.checkpoint.layout import Layout, StoredContents
 from fastema.checkpoint.source import PROVENANCE, Checkpoint
 from fastema.errors import ArgumentError, CheckpointError
 from fastema.rules import Power, Schedule
-from fastema.shadow.state import HEADER, PARAMETERS, parse_header, part_of_key
+from fastema.shadow.state import (
+    HEADER,
+    KINDS,
+    LOG_DECAYS,
+    PARAMETERS,
+    VERSION,
+    parse_header,
+    part_of_key,
+)
 
 __all__ = ["detect", "explain_foreign_state", "known_layouts"]
 
@@ -30,11 +38,13 @@ def known_layouts() -> dict[str, list[Layout]]:
     }
 
 
-def _find(mapping: Mapping[Any, Any]) -> tuple[str, Layout, Mapping[Any, Any]] | None:
+def _find(
+    mapping: Mapping[Any, Any], *, weak: bool = False
+) -> tuple[str, Layout, Mapping[Any, Any]] | None:
     """Return the library of a mapping, its layout and the average's state in it, or None."""
     for library, layouts in known_layouts().items():
         for layout in layouts:
-            state = layout.find(mapping)
+            state = layout.find(mapping) if layout.weak == weak else None
             if state is not None:
                 return library, layout, state
     return None
@@ -60,9 +70,10 @@ def detect(
                 found = layout.read_folder(content) if layout.read_folder else None
                 if found is not None:
                     return library, found
-    for state in _candidates(content.mapping):
-        if HEADER in state:
+    for state in _own_candidates(content.mapping):  # first: others' keys may stand beside it
+        if _is_own(state):
             return "fastema", _of_state(content, state, index)
+    for state in (content.mapping, *_mappings(content.mapping.get(name) for name in _WITHIN)):
         known = _find(state)
         if known is not None:
             return known[0], known[1].read(content, known[2])
@@ -72,26 +83,31 @@ def detect(
             beside = content.mapping.get("model", content.mapping.get("state_dict"))
             weights = beside if isinstance(beside, Mapping) else None
             return "state dict", StoredContents(inner, weights=weights)
-    return "model", None
+    known = _find(content.mapping, weak=True)
+    return ("model", None) if known is None else (known[0], known[1].read(content, known[2]))
 
 
-def _candidates(mapping: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
-    """Yield the mappings in a file that may be the state of an average, or hold one."""
+def _mappings(values: Iterable[Any]) -> list[Mapping[Any, Any]]:
+    return [one for one in values if isinstance(one, Mapping)]
+
+
+def _own_candidates(mapping: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
+    """Return the mappings in a file that may be a state of fastema."""
     callbacks = mapping.get("callbacks")  # Lightning, with a callback of fastema
-    for one in callbacks.values() if isinstance(callbacks, Mapping) else ():
-        inner = one.get("ema") if isinstance(one, Mapping) else None
-        if isinstance(inner, Mapping) and HEADER in inner:
-            yield inner
-    yield mapping
-    for name in _WITHIN:
-        inner = mapping.get(name)
-        if isinstance(inner, Mapping):
-            yield inner
+    states = callbacks.values() if isinstance(callbacks, Mapping) else ()
+    inside = _mappings(one.get("ema") for one in _mappings(states))
+    return [*inside, mapping, *_mappings(mapping.values())]
+
+
+def _is_own(mapping: Mapping[Any, Any]) -> bool:
+    """Return whether a mapping is a state of fastema: a model may have a tensor of that name."""
+    header = mapping.get(HEADER)
+    return not isinstance(header, Mapping | None) and any(map(part_of_key, mapping))
 
 
 def explain_foreign_state(state: Mapping[Any, Any]) -> str:
     """Return what the state of another library is and which call reads it; empty if unknown."""
-    known = _find(state)
+    known = _find(state) or _find(state, weak=True)
     if known is None:
         return ""
     _, layout, _ = known
@@ -121,6 +137,11 @@ def _of_state(content: Content, state: Mapping[Any, Any], index: int) -> StoredC
         header = parse_header(bytes(content.read(HEADER, state[HEADER])))
     except CheckpointError as error:
         raise CheckpointError(f"{content.path}: {error}") from None
+    if header.get("version") != VERSION or header.get("kind") not in KINDS:
+        raise CheckpointError(
+            f"{content.path}: version {header.get('version')!r} of a state of "
+            f"{header.get('kind')!r} is not known, only {VERSION} of {', '.join(KINDS)}"
+        )
     schedule = _parse_schedule(content, header)
     keys = {key: found for key in state if (found := part_of_key(key)) is not None}
     several: dict[int, dict[str, Any]] = {}
@@ -140,9 +161,10 @@ def _of_state(content: Content, state: Mapping[Any, Any], index: int) -> StoredC
         notes.append("the average is split; its halves in 'residual' are not in these tensors")
     if "ring" in parts:
         notes.append("the windowed mean's latest weights are in 'ring'")
-    options: dict[str, Any] = {
-        key: header[key] for key in ("kind", "rounding", "seed") if key in header
-    }
+    known = ("kind", "rounding", "seed", "num_skipped")
+    options: dict[str, Any] = {key: header[key] for key in known if key in header}
+    if isinstance(logs := header.get(LOG_DECAYS), list) and len(logs) == len(several):
+        options[LOG_DECAYS] = [logs[index]]
     count = content.whole(header.get("num_updates", 0), "num_updates")
     listed = header.get(PARAMETERS)
     if listed is not None and not _are_names(listed):

@@ -15,7 +15,7 @@ from fastema.checkpoint.stored import load
 from fastema.errors import CheckpointError
 from fastema.rules.reach import Reach, effective_steps
 
-__all__ = ["Description", "inspect"]
+__all__ = ["Description", "inspect", "verify_files"]
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def inspect(
         sum(one.size for one in tensors),
         sum(one.nbytes for one in tensors),
         dtypes,
-        _verify_files(found) if check else "sizes",
+        verify_files(found) if check else "sizes",
     )
 
 
@@ -134,7 +134,8 @@ def _reach(found: StoredAverage) -> Reach | None:
     return effective_steps(schedule.rules[0], count - schedule.start_after, schedule.update_every)
 
 
-def _verify_files(found: StoredAverage) -> str:
+def verify_files(found: StoredAverage) -> str:
+    """Return what was verified of an average's files; raise a CheckpointError if they differ."""
     if found.checkpoint.format == "torch.distributed":
         dcp.check(found.path)
         return "checksums"

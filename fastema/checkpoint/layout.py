@@ -129,6 +129,9 @@ class Layout(NamedTuple):
         Whether it stores the number of updates; whether also the weights in training.
     keeps : callable
         Return whether it stores a schedule. By default it stores none.
+    weak : bool
+        Whether a model's state may look like this too: then it is taken only if the whole
+        checkpoint does, and holds nothing else that may be an average.
     read_folder : callable, optional
         Return the contents of a folder of weights if another file in it says that they are an
         average, otherwise None.
@@ -143,6 +146,7 @@ class Layout(NamedTuple):
     counts: bool = False
     weights: bool = False
     keeps: Callable[[Schedule], bool] = lambda schedule: False
+    weak: bool = False
     read_folder: Callable[[Content], StoredContents | None] | None = None
 
 

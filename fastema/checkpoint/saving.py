@@ -13,7 +13,7 @@ from typing import Any
 from fastema.checkpoint import files
 from fastema.checkpoint.source import is_torch_file
 from fastema.checkpoint.state import is_state, read_state, write_tensors
-from fastema.checkpoint.stored import load
+from fastema.checkpoint.stored import find_average_file, load
 from fastema.engine.locks import lock
 from fastema.errors import ArgumentError, CheckpointError
 from fastema.shadow.average import Average, check_average
@@ -155,7 +155,7 @@ def load_into(
     """
     check_average(ema, "load_into()")
     _writer.raise_failed(all_of_them=True)
-    file = Path(path)
+    file = find_average_file(Path(path)) or Path(path)
     if file.is_file() and not is_torch_file(file):
         found = files.read(file)
         if is_state(found):
@@ -167,7 +167,7 @@ def load_into(
                 )
             ema.load_state_dict(state, schedule=schedule)
             return
-    stored = load(file)
+    stored = load(path)
     if stored.library == "model":
         raise CheckpointError(f"{file} holds a model's weights and no average")
     from fastema.checkpoint.transfer import load_stored

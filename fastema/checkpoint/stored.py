@@ -15,7 +15,14 @@ from fastema.checkpoint.source import Checkpoint, open_checkpoint, step_of_name
 from fastema.checkpoint.state import is_state
 from fastema.errors import CheckpointError, FastemaError
 
-__all__ = ["AVERAGE_FILE", "TRAINING_FILE", "StoredAverage", "load", "open_weights"]
+__all__ = [
+    "AVERAGE_FILE",
+    "TRAINING_FILE",
+    "StoredAverage",
+    "find_average_file",
+    "load",
+    "open_weights",
+]
 
 AVERAGE_FILE: Final = "ema.safetensors"
 """Name of the file with the average in a checkpoint folder of the Hugging Face Trainer."""
@@ -63,7 +70,7 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
     >>> found.library, found.names, found.options
     ('torch_ema', 'places', {'decay': 0.9, 'num_updates': 0})
     """
-    own = _find_average_file(Path(path)) if key is None else None
+    own = find_average_file(Path(path)) if key is None else None
     content, whole = open_content(own or Path(path), key)
     try:
         library, found = detect(content, whole, index)
@@ -94,7 +101,7 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
     )
 
 
-def _find_average_file(folder: Path) -> Path | None:
+def find_average_file(folder: Path) -> Path | None:
     """Return the file with an average's state in a folder that also has a model, or None."""
     path = folder / AVERAGE_FILE
     return path if path.is_file() and is_state(files.read(path)) else None

@@ -215,17 +215,17 @@ def load_stored(
 
 def _by_name(ema: EMA, stored: StoredAverage) -> dict[str, Tensor]:
     """Read the tensors of a file under the names that they have in an average."""
-    tensors, own = tensors_of(stored.checkpoint), list(ema.shadow)
+    tensors, own = tensors_of(stored.checkpoint), list(ema.shadows[0])
     if stored.names == "full":
         return tensors
     if stored.names == "without dots":
         dots = {name.replace(".", ""): name for name in own}
         return {dots.get(name, name): one for name, one in tensors.items()}
     listed = own if ema._names.parameters is None else ema._names.parameters
-    every = [name for name in listed if name in ema.shadow]
+    every = [name for name in listed if name in ema.shadows[0]]
     averaged = [name for name in every if name in ema.averaged_names]
     for names in (averaged, every):  # the list may or may not include frozen parameters
-        shapes = [ema.shadow[name].shape for name in names]
+        shapes = [ema.shadows[0][name].shape for name in names]
         if shapes == [one.shape for one in tensors.values()]:
             return dict(zip(names, tensors.values(), strict=True))
     raise CheckpointError(

@@ -19,7 +19,10 @@ def explain_foreign_state(state: Any) -> str:
     if not isinstance(state, Mapping) or not state:
         return lacks
     if all(isinstance(name, str) and name.startswith(_BEGINNINGS) for name in state):
-        return f"{lacks}, but the tensors of one without the tensor 'fastema', which describes them"
+        return (
+            f"{lacks}, but tensors with such names, without the tensor 'fastema' that describes "
+            "them: a part of a state, or a model's"
+        )
     inside = [name for name, one in state.items() if isinstance(one, Mapping) and "fastema" in one]
     if inside:
         return f"{lacks}, but holds one: load the entry {inside[0]!r}"

@@ -32,7 +32,10 @@ from fastema.shadow.store import PARTS, Tensors
 
 __all__ = [
     "HEADER",
+    "KINDS",
+    "LOG_DECAYS",
     "PARAMETERS",
+    "VERSION",
     "Saved",
     "SavedOrMine",
     "join_state",
@@ -51,7 +54,10 @@ HEADER: Final = "fastema"
 
 VERSION: Final = 1
 
-_KEY: Final = re.compile(rf"({'|'.join(PARTS)})\.(0|[1-9]\d{{0,5}})\.(.+)", re.DOTALL)
+KINDS: Final = ("EMA", "SWA", "SMA", "PowerEMA")
+"""Classes whose states there are."""
+
+_KEY: Final = re.compile(rf"({'|'.join(PARTS)})\.(0|[1-9]\d{{0,5}})\.(.*)", re.DOTALL)
 
 _ROOM: Final = 4096
 """Bytes of a header for each average, besides the names of parameters."""
@@ -189,7 +195,10 @@ def _check_part(found: Mapping[int, Any], part: str, count: int) -> list[str]:
     if count and not found:
         return [f"it has no {part!r}: no tensor's name begins with '{part}.0.'"]
     if found and not count:
-        return [f"{part!r} is unexpected: the average is stored in another way"]
+        return [
+            f"{part!r} is unexpected: build the average with the saved class and shadow_dtype "
+            "('bf16+16' has two halves)"
+        ]
     if found and max(found) + 1 != count:
         return [f"{part!r} holds {max(found) + 1} averages, expected {count}"]
     return []

@@ -12,12 +12,24 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastema
-from fastema.checkpoint import average, convert, inspect, load, load_into, open_checkpoint, save
+from fastema.checkpoint import (
+    average,
+    convert,
+    inspect,
+    load,
+    load_into,
+    load_state,
+    open_checkpoint,
+    save,
+)
 from fastema.checkpoint.folder import pieces
 from fastema.checkpoint.merge import prepare
 from fastema.checkpoint.stored import open_weights
 from fastema.checkpoint.transfer import tensors_of
+from fastema.distributed import consolidate
 from fastema.errors import CheckpointError
+
+from ..support.states import nested
 
 NEEDS = ("safetensors", "torch")
 
@@ -171,3 +183,79 @@ def test_flat_state_of_many_tensors_is_read_from_a_distributed_checkpoint(inside
     read = tensors_of(open_checkpoint(inside / "flat"))
     assert read.keys() == state.keys()
     assert all(torch.equal(read[name], one) for name, one in state.items())
+
+
+def save_trainer_folder(folder: Path) -> Any:
+    """Save an average as the Trainer's callback does, beside a model, with one bit flipped."""
+    ema = fastema.EMA(nn.Linear(3, 2), decay=0.9)
+    folder.mkdir()
+    save(ema, folder / "ema.safetensors")
+    save_file(nn.Linear(3, 2).state_dict(), folder / "model.safetensors")
+    return ema
+
+
+def test_damaged_average_in_a_folder_is_neither_loaded_nor_converted(inside: Path) -> None:
+    folder = inside / "checkpoint-5"
+    ema = save_trainer_folder(folder)
+    whole = bytearray((folder / "ema.safetensors").read_bytes())
+    whole[whole.index(ema.shadow["weight"].numpy().tobytes())] ^= 1
+    (folder / "ema.safetensors").write_bytes(whole)
+    before = ema.shadow["weight"].clone()
+    for path in (folder, folder / "ema.safetensors"):
+        for call in (
+            lambda path=path: load_into(ema, path),
+            lambda path=path: convert(path, "out.safetensors", to="fastema"),
+            lambda path=path: convert(path, "out.pt", to="swa_utils"),
+        ):
+            with pytest.raises(CheckpointError, match="is damaged"):
+                call()
+    assert torch.equal(ema.shadow["weight"], before)
+    assert {one.name for one in inside.iterdir()} == {"checkpoint-5"}
+
+
+def test_a_model_with_names_like_a_states_is_not_taken_for_an_average(inside: Path) -> None:
+    model = nn.ModuleDict({"shadow": nn.ModuleList([nn.Linear(2, 2)])})
+    dcp.save({"model": model.state_dict()}, checkpoint_id=inside / "raw", no_dist=True)
+    with pytest.raises(CheckpointError, match="holds 0 averages"):
+        consolidate(inside / "raw", inside / "out")
+    ema = fastema.EMA(model)
+    state = {"model": model.state_dict(), "ema": ema.state_dict()}
+    dcp.save(state, checkpoint_id=inside / "both", no_dist=True)
+    consolidate(inside / "both", inside / "out")
+    assert set(load_file(inside / "out" / "model.safetensors")) == set(ema.shadow)
+
+
+def test_empty_tensor_is_read_from_a_distributed_checkpoint(inside: Path) -> None:
+    ema = fastema.EMA({"a": torch.ones(0, 2), "b": torch.ones(2)})
+    dcp.save(ema.state_dict(), checkpoint_id=inside / "dcp", no_dist=True)
+    load_into(ema, inside / "dcp")
+    assert ema.shadow["a"].shape == (0, 2)
+
+
+def test_conversion_to_our_own_format_keeps_all_counters(inside: Path) -> None:
+    weights = {"w": np.ones(2)}
+    ema = fastema.EMA(weights, 0.9, zero_debias=True, on_nonfinite="skip", seed=5)
+    for value in (2.0, np.nan, 3.0):
+        weights["w"][:] = value
+        ema.update()
+    save(ema, "in.safetensors")
+    convert("in.safetensors", "out.safetensors", to="fastema")
+    states = [nested(load_state(path, weights)) for path in ("in.safetensors", "out.safetensors")]
+    for state in states:
+        assert (state["num_updates"], state["num_skipped"], state["seed"]) == (2, 1, 5)
+    assert states[0]["log_decays"] == states[1]["log_decays"]
+    sma = fastema.SMA(weights, window=2)
+    save(sma, "sma.safetensors")
+    convert("sma.safetensors", "ema.safetensors", to="fastema", decay=0.5)
+    load_into(fastema.EMA(weights, 0.5), "ema.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("decay", "LitEma's own entry"), ("a", "is there twice")]
+)
+def test_conversion_never_drops_a_tensor_in_silence(inside: Path, name: str, said: str) -> None:
+    tensors = [torch.ones(2), torch.zeros(3)]
+    torch.save({"decay": 0.9, "num_updates": 3, "shadow_params": tensors}, "list.pt")
+    with pytest.raises(CheckpointError, match=said):
+        convert("list.pt", "out.pt", to="litema", names=[name, "a"])
+    assert not (inside / "out.pt").exists()

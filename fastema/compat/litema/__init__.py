@@ -70,6 +70,11 @@ def _write(source: StoredAverage, tensors: Mapping[str, Any], _: Any) -> dict[st
     short = {name.replace(".", ""): one for name, one in tensors.items()}
     if len(short) != len(tensors):
         raise CheckpointError(f"{source.path}: two names are the same without dots")
+    taken = {"decay", "num_updates"} & short.keys()
+    if taken:
+        raise CheckpointError(
+            f"{source.path}: {min(taken)!r} is a parameter, and LitEma's own entry; rename it"
+        )
     count = (source.num_updates or 0) if has_warmup(source) else -1
     decay = scalar(decay_of(source, "litema"), "float32")
     return {"decay": decay, "num_updates": scalar(count, "int32"), **short}

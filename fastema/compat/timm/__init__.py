@@ -72,6 +72,7 @@ WRAPPED: Final = Layout(
     with_prefix("module."),
     _read_wrapped,
     "fastema.compat.timm.ModelEmaV3.load_state_dict",
+    weak=True,
 )
 
 if not TYPE_CHECKING:
