@@ -50,7 +50,7 @@ from fastema.rules.posthoc import ExponentialProfile, PowerProfile, Profile, sol
 from fastema.rules.power import Power, gamma_of, sigma_rel_of, validate_gamma
 from fastema.shadow.average import Average, check_average
 from fastema.shadow.options import dtype_of
-from fastema.shadow.state import split_state
+from fastema.shadow.state import select_average, split_state
 
 __all__ = ["Snapshot", "Synthesized", "find_snapshots", "save_snapshot", "synthesize"]
 
@@ -159,7 +159,7 @@ def _save(average: Average, chosen: list[int], folder: Path, wanted: DType | Non
         rule = schedule.rules[index]
         assert isinstance(rule, Power)
         residual = parts.get("residual", {}).get(index, {})
-        shadow = {**parts["shadow"][0], **parts["shadow"][index]}  # copied tensors are stored once
+        shadow = select_average(parts["shadow"], index)
         tensors = _tensors_to_write(shadow, residual, averaged, wanted)
         path = folder / f"step{step:09d}-{_width(rule.gamma)}.safetensors"
         write(

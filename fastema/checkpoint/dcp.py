@@ -21,7 +21,7 @@ from fastema.checkpoint.torch_file import data_of
 from fastema.errors import CheckpointError
 from fastema.layout.dtypes import NAME_OF, dtype
 from fastema.layout.flat import row_major
-from fastema.shadow.state import HEADER, part_of_key
+from fastema.shadow.state import HEADER, part_of_key, select_average
 
 __all__ = [
     "ChunkedTensor",
@@ -277,26 +277,26 @@ def _extents(found: Any) -> tuple[int, ...]:
 
 def average_in(folder: Folder, key: str | None, which: int | None) -> dict[str, str]:
     """Return name to key for the only average that matches; None matches any value."""
-    found: dict[tuple[str, int], dict[str, str]] = {}
+    found: dict[str, dict[int, dict[str, str]]] = {}
     places = {flat: folder.places.get(flat, (flat,)) for flat in folder.tensors}
     states = {place[:-1] for place in places.values() if place[-1] == HEADER}
     for flat, (*parents, last) in places.items():
         part, index, name = part_of_key(last) or ("", 0, "")
         if part == "shadow" and tuple(parents) in states:  # else a model's
-            found.setdefault((".".join(map(str, parents)), index), {})[name] = flat
+            state = found.setdefault(".".join(map(str, parents)), {})
+            state.setdefault(index, {})[name] = flat
+    held = [(prefix, index) for prefix, averages in found.items() for index in averages]
     chosen = [
-        one
-        for one in found
-        if (key is None or one[0] == key) and (which is None or one[1] == which)
+        one for one in held if (key is None or one[0] == key) and (which is None or one[1] == which)
     ]
     if len(chosen) != 1:
-        there = ", ".join(f"key={k!r}, which={w}" for k, w in sorted(found)) or "none"
+        there = ", ".join(f"key={k!r}, which={w}" for k, w in sorted(held)) or "none"
         raise CheckpointError(
             f"{folder.path} holds {len(chosen)} averages that match key={key!r} and "
             f"which={which!r}; it has: {there}"
         )
     prefix, index = chosen[0]
-    return {**found.get((prefix, 0), {}), **found[prefix, index]}  # copied tensors are stored once
+    return select_average(found[prefix], index)
 
 
 def state_in(folder: Folder, key: str) -> dict[str, str]:

@@ -21,6 +21,7 @@ from fastema.shadow.state import (
     VERSION,
     parse_header,
     part_of_key,
+    select_average,
 )
 
 __all__ = ["detect", "explain_foreign_state", "known_layouts"]
@@ -171,7 +172,7 @@ def _of_state(content: Content, state: Mapping[Any, Any], index: int) -> StoredC
         raise CheckpointError(f"{content.path}: {PARAMETERS!r} is not a list of names")
     own = {key: state[key] for key in (HEADER, *keys)}
     return StoredContents(
-        {**several[0], **several[index]},
+        select_average(several, index),
         "full",
         count,
         chosen,

@@ -42,6 +42,7 @@ __all__ = [
     "pack",
     "parse_header",
     "part_of_key",
+    "select_average",
     "split_state",
     "unpack",
 ]
@@ -132,6 +133,11 @@ def part_of_key(key: Any) -> tuple[str, int, str] | None:
     """Return the part, the average's index and the tensor's name of a key; None for others."""
     match = _KEY.fullmatch(key) if isinstance(key, str) else None
     return None if match is None else (match[1], int(match[2]), match[3])
+
+
+def select_average(averages: Mapping[int, Mapping[str, Any]], index: int) -> dict[str, Any]:
+    """Return the tensors of an average; those that are only copied are in average 0 alone."""
+    return {**averages.get(0, {}), **averages[index]}
 
 
 def parse_header(text: bytes) -> dict[str, Any]:

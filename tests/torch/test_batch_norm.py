@@ -207,7 +207,7 @@ class Wrapper(nn.Module):
 
 
 class WithOptions(Wrapper):
-    """Take an input and any options, of which the module inside knows none."""
+    """Take an input, and options that the module inside does not know."""
 
     def forward(self, x: Tensor, **options: Any) -> Any:
         assert options == {"mask": 1}
