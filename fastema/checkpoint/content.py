@@ -16,6 +16,7 @@ from fastema.checkpoint.pickles import PickledTensor
 from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
 from fastema.checkpoint.stretches import Place
 from fastema.errors import CheckpointError
+from fastema.rules.checks import MAX_STEPS
 
 __all__ = ["Content", "StoredLeaf", "collect_tensors", "drop_tied_names", "open_content"]
 
@@ -85,7 +86,7 @@ class Content(NamedTuple):
     def whole(self, found: Any, name: str) -> int:
         """Return a stored integer, at least 0; raise a CheckpointError for any other value."""
         value = self.number(found, name)
-        if not 0 <= value < 2**62 or value != int(value):
+        if not 0 <= value <= MAX_STEPS or value != int(value):
             raise CheckpointError(f"{self.path}: {name!r} is {value}, expected a count")
         return int(value)
 

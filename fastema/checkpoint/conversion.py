@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
 
 from fastema.checkpoint.content import drop_tied_names
 from fastema.checkpoint.detection import known_layouts
@@ -16,16 +20,13 @@ from fastema.checkpoint.inspection import verify_files
 from fastema.checkpoint.layout import Layout, StoredAverage
 from fastema.checkpoint.merge import copy, refuse_source
 from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
-from fastema.checkpoint.state import write_tensors
+from fastema.checkpoint.state import import_torch, read_tensors, write_tensors
 from fastema.checkpoint.stored import load
 from fastema.errors import ArgumentError, CheckpointError, StorageError, format_problems
 from fastema.rules import Constant, CumulativeMean, Power, Rule, Schedule, Window
 from fastema.rules.checks import validate_decay
 from fastema.shadow.reports import describe_schedule
 from fastema.shadow.state import LOG_DECAYS, pack
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["Conversion", "convert", "writable_libraries"]
 
@@ -313,21 +314,18 @@ class _Writer(NamedTuple):
     keeps: Callable[[Schedule], bool] = lambda schedule: False
 
 
-def _tensors(checkpoint: Checkpoint | None) -> dict[str, Tensor]:
-    from fastema.checkpoint.transfer import tensors_of
-
-    return {} if checkpoint is None else tensors_of(checkpoint)
-
-
 def _writer_of(library: str, layout: Layout) -> _Writer:
     """Return what writes a library's layout with ``torch.save``."""
 
     def write(source: StoredAverage, out: Path) -> None:
-        import torch
-
+        torch = import_torch(f"convert(to={library!r})")
         assert layout.write is not None
-        weights = _tensors(source.weights if layout.weights else None)
-        made = layout.write(source, _tensors(source.checkpoint), weights)
+        weights = source.weights if layout.weights else None
+        made = layout.write(
+            source,
+            read_tensors(source.checkpoint, torch.empty(0)),
+            {} if weights is None else read_tensors(weights, torch.empty(0)),
+        )
         with atomic_write_path(out) as partial, open(partial, "xb") as opened:
             try:
                 torch.save(made, opened)
@@ -377,7 +375,10 @@ def _write_ours(source: StoredAverage, out: Path) -> None:
     counters = {"num_updates": source.num_updates or 0}
     counters |= {name: own.get(name, 0) for name in ("num_skipped", "seed")}
     logs = own.get(LOG_DECAYS) or schedule.log_decays(counters["num_updates"])
-    tensors = {"shadow": [_tensors(drop_tied_names(source.checkpoint))]}
+    like: Any = np.empty(0)
+    with suppress(ImportError):  # NumPy alone has no bf16
+        like = import_module("torch").empty(0)
+    tensors = {"shadow": [read_tensors(drop_tied_names(source.checkpoint), like)]}
     rounding = source.options.get("rounding", "stochastic")
     write_tensors(out, pack(kind, counters, schedule, logs, rounding, tensors, source.parameters))
 

@@ -18,10 +18,11 @@ from fastema.shadow.state import (
     KINDS,
     LOG_DECAYS,
     PARAMETERS,
-    VERSION,
+    check_version,
     parse_header,
     part_of_key,
     select_average,
+    split_tensors,
 )
 
 __all__ = ["detect", "explain_foreign_state", "known_layouts"]
@@ -136,20 +137,16 @@ def _of_metadata(
 def _of_state(content: Content, state: Mapping[Any, Any], index: int) -> StoredContents:
     try:
         header = parse_header(bytes(content.read(HEADER, state[HEADER])))
+        parts = split_tensors(state)
     except CheckpointError as error:
         raise CheckpointError(f"{content.path}: {error}") from None
-    if header.get("version") != VERSION or header.get("kind") not in KINDS:
-        raise CheckpointError(
-            f"{content.path}: version {header.get('version')!r} of a state of "
-            f"{header.get('kind')!r} is not known, only {VERSION} of {', '.join(KINDS)}"
-        )
+    problems = check_version(header)
+    if header.get("kind") not in KINDS:
+        problems.append(f"it was saved by {header.get('kind')!r}, not by {', '.join(KINDS)}")
+    if problems:
+        raise CheckpointError(f"{content.path}: {'; '.join(problems)}")
     schedule = _parse_schedule(content, header)
-    keys = {key: found for key in state if (found := part_of_key(key)) is not None}
-    several: dict[int, dict[str, Any]] = {}
-    for key, (part, number, name) in keys.items():
-        if part == "shadow":
-            several.setdefault(number, {})[name] = state[key]
-    parts = {part for part, _, _ in keys.values()}
+    several = parts.get("shadow", {})
     if several.keys() != {*range(len(schedule.rules))}:
         raise CheckpointError(
             f"{content.path} holds {len(several)} averages, and {len(schedule.rules)} schedules"
@@ -166,21 +163,12 @@ def _of_state(content: Content, state: Mapping[Any, Any], index: int) -> StoredC
     options: dict[str, Any] = {key: header[key] for key in known if key in header}
     if isinstance(logs := header.get(LOG_DECAYS), list) and len(logs) == len(several):
         options[LOG_DECAYS] = [logs[index]]
-    count = content.whole(header.get("num_updates", 0), "num_updates")
     listed = header.get(PARAMETERS)
     if listed is not None and not _are_names(listed):
         raise CheckpointError(f"{content.path}: {PARAMETERS!r} is not a list of names")
-    own = {key: state[key] for key in (HEADER, *keys)}
+    averages, count = select_average(several, index), header["num_updates"]
     return StoredContents(
-        select_average(several, index),
-        "full",
-        count,
-        chosen,
-        options,
-        None,
-        tuple(notes),
-        listed,
-        own,
+        averages, "full", count, chosen, options, None, tuple(notes), listed, state
     )
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fastema.checkpoint import files
-from fastema.checkpoint.source import is_torch_file
-from fastema.checkpoint.state import is_state, read_state, write_tensors
-from fastema.checkpoint.stored import find_average_file, load
+from fastema.checkpoint.inspection import verify_files
+from fastema.checkpoint.source import Checkpoint
+from fastema.checkpoint.state import import_torch, read_tensors, write_tensors
+from fastema.checkpoint.stored import load, open_own_file
 from fastema.engine.locks import lock
 from fastema.errors import ArgumentError, CheckpointError
 from fastema.shadow.average import Average, check_average
@@ -155,24 +156,29 @@ def load_into(
     """
     check_average(ema, "load_into()")
     _writer.raise_failed(all_of_them=True)
-    file = find_average_file(Path(path)) or Path(path)
-    if file.is_file() and not is_torch_file(file):
-        found = files.read(file)
-        if is_state(found):
-            state = read_state(found, next(iter(ema.shadows[0].values())))
-            if num_updates is not None:
-                raise ArgumentError(
-                    f"num_updates={num_updates!r}: {file} is a file of fastema and records it; "
-                    "leave it out"
-                )
-            ema.load_state_dict(state, schedule=schedule)
-            return
-    stored = load(path)
-    if stored.library == "model":
-        raise CheckpointError(f"{file} holds a model's weights and no average")
-    from fastema.checkpoint.transfer import load_stored
+    like = next(iter(ema.shadows[0].values()))
+    own: files.File | Checkpoint | None = open_own_file(Path(path))
+    if own is None:
+        stored = load(path)
+        if stored.library == "model":
+            raise CheckpointError(f"{path} holds a model's weights and no average")
+        if Path(path).is_file():
+            verify_files(stored)
+        if stored.state is None:
+            what = f"loading an average of {stored.library} ({path})"
+            if not isinstance(like, import_torch(what).Tensor):
+                raise ArgumentError(f"{what} is possible for averages of PyTorch models alone")
+            from fastema.checkpoint.transfer import load_stored
 
-    load_stored(ema, stored, schedule, num_updates)
+            load_stored(ema, stored, num_updates)
+            return
+        own = stored.state
+    if num_updates is not None:
+        raise ArgumentError(
+            f"num_updates={num_updates!r}: {own.path} is a state of fastema and records it; leave "
+            "it out"
+        )
+    ema.load_state_dict(read_tensors(own, like), schedule=schedule)
 
 
 def wait() -> None:

@@ -6,15 +6,21 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
-from typing import Any, Final
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from fastema.bridges.memory import bytes_of, row_major_on_host
 from fastema.bridges.registry import describe, memory_of
 from fastema.checkpoint import files
-from fastema.errors import CheckpointError, DTypeError
+from fastema.errors import ArgumentError, CheckpointError, DTypeError
 from fastema.shadow.state import HEADER
 
+if TYPE_CHECKING:
+    from fastema.checkpoint.source import Checkpoint
+
 __all__ = [
+    "import_torch",
     "is_state",
     "load_state",
     "read_state",
@@ -40,21 +46,34 @@ def write_tensors(
     files.write(path, specs, **{_SUMS: json.dumps(sums)}, **metadata)
 
 
-def read_tensors(found: files.File, like: Any) -> dict[str, Any]:
-    """Read the tensors of a safetensors file into arrays of the framework of ``like``.
+def read_tensors(found: files.File | Checkpoint, like: Any) -> dict[str, Any]:
+    """Read tensors into arrays of the framework of ``like``.
 
-    Raise a CheckpointError if a checksum differs. Without checksums, as other programs write the
-    file, nothing is verified.
+    Raise a CheckpointError if that framework has no such dtype, or if a checksum of a safetensors
+    file differs. Without checksums, as other programs write the file, nothing is verified. A
+    checkpoint may have other names than its files: verify those.
     """
-    bridge, sums = memory_of(like), _checksums(found)
+    bridge, sums = memory_of(like), _checksums(found) if isinstance(found, files.File) else None
     tensors = {}
     with found.opened() as read:
         for name, stored in found.tensors.items():
-            tensors[name] = array = _allocate(stored, bridge)
+            try:
+                array = bridge.zeros(stored.size, stored.kind.code, "cpu").reshape(stored.shape)
+            except DTypeError as error:
+                raise CheckpointError(f"{found.path}: {error}") from None
             read(name, 0, bytes_of(array))
             if sums is not None and sums.get(name) != zlib.crc32(bytes_of(array)):
-                raise _damaged(found, name)
+                raise _damaged(found.path, name)
+            tensors[name] = array
     return tensors
+
+
+def import_torch(needs: str) -> Any:
+    """Return PyTorch's module; raise an ArgumentError if it is missing."""
+    try:
+        return import_module("torch")
+    except ImportError:
+        raise ArgumentError(f"{needs} needs PyTorch: pip install torch") from None
 
 
 def _checksums(found: files.File) -> dict[str, Any] | None:
@@ -68,11 +87,6 @@ def _checksums(found: files.File) -> dict[str, Any] | None:
     if not isinstance(sums, dict):
         raise CheckpointError(f"{found.path} is damaged: its checksums are not a mapping")
     return sums
-
-
-def _allocate(stored: files.StoredTensor, bridge: Any) -> Any:
-    """Return an array for a tensor in the memory of a bridge's framework."""
-    return bridge.zeros(stored.size, stored.kind.code, "cpu").reshape(stored.shape)
 
 
 def is_state(found: files.File) -> bool:
@@ -94,12 +108,12 @@ def verify_checksums(found: files.File) -> bool:
                 read(name, first, part)
                 crc = zlib.crc32(part, crc)
             if sums.get(name) != crc:
-                raise _damaged(found, name)
+                raise _damaged(found.path, name)
     return True
 
 
-def _damaged(found: files.File, name: str) -> CheckpointError:
-    return CheckpointError(f"{found.path} is damaged: {name!r} differs from what was written")
+def _damaged(path: Path, name: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {name!r} differs from what was written")
 
 
 def read_state(found: files.File, like: Any) -> dict[str, Any]:
@@ -109,10 +123,7 @@ def read_state(found: files.File, like: Any) -> dict[str, Any]:
     """
     if not is_state(found):
         raise CheckpointError(f"{found.path} does not hold the state of an average")
-    try:
-        return read_tensors(found, like)
-    except DTypeError as error:
-        raise CheckpointError(f"{found.path}: {error}") from None
+    return read_tensors(found, like)
 
 
 def load_state(path: str | os.PathLike[str], like: Any) -> dict[str, Any]:

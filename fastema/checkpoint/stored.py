@@ -11,7 +11,7 @@ from fastema.checkpoint import files
 from fastema.checkpoint.content import collect_tensors, open_content
 from fastema.checkpoint.detection import detect
 from fastema.checkpoint.layout import StoredAverage
-from fastema.checkpoint.source import Checkpoint, open_checkpoint, step_of_name
+from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint, step_of_name
 from fastema.checkpoint.state import is_state
 from fastema.errors import CheckpointError, FastemaError
 
@@ -19,8 +19,8 @@ __all__ = [
     "AVERAGE_FILE",
     "TRAINING_FILE",
     "StoredAverage",
-    "find_average_file",
     "load",
+    "open_own_file",
     "open_weights",
 ]
 
@@ -70,7 +70,8 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
     >>> found.library, found.names, found.options
     ('torch_ema', 'places', {'decay': 0.9, 'num_updates': 0})
     """
-    own = find_average_file(Path(path)) if key is None else None
+    beside = open_own_file(Path(path)) if key is None and Path(path).is_dir() else None
+    own = None if beside is None else beside.path
     content, whole = open_content(own or Path(path), key)
     try:
         library, found = detect(content, whole, index)
@@ -101,10 +102,13 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
     )
 
 
-def find_average_file(folder: Path) -> Path | None:
-    """Return the file with an average's state in a folder that also has a model, or None."""
-    path = folder / AVERAGE_FILE
-    return path if path.is_file() and is_state(files.read(path)) else None
+def open_own_file(path: Path) -> files.File | None:
+    """Open the file of :func:`save` at a path, or beside the model in a folder; None for others."""
+    file = path / AVERAGE_FILE if path.is_dir() else path
+    if not file.is_file() or is_torch_file(file):
+        return None
+    found = files.read(file)
+    return found if is_state(found) else None
 
 
 def _open_training_weights(average: Path) -> Checkpoint | None:

@@ -8,17 +8,16 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fastema.bridges.memory import bytes_of
 from fastema.bridges.names import strip_wrapper_prefixes
 from fastema.checkpoint.layout import StoredAverage
 from fastema.checkpoint.source import Checkpoint
+from fastema.checkpoint.state import read_tensors
 from fastema.errors import ArgumentError, CheckpointError, format_problems
-from fastema.layout.dtypes import NAME_OF
 from fastema.rules import Schedule
 from fastema.rules.checks import validate_int
 from fastema.shadow import EMA
 from fastema.shadow.reports import describe_schedule
-from fastema.shadow.state import LOG_DECAYS, SavedOrMine, join_state, split_state
+from fastema.shadow.state import LOG_DECAYS, join_state, split_state
 
 __all__ = [
     "check_integer",
@@ -34,13 +33,7 @@ __all__ = [
 
 def tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Read all tensors of a checkpoint into memory."""
-    found = {}
-    with checkpoint.opened() as read:
-        for name, stored in checkpoint.tensors.items():
-            tensor = torch.empty(stored.shape, dtype=getattr(torch, NAME_OF[stored.kind.code]))
-            read(name, 0, bytes_of(tensor))
-            found[name] = tensor
-    return found
+    return read_tensors(checkpoint, torch.empty(0))
 
 
 def check_mapping(found: Any, what: str) -> Mapping[str, Any]:
@@ -197,18 +190,8 @@ def _check_count(schedule: Schedule, count: int, num_updates: int | None) -> Non
         )
 
 
-def load_stored(
-    ema: Any, stored: StoredAverage, schedule: SavedOrMine, num_updates: int | None = None
-) -> None:
-    """Load an average from another library's file, or from a state of fastema in any layout."""
-    if stored.state is not None:
-        if num_updates is not None:
-            raise ArgumentError(
-                f"num_updates={num_updates!r}: {stored.path} is a state of fastema and records it; "
-                "leave it out"
-            )
-        ema.load_state_dict(tensors_of(stored.state), schedule=schedule)
-        return
+def load_stored(ema: Any, stored: StoredAverage, num_updates: int | None = None) -> None:
+    """Load an average from another library's file."""
     count = stored.num_updates if num_updates is None else num_updates
     load_averages(ema, _by_name(ema, stored), count)
 

@@ -219,7 +219,7 @@ class Opaque:
     name: str
     error: FastemaError
     role: Role
-    persistent: bool = True
+    persistent: bool
 
 
 class StateEntry(NamedTuple):

@@ -26,6 +26,7 @@ from fastema.errors import (
 )
 from fastema.layout.spec import TensorSpec
 from fastema.rules import Debiased, Rule, Schedule, Window
+from fastema.rules.checks import MAX_STEPS
 from fastema.rules.rule import LOG_NEGLIGIBLE, to_plain_value
 from fastema.shadow.foreign import explain_foreign_state
 from fastema.shadow.store import PARTS, Tensors
@@ -35,15 +36,16 @@ __all__ = [
     "KINDS",
     "LOG_DECAYS",
     "PARAMETERS",
-    "VERSION",
     "Saved",
     "SavedOrMine",
+    "check_version",
     "join_state",
     "pack",
     "parse_header",
     "part_of_key",
     "select_average",
     "split_state",
+    "split_tensors",
     "unpack",
 ]
 
@@ -162,7 +164,12 @@ def split_state(state: Any) -> tuple[dict[str, Any], dict[str, dict[int, dict[st
         text = bytes(bytes_of(row_major_on_host(state[HEADER])))
     except FastemaError as error:
         raise CheckpointError(f"its entry {HEADER!r} is not a tensor: {error}") from None
-    header, parts = parse_header(text), dict[str, dict[int, dict[str, Any]]]()
+    return parse_header(text), split_tensors(state)
+
+
+def split_tensors(state: Mapping[Any, Any]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Return a state's tensors by part, average and name; refuse entries that no state has."""
+    parts: dict[str, dict[int, dict[str, Any]]] = {}
     for key, one in state.items():
         found = part_of_key(key)
         if found is not None:
@@ -170,7 +177,7 @@ def split_state(state: Any) -> tuple[dict[str, Any], dict[str, dict[int, dict[st
             parts.setdefault(part, {}).setdefault(index, {})[name] = one
         elif key != HEADER:
             raise CheckpointError(f"{key!r} is unexpected: a state has no such entry")
-    return header, parts
+    return parts
 
 
 def _is_debiased(schedule: Schedule) -> bool:
@@ -182,16 +189,22 @@ def _is_equal(found: Any, expected: str | int) -> bool:
     return type(found) is type(expected) and found == expected
 
 
-def _check_header(header: Mapping[str, Any], kind: str) -> list[str]:
+def check_version(header: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with a header's version and counters."""
     problems = []
     if not _is_equal(header.get("version"), VERSION):
         problems.append(f"version {header.get('version')!r} is not known, only {VERSION}")
-    if not _is_equal(header.get("kind"), kind):
-        problems.append(f"it was saved by {header.get('kind')!r}, not by {kind!r}")
     for name in COUNTERS:
         value = header.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        if type(value) is not int or not 0 <= value <= MAX_STEPS:
             problems.append(f"{name} is {value!r}")
+    return problems
+
+
+def _check_header(header: Mapping[str, Any], kind: str) -> list[str]:
+    problems = check_version(header)
+    if not _is_equal(header.get("kind"), kind):
+        problems.append(f"it was saved by {header.get('kind')!r}, not by {kind!r}")
     if not any(_is_equal(header.get("rounding"), known) for known in get_args(Rounding)):
         problems.append(f"rounding is {header.get('rounding')!r}")
     return problems
