@@ -11,9 +11,9 @@ import numpy as np
 
 from fastema.bridges.names import plain_names
 from fastema.checkpoint import dcp, torch_file
-from fastema.checkpoint.files import OpenFile, StoredTensor
+from fastema.checkpoint.files import StoredTensor
 from fastema.checkpoint.pickles import PickledTensor
-from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
+from fastema.checkpoint.source import Checkpoint, open_checkpoint, open_torch_file
 from fastema.checkpoint.stretches import Place
 from fastema.errors import CheckpointError
 from fastema.rules.checks import MAX_STEPS
@@ -103,8 +103,8 @@ def open_content(path: Path, key: str | None) -> tuple[Content, Checkpoint | Non
 
     Also return its checkpoint if it holds nothing but tensors by name, as safetensors does.
     """
-    if is_torch_file(path):
-        state = torch_file.read(OpenFile(path))
+    if (file := open_torch_file(path)) is not None:
+        state = torch_file.read(file)
         part = state.content if key is None else torch_file.part_of(state.content, key, path)
         return Content(path, part if isinstance(part, Mapping) else {"": part}, state), None
     if (path / ".metadata").exists():

@@ -19,7 +19,7 @@ from fastema.checkpoint.files import atomic_write_path, refuse_ending
 from fastema.checkpoint.inspection import verify_files
 from fastema.checkpoint.layout import Layout, StoredAverage
 from fastema.checkpoint.merge import copy, refuse_source
-from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
+from fastema.checkpoint.source import Checkpoint, open_checkpoint
 from fastema.checkpoint.state import import_torch, read_tensors, write_tensors
 from fastema.checkpoint.stored import load
 from fastema.errors import ArgumentError, CheckpointError, StorageError, format_problems
@@ -189,7 +189,7 @@ def _model_names(given: _Path | Sequence[str] | None, out: Path) -> _ModelNames 
     refuse_source(out, found.checkpoint, "the model that names are taken from")
     if found.parameters is not None:
         return _ModelNames(found.parameters)
-    if not is_torch_file(path):
+    if found.checkpoint.format != "torch":
         raise ArgumentError(
             f"names={os.fspath(given)!r}: safetensors keeps no order; {_HOW_TO_NAME}"
         )

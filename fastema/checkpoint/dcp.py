@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import math
-import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +11,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastema.checkpoint import pickles
-from fastema.checkpoint.files import FilePart, OpenFile, StoredTensor, retrying
+from fastema.checkpoint import pickles, torch_file
+from fastema.checkpoint.files import OpenFile, StoredTensor, retrying
 from fastema.checkpoint.folder import Block
 from fastema.checkpoint.stretches import Stretches
-from fastema.checkpoint.torch_file import data_of
 from fastema.errors import CheckpointError
 from fastema.layout.dtypes import NAME_OF, dtype
 from fastema.layout.flat import row_major
@@ -37,17 +34,8 @@ __all__ = [
 
 _CODE_OF: Final = {name: code for code, name in NAME_OF.items()}
 
-_LONGEST: Final = 1 << 28
-"""Size limit of a folder's description, in bytes."""
-
-_LONGEST_OF_TENSOR: Final = 1 << 16
-"""Size limit of a tensor's description, in bytes."""
-
 _LONGEST_VALUE: Final = 1 << 24
 """Size limit of a plain value, in bytes; longer ones are not read."""
-
-_MOST_BLOCKS: Final = 1 << 17
-"""Limit on the blocks of one tensor, above any real number of processes."""
 
 
 class _Record:
@@ -125,7 +113,7 @@ def _open(path: Path) -> Folder:
         )
     description = OpenFile(path / ".metadata")
     try:
-        found = pickles.load(description.read_whole(_LONGEST), _ALLOWED)
+        found = pickles.load(description.read_whole(), _ALLOWED)
     except CheckpointError:
         raise
     except Exception as error:
@@ -179,8 +167,6 @@ def _parse_description(path: Path, found: Any, files: dict[Path, OpenFile]) -> F
             file = opened(key, info)
             chunks.append(_Chunk(offset, extents, file, int(info.offset), int(info.length)))
         tensor = StoredTensor(dtype(_CODE_OF[state[0]]), shape)
-        if len(chunks) > _MOST_BLOCKS:
-            raise CheckpointError(f"{key}: it has {len(chunks)} blocks, too many for a checkpoint")
         if sum(math.prod(one.shape) for one in chunks) != tensor.size or _has_overlap(chunks):
             raise CheckpointError(f"{key}: its blocks overlap or do not cover it")
         tensors[key] = ChunkedTensor(tensor, chunks)
@@ -209,16 +195,10 @@ def plain_values(folder: Folder) -> dict[str, Any]:
         if length > _LONGEST_VALUE or "param_groups" in folder.places.get(key, (key,)):
             continue
         try:
-            part: Any = io.BufferedReader(FilePart(file, begin, length))
-            with zipfile.ZipFile(part) as archive:
-                entries = {one.filename.partition("/")[2]: one for one in archive.infolist()}
-                found[key] = pickles.load(
-                    _description_in(archive, entries["data.pkl"], key, length), pickles.TENSORS
-                )
-        except OSError as error:
-            raise CheckpointError(f"cannot read {file.path}: {error.strerror or error}") from None
-        except Exception:  # zipfile and pickle raise many types
-            continue
+            found[key] = torch_file.read(file, begin, length).content
+        except CheckpointError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
     return found
 
 
@@ -228,26 +208,7 @@ def check(path: Path) -> None:
     chunks = [one for stored in folder.tensors.values() for one in stored.chunks]
     places = {(one.file, one.begin, one.length) for one in chunks} | {*folder.values.values()}
     for file, begin, length in sorted(places, key=lambda one: (one[0].path, *one[1:])):
-        part: Any = io.BufferedReader(FilePart(file, begin, length))
-        try:
-            with zipfile.ZipFile(part) as archive:
-                damaged = archive.testzip()
-        except OSError as error:
-            raise CheckpointError(f"cannot read {file.path}: {error.strerror or error}") from None
-        except Exception as error:  # zipfile raises many types
-            raise CheckpointError(f"{file.path} is damaged at {begin}: {error}") from None
-        if damaged is not None:
-            raise CheckpointError(f"{file.path} is damaged at {begin}: {damaged} differs")
-
-
-def _description_in(
-    archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str, longest: int
-) -> bytes:
-    """Return the pickle in an archive of torch.save; refuse one that is compressed or too long."""
-    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > longest:
-        raise CheckpointError(f"{name}: its description is compressed, or too long")
-    with archive.open(entry) as file:
-        return file.read(longest)
+        torch_file.check(file, begin, length)
 
 
 def _has_overlap(chunks: list[_Chunk]) -> bool:
@@ -329,54 +290,32 @@ class _BlockReader:
     def __call__(self, piece: tuple[slice, ...]) -> Any:
         size = self._tensor.kind.itemsize
         if self._begin is None:
-            self._begin = self.data_offset()
+            self._begin = _begin_of(self._name, self._tensor, self._chunk)
         extents = [one.stop - one.start for one in piece]
         at = sum(one.start * s for one, s in zip(piece, self._strides, strict=True)) * size
         data: NDArray[Any] = np.empty(math.prod(extents) * size, np.uint8)
         self._chunk.file.read(self._begin + at, memoryview(data.data))
         return data
 
-    def data_offset(self) -> int:
-        """Return the offset in the file of the block's first element."""
-        chunk = self._chunk
-        try:
-            part: Any = io.BufferedReader(FilePart(chunk.file, chunk.begin, chunk.length))
-            with zipfile.ZipFile(part) as archive:
-                return chunk.begin + self._in_archive(archive, part)
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise CheckpointError(
-                f"{self._name}: {chunk.file.path} does not hold it in the format of torch.save "
-                f"({error})"
-            ) from None
 
-    def _in_archive(self, archive: zipfile.ZipFile, part: Any) -> int:
-        entries = {one.filename.partition("/")[2]: one for one in archive.infolist()}
-        if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-            raise CheckpointError(f"{self._name} was written on a big-endian machine")
-        described = _description_in(archive, entries["data.pkl"], self._name, _LONGEST_OF_TENSOR)
-        found = pickles.load(described, pickles.TENSORS)
-        if not isinstance(found, pickles.PickledTensor):
-            raise CheckpointError(f"{self._name}: the file holds no plain tensor")
-        code = self._tensor.kind.code
-        if found.code != code or found.size != self._chunk.shape:
-            raise CheckpointError(
-                f"{self._name}: the file has {found.code} of shape {list(found.size)}, expected "
-                f"{code}{list(self._chunk.shape)}"
-            )
-        if not pickles.is_row_major(found):
-            raise CheckpointError(f"{self._name}: its block is not row-major; load it with torch")
-        data = entries[f"data/{found.key}"]
-        size = self._tensor.kind.itemsize
-        if data.compress_type != zipfile.ZIP_STORED or data.file_size < size * (
-            found.offset + math.prod(found.size)
-        ):
-            raise CheckpointError(f"{self._name}: its bytes are compressed, or too few")
-        begin = data_of(part, data.header_offset) + found.offset * size
-        if begin + math.prod(found.size) * size > self._chunk.length:
-            raise CheckpointError(f"{self._name}: its bytes lie outside its part of the file")
-        return begin
+def _begin_of(name: str, tensor: StoredTensor, chunk: _Chunk) -> int:
+    """Return the offset in the file of the first element of a block that is not empty."""
+    try:
+        state = torch_file.read(chunk.file, chunk.begin, chunk.length)
+    except CheckpointError as error:
+        raise type(error)(f"{name}: {error}") from None
+    found = state.content
+    if not isinstance(found, pickles.PickledTensor):
+        raise CheckpointError(f"{name}: the file holds no plain tensor")
+    if (found.code, found.size) != (tensor.kind.code, chunk.shape):
+        raise CheckpointError(
+            f"{name}: the file has {found.code} of shape {list(found.size)}, expected "
+            f"{tensor.kind.code}{list(chunk.shape)}"
+        )
+    if not pickles.is_row_major(found):
+        raise CheckpointError(f"{name}: its block is not row-major; load it with torch")
+    torch_file.locate_tensor(name, found, state)
+    return state.storages[found.key][0] + found.offset * tensor.kind.itemsize
 
 
 def stretches_of(name: str, stored: ChunkedTensor) -> Stretches:
@@ -407,7 +346,7 @@ def _stretches(name: str, tensor: StoredTensor, chunk: _Chunk, place: int) -> ND
     for extent, stride in zip(outer, strides, strict=False):
         there = there[..., None] + np.arange(extent, dtype=np.int64) * stride
     begins = there.reshape(-1)
-    begin = _BlockReader(name, tensor, chunk).data_offset()
+    begin = _begin_of(name, tensor, chunk)
     found = np.empty((len(begins), 3), np.int64)
     found[:, 0] = place
     found[:, 1] = begin + np.arange(len(begins), dtype=np.int64) * (math.prod(inner) * size)

@@ -28,6 +28,7 @@ from fastema.layout.flat import row_major
 from fastema.layout.spec import TensorSpec
 
 __all__ = [
+    "LONGEST",
     "File",
     "FileChangedError",
     "FilePart",
@@ -63,7 +64,8 @@ _NAMES: Final = {
 
 _CODES: Final = {in_header: code for code, in_header in _NAMES.items()}
 
-_LONGEST_HEADER: Final = 100_000_000
+LONGEST: Final = 1 << 28
+"""Size limit in bytes of what describes tensors: a header, an index or a pickle."""
 
 _METADATA: Final = "__metadata__"
 """Key of the metadata in a safetensors header."""
@@ -193,12 +195,10 @@ class OpenFile:
                 raise CheckpointError(f"{self.path} was cut short")
             offset, buffer = offset + count, buffer[count:]
 
-    def read_whole(self, most: int) -> bytes:
-        """Read a small file; raise a CheckpointError if it is larger than ``most`` bytes."""
-        if self.size > most:
-            raise CheckpointError(
-                f"{self.path} has more than {most} bytes, the limit for such a file"
-            )
+    def read_whole(self) -> bytes:
+        """Read a description; raise a CheckpointError if it is larger than :data:`LONGEST`."""
+        if self.size > LONGEST:
+            raise CheckpointError(f"{self.path} is too long for a description")
         content = bytearray(self.size)
         self.read(0, memoryview(content))
         self.refuse_changes()
@@ -462,7 +462,7 @@ def parse(file: OpenFile) -> File:
     head = bytearray(8)
     file.read(0, memoryview(head)[: min(8, size)])
     length = int.from_bytes(head, "little")
-    if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
+    if size < 8 or not 2 <= length <= min(size - 8, LONGEST):
         raise CheckpointError(f"{name} is not a safetensors or torch.save file, or was cut short")
     text = bytearray(length)
     file.read(8, memoryview(text))

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastema.checkpoint import dcp, files, torch_file
 from fastema.checkpoint.layout import StoredAverage
-from fastema.checkpoint.source import Checkpoint, is_torch_file
+from fastema.checkpoint.source import Checkpoint, open_torch_file
 from fastema.checkpoint.state import verify_checksums
 from fastema.checkpoint.stored import load
 from fastema.errors import CheckpointError
@@ -146,8 +146,8 @@ def verify_files(found: StoredAverage) -> str:
 
 def _verify_file(path: Path) -> bool:
     """Return whether a file has checksums; raise a CheckpointError if one differs."""
-    if path.is_file() and is_torch_file(path):
-        torch_file.check(path)
+    if (file := open_torch_file(path)) is not None:
+        torch_file.check(file)
         return True
     try:
         found = files.read(path)

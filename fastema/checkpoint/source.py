@@ -17,13 +17,12 @@ from fastema.checkpoint.files import OpenFile, Read, StoredTensor, retrying
 from fastema.checkpoint.stretches import Place, Stretches
 from fastema.errors import CheckpointError
 
-__all__ = ["PROVENANCE", "Checkpoint", "Read", "is_torch_file", "open_checkpoint", "step_of_name"]
+__all__ = ["PROVENANCE", "Checkpoint", "Read", "open_checkpoint", "open_torch_file", "step_of_name"]
 
 PROVENANCE: Final = "fastema.average"
 """Metadata key of an average's sources and their weights."""
 
 _INDEX: Final = ".index.json"
-_LONGEST_INDEX: Final = 100_000_000
 _STATES: Final = ("state_dict", "model_state_dict", "model", "module", "ema_state_dict", "ema")
 """Keys under which training programs save a model's state; the first one present is used."""
 
@@ -140,10 +139,11 @@ def _wrap_read_errors(path: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot read {str(path)!r}: {error}") from None
 
 
-def is_torch_file(path: Path) -> bool:
-    """Return whether a path is a regular file that begins like one of ``torch.save``."""
+def open_torch_file(path: Path) -> OpenFile | None:
+    """Open a regular file that begins like one of ``torch.save``; return None for any other."""
     with _wrap_read_errors(path):
-        return path.is_file() and OpenFile(path).starts_with(torch_file.MAGIC)
+        file = OpenFile(path) if path.is_file() else None
+    return file if file is not None and file.starts_with(torch_file.MAGIC) else None
 
 
 def _open_file(path: Path, key: str | None) -> Checkpoint:
@@ -193,7 +193,7 @@ def _with_folder_path(found: Checkpoint, path: Path) -> Checkpoint:
 
 def _open_index(path: Path, key: str | None) -> Checkpoint:
     listing = OpenFile(path)
-    content = listing.read_whole(_LONGEST_INDEX)
+    content = listing.read_whole()
     try:
         index = json.loads(content)
         names = index["weight_map"]

@@ -11,7 +11,7 @@ from fastema.checkpoint import files
 from fastema.checkpoint.content import collect_tensors, open_content
 from fastema.checkpoint.detection import detect
 from fastema.checkpoint.layout import StoredAverage
-from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint, step_of_name
+from fastema.checkpoint.source import Checkpoint, open_checkpoint, open_torch_file, step_of_name
 from fastema.checkpoint.state import is_state
 from fastema.errors import CheckpointError, FastemaError
 
@@ -105,7 +105,7 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
 def open_own_file(path: Path) -> files.File | None:
     """Open the file of :func:`save` at a path, or beside the model in a folder; None for others."""
     file = path / AVERAGE_FILE if path.is_dir() else path
-    if not file.is_file() or is_torch_file(file):
+    if not file.is_file() or open_torch_file(file) is not None:
         return None
     found = files.read(file)
     return found if is_state(found) else None

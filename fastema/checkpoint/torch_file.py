@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from fastema.checkpoint import pickles
-from fastema.checkpoint.files import FilePart, OpenFile, StoredTensor
+from fastema.checkpoint.files import LONGEST, FilePart, OpenFile, StoredTensor
 from fastema.checkpoint.pickles import PickledTensor
 from fastema.checkpoint.stretches import Place, Stretches, Strided, extent
 from fastema.errors import CheckpointError
@@ -20,7 +20,6 @@ __all__ = [
     "MAGIC",
     "TorchFile",
     "check",
-    "data_of",
     "locate_tensor",
     "part_of",
     "read",
@@ -29,9 +28,6 @@ __all__ = [
 
 MAGIC: Final = b"PK\3\4"
 """The first bytes of a file."""
-
-_LONGEST: Final = 1 << 28
-"""Size limit of a description, in bytes."""
 
 _MOST_ENTRIES: Final = 1 << 22
 """Limit on the entries of mappings and lists to search for tensors."""
@@ -51,16 +47,19 @@ class TorchFile(NamedTuple):
     storages: dict[str, tuple[int, int]]  # name to first byte in the file and length
 
 
-def read(file: OpenFile) -> TorchFile:
-    """Read a file's contents but no tensor data; raise a CheckpointError if damaged or unsafe."""
-    path, size = file.path, file.size
-    with _archive(file) as (opened, archive):
+def read(file: OpenFile, begin: int = 0, length: int | None = None) -> TorchFile:
+    """Read the contents of a file, or of an archive in it, but no tensor data.
+
+    Raise a CheckpointError if it is damaged or unsafe.
+    """
+    path, size = file.path, file.size - begin if length is None else length
+    with _archive(file, begin, size) as (opened, archive):
         entries = {one.filename.partition("/")[2]: one for one in archive.infolist()}
         if "data.pkl" not in entries:
             raise CheckpointError(f"{path} is not a file of torch.save: it has no data.pkl")
         described = entries["data.pkl"]
         _refuse_compressed(path, described)
-        if described.file_size > _LONGEST:
+        if described.file_size > LONGEST:
             raise CheckpointError(f"{path}: its description is too long")
         if "byteorder" in entries and _content(archive, entries["byteorder"]) != b"little":
             raise CheckpointError(f"{path} was written on a big-endian machine")
@@ -69,34 +68,36 @@ def read(file: OpenFile) -> TorchFile:
         for name, one in entries.items():
             if name.startswith("data/"):
                 _refuse_compressed(path, one)
-                begin = data_of(opened, one.header_offset)
-                if begin + one.file_size > size:
+                first = _data_of(opened, one.header_offset)
+                if first + one.file_size > size:
                     raise CheckpointError(f"{path} was cut short")
-                storages[name.removeprefix("data/")] = begin, one.file_size
+                storages[name.removeprefix("data/")] = begin + first, one.file_size
     return TorchFile(file, content, storages)
 
 
-def check(path: Path) -> None:
-    """Read a whole file and verify its checksums; raise a CheckpointError if one differs."""
-    with _archive(OpenFile(path)) as (_, archive):
+def check(file: OpenFile, begin: int = 0, length: int | None = None) -> None:
+    """Verify the checksums of a file, or of an archive in it; raise a CheckpointError."""
+    with _archive(file, begin, length) as (_, archive):
         for one in archive.infolist():
-            _refuse_compressed(path, one)
+            _refuse_compressed(file.path, one)
             with archive.open(one) as opened:
                 while opened.read(_PIECE):
                     pass
 
 
 @contextmanager
-def _archive(file: OpenFile) -> Iterator[tuple[Any, zipfile.ZipFile]]:
+def _archive(
+    file: OpenFile, begin: int, length: int | None
+) -> Iterator[tuple[Any, zipfile.ZipFile]]:
     """Yield a file and its zip archive; turn any error in the block into a CheckpointError."""
-    opened: Any = io.BufferedReader(FilePart(file))
+    opened: Any = io.BufferedReader(FilePart(file, begin, length))
     try:
         with zipfile.ZipFile(opened) as archive:
             yield opened, archive
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(f"cannot read {file.path}: {error.strerror or error}") from None
+        raise CheckpointError(f"cannot read {file.path}: {error.strerror or error}") from error
     except Exception as error:  # zipfile and pickle raise many types
         raise CheckpointError(
             f"{file.path} is damaged, or not a file of torch.save: {error}"
@@ -110,10 +111,10 @@ def _refuse_compressed(path: Path, entry: zipfile.ZipInfo) -> None:
 
 def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     with archive.open(entry) as opened:
-        return opened.read(_LONGEST)
+        return opened.read(LONGEST)
 
 
-def data_of(file: Any, header: int) -> int:
+def _data_of(file: Any, header: int) -> int:
     """Return the offset of a zip entry's data; raise a ValueError if its header is missing."""
     file.seek(header)
     head = file.read(30)

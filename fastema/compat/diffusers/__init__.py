@@ -42,8 +42,6 @@ _DEFAULTS: Final = {
 }
 """Schedule options that diffusers saves beside the number of steps, and their defaults."""
 
-_LONGEST_CONFIG: Final = 1 << 24
-
 
 def _read(content: Content, state: Mapping[Any, Any]) -> StoredContents:
     known = {"optimization_step", *_DEFAULTS}
@@ -82,7 +80,7 @@ def _read_folder(content: Content) -> StoredContents | None:
     if not config.is_file():
         return None
     try:
-        found = json.loads(OpenFile(config).read_whole(_LONGEST_CONFIG))
+        found = json.loads(OpenFile(config).read_whole())
     except (ValueError, RecursionError):
         return None
     if (
