@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -18,7 +18,7 @@ from fastema.checkpoint.stretches import Place
 from fastema.errors import CheckpointError
 from fastema.rules.checks import MAX_STEPS
 
-__all__ = ["Content", "StoredLeaf", "collect_tensors", "drop_tied_names", "open_content"]
+__all__ = ["Content", "StoredLeaf", "collect_tensors", "open_content"]
 
 
 @dataclass(frozen=True)
@@ -157,20 +157,3 @@ def collect_tensors(content: Content, part: Any) -> Checkpoint:
     """Collect the tensors of a part of a file under names without wrapper prefixes."""
     held = content.tensors(part)
     return content.locate(dict(zip(plain_names(list(held)), held.values(), strict=True)))
-
-
-def drop_tied_names(found: Checkpoint) -> Checkpoint:
-    """Keep only the first name of tied tensors; ``tied`` of the result maps the others to it."""
-    owners: dict[Any, str] = {}
-    tied = dict(found.tied)
-    for name, stored in found.tensors.items():
-        if stored.nbytes:
-            key = found.places[name].origin, stored.kind, stored.shape
-            owner = owners.setdefault(key, name)
-            if owner != name:
-                tied[name] = owner
-    kept = {name: one for name, one in found.tensors.items() if name not in tied}
-    layout = {
-        file: [name for name in names if name in kept] for file, names in found.layout.items()
-    }
-    return replace(found, tensors=kept, tied=tied, layout=layout)

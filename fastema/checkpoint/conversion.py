@@ -6,20 +6,19 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from fastema.checkpoint.content import drop_tied_names
 from fastema.checkpoint.detection import known_layouts
 from fastema.checkpoint.files import atomic_write_path, refuse_ending
 from fastema.checkpoint.inspection import verify_files
-from fastema.checkpoint.layout import Layout, StoredAverage
+from fastema.checkpoint.layout import Layout, StoredAverage, StoredContents, with_keys
 from fastema.checkpoint.merge import copy, refuse_source
-from fastema.checkpoint.source import Checkpoint, open_checkpoint
+from fastema.checkpoint.source import Checkpoint, drop_tied_names, open_checkpoint
 from fastema.checkpoint.state import import_torch, read_tensors, write_tensors
 from fastema.checkpoint.stored import load
 from fastema.errors import ArgumentError, CheckpointError, StorageError, format_problems
@@ -122,9 +121,9 @@ def convert(
     >>> done.lost
     ['the number of updates, 0', 'the schedule, decay 0.99 with warm-up']
     """
-    if to not in _writers():
-        raise ArgumentError(f"to={to!r}: expected one of {', '.join(_writers())}")
-    wanted, out = _writers()[to], Path(dst)
+    if to not in _targets():
+        raise ArgumentError(f"to={to!r}: expected one of {', '.join(_targets())}")
+    (_, wanted, write), out = _targets()[to], Path(dst)
     refuse_ending(out, torch=to not in ("fastema", "safetensors"))
     source = load(src, key=key, index=index)
     if source.library == "fastema":
@@ -133,7 +132,7 @@ def convert(
         kept = {k: v for k, v in source.options.items() if k not in ("kind", LOG_DECAYS)}
         constant = Schedule(Constant(validate_decay(decay)))
         source = replace(source, schedule=constant, options=kept)
-    source, lost = _arrange_tensors(source, wanted, _model_names(names, out))
+    source, lost = _arrange_tensors(source, _targets()[to], _model_names(names, out))
     lost += source.notes
     if source.library == "model":
         lost.append("an average: the source holds only a model's weights")
@@ -145,7 +144,7 @@ def convert(
     if source.weights is not None and not wanted.weights:
         lost.append("the training weights, which the source holds too")
     refuse_source(out, source.checkpoint)
-    wanted.write(source, out)
+    write(source, out)
     return Conversion(out, source, to, lost)
 
 
@@ -204,16 +203,16 @@ _HOW_TO_NAME: Final = (
 
 
 def _arrange_tensors(
-    source: StoredAverage, wanted: _Writer, names: _ModelNames | None
+    source: StoredAverage, target: _Target, names: _ModelNames | None
 ) -> tuple[StoredAverage, list[str]]:
     """Rename and order tensors for the target layout; also return what it leaves out."""
-    found = source.checkpoint
+    found, wanted = source.checkpoint, target.layout
     keys = list(found.tensors)
     if source.names == "full" or (source.names, wanted.stores) == ("places", "places"):
         new = keys
     elif names is None:
         raise ArgumentError(
-            f"{source.path} ({source.library}) has no names of the model, which {wanted.library} "
+            f"{source.path} ({source.library}) has no names of the model, which {target.library} "
             f"needs; {_HOW_TO_NAME}"
         )
     elif source.names == "places":
@@ -234,7 +233,7 @@ def _arrange_tensors(
         source = replace(source, parameters=[name for name in names.names if name in {*new}])
     if wanted.stores == "full":
         return source, []
-    kept = new if source.names == "places" else _parameters(source, names, wanted)
+    kept = new if source.names == "places" else _parameters(source, names, target)
     left = [name for name in new if name not in set(kept)]
     lost = [f"tensors that are not parameters: {_join_names(left)}"] if left else []
     by_place = wanted.stores == "places"
@@ -260,9 +259,9 @@ def _names_of_list(source: StoredAverage, names: _ModelNames) -> list[str]:
     return names.names
 
 
-def _parameters(source: StoredAverage, names: _ModelNames | None, wanted: _Writer) -> list[str]:
+def _parameters(source: StoredAverage, names: _ModelNames | None, target: _Target) -> list[str]:
     """Return the names of the parameters in the model's order."""
-    given = names is not None and names.state is None
+    given, wanted = names is not None and names.state is None, target.layout
     if names is not None and given:
         chosen = names.names
     elif source.parameters is not None:
@@ -270,14 +269,14 @@ def _parameters(source: StoredAverage, names: _ModelNames | None, wanted: _Write
     else:
         unclear = source.path if names is None or names.state is None else names.state.path
         raise ArgumentError(
-            f"{wanted.library} stores the parameters alone"
+            f"{target.library} stores the parameters alone"
             + (", as a list in their order" if wanted.stores == "places" else "")
             + f", and {unclear} does not tell them from buffers; {_HOW_TO_NAME}"
         )
     missing = [f"{name!r} is missing" for name in chosen if name not in source.checkpoint.tensors]
     if missing and (given or wanted.stores == "places"):
         raise CheckpointError(
-            f"{wanted.library} stores all parameters of the model, and {source.path} lacks\n"
+            f"{target.library} stores all parameters of the model, and {source.path} lacks\n"
             + format_problems(missing)
             + "\nBuild the average with frozen='copy', or pass names without these if the "
             "library gets only the others."
@@ -303,57 +302,47 @@ def _select_and_rename(found: Checkpoint, names: Mapping[str, str]) -> Checkpoin
 # -- writing ---------------------------------------------------------------------------------------
 
 
-class _Writer(NamedTuple):
-    """The function that writes a layout, and what it can store; see :class:`Layout`."""
+class _Target(NamedTuple):
+    """A library, what its layout stores, and the function that writes an average in it."""
 
     library: str
+    layout: Layout
     write: Callable[[StoredAverage, Path], None]
-    stores: Literal["full", "parameters", "places"] = "full"
-    counts: bool = False
-    weights: bool = False
-    keeps: Callable[[Schedule], bool] = lambda schedule: False
-
-
-def _writer_of(library: str, layout: Layout) -> _Writer:
-    """Return what writes a library's layout with ``torch.save``."""
-
-    def write(source: StoredAverage, out: Path) -> None:
-        torch = import_torch(f"convert(to={library!r})")
-        assert layout.write is not None
-        weights = source.weights if layout.weights else None
-        made = layout.write(
-            source,
-            read_tensors(source.checkpoint, torch.empty(0)),
-            {} if weights is None else read_tensors(weights, torch.empty(0)),
-        )
-        with atomic_write_path(out) as partial, open(partial, "xb") as opened:
-            try:
-                torch.save(made, opened)
-            except RuntimeError as error:  # torch.save raises this for every operating system error
-                raise StorageError(f"cannot write {out}: {error}") from error
-
-    return _Writer(library, write, layout.stores, layout.counts, layout.weights, layout.keeps)
 
 
 @cache
-def _writers() -> dict[str, _Writer]:
-    """Return what writes each layout, by library."""
-    own = [
-        _Writer("fastema", _write_ours, counts=True, keeps=lambda schedule: True),
-        _Writer("safetensors", _write_weights),
-    ]
+def _targets() -> dict[str, _Target]:
+    """Return the layouts that can be written, by library."""
+    own = [_Target("fastema", _OURS, _write_ours), _Target("safetensors", _ALONE, _write_weights)]
     others = [
-        _writer_of(library, layout)
+        _Target(library, one, partial(_write_torch, library, one))
         for library, layouts in known_layouts().items()
-        for layout in layouts
-        if layout.write is not None
+        for one in layouts
+        if one.write is not None
     ]
     return {one.library: one for one in (*own, *others)}
 
 
+_ALONE: Final = Layout("averaged weights", with_keys(), lambda _, state: StoredContents(state))
+_OURS: Final = _ALONE._replace(counts=True, keeps=lambda schedule: True)
+
+
 def writable_libraries() -> tuple[str, ...]:
     """Return the libraries whose layouts :func:`convert` can write."""
-    return tuple(_writers())
+    return tuple(_targets())
+
+
+def _write_torch(library: str, layout: Layout, source: StoredAverage, out: Path) -> None:
+    torch = import_torch(f"convert(to={library!r})")
+    assert layout.write is not None
+    parts = [source.checkpoint, source.weights if layout.weights else None]
+    tensors = [{} if one is None else read_tensors(one, torch.empty(0)) for one in parts]
+    made = layout.write(source, *tensors)
+    with atomic_write_path(out) as unfinished, open(unfinished, "xb") as opened:
+        try:
+            torch.save(made, opened)
+        except RuntimeError as error:  # torch.save raises this for every operating system error
+            raise StorageError(f"cannot write {out}: {error}") from error
 
 
 def _write_ours(source: StoredAverage, out: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastema.checkpoint import pickles, torch_file
-from fastema.checkpoint.files import OpenFile, StoredTensor, retrying
+from fastema.checkpoint.files import OpenFile, StoredTensor, check_extents, check_shape, retrying
 from fastema.checkpoint.folder import Block
 from fastema.checkpoint.stretches import Stretches
 from fastema.errors import CheckpointError
@@ -156,10 +156,10 @@ def _parse_description(path: Path, found: Any, files: dict[Path, OpenFile]) -> F
         state = entry.properties.state or (getattr(entry.properties, "dtype", None),)
         if state[0] not in _CODE_OF:
             raise CheckpointError(f"{key}: its dtype is unknown")
-        shape = _extents(entry.size)
+        shape = check_shape(entry.size)
         chunks = []
         for one in entry.chunks:
-            offset, extents = _extents(one.offsets), _extents(one.sizes)
+            offset, extents = check_extents(one.offsets), check_extents(one.sizes)
             ends = [o + n for o, n in zip(offset, extents, strict=True)]
             if len(ends) != len(shape) or any(e > n for e, n in zip(ends, shape, strict=True)):
                 raise CheckpointError(f"{key}: a block lies outside the tensor")
@@ -227,13 +227,6 @@ def _has_overlap(chunks: list[_Chunk]) -> bool:
         bool(((first[i] < end[i + 1 : n]) & (first[i + 1 : n] < end[i])).all(1).any())
         for i, n in enumerate(last)
     )
-
-
-def _extents(found: Any) -> tuple[int, ...]:
-    extents = tuple(found)
-    if not all(type(one) is int and 0 <= one < 2**62 for one in extents):
-        raise CheckpointError(f"{extents} is not a shape or an offset")
-    return extents
 
 
 def average_in(folder: Folder, key: str | None, which: int | None) -> dict[str, str]:

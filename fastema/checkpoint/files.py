@@ -36,10 +36,13 @@ __all__ = [
     "Read",
     "StoredTensor",
     "atomic_write_path",
+    "check_extents",
+    "check_shape",
     "fsync",
     "header_of",
     "parse",
     "partial_path",
+    "pieces_of",
     "read",
     "refuse_ending",
     "remove_abandoned",
@@ -85,6 +88,9 @@ _ABANDONED_S: Final = 24 * 3600.0
 _MOST_OPEN: Final = 256
 """Limit on the files that stay open."""
 
+_PIECE: Final = 1 << 22
+"""Bytes to read at a time when copying or verifying."""
+
 _ATTEMPTS: Final = 8
 """Times to open several files again that belong together, if one is replaced meanwhile."""
 
@@ -110,6 +116,15 @@ class StoredTensor(NamedTuple):
     def nbytes(self) -> int:
         """The size of all elements in bytes."""
         return self.size * self.kind.itemsize
+
+
+def pieces_of(read: Read, name: str, tensor: StoredTensor) -> Iterator[tuple[int, memoryview]]:
+    """Yield a tensor's bytes in pieces, each with its first byte, in a buffer that is reused."""
+    buffer = memoryview(bytearray(min(_PIECE, tensor.nbytes)))
+    for first in range(0, tensor.nbytes, _PIECE):
+        part = buffer[: tensor.nbytes - first]
+        read(name, first, part)
+        yield first, part
 
 
 class FileChangedError(CheckpointError):
@@ -491,21 +506,29 @@ def _check_type(value: Any, kind: type) -> Any:
     return value
 
 
-def _whole_number(value: Any) -> int:
-    number: int = _check_type(value, int)
-    if not 0 <= number <= _MOST:
-        raise ValueError(f"expected a number from 0 to {_MOST}, got {number}")
-    return number
+def check_extents(found: Any) -> tuple[int, ...]:
+    """Return a shape, offsets or strides; raise a ValueError for what no tensor of NumPy has."""
+    extents = tuple(found)
+    if not all(type(one) is int and 0 <= one <= _MOST for one in extents):
+        raise ValueError(f"{str(found)[:100]} are not numbers from 0 to {_MOST}")
+    if len(extents) > _MOST_AXES:
+        raise ValueError(f"{len(extents)} are too many axes")
+    return extents
+
+
+def check_shape(found: Any) -> tuple[int, ...]:
+    """Return a shape; raise a ValueError if no array has it."""
+    shape = check_extents(found)
+    if math.prod(filter(None, shape)) > _MOST:
+        raise ValueError(f"the shape {list(shape)} has too many elements")
+    return shape
 
 
 def _parse_tensor(entry: Any, start: int, size: int) -> StoredTensor:
     entry = _check_type(entry, dict)
-    shape = tuple(_whole_number(extent) for extent in _check_type(entry["shape"], list))
-    if len(shape) > _MOST_AXES or math.prod(filter(None, shape)) > _MOST:
-        raise ValueError(f"the shape {list(shape)} has too many axes or elements")
-    first, end = (
-        start + _whole_number(offset) for offset in _check_type(entry["data_offsets"], list)
-    )
+    shape = check_shape(_check_type(entry["shape"], list))
+    offsets = check_extents(_check_type(entry["data_offsets"], list))
+    first, end = (start + offset for offset in offsets)
     found = StoredTensor(dtype(_CODES[_check_type(entry["dtype"], str)]), shape, first)
     if not start <= first <= end <= size or end - first != found.nbytes:
         raise ValueError("a tensor lies outside the file; it was cut short")

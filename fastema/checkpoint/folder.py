@@ -26,15 +26,20 @@ from fastema.layout.flat import row_major
 __all__ = [
     "Block",
     "Files",
+    "Write",
     "begin",
     "check_vacant",
+    "create",
     "files_of",
     "new_folder",
     "plan",
     "publish_folder",
-    "write_at",
     "write_blocks",
+    "writing",
 ]
+
+Write = Callable[[str, int, memoryview], None]
+"""``write(name, first, data)``: write bytes of a tensor, from ``first`` on."""
 
 _WEIGHTS: Final = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"),
@@ -113,14 +118,37 @@ def begin(folder: Path, files: Files) -> Path:
     with wrap_write_errors(folder):
         partial.mkdir()
         try:
-            for file, size in files.sizes.items():
-                with (partial / file).open("xb") as opened:
-                    opened.write(files.headers[file])
-                    opened.truncate(size)
+            create(partial, files)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return partial
+
+
+def create(folder: Path, files: Files) -> None:
+    """Create files of their final size in a folder, with their headers."""
+    for file, size in files.sizes.items():
+        with (folder / file).open("xb") as opened:
+            opened.write(files.headers[file])
+            opened.truncate(size)
+
+
+@contextmanager
+def writing(folder: Path, files: Files) -> Iterator[Write]:
+    """Yield a function that writes parts of tensors into the files of a folder, on any thread."""
+    with wrap_write_errors(folder), ExitStack() as stack:
+        handles: dict[str, int] = {}
+        for file in files.sizes:
+            handles[file] = os.open(folder / file, os.O_WRONLY)
+            stack.callback(os.close, handles[file])
+
+        def write(name: str, first: int, data: memoryview) -> None:
+            file, begin_of = files.places[name]
+            _write_at(handles[file], data, begin_of + first)
+
+        yield write
+        for handle in handles.values():
+            os.fsync(handle)
 
 
 @contextmanager
@@ -144,21 +172,14 @@ def write_blocks(
     most: int,
 ) -> None:
     """Write this process's blocks into the files, in pieces of at most ``most`` bytes."""
-    with wrap_write_errors(folder), ExitStack() as stack:
-        handles: dict[str, int] = {}
+    with writing(folder, files) as write:
         for block in blocks:
-            file, begin = files.places[block.name]
-            if file not in handles:
-                handles[file] = os.open(folder / file, os.O_WRONLY)
-                stack.callback(os.close, handles[file])
             tensor = tensors[block.name]
             for piece in pieces(block.shape, tensor.kind.itemsize, most):
                 array = block.read(piece)
                 data = bytes_of(array)  # lives no longer than the array
                 for at, first, count in _runs(block, piece, tensor):
-                    write_at(handles[file], data[first : first + count], begin + at)
-        for handle in handles.values():
-            os.fsync(handle)
+                    write(block.name, at, data[first : first + count])
 
 
 def pieces(shape: tuple[int, ...], itemsize: int, most: int) -> Iterator[tuple[slice, ...]]:
@@ -203,7 +224,7 @@ def _runs(
         yield at * size, number * count, count
 
 
-def write_at(handle: int, data: memoryview, offset: int) -> None:
+def _write_at(handle: int, data: memoryview, offset: int) -> None:
     """Write all bytes to an open file at an offset."""
     while data:
         count = os.pwrite(handle, data, offset)

@@ -11,8 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from fastema.checkpoint.files import Read, StoredTensor, atomic_write_path, wrap_write_errors
-from fastema.checkpoint.folder import Files, check_vacant, files_of, new_folder, write_at
+from fastema.checkpoint.files import Read, StoredTensor, atomic_write_path, pieces_of
+from fastema.checkpoint.folder import (
+    Write,
+    check_vacant,
+    create,
+    files_of,
+    new_folder,
+    writing,
+)
 from fastema.checkpoint.source import PROVENANCE, Checkpoint
 from fastema.checkpoint.stored import TRAINING_FILE, open_weights
 from fastema.checkpoint.sums import weighted_sums
@@ -29,9 +36,6 @@ __all__ = [
     "refuse_source",
     "warn_of",
 ]
-
-_PIECE: Final = 1 << 22
-"""Bytes to copy or compare at a time."""
 
 _Path = str | os.PathLike[str]
 
@@ -338,32 +342,22 @@ def _refuse_unequal(made: Merge, reads: Sequence[Read], advance: Callable[[int],
 
 def _checksum(read: Read, name: str, tensor: StoredTensor) -> tuple[int, int]:
     one, other = 0, 1
-    for data in _pieces(read, name, tensor):
+    for _, data in pieces_of(read, name, tensor):
         one, other = zlib.crc32(data, one), zlib.adler32(data, other)
     return one, other
-
-
-def _pieces(read: Read, name: str, tensor: StoredTensor) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(min(_PIECE, tensor.nbytes)))
-    for first in range(0, tensor.nbytes, _PIECE):
-        part = buffer[: min(_PIECE, tensor.nbytes - first)]
-        read(name, first, part)
-        yield part
 
 
 def _copy(
     made: Merge,
     read: Read,
-    targets: Sequence[Callable[[str, int, memoryview], None]],
+    targets: Sequence[Write],
     advance: Callable[[int], None],
 ) -> None:
     for name in made.equal | made.newest:
         tensor = made.last.tensors[name]
-        first = 0
-        for data in _pieces(read, name, tensor):
+        for first, data in pieces_of(read, name, tensor):
             for target in targets:
                 target(name, first, data)
-            first += len(data)
         advance(tensor.nbytes if name in made.newest else 0)
 
 
@@ -385,46 +379,21 @@ def _metadata(made: Merge, sources: str) -> dict[str, str]:
 
 
 @contextmanager
-def _open_output(
-    made: Merge, out: Path, sources: str
-) -> Iterator[Callable[[str, int, memoryview], None]]:
+def _open_output(made: Merge, out: Path, sources: str) -> Iterator[Write]:
     """Yield a function that writes parts of tensors; keep the result only if the block succeeds."""
-    folder = made.writes_folder(out)
-    layout = made.last.layout if folder else {out.name: list(made.last.tensors)}
-    files = files_of(layout, made.last.tensors, _metadata(made, sources))
+    tensors, metadata = made.last.tensors, _metadata(made, sources)
+    if not made.writes_folder(out):
+        with atomic_write_path(out) as name:
+            partial = Path(name)
+            files = files_of({partial.name: list(tensors)}, tensors, metadata)
+            create(partial.parent, files)
+            with writing(partial.parent, files) as write:
+                yield write
+        return
+    files = files_of(made.last.layout, tensors, metadata)
     for one in made.last.files:
         if one.name.endswith(".safetensors.index.json"):
             files = files._replace(index_name=one.name)
-    if folder:
-        source = made.last.path if made.last.path.is_dir() else made.last.path.parent
-        with new_folder(out, files, source) as partial, _writing(partial, files) as write:
-            yield write
-        return
-    with atomic_write_path(out) as name:
-        path = Path(name)
-        (file,) = files.sizes
-        with path.open("xb") as opened:
-            opened.write(files.headers[file])
-            opened.truncate(files.sizes[file])
-        with _writing(
-            path.parent,
-            files._replace(places={one: (path.name, at) for one, (_, at) in files.places.items()}),
-        ) as write:
-            yield write
-
-
-@contextmanager
-def _writing(folder: Path, files: Files) -> Iterator[Callable[[str, int, memoryview], None]]:
-    with wrap_write_errors(folder), ExitStack() as stack:
-        handles: dict[str, int] = {}
-        for file in dict.fromkeys(file for file, _ in files.places.values()):
-            handles[file] = os.open(folder / file, os.O_WRONLY)
-            stack.callback(os.close, handles[file])
-
-        def write(name: str, first: int, data: memoryview) -> None:
-            file, begin_of = files.places[name]
-            write_at(handles[file], data, begin_of + first)
-
+    source = made.last.path if made.last.path.is_dir() else made.last.path.parent
+    with new_folder(out, files, source) as partial, writing(partial, files) as write:
         yield write
-        for handle in handles.values():
-            os.fsync(handle)

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
+from fastema.checkpoint.files import check_extents, check_shape
 from fastema.layout.dtypes import NAME_OF
 from fastema.layout.flat import row_major
 
@@ -31,8 +32,6 @@ STORAGES: Final = {
 }
 """PyTorch storage class to dtype code."""
 
-
-_MOST_AXES: Final = 64
 
 _DEEPEST_TUPLE: Final = 16
 """Limit on tuples in tuples: hashing deeper ones could crash Python, or never end."""
@@ -117,12 +116,6 @@ def is_row_major(found: PickledTensor) -> bool:
     )
 
 
-def _check_extent(found: Any) -> int:
-    if type(found) is not int or not 0 <= found < 2**62:
-        raise pickle.UnpicklingError(f"{found!r} is not a valid extent, offset or stride")
-    return found
-
-
 def _rebuild_v3(
     storage: Any,
     offset: Any,
@@ -140,11 +133,11 @@ def _rebuild_v3(
     kind = tuple(storage)
     if len(kind) != 5 or not isinstance(kind[1], str):
         raise pickle.UnpicklingError("a tensor has no storage")
-    extents, steps = tuple(map(_check_extent, size)), tuple(map(_check_extent, strides))
+    extents, steps, (first,) = check_shape(size), check_extents(strides), check_extents([offset])
     if len(extents) != len(steps):
         raise pickle.UnpicklingError("a tensor does not have one stride per axis")
     of_storage = STORAGES.get(kind[1], "")
-    return PickledTensor(kind, _check_extent(offset), extents, steps, of_storage or str(code))
+    return PickledTensor(kind, first, extents, steps, of_storage or str(code))
 
 
 def _parameter(tensor: Any, *_: Any) -> Any:
@@ -172,17 +165,11 @@ class _Function:
         return self._call(*args)
 
 
-def _size(extents: Any) -> tuple[int, ...]:
-    if not isinstance(extents, list | tuple) or len(extents) > _MOST_AXES:
-        raise pickle.UnpicklingError("a tensor has an invalid shape")
-    return tuple(map(_check_extent, extents))
-
-
 TENSORS: Final[dict[tuple[str, str], Any]] = {
     ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_v2),
     ("torch._utils", "_rebuild_tensor_v3"): _Function(_rebuild_v3),
     ("torch._utils", "_rebuild_parameter"): _Function(_parameter),
-    ("torch", "Size"): _Function(_size),
+    ("torch", "Size"): _Function(check_shape),
     **{("torch", name): code for code, name in NAME_OF.items()},
     ("collections", "OrderedDict"): OrderedDict,
     **{(module, name): name for module in ("torch", "torch.storage") for name in STORAGES},

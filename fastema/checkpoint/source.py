@@ -6,7 +6,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,15 @@ from fastema.checkpoint.files import OpenFile, Read, StoredTensor, retrying
 from fastema.checkpoint.stretches import Place, Stretches
 from fastema.errors import CheckpointError
 
-__all__ = ["PROVENANCE", "Checkpoint", "Read", "open_checkpoint", "open_torch_file", "step_of_name"]
+__all__ = [
+    "PROVENANCE",
+    "Checkpoint",
+    "Read",
+    "drop_tied_names",
+    "open_checkpoint",
+    "open_torch_file",
+    "step_of_name",
+]
 
 PROVENANCE: Final = "fastema.average"
 """Metadata key of an average's sources and their weights."""
@@ -71,6 +79,14 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     step: int | None = None
+
+    def only(self, names: Container[str]) -> Checkpoint:
+        """Return the checkpoint without the tensors of other names."""
+        kept = {name: one for name, one in self.tensors.items() if name in names}
+        layout = {
+            file: [name for name in held if name in kept] for file, held in self.layout.items()
+        }
+        return replace(self, tensors=kept, layout=layout)
 
     @contextmanager
     def opened(self) -> Iterator[Read]:
@@ -228,11 +244,7 @@ def _open_index(path: Path, key: str | None) -> Checkpoint:
         raise CheckpointError(
             f"{path}: {lost[0]!r} is tied to {found.tied[lost[0]]!r}, which the index leaves out"
         )
-    kept = {name: found.tensors[name] for name in found.tensors if name in names}
-    layout = {
-        file: [name for name in inside if name in kept] for file, inside in found.layout.items()
-    }
-    return replace(found, tensors=kept, layout=layout, files=[*found.files, path])
+    return replace(found.only(names), files=[*found.files, path])
 
 
 def _open_safetensors(opened: list[OpenFile], path: Path) -> Checkpoint:
@@ -260,27 +272,33 @@ def _open_safetensors(opened: list[OpenFile], path: Path) -> Checkpoint:
 def _open_torch(opened: list[OpenFile], path: Path, key: str | None) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
     places: dict[str, Place] = {}
-    tied: dict[str, str] = {}
     step: int | None = None
     for file in opened:
         part, state = file.path, torch_file.read(file)
         chosen, prefix = _select_part(state, key, part)
         step = _step_of(state) if step is None else step
-        owners: dict[Any, str] = {}
         for name, one in torch_file.tensors_in(chosen).items():
-            stored, place = torch_file.locate_tensor(f"{prefix}{name}", one, state)
             if name in tensors:
                 raise CheckpointError(f"{part}: {name!r} is in another file too")
-            owner = owners.setdefault((place.origin, stored.kind, stored.shape), name)
-            if owner != name and stored.nbytes:
-                tied[name] = owner
-                continue
-            tensors[name], places[name] = stored, place
+            tensors[name], places[name] = torch_file.locate_tensor(f"{prefix}{name}", one, state)
     paths = [file.path for file in opened]
     kind = "torch" if len(paths) == 1 else "sharded torch"
     step = step_of_name(path) if step is None else step
     layout = {"model.safetensors": list(tensors)}
-    return Checkpoint(path, kind, tensors, places, layout, paths, {}, tied, step)
+    return drop_tied_names(Checkpoint(path, kind, tensors, places, layout, paths, {}, {}, step))
+
+
+def drop_tied_names(found: Checkpoint) -> Checkpoint:
+    """Keep only the first name of tied tensors; ``tied`` of the result maps the others to it."""
+    owners: dict[Any, str] = {}
+    tied = dict(found.tied)
+    for name, stored in found.tensors.items():
+        if stored.nbytes:
+            key = found.places[name].origin, stored.kind, stored.shape
+            owner = owners.setdefault(key, name)
+            if owner != name:
+                tied[name] = owner
+    return replace(found.only(found.tensors.keys() - tied), tied=tied)
 
 
 def _open_dcp(path: Path, key: str | None) -> Checkpoint:

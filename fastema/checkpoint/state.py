@@ -32,9 +32,6 @@ __all__ = [
 _SUMS: Final = "crc32"
 """Metadata key of the checksums of all tensors."""
 
-_PIECE: Final = 1 << 22
-"""Bytes to read at a time when only verifying checksums."""
-
 
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Any], **metadata: str
@@ -99,13 +96,10 @@ def verify_checksums(found: files.File) -> bool:
     sums = _checksums(found)
     if sums is None:
         return False
-    buffer = memoryview(bytearray(_PIECE))
     with found.opened() as read:
         for name, stored in found.tensors.items():
             crc = 0
-            for first in range(0, stored.nbytes, _PIECE):
-                part = buffer[: min(_PIECE, stored.nbytes - first)]
-                read(name, first, part)
+            for _, part in files.pieces_of(read, name, stored):
                 crc = zlib.crc32(part, crc)
             if sums.get(name) != crc:
                 raise _damaged(found.path, name)
