@@ -7,19 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Final, NamedTuple
-
-import numpy as np
+from typing import Final, NamedTuple
 
 from fastema.checkpoint.detection import known_layouts
 from fastema.checkpoint.files import atomic_write_path, refuse_ending
 from fastema.checkpoint.inspection import verify_files
-from fastema.checkpoint.layout import Layout, StoredAverage, StoredContents, with_keys
+from fastema.checkpoint.layout import Layout, StoredAverage, StoredContents, import_torch, with_keys
 from fastema.checkpoint.merge import copy, refuse_source
 from fastema.checkpoint.source import Checkpoint, drop_tied_names, open_checkpoint
-from fastema.checkpoint.state import import_torch, read_tensors, write_tensors
+from fastema.checkpoint.state import read_tensors, write_tensors
 from fastema.checkpoint.stored import load
 from fastema.errors import ArgumentError, CheckpointError, StorageError, format_problems
 from fastema.rules import Constant, CumulativeMean, Power, Rule, Schedule, Window
@@ -364,9 +361,9 @@ def _write_ours(source: StoredAverage, out: Path) -> None:
     counters = {"num_updates": source.num_updates or 0}
     counters |= {name: own.get(name, 0) for name in ("num_skipped", "seed")}
     logs = own.get(LOG_DECAYS) or schedule.log_decays(counters["num_updates"])
-    like: Any = np.empty(0)
-    with suppress(ImportError):  # NumPy alone has no bf16
-        like = import_module("torch").empty(0)
+    like = None
+    with suppress(ArgumentError):  # NumPy alone has no bf16
+        like = import_torch(f"convert({source.path})").empty(0)
     tensors = {"shadow": [read_tensors(drop_tied_names(source.checkpoint), like)]}
     rounding = source.options.get("rounding", "stochastic")
     write_tensors(out, pack(kind, counters, schedule, logs, rounding, tensors, source.parameters))

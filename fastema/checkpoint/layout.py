@@ -28,6 +28,7 @@ __all__ = [
     "decay_of",
     "entries_under",
     "has_warmup",
+    "import_torch",
     "index_tensors",
     "is_decay_or_warmup",
     "prefixed",
@@ -202,6 +203,15 @@ def index_tensors(content: Content, found: Any, name: str) -> dict[str, Any]:
 
 
 # -- write -----------------------------------------------------------------------------------------
+
+
+def import_torch(needs: str) -> Any:
+    """Return PyTorch's module; raise an ArgumentError that says what needs it if it is missing."""
+    try:
+        import torch
+    except ImportError:
+        raise ArgumentError(f"{needs} needs PyTorch: pip install torch") from None
+    return torch
 
 
 def scalar(value: float, dtype: str = "int64") -> Tensor:

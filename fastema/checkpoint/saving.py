@@ -12,8 +12,9 @@ from typing import Any
 
 from fastema.checkpoint import files
 from fastema.checkpoint.inspection import verify_files
+from fastema.checkpoint.layout import import_torch
 from fastema.checkpoint.source import Checkpoint
-from fastema.checkpoint.state import import_torch, read_tensors, write_tensors
+from fastema.checkpoint.state import read_tensors, write_tensors
 from fastema.checkpoint.stored import load, open_own_file
 from fastema.engine.locks import lock
 from fastema.errors import ArgumentError, CheckpointError

@@ -6,21 +6,21 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
 
 from fastema.bridges.memory import bytes_of, row_major_on_host
 from fastema.bridges.registry import describe, memory_of
 from fastema.checkpoint import files
-from fastema.errors import ArgumentError, CheckpointError, DTypeError
+from fastema.errors import CheckpointError, DTypeError
 from fastema.shadow.state import HEADER
 
 if TYPE_CHECKING:
     from fastema.checkpoint.source import Checkpoint
 
 __all__ = [
-    "import_torch",
     "is_state",
     "load_state",
     "read_state",
@@ -44,13 +44,14 @@ def write_tensors(
 
 
 def read_tensors(found: files.File | Checkpoint, like: Any) -> dict[str, Any]:
-    """Read tensors into arrays of the framework of ``like``.
+    """Read tensors into arrays of the framework of ``like``, or of NumPy if it is None.
 
     Raise a CheckpointError if that framework has no such dtype, or if a checksum of a safetensors
     file differs. Without checksums, as other programs write the file, nothing is verified. A
     checkpoint may have other names than its files: verify those.
     """
-    bridge, sums = memory_of(like), _checksums(found) if isinstance(found, files.File) else None
+    bridge = memory_of(np.empty(0) if like is None else like)
+    sums = _checksums(found) if isinstance(found, files.File) else None
     tensors = {}
     with found.opened() as read:
         for name, stored in found.tensors.items():
@@ -63,14 +64,6 @@ def read_tensors(found: files.File | Checkpoint, like: Any) -> dict[str, Any]:
                 raise _damaged(found.path, name)
             tensors[name] = array
     return tensors
-
-
-def import_torch(needs: str) -> Any:
-    """Return PyTorch's module; raise an ArgumentError if it is missing."""
-    try:
-        return import_module("torch")
-    except ImportError:
-        raise ArgumentError(f"{needs} needs PyTorch: pip install torch") from None
 
 
 def _checksums(found: files.File) -> dict[str, Any] | None:
