@@ -112,19 +112,15 @@ def _open(path: Path) -> Folder:
             "writers were killed"
         )
     description = OpenFile(path / ".metadata")
-    try:
-        found = pickles.load(description.read_whole(), _ALLOWED)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{description.path} cannot be read: {error}") from None
     files: dict[Path, OpenFile] = {}
     try:
+        found = pickles.load(description.read_whole(), _ALLOWED)
         folder = _parse_description(path, found, files)
     except CheckpointError:
         raise
-    except Exception as error:
-        raise CheckpointError(f"{description.path} is damaged: {error!r}") from None
+    except Exception as error:  # pickle, and objects of other kinds, raise many types
+        why = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{description.path} cannot be read: {why}") from None
     for one in (description, *files.values()):  # all of the same moment
         one.refuse_changes(path=True)
     return folder
@@ -139,15 +135,13 @@ def _parse_description(path: Path, found: Any, files: dict[Path, OpenFile]) -> F
             files[file] = OpenFile(file)
         return files[file]
 
-    stored = {
-        (index.fqn, tuple(index.offset)): info
-        for index, info in found.storage_data.items()
-        if getattr(index, "offset", None) is not None
-    }
+    stored: dict[Any, Any] = {}
     tensors: dict[str, ChunkedTensor] = {}
     values: dict[str, tuple[OpenFile, int, int]] = {}
     for index, info in found.storage_data.items():
-        if getattr(index, "offset", None) is None:
+        if getattr(index, "offset", None) is not None:
+            stored[index.fqn, tuple(index.offset)] = info
+        else:
             file = opened(index.fqn, info)
             values[str(index.fqn)] = file, int(info.offset), int(info.length)
     for key, entry in found.state_dict_metadata.items():

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from fastema.checkpoint import dcp, files, torch_file
 from fastema.checkpoint.files import OpenFile, Read, StoredTensor, retrying
-from fastema.checkpoint.stretches import Place, Stretches
+from fastema.checkpoint.stretches import Contiguous, Place
 from fastema.errors import CheckpointError
 
 __all__ = [
@@ -159,22 +159,21 @@ def open_torch_file(path: Path) -> OpenFile | None:
     """Open a regular file that begins like one of ``torch.save``; return None for any other."""
     with _wrap_read_errors(path):
         file = OpenFile(path) if path.is_file() else None
-    return file if file is not None and file.starts_with(torch_file.MAGIC) else None
+        return file if file is not None and file.starts_with(torch_file.MAGIC) else None
 
 
 def _open_file(path: Path, key: str | None) -> Checkpoint:
     if path.name.endswith(_INDEX):
         return _open_index(path, key)
-    file = OpenFile(path)
-    if file.starts_with(torch_file.MAGIC):
-        return _open_torch([file], path, key)
-    _refuse_key(path, key)
-    return _open_safetensors([file], path)
+    return _open_parts([OpenFile(path)], path, key)
 
 
-def _refuse_key(path: Path, key: str | None) -> None:
+def _open_parts(opened: list[OpenFile], path: Path, key: str | None) -> Checkpoint:
+    if opened and opened[0].starts_with(torch_file.MAGIC):
+        return _open_torch(opened, path, key)
     if key is not None:
         raise CheckpointError(f"{path} has nothing at {key!r}: it holds tensors by name alone")
+    return _open_safetensors(opened, path)
 
 
 def _open_folder(path: Path, key: str | None) -> Checkpoint:
@@ -227,10 +226,7 @@ def _open_index(path: Path, key: str | None) -> Checkpoint:
     parts = [OpenFile(path.parent / name) for name in listed]
     for one in (listing, *parts):  # all of the same moment
         one.refuse_changes(path=True)
-    zipped = bool(parts) and parts[0].starts_with(torch_file.MAGIC)
-    if not zipped:
-        _refuse_key(path, key)
-    found = _open_torch(parts, path, key) if zipped else _open_safetensors(parts, path)
+    found = _open_parts(parts, path, key)
     missing = [
         name
         for name, part in names.items()
@@ -259,7 +255,7 @@ def _open_safetensors(opened: list[OpenFile], path: Path) -> Checkpoint:
             if name in tensors:
                 raise CheckpointError(f"{part}: {name!r} is in another file too")
             tensors[name] = found.tensors[name]
-            places[name] = Stretches.whole(file, found.tensors[name].offset)
+            places[name] = Contiguous(file, found.tensors[name].offset)
         layout[part.name] = inside
         metadata |= found.metadata
     paths = [file.path for file in opened]

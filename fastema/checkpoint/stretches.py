@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastema.checkpoint.files import OpenFile, StoredTensor
 
-__all__ = ["Place", "Stretches", "Strided"]
+__all__ = ["Contiguous", "Place", "Stretches", "Strided"]
 
 
 class Place(Protocol):
@@ -45,11 +45,6 @@ class Stretches:
         self.files, self._table = files, table
         self._found: NDArray[np.int64] | None = None
 
-    @staticmethod
-    def whole(file: OpenFile, offset: int) -> Place:
-        """Return the place of a tensor that is contiguous in one file."""
-        return _Contiguous(file, offset)
-
     @property
     def origin(self) -> tuple[Any, ...]:
         """See :class:`Place`."""
@@ -77,7 +72,7 @@ class Stretches:
             at, row = at + size, row + 1
 
 
-class _Contiguous:
+class Contiguous:
     """The place of a tensor whose row-major bytes follow each other in one file."""
 
     def __init__(self, file: OpenFile, offset: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 from fastema.checkpoint import pickles
 from fastema.checkpoint.files import LONGEST, FilePart, OpenFile, StoredTensor
 from fastema.checkpoint.pickles import PickledTensor
-from fastema.checkpoint.stretches import Place, Stretches, Strided, extent
+from fastema.checkpoint.stretches import Contiguous, Place, Strided, extent
 from fastema.errors import CheckpointError
 from fastema.layout.dtypes import DTYPES, dtype
 
@@ -181,5 +181,5 @@ def locate_tensor(name: str, tensor: PickledTensor, state: TorchFile) -> tuple[S
     if first + extent(tensor.size, tensor.strides) * kind.itemsize > size:
         raise CheckpointError(f"{path}: {name} is longer than its storage")
     if pickles.is_row_major(tensor):
-        return stored, Stretches.whole(state.file, begin + first)
+        return stored, Contiguous(state.file, begin + first)
     return stored, Strided(state.file, begin + first, stored, tensor.strides)
