@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fastema import lightning as lightning
     from fastema import tensorflow as tensorflow
     from fastema import transformers as transformers
-    from fastema.engine.cpu import get_num_threads, set_num_threads
+    from fastema.engine.threads import get_num_threads, set_num_threads
     from fastema.plan import Plan, copy_, lerp_, mean_between, swap_
     from fastema.shadow import EMA, SMA, SWA, PowerEMA
     from fastema.torch import update_bn
@@ -61,10 +61,10 @@ _HOMES = {
     "Plan": "fastema.plan",
     "PowerEMA": "fastema.shadow",
     "copy_": "fastema.plan",
-    "get_num_threads": "fastema.engine.cpu",
+    "get_num_threads": "fastema.engine.threads",
     "lerp_": "fastema.plan",
     "mean_between": "fastema.plan",
-    "set_num_threads": "fastema.engine.cpu",
+    "set_num_threads": "fastema.engine.threads",
     "swap_": "fastema.plan",
     "update_bn": "fastema.torch",
     **{

@@ -11,7 +11,9 @@ from typing import Any, ClassVar, Final, TypeAlias
 
 from fastema.binding.binding import Binding, Match
 from fastema.binding.policies import Policies, Policy, Rounding, check_literal
+from fastema.binding.recent import RecentRuns
 from fastema.binding.sides import FreezeState
+from fastema.binding.steady import SteadyRun
 from fastema.bridges.memory import allocate
 from fastema.bridges.registry import leaves_of, list_iterators, reshard
 from fastema.engine.locks import rlock
@@ -241,7 +243,8 @@ class Plan:
         check_literal(rounding, "rounding", Rounding)
         self._seed, self._calls = check_seed(seed), 0
         self._has_options = isinstance(policy, Policies)
-        self._lock = rlock()
+        self.lock = rlock()
+        self._steady: dict[str, SteadyRun] = {}
         self.binding = Binding(
             list_iterators(avg),
             list_iterators(x),
@@ -255,11 +258,30 @@ class Plan:
     ) -> None:
         binding, swaps = self.binding, operation == "swap"
         once = "" if swaps else f"plan.{operation}_(x=...)"
-        with self._lock, binding.current(x, write=swaps, once=once) as program:
-            check()
-            program.run(_OPERATIONS[operation], LaunchArgs((weight,), self._seed, self._calls))
-            self._calls += 1
-            binding.notify_write(*((0, 1) if swaps else (0,)))
+        with self.lock:
+            if self.step(operation, x, weight):
+                return
+            with binding.current(x, write=swaps, once=once) as program:
+                check()
+                args = LaunchArgs((weight,), self._seed, self._calls)
+                program.run(_OPERATIONS[operation], args)
+                self._calls += 1
+                binding.notify_write(*((0, 1) if swaps else (0,)))
+            steady = None if swaps else binding.begin_steady(_OPERATIONS[operation])
+            if steady is not None:
+                steady.run.set_steps([args], repeat=True)
+                self._steady[operation] = steady
+
+    def step(self, operation: str, x: Any, weight: float) -> bool:
+        """Run an operation in one native call, if no tensor has moved; return whether it did."""
+        steady = self._steady.get(operation)
+        if steady is None or not self.binding.accepts(x):
+            return False
+        if steady.has_moved() or not steady.run.repeat(weight, self._calls):
+            return False
+        self._calls += 1
+        self.binding.notify_write(0)
+        return True
 
     @property
     def calls(self) -> int:
@@ -341,12 +363,7 @@ class Plan:
         >>> avg
         array([0.25, 0.25])
         """
-        if not isinstance(weight, Real) or not math.isfinite(weight):
-            raise ArgumentError(
-                f"weight={weight!r}: expected a finite number, 1 - decay (float(weight) for a "
-                "tensor)"
-            )
-        self._run("lerp", self._check_lerp, x, float(weight))
+        self._run("lerp", self._check_lerp, x, _checked_weight(weight))
 
     def check(self, x: Any = None) -> None:
         """Raise the errors that :meth:`lerp_` would raise, without writing anything.
@@ -356,13 +373,13 @@ class Plan:
         x : optional
             See :meth:`lerp_`.
         """
-        with self._lock, self.binding.current(x):
+        with self.lock, self.binding.current(x):
             self._check_lerp()
 
     @contextmanager
     def swappable(self, x: Any) -> Iterator[Binding]:
         """Yield the binding, locked and checked for a swap with ``x``."""
-        with self._lock, self.binding.current(x, write=True):
+        with self.lock, self.binding.current(x, write=True):
             self._check_swap()
             yield self.binding
 
@@ -387,6 +404,30 @@ class Plan:
             See :meth:`lerp_`.
         """
         self._run("copy", lambda: None, x)
+
+
+def _checked_weight(weight: Any) -> float:
+    if not isinstance(weight, Real) or not math.isfinite(weight):
+        raise ArgumentError(
+            f"weight={weight!r}: expected a finite number, 1 - decay (float(weight) for a tensor)"
+        )
+    return float(weight)
+
+
+_recent: Final = {
+    operation: RecentRuns(writes_both=operation == "swap") for operation in _OPERATIONS
+}
+
+
+def _run_once(operation: str, dst: Any, src: Any, weight: float = 0.0) -> None:
+    """Run an operation on containers without a plan; remember those that are lists of tensors."""
+    dst, src = list_iterators(dst), list_iterators(src)
+    if _recent[operation].step(dst, src, weight):
+        return
+    plan = Plan(dst, src)
+    arguments = (weight,) if operation == "lerp" else ()
+    getattr(plan, f"{operation}_")(*arguments)
+    _recent[operation].remember(dst, src, plan.binding, _OPERATIONS[operation])
 
 
 def lerp_(avg: Any, x: Any, weight: float) -> None:
@@ -414,7 +455,7 @@ def lerp_(avg: Any, x: Any, weight: float) -> None:
     >>> avg
     array([2., 2.])
     """
-    Plan(avg, x).lerp_(weight)
+    _run_once("lerp", avg, x, _checked_weight(weight))
 
 
 def swap_(a: Any, b: Any) -> None:
@@ -439,7 +480,7 @@ def swap_(a: Any, b: Any) -> None:
     >>> a, b
     (array([2.]), array([1.]))
     """
-    Plan(a, b).swap_()
+    _run_once("swap", a, b)
 
 
 def copy_(dst: Any, src: Any) -> None:
@@ -464,7 +505,7 @@ def copy_(dst: Any, src: Any) -> None:
     >>> dst
     array([1., 2.], dtype=float32)
     """
-    Plan(dst, src).copy_()
+    _run_once("copy", dst, src)
 
 
 def mean_between(later: Any, n: int, earlier: Any, m: int) -> dict[str, Any]:

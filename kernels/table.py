@@ -116,5 +116,5 @@ LINE = 64
 """Bytes of a cache line."""
 
 PREFETCH = 2048
-"""Bytes by which a flat kernel prefetches ahead of its loads. 1-2 KB measured the same on an idle
-machine, 2 KB up to 15 % better on a busy one; from 4 KB on it is slower."""
+"""Bytes by which a flat kernel of 16-bit averages prefetches ahead of its loads. 1-2 KB measured
+the same on an idle machine, 2 KB up to 15 % better on a busy one; from 4 KB on it is slower."""

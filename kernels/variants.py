@@ -14,7 +14,7 @@ LAYOUTS = ("flat", "strided")
 ENTRY = "fastema_kernel"
 """The name of every CPU kernel in its machine code."""
 
-FUNCTIONS = ("check_tensors", "rolling_mean", "ewm_mean")
+FUNCTIONS = ("check_tensors", "run_launches", "run_program", "rolling_mean", "ewm_mean")
 """CPU functions that do not work on pairs of tensors."""
 
 CLOCK = "advance"

@@ -393,6 +393,18 @@ def _call(builder, function, *args):
     return builder.call(_address(builder, function, kind), args)
 
 
+def _call_long(builder, function, *args):
+    kind = ir.FunctionType(_I64, [_I64] * len(args))
+    return builder.call(_address(builder, function, kind), args)
+
+
+@_word(*[_i64(*[_i64] * (1 + count)) for count in range(5)], llvm=_call_long)
+def call_long(function, *args):
+    """Call a C function of up to four pointers or integers that returns a 64-bit integer."""
+    prototype = ctypes.PYFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * len(args))
+    return prototype(int(function))(*map(int, args))
+
+
 @_word(_i32(_i64, _i64, _i64, _i64, _i64), llvm=_call)
 def call(function, a, b, c, d):
     """Call a C function of up to four pointers that returns an int; the GIL must be held."""

@@ -17,6 +17,8 @@ from hypothesis import settings
 
 import fastema
 from fastema.engine import cpu
+from fastema.engine import threads as engine_threads
+from fastema.kernels import run_table
 
 from .support.matrix import reduce_cases
 from .support.peak import overall_peak
@@ -153,15 +155,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """``set_num_threads``, undone after the test."""
-    before = cpu.get_num_threads()
-    yield cpu.set_num_threads
-    cpu.set_num_threads(before)
+    before = engine_threads.TEAM.copy()
+    yield engine_threads.set_num_threads
+    engine_threads.set_num_threads(int(before[run_table.POOL]))
+    engine_threads.TEAM[:] = before
 
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wake helper threads for a few kilobytes, so that small tensors are split too."""
+    """Use several threads for a few kilobytes, so that small tensors are split too."""
     monkeypatch.setattr(cpu, "BYTES_PER_THREAD", 1 << 12)
+    monkeypatch.setattr(cpu, "BYTES_PER_HELPER", 1 << 12)
 
 
 @pytest.fixture

@@ -67,13 +67,17 @@ TABLE = {
     "bridges.tensorflow": f"{MOVING} tensorflow",
     "bridges.cupy": f"{LAYOUT} .bridges.names numpy cupy alone",
     "bridges.torch": f"{LAYOUT} .bridges.dlpack .bridges.names .bridges.torch_other"
-    " .bridges.torch_parts .bridges.torch_ranks lazy:.bridges.torch_link numpy torch alone",
+    " .bridges.torch_openmp .bridges.torch_parts .bridges.torch_ranks lazy:.bridges.torch_link"
+    " numpy torch alone",
     "bridges.torch_cuda": f"{LAYOUT} .bridges.torch_parts lazy:.bridges.torch_foreach numpy torch"
     " alone",
     "bridges.torch_other": f"{LAYOUT} .bridges.torch_cuda lazy:.bridges.torch_foreach numpy torch"
     " alone",
     "bridges.torch_link": f"{LAYOUT} .bridges.torch_cuda .bridges.torch_parts torch alone",
-    **dict.fromkeys(("bridges.torch_parts", "bridges.torch_ranks"), f"{LAYOUT} torch alone"),
+    **dict.fromkeys(
+        ("bridges.torch_openmp", "bridges.torch_parts", "bridges.torch_ranks"),
+        f"{LAYOUT} torch alone",
+    ),
     "bridges.torch_foreach": f"{LAYOUT} .kernels.table .kernels.operations numpy torch alone",
     "binding": f"{LAYOUT} .engine .bridges",
     "plan": f"{BELOW_AVERAGES} .hints",

@@ -17,17 +17,20 @@ from fastema.binding.sides import (
     Side,
     WatchedSide,
 )
+from fastema.binding.steady import SteadyRun
 from fastema.bridges.moving import Located
 from fastema.bridges.registry import (
     bridge_of,
     leaves_of,
     list_iterators,
+    openmp_teams,
     refuse_emptied,
     reshard,
     write_listeners,
 )
 from fastema.engine.cuda import refuse_forked
 from fastema.engine.program import Program
+from fastema.engine.threads import use_openmp
 from fastema.errors import LayoutError
 from fastema.layout.device_context import DeviceContext
 from fastema.layout.group import OverlapGuard, Pair, refuse_overlap
@@ -100,6 +103,7 @@ class _BoundState:
     contexts: list[DeviceContext]  # devices of the weights, without the host
     guard: OverlapGuard | None  # None if neither side moves
     located: tuple[Located, Located] = (UNMOVED, UNMOVED)
+    steady: dict[tuple[str, ...], SteadyRun] = field(default_factory=dict)
     cached: dict[Any, Any] = field(default_factory=dict)  # values derived from these pairs
 
     def find(self, container: Any, write: bool) -> tuple[Located, Located] | None:
@@ -157,6 +161,9 @@ class _CurrentBlock:
         bound = binding._locate(self._src, self._write, self._match)
         if self._once and self._src is None and bound.guard is not None:
             bound.sides[1].refuse_used(bound.located[1], self._once)
+        if bound is not self._before:
+            for steady in self._before.steady.values():
+                steady.run.set_steps([])  # the tensors that it checks may be freed
         binding._bound = bound
         return bound.program
 
@@ -216,6 +223,8 @@ class Binding:
         self, containers: tuple[Any, Any], match: Matcher, leaves: Leaves | None = None
     ) -> _BoundState:
         """Describe the tensors of both sides and pair them."""
+        for team in openmp_teams():
+            use_openmp(*team)
         owned = containers[0] is None
         dst = NO_LEAVES if owned else self._look(containers[0])
         src = self._look(containers[1]) if leaves is None else leaves
@@ -326,6 +335,43 @@ class Binding:
             bound = self._bind((bound.containers[0], container), match)
         raise LayoutError("another thread keeps replacing the tensors of the model")
 
+    def begin_steady(self, operations: Mapping[str, str]) -> SteadyRun | None:
+        """Return a native run of these operations over the tensors as last matched.
+
+        None if there can be none: with tensors on a GPU, or that move at every step.
+        """
+        bound = self._bound
+        if bound.guard is not None or bound.contexts:
+            return None
+        key = tuple(operations.values())
+        if key not in bound.steady:
+            sides = bound.sides
+            run = bound.program.native(operations, [task for one in sides for task in one.tasks])
+            checks = [check for one in sides for check in one.checks]
+            bound.steady[key] = SteadyRun(run, checks)
+        return bound.steady[key]
+
+    def is_present(self, steady: SteadyRun) -> bool:
+        """Return whether a run is for the tensors as last matched."""
+        return steady in self._bound.steady.values()
+
+    def accepts(self, src: Any) -> bool:
+        """Return whether ``src`` is the model as last matched, or a list of the same tensors.
+
+        It is the model from then on, unless that is forgotten. None stands for the latest one.
+        """
+        bound = self._bound
+        latest = bound.containers[1]
+        if not bound.sides[1].is_same_container(latest if src is None else src):
+            return False
+        if latest is not None and src is not None:
+            bound.containers = bound.containers[0], src
+        return True
+
+    def is_matched_with(self, src: Any) -> bool:
+        """Return whether ``src`` itself was matched last, whose changes the checks see."""
+        return self._bound.sides[1].is_watching(src)
+
     # -- properties -------------------------------------------------------------------------------
 
     @property
@@ -333,6 +379,12 @@ class Binding:
         """Watched tensors of average and model, as described at the latest match."""
         dst, src = self._bound.sides
         return dst.leaves, src.leaves
+
+    @property
+    def check_tables(self) -> tuple[Any, Any]:
+        """The memory of the compiled checks of average and model; None for a side without any."""
+        dst, src = self._bound.sides
+        return dst.tables, src.tables
 
     def has_moved(self, src: Any) -> bool:
         """Return whether tensors have moved or were replaced."""

@@ -46,21 +46,50 @@ class Side(Protocol):
         Set ``write`` if the tensors are about to be written.
         """
 
+    def is_watching(self, container: Any) -> bool:
+        """Return whether this is the container itself that was matched."""
+
+    def is_same_container(self, container: Any) -> bool:
+        """Return whether this is the container as matched, or a list of the same objects."""
+
     def refuse_used(self, located: Located, instead: str) -> None:
         """Refuse immutable arrays that the latest call has used already."""
 
     def record_used(self, located: Located) -> None:
         """Record that a call has used the arrays."""
 
+    @property
+    def tasks(self) -> Sequence[int]:
+        """Addresses of compiled checks that find whether tensors moved, see :class:`Watch`."""
+
+    @property
+    def tables(self) -> Any:
+        """The memory of compiled checks, see :class:`Watch`; None if there are none."""
+
+    @property
+    def checks(self) -> Sequence[Callable[[], bool]]:
+        """Further checks, which return True if a tensor moved."""
+
 
 class OwnedSide:
     """Tensors in fastema's own memory, which never move. Using them again is always fine."""
 
     leaves = NO_LEAVES
+    tasks: Sequence[int] = ()
+    tables: Any = None
+    checks: Sequence[Callable[[], bool]] = ()
 
     def find(self, container: Any, *, write: bool) -> Located | None:
         """Return :data:`UNMOVED`."""
         return UNMOVED
+
+    def is_watching(self, container: Any) -> bool:
+        """Return False: nothing is watched."""
+        return False
+
+    def is_same_container(self, container: Any) -> bool:
+        """Return False: there is no container to compare with."""
+        return False
 
     def refuse_used(self, located: Located, instead: str) -> None:
         """Do nothing: the memory is mutable."""
@@ -81,6 +110,8 @@ class WatchedSide(OwnedSide):
         self._watch = watch(leaves, transient=transient)
         self._trained = trained
         self.leaves = leaves
+        self.tasks, self.tables = self._watch.tasks, self._watch.tables
+        self.checks = [*self._watch.checks, *([self._refrozen] if trained else [])]
         self._elements = [*container] if isinstance(container, list) else None
         try:  # a weak reference: this object must not keep the model alive
             self._container: Callable[[], Any] = ref(container)
@@ -89,11 +120,15 @@ class WatchedSide(OwnedSide):
 
     def find(self, container: Any, *, write: bool) -> Located | None:
         """See :class:`Side`."""
-        return None if not self._is_same_container(container) or self.changed() else UNMOVED
+        return None if not self.is_same_container(container) or self.changed() else UNMOVED
 
-    def _is_same_container(self, container: Any) -> bool:
-        """Return whether this is the watched container, or a list of the same objects."""
-        if container is self._container():
+    def is_watching(self, container: Any) -> bool:
+        """See :class:`Side`."""
+        return container is self._container()
+
+    def is_same_container(self, container: Any) -> bool:
+        """See :class:`Side`."""
+        if self.is_watching(container):
             return True
         elements = self._elements
         return (
@@ -105,9 +140,10 @@ class WatchedSide(OwnedSide):
 
     def changed(self) -> bool:
         """Return whether a tensor moved or was replaced, or a parameter was frozen or unfrozen."""
-        return self._watch.changed() or any(
-            owner.requires_grad is not before for owner, before in self._trained
-        )
+        return self._watch.changed() or self._refrozen()
+
+    def _refrozen(self) -> bool:
+        return any(owner.requires_grad is not before for owner, before in self._trained)
 
 
 class MovingSide(OwnedSide):

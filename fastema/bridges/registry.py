@@ -137,6 +137,12 @@ def versions_of(arrays: Iterable[Any]) -> list[Any]:
     return [kind(members) for kind, members in _by_function(arrays, "Versions")]
 
 
+def openmp_teams() -> list[tuple[int, int]]:
+    """Return the OpenMP functions of the frameworks that are imported, see ``torch_openmp``."""
+    found = [bridge.openmp() for bridge in _imported_bridges() if hasattr(bridge, "openmp")]
+    return [team for team in found if team is not None]
+
+
 def refuse_emptied(specs: Mapping[str, TensorSpec]) -> None:
     """Raise a BridgeError if a framework's float tensors seem to have lost their elements."""
     empty = [name for name, spec in specs.items() if spec.full_shape == (0,)]

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastema.bridges.dlpack import exchange_address
 from fastema.bridges.names import describe_named, plain_names, unwrapped_names
+from fastema.bridges.torch_openmp import openmp as openmp
 from fastema.bridges.torch_other import context_of
 from fastema.bridges.torch_parts import (
     describe_part,

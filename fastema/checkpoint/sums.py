@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from fastema.bridges.memory import Memory
 from fastema.checkpoint.files import File, Read, StoredTensor
 from fastema.checkpoint.source import Checkpoint
-from fastema.engine.cpu import get_num_threads
 from fastema.engine.program import Program
+from fastema.engine.threads import get_num_threads
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.dtypes import DType, average_of, parse_dtype
 from fastema.layout.group import Pair

@@ -267,6 +267,12 @@ class ModelAverager:
             plan.calls = step
             plan.lerp_(weight, weights)
 
+        plan = self._plan
+        if plan is not None and self._stage is None and self._active_swap is None:
+            with plan.lock:
+                plan.calls = step
+                if plan.step("lerp", model, weight):
+                    return
         self._refuse_swapped("update()")
         self._call_with_plan(list_iterators(model), lerp)
 

@@ -1,122 +1,157 @@
-"""CPU launches: serial kernels that release the GIL, on a small thread pool of the library's own.
-
-Numba's parallel layers abort when two Python threads enter them, and are killed or hang after a
-fork. Here every thread of a launch runs the same serial kernel and takes rows from one shared
-cursor. This balances the work however large the tensors are, and a thread that starts late finds
-nothing left to do.
-"""
+"""Runs on the CPU: launches of serial kernels over tables, on several threads, in a native call."""
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final
+import ctypes
+import struct
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Final, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from fastema.engine import threads
 from fastema.engine.interrupts import defer_signals
-from fastema.engine.registry import Kernel
-from fastema.errors import ArgumentError
+from fastema.engine.native import is_jit_disabled
+from fastema.engine.registry import Kernel, function
+from fastema.kernels import run_table as abi
+from fastema.kernels.run_table import MOVED, NO_STEP
+from fastema.layout.device_context import LaunchArgs
 
-__all__ = ["get_num_threads", "launch", "set_num_threads"]
+__all__ = ["MOVED", "NO_STEP", "CpuRun", "Launch", "run_kernel"]
 
-BYTES_PER_THREAD: Final = 8 << 20
-"""Minimum work per thread: waking a helper takes 20-200 microseconds, in which a core moves 1-8 MB.
-Smaller launches stay on the calling thread."""
+BYTES_PER_THREAD: Final = 1 << 19
+"""Minimum work per thread of an OpenMP team that is awake: entering it takes a few microseconds, in
+which a core moves some 100 KB in its cache. Smaller runs stay on the calling thread."""
 
-
-MOST_THREADS: Final = 32
-"""Default limit. A few cores saturate a memory controller, and each helper costs a wake-up."""
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+BYTES_PER_HELPER: Final = 8 << 20
+"""The same for helpers that sleep: waking one takes 20-200 microseconds, in which a core moves 1-8
+MB."""
 
 
-class _Pool:
-    """Helper threads beside the calling thread, started on first use."""
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-        self.lock = threading.Lock()
-        self.executor: ThreadPoolExecutor | None = None
-
-    def submit(self, helpers: int, task: Callable[..., object], *args: int) -> list[Future[object]]:
-        """Submit a task to helpers; return fewer futures, or none, if no thread can be started."""
-        futures: list[Future[object]] = []
-        with self.lock:
-            if self.executor is None:
-                self.executor = ThreadPoolExecutor(self.threads - 1, "fastema-run")
-            try:
-                for _ in range(helpers):
-                    futures.append(self.executor.submit(task, *args))  # noqa: PERF401 (keeps those)
-            except RuntimeError:
-                # The last task was queued anyway, and its table may be freed before a thread runs
-                # it: drop the queue. (At interpreter shutdown nothing was queued.)
-                self.executor.shutdown(wait=False, cancel_futures=True)
-                self.executor = None
-        return futures
-
-    def close(self) -> None:
-        with self.lock:
-            if self.executor is not None:
-                self.executor.shutdown(wait=False)
-            self.executor = None
+_FLOAT, _INTEGER = struct.Struct("d"), struct.Struct("q")
 
 
-_pool = _Pool(min(_cores(), MOST_THREADS))
+class Launch(NamedTuple):
+    """A kernel, its table and its control block, and the bytes that it reads or writes."""
+
+    kernel: Kernel
+    table: NDArray[np.int64]
+    control: NDArray[np.int64]
+    nbytes: int
 
 
-def _after_fork() -> None:
-    # The parent's threads do not exist in the child, and one of them may have held a lock.
-    global _pool
-    _pool = _Pool(_pool.threads)
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+class CpuRun:
+    """Launches that run together, on as many threads as their work justifies.
 
-
-def set_num_threads(threads: int) -> None:
-    """Limit the number of threads that an update uses, including the calling thread.
+    The launches must not depend on each other: a thread begins the next one while others are still
+    at work on the one before. The caller excludes concurrent calls for the same launches.
 
     Parameters
     ----------
-    threads : int
-        From 1 to 1024. The default is the number of cores the process may run on, at most 32.
+    launches : sequence of Launch
+    num_averages : int
+        Count of the numbers that the kernels read, see :mod:`fastema.kernels.table`.
+    watches : sequence of int
+        Addresses of the tasks of compiled checks (:mod:`fastema.kernels.watch_table`). The run does
+        nothing if one of them finds a difference.
 
-    Raises
-    ------
-    ArgumentError
-        If ``threads`` is not such a number.
+    Attributes
+    ----------
+    call : callable
+        Runs the next step in one native call and returns one of the codes of
+        :mod:`fastema.kernels.run_table`, 0 if all is done; :meth:`finish` does the rest.
     """
-    global _pool
-    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
-        raise ArgumentError(f"threads={threads!r}: expected a whole number from 1 to 1024")
-    before, _pool = _pool, _Pool(threads)
-    before.close()
+
+    def __init__(
+        self, launches: Sequence[Launch], num_averages: int = 1, watches: Sequence[int] = ()
+    ) -> None:
+        self._take_rows: Callable[[int], int] = function("run_launches")
+        check = function("check_tensors") if watches else None
+        nbytes = sum(launch.nbytes for launch in launches)
+        rows = max((len(launch.table) for launch in launches), default=0)
+        table = np.array(
+            [
+                (_address(kernel), table.ctypes.data, len(table), control.ctypes.data)
+                for kernel, table, control, _ in launches
+            ],
+            np.int64,
+        ).reshape(-1, abi.LAUNCH)
+        tasks = np.array([*watches], np.int64)
+        self._words = words = np.zeros(abi.WORDS, np.int64)
+        words[abi.WATCHES], words[abi.WATCHES_AT] = len(tasks), tasks.ctypes.data
+        words[abi.CHECK] = 0 if check is None else _address(check)
+        words[abi.SELF] = _address(self._take_rows)
+        words[abi.LAUNCHES], words[abi.LAUNCHES_AT] = len(table), table.ctypes.data
+        words[abi.THREADS] = max(min(rows, nbytes // BYTES_PER_THREAD), 1)
+        words[abi.POOL_THREADS] = max(min(rows, nbytes // BYTES_PER_HELPER), 1)
+        words[abi.STEP_WORDS] = abi.FIRST_NUMBER + num_averages
+        words[abi.TEAM] = threads.TEAM.ctypes.data
+        if not is_jit_disabled():
+            words[abi.SAVE] = _address(ctypes.pythonapi.PyEval_SaveThread)
+            words[abi.RESTORE] = _address(ctypes.pythonapi.PyEval_RestoreThread)
+        self._address = words.ctypes.data
+        self._run: Callable[[int, int, int], int] = function("run_program")
+        self.call: Callable[[], int] = partial(self._run, self._address, 0, 0)
+        self._keep = launches, table, tasks, check  # their addresses are stored
+        self.set_steps([LaunchArgs()])
+
+    def set_steps(self, steps: Sequence[LaunchArgs | None], *, repeat: bool = False) -> None:
+        """Set the arguments of the next calls, None for a call that does nothing.
+
+        All have one seed. With ``repeat`` every call is the first step, see :meth:`repeat`.
+        """
+        words, seed = self._words, 0
+        table = np.zeros((len(steps) or 1, int(words[abi.STEP_WORDS])), np.int64)
+        numbers = table[:, abi.FIRST_NUMBER :].view(np.float64)
+        for row, args in enumerate(steps):
+            if args is not None:
+                table[row, : abi.FIRST_NUMBER] = 1, args.step, args.window, args.slot, args.turn
+                numbers[row, : len(args.numbers)] = args.numbers
+                seed = args.seed
+        address = table.ctypes.data
+        with defer_signals():  # a handler that updates the average would run half of this
+            self._steps = table
+            words[abi.STEPS], words[abi.STEPS_AT] = len(steps), address
+            words[abi.FIRST], words[abi.ADVANCE] = words[abi.CURSOR], not repeat
+            words[abi.SEED] = seed
+
+    def repeat(self, weight: float, step: int) -> bool:
+        """Run the repeated step with another weight; random bits depend on ``step``.
+
+        Return False if nothing was done: a tensor has moved.
+        """
+        (bits,) = _INTEGER.unpack(_FLOAT.pack(weight))
+        return self.finish(self._run(self._address, step, bits))
+
+    def run(self, args: LaunchArgs) -> None:
+        """Run once with these arguments."""
+        self.set_steps([args])
+        self.finish(self.call())
+
+    @property
+    def num_done(self) -> int:
+        """Number of steps done so far."""
+        return int(self._words[abi.CURSOR])
+
+    def finish(self, code: int) -> bool:
+        """Finish a step, from what :attr:`call` returned. Return whether the step was run."""
+        if code == abi.NEEDS_POOL:
+            with defer_signals():
+                words = self._words
+                threads.run_on_pool(int(words[abi.LIMIT]), self._take_rows, self._address)
+                words[abi.CURSOR] += words[abi.ADVANCE]
+                return True
+        return code == abi.DONE
 
 
-def get_num_threads() -> int:
-    """Return the most threads that an update uses, including the calling thread."""
-    return _pool.threads
-
-
-def launch(kernel: Kernel, table: int, rows: int, numbers: int, control: int, nbytes: int) -> None:
-    """Run a kernel over a table, on as many threads as ``nbytes`` justifies.
-
-    All threads have left the kernel when this returns. Signals are deferred until then.
-    """
-    pool = _pool
-    helpers = min(pool.threads, nbytes // BYTES_PER_THREAD, rows) - 1
-    if helpers < 1:
-        kernel(table, rows, numbers, control)
-        return
-    with defer_signals():
-        futures = pool.submit(helpers, kernel, table, rows, numbers, control)
-        kernel(table, rows, numbers, control)
-        for future in futures:
-            if not future.cancel():
-                future.result()
+def run_kernel(launch: Launch, numbers: int) -> None:
+    """Run a kernel whose control block is complete; ``numbers`` is the address that it is given."""
+    run = CpuRun([launch])
+    run._words[abi.STEPS_AT], run._words[abi.NUMBERS] = 0, numbers
+    run.finish(run.call())

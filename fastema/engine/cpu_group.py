@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastema.engine import cpu
+from fastema.engine.cpu import Launch
 from fastema.engine.group import Group, formats_of
 from fastema.engine.registry import kernel
 from fastema.kernels import table as abi
 from fastema.kernels.operations import OPERATIONS
-from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair
 from fastema.layout.table import IndexedTable, build_indexed_tables, count_bytes
 
@@ -30,29 +28,17 @@ class CpuGroup(Group):
         self._layout, self._table, self._pair = layout, rows.table, rows.pair
         self._offsets: dict[int, NDArray[np.int64]] = {}
         self._nbytes = count_bytes(members)
-        self._numbers = np.zeros(1 + max(pair.average_index for pair in members))
         self._control = np.zeros(abi.CONTROLS, np.int64)
         self._control[abi.CLAIM] = claim
         self._results = super().results()
 
-    def prepare(self, operation: str) -> Callable[[], None]:
+    def launch(self, operation: str) -> Launch:
         """Compile the kernel of an operation and return its launch."""
         compiled = kernel(operation, formats_of(operation, self._members[0]), self._layout)
         if OPERATIONS[operation].counts and not len(self._results):
             self._results = np.empty(len(self._table))
             self._control[abi.RESULTS] = self._results.ctypes.data
-        table, control = self._table.ctypes.data, self._control.ctypes.data
-        numbers, rows = self._numbers.ctypes.data, len(self._table)
-        return partial(cpu.launch, compiled, table, rows, numbers, control, self._nbytes)
-
-    def begin(self, args: LaunchArgs) -> None:
-        """Store the arguments where the next launches read them."""
-        self._numbers[:] = args.numbers[: len(self._numbers)]
-        control = self._control
-        control[abi.NEXT] = 0
-        control[abi.SEED], control[abi.STEP] = args.seed, args.step
-        control[abi.WINDOW], control[abi.SLOT] = args.window, args.slot
-        control[abi.TURN] = args.turn
+        return Launch(compiled, self._table, self._control, self._nbytes)
 
     def relocate(self, dst: Mapping[str, int] | None, src: Mapping[str, int] | None) -> None:
         """Continue with the same tensors at other addresses, given by pair name."""

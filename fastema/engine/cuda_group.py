@@ -89,12 +89,11 @@ class CudaGroup(Group):
         for table in tables.values():
             table[:, AVERAGE] -= self._first
         self._parts = [_Part(layout, table) for layout, table in tables.items()]
-        self._args = LaunchArgs()
         self._streams = StreamTracker(context)
         self._results: Any = None
         self._substitute_results: NDArray[np.float64] | None = None
 
-    def prepare(self, operation: str) -> Callable[[], None]:
+    def prepare(self, operation: str) -> Callable[[LaunchArgs], None]:
         """Load the kernels of an operation, compile new ones, and return the launch."""
         if self._context.fallback_reason is not None:
             return self._substitute(operation, self._context.fallback_reason)
@@ -138,9 +137,8 @@ class CudaGroup(Group):
             part.values["results"] = address
             address += 8 * len(part.table)
 
-    def begin(self, args: LaunchArgs) -> None:
+    def _begin(self, args: LaunchArgs) -> None:
         """Store the arguments where the next launches read them."""
-        self._args = args
         numbers = args.numbers[self._first : self._first + self._count] or args.numbers
         clock = args.clocks.get(self._context.device, 0)
         clock += self._clock_offset if clock else 0
@@ -150,7 +148,8 @@ class CudaGroup(Group):
             values["clock"], values["seed"], values["step"] = clock, args.seed, args.step
             values["window"], values["slot"], values["turn"] = args.window, args.slot, args.turn
 
-    def _launch(self, launches: Sequence[Callable[..., None]]) -> None:
+    def _launch(self, launches: Sequence[Callable[..., None]], args: LaunchArgs) -> None:
+        self._begin(args)
         assert self._streams is not None
         stream = self._streams.stream(self._owners, self._tables)
         for part, launch in zip(self._parts, launches, strict=True):
@@ -176,7 +175,7 @@ class CudaGroup(Group):
             except Exception:  # in a capture; at exit; after a device failure
                 keep_for_graphs(self._owners())
 
-    def _substitute(self, operation: str, reason: str) -> Callable[[], None]:
+    def _substitute(self, operation: str, reason: str) -> Callable[[LaunchArgs], None]:
         """Return the operation in the framework's own functions; warn once per device."""
         run = self._context.substitute(operation, self._members)
         device = self._context.device
@@ -185,8 +184,7 @@ class CudaGroup(Group):
             _warned.add(device)  # last: if warnings are errors, the next call raises too
         return partial(self._run_substitute, run)
 
-    def _run_substitute(self, run: Substitute) -> None:
-        args = self._args
+    def _run_substitute(self, run: Substitute, args: LaunchArgs) -> None:
         if args.clocks:
             raise StateError(
                 "without GPU kernels an average cannot be capturable: build it without "

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastema.kernels.operations import OPERATIONS
-from fastema.layout.device_context import LaunchArgs
 from fastema.layout.dtypes import raw
 from fastema.layout.group import Pair, kernel_format
 
@@ -25,14 +24,6 @@ class Group:
 
     def __init__(self, tag: str, members: Sequence[Pair]) -> None:
         self.tag, self._members = tag, members
-
-    def prepare(self, operation: str) -> Callable[[], None]:
-        """Compile and set up the kernels of an operation; return the launch."""
-        raise NotImplementedError
-
-    def begin(self, args: LaunchArgs) -> None:
-        """Store the arguments of the next launches."""
-        raise NotImplementedError
 
     def relocate(self, dst: Mapping[str, int] | None, src: Mapping[str, int] | None) -> None:
         """Continue with the same tensors at other addresses, given by pair name."""

@@ -6,11 +6,13 @@ is not one: it reads the destination's cache lines before it writes them, withou
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 from numpy.typing import NDArray
 
-from fastema.engine import cpu
 from fastema.engine.program import Program
+from fastema.engine.threads import get_num_threads
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
 
@@ -47,10 +49,10 @@ class StreamCopy:
         words = max(nbytes // 16, 1)
         source = np.random.default_rng(0).integers(1, 2**62, words)
         target = np.ones_like(source)
-        pieces = 4 * cpu.get_num_threads()
+        self._threads = get_num_threads()
+        pieces = 4 * self._threads
         parts = zip(np.array_split(target, pieces), np.array_split(source, pieces), strict=True)
         self._parts = list(parts)
-        self._nbytes = nbytes
 
     def __call__(self) -> None:
         """Move the bytes once."""
@@ -60,4 +62,9 @@ class StreamCopy:
             for target, source in left:
                 np.copyto(target, source)
 
-        cpu.launch(copy_parts, 0, len(self._parts), 0, 0, self._nbytes)
+        helpers = [threading.Thread(target=copy_parts) for _ in range(self._threads - 1)]
+        for helper in helpers:
+            helper.start()
+        copy_parts()
+        for helper in helpers:
+            helper.join()

@@ -17,7 +17,14 @@ from typing import Any, Final, NamedTuple
 from fastema.engine import disk_cache, shipped
 from fastema.kernels.variants import ENTRY
 
-__all__ = ["LEVELS", "compiled", "function", "has_levels", "supported_levels"]
+__all__ = [
+    "LEVELS",
+    "compiled",
+    "function",
+    "has_levels",
+    "is_jit_disabled",
+    "supported_levels",
+]
 
 _DEFAULTS: Final[Mapping[str, object]] = {
     **{"OPT": 3, "LOOP_VECTORIZE": 1, "SLP_VECTORIZE": 0, "DISABLE_INTEL_SVML": 0},
@@ -51,7 +58,10 @@ _WORD: Final = ctypes.c_int64
 _KERNEL: Final = ctypes.CFUNCTYPE(_WORD, *[_WORD] * 4)
 _PROTOTYPES: Final = {
     "ewm_mean": ctypes.CFUNCTYPE(_WORD, *[_WORD] * 5),
-    "check_tensors": ctypes.PYFUNCTYPE(_WORD, _WORD),  # holds the GIL: it calls Python's C API
+    "run_launches": ctypes.CFUNCTYPE(_WORD, _WORD),
+    # These hold the GIL: they call Python's C API.
+    "check_tensors": ctypes.PYFUNCTYPE(_WORD, _WORD),
+    "run_program": ctypes.PYFUNCTYPE(_WORD, *[_WORD] * 3),
 }
 """Types of the functions that are not called as kernels over a table."""
 
@@ -149,7 +159,8 @@ def _load_code(operation: str, formats: tuple[str, ...], layout: str) -> bytes:
     return code
 
 
-def _is_jit_disabled() -> bool:
+def is_jit_disabled() -> bool:
+    """Return whether Python runs the kernels."""
     numba = _numba_target()
     if numba is None:
         return os.environ.get("NUMBA_DISABLE_JIT", "0") != "0"
@@ -158,12 +169,17 @@ def _is_jit_disabled() -> bool:
 
 
 def function(operation: str, formats: tuple[str, ...], layout: str) -> Callable[..., int]:
-    """Return a kernel or function, loaded and callable with 64-bit integers."""
-    if _is_jit_disabled():
+    """Return a kernel or function, loaded and callable with 64-bit integers.
+
+    If Numba's compiler is disabled, C code can call it as well, but Python runs it.
+    """
+    prototype = _PROTOTYPES.get(operation, _KERNEL)
+    if is_jit_disabled():
         from fastema.kernels import cpu
 
-        python: Callable[..., int] = cpu.function(operation, formats, layout)
-        return python
+        python = cpu.function(operation, formats, layout)
+        made: Callable[..., int] = prototype(lambda *args: python(*args) or 0)
+        return made
     llvm = _binding()
     triple, name, features = _detect_host()
     machine = llvm.Target.from_triple(triple).create_target_machine(
@@ -172,8 +188,6 @@ def function(operation: str, formats: tuple[str, ...], layout: str) -> Callable[
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     engine.add_object_file(llvm.ObjectFileRef.from_data(_load_code(operation, formats, layout)))
     engine.finalize_object()
-    made: Callable[..., int] = _PROTOTYPES.get(operation, _KERNEL)(
-        engine.get_function_address(ENTRY)
-    )
+    made = prototype(engine.get_function_address(ENTRY))
     engine.detach()  # never freed: threads may be in the code when the process ends
     return made

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
+from typing import Any
 
 import numpy as np
 
-from fastema.engine.group import Group
+from fastema.engine import cpu_group
+from fastema.engine.cpu import CpuRun, Launch
+from fastema.engine.cpu_group import CpuGroup
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.locks import lock
 from fastema.errors import DTypeError, StateError
@@ -37,7 +39,10 @@ class Program:
         self._contexts = {
             p.dst.device: p.dst.context for members in pairs.values() for p in members
         }
-        self._launches: dict[tuple[tuple[str, str], ...], list[Callable[[], None]]] = {}
+        self._runs: dict[tuple[tuple[str, str], ...], list[Callable[[LaunchArgs], None]]] = {}
+        self._num_averages = 1 + max(
+            (p.average_index for members in pairs.values() for p in members), default=0
+        )
         kinds: dict[tuple[str, ...], list[Pair]] = {}
         for tag, members in pairs.items():
             for pair in members:
@@ -53,39 +58,62 @@ class Program:
                     residual,
                 )
                 kinds.setdefault(key, []).append(pair)
-        self._groups = [
-            group for (tag, *_), members in kinds.items() for group in _groups(tag, members)
-        ]
+        self._on_cpu: list[CpuGroup] = []
+        self._on_gpus: list[Any] = []
+        for (tag, *_), members in kinds.items():
+            first = members[0].dst
+            if first.context is not None:
+                from fastema.engine import cuda_group
 
-    def prepare(self, operations: Mapping[str, str]) -> list[Callable[[], None]]:
-        """Compile the kernels of a run and return its launches.
+                self._on_gpus += cuda_group.groups(tag, members)
+            elif first.device == "cpu":
+                self._on_cpu += cpu_group.groups(tag, members)
+            else:
+                raise DTypeError(f"{members[0].name}: no kernels for device {first.device}")
 
-        :meth:`run` calls this; call it earlier to fail before anything is written.
+    def prepare(self, operations: Mapping[str, str]) -> list[Callable[[LaunchArgs], None]]:
+        """Compile the kernels of a run and return its parts, one per device and dtype pair.
+
+        Those on the CPU are one part. :meth:`run` calls this; call it earlier to fail before
+        anything is written.
         """
         if len(self._contexts) > 1:
             self._refuse_half_a_capture()
         key = tuple(operations.items())
-        launches = self._launches.get(key)
-        if launches is None:
+        runs = self._runs.get(key)
+        if runs is None:
             # A signal handler that saves an average would wait forever for the compiler's lock.
             with defer_signals():
-                launches = [
+                runs = [
                     group.prepare(operations[group.tag])
-                    for group in self._groups
+                    for group in self._on_gpus
                     if group.tag in operations
                 ]
-            self._launches[key] = launches
-        return launches
+                launches = self._cpu_launches(operations)
+                if launches:
+                    runs.append(CpuRun(launches, self._num_averages).run)
+            self._runs[key] = runs
+        return runs
+
+    def _cpu_launches(self, operations: Mapping[str, str]) -> list[Launch]:
+        return [
+            group.launch(operations[group.tag]) for group in self._on_cpu if group.tag in operations
+        ]
 
     def run(self, operations: Mapping[str, str], args: LaunchArgs = LaunchArgs()) -> None:  # noqa: B008
         """Run one operation per tag over all its pairs; pairs under other tags are not touched."""
-        launches = self.prepare(operations)
+        runs = self.prepare(operations)
         # Defer signals first, so that no handler runs while the lock is held.
         with defer_signals(), self._lock:
-            for group in self._groups:
-                group.begin(args)
-            for launch in launches:
-                launch()
+            for run in runs:
+                run(args)
+
+    def native(self, operations: Mapping[str, str], watches: Sequence[int]) -> CpuRun:
+        """Return a run of the same pairs, all on the CPU, that first checks their tensors.
+
+        It is one native call without a lock: the caller excludes other runs of this program.
+        """
+        return CpuRun(self._cpu_launches(operations), self._num_averages, watches)
 
     def relocate(
         self, dst: Mapping[str, int] | None = None, src: Mapping[str, int] | None = None
@@ -95,7 +123,7 @@ class Program:
         The caller must keep the memory alive until the following runs are over.
         """
         with self._lock:
-            for group in self._groups:
+            for group in self._on_cpu:  # frameworks move tensors in host memory only
                 group.relocate(dst, src)
 
     def _refuse_half_a_capture(self) -> None:
@@ -112,13 +140,4 @@ class Program:
 
     def all_finite(self) -> bool:
         """Return whether the latest run of ``"finite"`` found only finite values."""
-        return not any(np.any(group.results()) for group in self._groups)
-
-
-def _groups(tag: str, members: Sequence[Pair]) -> Sequence[Group]:
-    first = members[0]
-    if first.dst.context is None and first.dst.device != "cpu":
-        raise DTypeError(f"{first.name}: no kernels for device {first.dst.device}")
-    module = "cpu_group" if first.dst.context is None else "cuda_group"
-    made: Sequence[Group] = import_module(f"fastema.engine.{module}").groups(tag, members)
-    return made
+        return not any(np.any(group.results()) for group in (*self._on_cpu, *self._on_gpus))

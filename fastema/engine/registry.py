@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fastema.engine import native
 from fastema.engine.locks import compiling
 from fastema.errors import DTypeError
 from fastema.kernels.operations import OPERATIONS
@@ -37,7 +38,5 @@ def function(name: str) -> Callable[..., int]:
 def _load_once(*key: Any) -> Callable[..., int]:
     with compiling:
         if key not in _loaded:
-            from fastema.engine import native
-
             _loaded[key] = native.function(*key)
         return _loaded[key]

@@ -7,8 +7,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fastema.engine import cpu
+from fastema.engine.cpu import Launch, run_kernel
 from fastema.engine.registry import function
+from fastema.engine.threads import get_num_threads
 from fastema.kernels import series_table as k
 
 __all__ = ["ewm_mean", "rolling_mean"]
@@ -44,7 +45,7 @@ def rolling_mean(
     table[:, k.SEEN] = np.minimum(starts + len(history), size)
     # Threads take rows in turn. Keep consecutive rows far apart: two threads that write to the same
     # new page of the results would both clear it.
-    threads = cpu.get_num_threads()
+    threads = get_num_threads()
     apart = -(-len(starts) // threads)
     table = table[np.argsort(np.arange(len(starts)) % max(apart, 1), kind="stable")]
     control = np.zeros(k.CONTROLS, np.int64)
@@ -52,8 +53,7 @@ def rolling_mean(
     scratch = np.empty((threads, k.scratch_numbers(size)))
     control[k.PLACES], control[k.ROOM] = scratch.shape[0], scratch.strides[0]
     nbytes = x.nbytes + result.nbytes
-    addresses = table.ctypes.data, len(table), scratch.ctypes.data, control.ctypes.data
-    cpu.launch(function("rolling_mean"), *addresses, nbytes)
+    run_kernel(Launch(function("rolling_mean"), table, control, nbytes), scratch.ctypes.data)
     return result, not table[:, k.ODD].any()
 
 

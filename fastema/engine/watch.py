@@ -19,7 +19,16 @@ __all__ = ["Watch", "watch"]
 
 
 class Watch:
-    """Remembers the tensors of a container and where they are in memory."""
+    """Remembers the tensors of a container and where they are in memory.
+
+    :meth:`changed` is what the compiled checks of :attr:`tasks` and :attr:`checks` find together.
+    """
+
+    tasks: Sequence[int] = ()
+    """Addresses of the tasks of compiled checks (:mod:`fastema.kernels.watch_table`)."""
+
+    tables: Any = None
+    """What the tasks point to, without the tensors' objects, which they know by address."""
 
     def __init__(self, held: Sequence[TensorContainer], transient: bool) -> None:
         self._transient = transient
@@ -28,6 +37,11 @@ class Watch:
     def changed(self) -> bool:
         """Return whether any tensor moved, changed shape or dtype, or was replaced."""
         return self._replaced() or self._any_moved()
+
+    @property
+    def checks(self) -> list[Callable[[], bool]]:
+        """The checks that are not compiled."""
+        return [self._replaced] if self._containers else []
 
     def _replaced(self) -> bool:
         """Return whether any container holds other objects than before."""
@@ -90,6 +104,11 @@ class _DescribingWatch(Watch):
         super().__init__(leaves.held, transient)
         # If the framework has no cheaper fingerprint, compare whole descriptions.
         self._seen = [_seen(leaf.spec, leaves.describe) for leaf in leaves.items]
+
+    @property
+    def checks(self) -> list[Callable[[], bool]]:
+        """See :class:`Watch`."""
+        return [self.changed]
 
     def _any_moved(self) -> bool:
         return any(_differs(*one) for one in self._seen)
@@ -158,7 +177,9 @@ class _CompiledWatch(Watch):
         self._check = function("check_tensors")
         dicts = [one for one in leaves.held if type(one.container) is dict]
         others = [one for one in leaves.held if type(one.container) is not dict]
-        others.append(TensorContainer(_Wrapped([leaf.spec for leaf in leaves.items])))
+        wrapped = [leaf.spec for leaf in leaves.items if leaf.spec.unwrap is not None]
+        if wrapped:
+            others.append(TensorContainer(_Wrapped(wrapped)))
         super().__init__(others, transient)
         rows, entries = _dict_tables(dicts, transient)
         held = np.array(rows, np.int64).reshape(-1, abi.DICT)
@@ -173,7 +194,7 @@ class _CompiledWatch(Watch):
         dims = np.zeros(firsts[-1], np.int64)
         # Every object whose address is stored must outlive this watch.
         containers = [one.container for one in dicts]
-        self._owners = (containers, entries, owners, held, entry, tensor, dims, scratch)
+        self._owners = containers, entries, owners
         task = np.zeros(abi.WORDS, np.int64)
         task[abi.DICT_NEXT] = _c_address(ctypes.pythonapi.PyDict_Next)
         task[abi.DESCRIBE] = leaves.items[0].spec.exchange
@@ -186,10 +207,10 @@ class _CompiledWatch(Watch):
         self._check(task.ctypes.data)
         task[abi.RECORD] = 0
         task[abi.DICTS], task[abi.DICTS_AT] = len(held), held.ctypes.data
-        self._task, self._task_at = task, task.ctypes.data
+        self.tables, self.tasks = (task, held, entry, tensor, dims, scratch), [task.ctypes.data]
 
     def _any_moved(self) -> bool:
-        return bool(self._check(self._task_at))
+        return bool(self._check(self.tasks[0]))
 
 
 def watch(leaves: Leaves, *, transient: bool = True) -> Watch:

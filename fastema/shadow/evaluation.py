@@ -93,6 +93,7 @@ class SwappableAverage(UpdatableAverage[Weights]):
                     self._sync_by(program)
                 swap = self._binding.swap(index)
                 with defer_signals():
+                    self._progress.pause()
                     swap.apply()
                     self._applied = swap
 

@@ -245,7 +245,7 @@ class OffloadedEMA(EMA[Any]):
             finally:
                 self._target = None
 
-        self._target = self._done + steps
+        self._target = self._progress.done + steps
         try:
             self._job = self._pool.submit(work)
         except BaseException:  # the thread did not start
@@ -288,7 +288,7 @@ class OffloadedEMA(EMA[Any]):
     def num_updates(self) -> int:
         """Number of steps averaged so far, including those of the running update."""
         target = self._target
-        return self._done if target is None else target
+        return self._progress.done if target is None else target
 
     @property
     def version(self) -> int:

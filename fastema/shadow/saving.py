@@ -98,6 +98,7 @@ class SaveableAverage(SwappableAverage[Weights]):
                 self._warm_up(count, binding)
             if self._was_captured:  # its replays write the old memory, which must not be reused
                 keep_for_graphs(self._store, self._count)
+            self._progress.pause()  # it writes to the old memory
             self._binding, self._store, self._format = binding, store, stored_as
             self._count, self._was_captured = count, False
             return self
@@ -147,7 +148,7 @@ class SaveableAverage(SwappableAverage[Weights]):
                 "num_skipped": self.num_skipped,
                 "seed": self._seed,
             }
-            log_decays = self._log_decays
+            log_decays = self._progress.log_decays
             if self._count is not None:  # on the GPU every update is one step
                 log_decays = self._schedule.log_decays(counters["num_updates"])
             rounding: Rounding = "stochastic" if self._format.random else "nearest"
@@ -235,17 +236,14 @@ class SaveableAverage(SwappableAverage[Weights]):
             rounded = self._change_rounding(saved.rounding)
             self._wait_for_the_ring()
             with defer_signals():
-                self._done = saved.counters["num_updates"]
+                done = saved.counters["num_updates"]
+                self._progress.set(done, saved.log_decays)
                 self._num_skipped = saved.counters["num_skipped"]
                 self._pending_steps = 0
                 self._seed, self._schedule = saved.counters["seed"], saved.schedule
                 self._format, self._store, self._binding = rounded
-                self._log_decays = saved.log_decays
-                self._version += 1
                 if self._count is not None:  # before the copy: this waits for pending replays
-                    self._count.set(
-                        self._schedule, tables, self._seed, self._done, self._num_skipped
-                    )
+                    self._count.set(self._schedule, tables, self._seed, done, self._num_skipped)
                 program.run({"all": "copy"})
         if saved.schedule != own:
             warnings.warn(

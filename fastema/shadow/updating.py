@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic
 
+from fastema.binding.steady import SteadyRun
 from fastema.bridges.registry import leaves_of, list_iterators, ranks_of, reshard, world_of
 from fastema.engine.collector import pause_gc
+from fastema.engine.cpu import NO_STEP
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.locks import rlock
 from fastema.engine.program import Program
@@ -24,6 +26,7 @@ from fastema.shadow.options import (
     dtype_of,
     parse_settings,
 )
+from fastema.shadow.progress import Progress
 from fastema.shadow.reports import describe_rule
 from fastema.shadow.schedule_counter import ScheduleCounter
 from fastema.shadow.store import Store
@@ -40,8 +43,15 @@ else:
     Weights = TypeVar("Weights")
 
 
+_ONE: Final = 1
+"""The default of ``steps=``; True and 1.0 are equal to it, but not it."""
+
 _ONCE: Final = "ema.update(params)"
 """How to pass new immutable arrays; quoted in errors."""
+
+
+def _no_step() -> int:
+    return NO_STEP
 
 
 class UpdatableAverage(Generic[Weights]):
@@ -80,13 +90,14 @@ class UpdatableAverage(Generic[Weights]):
         selection = select(leaves, settings.policies)
         self._store = Store.of(selection, self._format)
         self._names = selection.names
-        self._done = self._num_skipped = 0
+        self._progress = Progress(self._schedule.log_decays(0))
+        self._num_skipped = 0
         self._pending_steps = 0  # taken, but not averaged: the next update counts them
         self._ranks = ranks_of(leaf.spec.owner for leaf in (*selection.averaged, *selection.copied))
         if self._ranks is not None:
             self._ranks.compare(self._common_settings())
-        self._log_decays = self._schedule.log_decays(0)
-        self._version = 0
+        self._steady: SteadyRun | None = None
+        self._native: Callable[[], int] = _no_step  # of `_steady`; 0 if it took a step
         self._follower: StepHooks | None = None
         self._lock = rlock()
         self._applied: ShadowSwap | None = None
@@ -119,7 +130,7 @@ class UpdatableAverage(Generic[Weights]):
         facts = {
             "class": self._kind,
             "schedule": str(self._schedule),
-            "num_updates": str(self._done),
+            "num_updates": str(self._progress.done),
             "num_skipped": str(self._num_skipped),
             "seed": str(self._seed),
             "stored as": str(self._format),
@@ -167,7 +178,7 @@ class UpdatableAverage(Generic[Weights]):
 
         Reading it waits for the GPU with ``capturable=True``.
         """
-        return self._done if self._count is None else self._count.done()
+        return self._progress.done if self._count is None else self._count.done()
 
     @property
     def num_skipped(self) -> int:
@@ -237,16 +248,55 @@ class UpdatableAverage(Generic[Weights]):
         >>> ema.shadow["0"]
         array([2.])
         """
-        self._refuse_following("update")
-        self._advance(model, steps)
+        with self._lock:
+            # The usual step is this one native call: in a training loop every Python function that
+            # it walked through would cost microseconds, since the caches hold the model.
+            if (
+                steps is _ONE
+                and (model is None or model is self._own_model)
+                and self._follower is None
+                and not self._native()
+            ):
+                return
+            self._refuse_following("update")
+            self._advance(model, steps)
 
     def _advance(self, model: Any, steps: int) -> None:
         """Update the average, also while it follows optimizers."""
         with self._lock:
+            if steps is _ONE and (model is None or model is self._own_model) and self._step():
+                return
             self._refuse_applied("update")
             pending = self._pending_steps
-            steps = validate_int(steps, "steps", 1, MAX_STEPS - self._done - pending)
+            steps = validate_int(steps, "steps", 1, MAX_STEPS - self._progress.done - pending)
             self._pending_steps = self._update_locked(model, steps + pending)
+            self._begin_steady()
+
+    def _step(self) -> bool:
+        """Update the average in one native call; return False if anything is left to Python."""
+        steady = self._steady
+        if steady is None or self._applied is not None or self._pending_steps:
+            return False
+        if steady.run.finish(self._native()):
+            return True
+        return (
+            self._binding.is_present(steady)
+            and self._progress.ask_rules(self._schedule, self._launch_args)
+            and steady.run.finish(self._native())
+        )
+
+    def _begin_steady(self) -> None:
+        """Let native calls take the next steps, if they can."""
+        if (
+            self._count is None
+            and self._on_nonfinite == "propagate"
+            and not (self._format.window and self._schedule.follows(self._progress.done))
+            and self._binding.is_matched_with(self._own_model)
+        ):
+            self._steady = self._binding.begin_steady(self._operations)
+            if self._steady is not None:
+                self._native = self._steady.call
+                self._progress.begin(self._steady.run)
 
     def _update_locked(self, model: Any, steps: int) -> int:
         """Update the average; the caller must exclude concurrent calls.
@@ -267,6 +317,7 @@ class UpdatableAverage(Generic[Weights]):
         with self._lock:
             # A windowed mean has an entry per averaged step, whatever was between them.
             self._pending_steps += not self._format.window
+            self._progress.pause()
 
     def follow(self, *optimizers: Any, update_if: Callable[[], bool] | None = None) -> None:
         """Update the average automatically after each step of the given optimizers.
@@ -365,7 +416,8 @@ class UpdatableAverage(Generic[Weights]):
         Results computed with the average, such as a teacher's targets, are valid until it changes.
         Reading it waits for the GPU with ``capturable=True``.
         """
-        return self._version if self._count is None else self._version + self._count.done()
+        version = self._progress.version
+        return version if self._count is None else version + self._count.done()
 
     def _refuse_long_steps(self, steps: int) -> None:
         if self._count is not None or self._format.window:
@@ -382,10 +434,11 @@ class UpdatableAverage(Generic[Weights]):
                 "update() while the stream is captured: every replay would use the current step "
                 "and decay; build the average with capturable=True"
             )
-        step = self._done + steps
-        weights, log_decays = self._schedule.weigh(step, steps, self._log_decays)
+        progress = self._progress
+        step = progress.done + steps
+        weights, log_decays = self._schedule.weigh(step, steps, progress.log_decays)
         if not weights:
-            self._done = step
+            progress.set(step, log_decays, written=False)
             return True
         if self._on_nonfinite != "propagate" and not self._check_finite(step):
             return False
@@ -396,8 +449,7 @@ class UpdatableAverage(Generic[Weights]):
         args = self._launch_args(step, weights)
         with defer_signals():
             program.run(operations, args)
-            self._done, self._log_decays = step, log_decays
-            self._version += 1
+            progress.set(step, log_decays)
         return True
 
     def _update_by(self, count: ScheduleCounter, program: Program) -> None:
@@ -442,7 +494,7 @@ class UpdatableAverage(Generic[Weights]):
                 "would repeat the copy at every replay: capture after that, or without the average"
             )
         program.run(SYNC)
-        self._version += 1
+        self._progress.count_write()
 
     def _is_synced(self) -> bool:
         # Without start_after, do not fetch the count from a device.

@@ -1,16 +1,24 @@
-"""CPU launches: which threads work, how they share rows, and what a launch leaves behind."""
+"""CPU runs: which threads work, how they share rows, and what a run leaves behind."""
 
+import ctypes
 import itertools
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 
 import fastema
 from fastema.engine import cpu
+from fastema.engine import threads as engine_threads
+from fastema.kernels import run_table
+from fastema.layout.device_context import LaunchArgs
 
-PLENTY = 64 * cpu.BYTES_PER_THREAD
+PLENTY = 64 * cpu.BYTES_PER_HELPER
+KERNEL = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)
 
 
 class RecordingKernel:
@@ -23,17 +31,19 @@ class RecordingKernel:
         self.inside = 0
         self.entered = 0
         self.lock = threading.Lock()
+        self.compiled = KERNEL(self)
 
-    def __call__(self, table: int, rows: int, scalars: int, cursor: int) -> None:
+    def __call__(self, table: int, rows: int, scalars: int, cursor: int) -> int:
         with self.lock:
             self.inside += 1
             self.entered += 1
-        mine = self.taken.setdefault(threading.get_ident(), [])
+        mine = self.taken.setdefault(threading.get_native_id(), [])
         while (row := next(self.next)) < rows:
             self.work(row)
             mine.append(row)
         with self.lock:
             self.inside -= 1
+        return 0
 
     def rows(self) -> list[int]:
         return sorted(row for taken in self.taken.values() for row in taken)
@@ -43,12 +53,36 @@ def nap(row: int) -> None:
     time.sleep(0.002)
 
 
+def launch(kernel: RecordingKernel, rows: int, nbytes: int) -> cpu.Launch:
+    table = np.zeros((rows, 16), np.int64)
+    return cpu.Launch(kernel.compiled, table, np.zeros(8, np.int64), nbytes)
+
+
+def run(kernel: RecordingKernel, rows: int, nbytes: int = PLENTY) -> None:
+    cpu.CpuRun([launch(kernel, rows, nbytes)]).run(LaunchArgs())
+
+
+@pytest.fixture(params=["pool", "openmp"])
+def team(request: pytest.FixtureRequest, threads: Callable[[int], None]) -> Iterator[Any]:
+    """``set_num_threads``, with a pool of our own and with PyTorch's OpenMP."""
+    before = engine_threads.TEAM.copy()
+    if request.param == "pool":
+        engine_threads.TEAM[run_table.PARALLEL] = 0
+    else:
+        team = pytest.importorskip("fastema.bridges.torch_openmp").openmp()
+        if team is None:
+            pytest.skip("this PyTorch has no OpenMP")
+        engine_threads.use_openmp(*team)
+    yield threads
+    engine_threads.TEAM[:] = before
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_every_row_is_taken_once(count: int, threads: Callable[[int], None]) -> None:
-    threads(count)
+def test_every_row_is_taken_once(count: int, team: Callable[[int], None]) -> None:
+    team(count)
     assert fastema.get_num_threads() == count
     kernel = RecordingKernel(nap)
-    cpu.launch(kernel, 0, 40, 0, 0, PLENTY)
+    run(kernel, 40)
     assert kernel.inside == 0
     assert kernel.rows() == list(range(40))
     assert 1 <= kernel.entered <= count
@@ -56,34 +90,54 @@ def test_every_row_is_taken_once(count: int, threads: Callable[[int], None]) -> 
         assert len(kernel.taken) > 1
 
 
-@pytest.mark.parametrize(
-    ("rows", "nbytes", "most"),
-    [
-        (100, cpu.BYTES_PER_THREAD - 1, 1),
-        (100, 2 * cpu.BYTES_PER_THREAD - 1, 1),
-        (100, 3 * cpu.BYTES_PER_THREAD, 3),
-        (2, PLENTY, 2),
-        (1, PLENTY, 1),
-        (0, 0, 1),
-    ],
-)
-def test_threads_are_woken_only_for_enough_work(
-    rows: int, nbytes: int, most: int, threads: Callable[[int], None]
-) -> None:
-    threads(4)
-    kernel = RecordingKernel(nap)
-    cpu.launch(kernel, 0, rows, 0, 0, nbytes)
-    assert kernel.entered <= most
-    assert kernel.rows() == list(range(rows))
-    if most == 1:
-        assert set(kernel.taken) == {threading.get_ident()}
+@pytest.mark.parametrize("share", [0, 1, 2, 3, 64])
+def test_threads_take_part_only_for_enough_work(share: int, team: Callable[[int], None]) -> None:
+    team(4)
+    pool = not engine_threads.TEAM[run_table.PARALLEL]
+    unit = cpu.BYTES_PER_HELPER if pool else cpu.BYTES_PER_THREAD
+    for rows in (0, 1, 2, 100):
+        kernel = RecordingKernel(nap)
+        run(kernel, rows, max(unit * (share + 1) - 1, 0))
+        most = max(min(share, rows, 4), 1)
+        assert kernel.entered <= most
+        assert kernel.rows() == list(range(rows))
+        if most == 1:
+            assert {*kernel.taken} == {threading.get_native_id()}
+
+
+def test_several_launches_are_run_by_all_threads(team: Callable[[int], None]) -> None:
+    team(3)
+    kernels = [RecordingKernel(nap) for _ in range(3)]
+    together = cpu.CpuRun([launch(one, 12, PLENTY) for one in kernels])
+    for turn in (1, 2, 3):
+        together.run(LaunchArgs())
+        assert all(one.entered <= 3 * turn and one.inside == 0 for one in kernels)
+        assert all(one.rows() == list(range(12)) for one in kernels)
+        for one in kernels:
+            one.next, one.taken = itertools.count(), {}
+
+
+def test_steps_are_counted_after_their_last_launch(team: Callable[[int], None]) -> None:
+    team(2)
+    seen = []
+    kernel = RecordingKernel(lambda row: seen.append(steps.num_done))
+    steps = cpu.CpuRun([launch(kernel, 4, PLENTY)])
+    steps.set_steps([LaunchArgs(), None, LaunchArgs()])
+    for done in (1, 2, 3):
+        kernel.next = itertools.count()
+        assert steps.finish(steps.call())
+        assert steps.num_done == done
+    assert seen == [0] * 4 + [2] * 4
+    assert not steps.finish(steps.call())  # none is left
+    assert steps.num_done == 3
 
 
 @pytest.mark.parametrize("started", [0, 1])
-def test_a_launch_completes_when_threads_cannot_start(
+def test_a_run_completes_when_threads_cannot_start(
     started: int, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads(4)
+    engine_threads.TEAM[run_table.PARALLEL] = 0
     start, starts = threading.Thread.start, itertools.count()
 
     def refuse(thread: threading.Thread) -> None:
@@ -94,15 +148,39 @@ def test_a_launch_completes_when_threads_cannot_start(
     first, second = RecordingKernel(nap), RecordingKernel(nap)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
-        cpu.launch(first, 0, 30, 0, 0, PLENTY)
+        run(first, 30)
     assert first.rows() == list(range(30))
     assert first.inside == 0
     entered = first.entered
     # Helpers that could not start must not start later: their table may be gone by then.
-    cpu.launch(second, 0, 30, 0, 0, PLENTY)
+    run(second, 30)
     time.sleep(0.05)
     assert second.rows() == list(range(30))
     assert first.entered == entered
+
+
+def test_other_python_threads_run_during_a_run(team: Callable[[int], None]) -> None:
+    team(1)
+    ticks, stop = itertools.count(), threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            next(ticks)
+            time.sleep(0)
+
+    pytest.importorskip("torch")
+    size = 1 << 22
+    plan = fastema.Plan([np.ones(size, np.float32)], [np.zeros(size, np.float32)])
+    plan.lerp_(0.5)
+    thread = threading.Thread(target=count)
+    thread.start()
+    before = next(ticks)
+    for _ in range(20):
+        plan.lerp_(0.5)
+    after = next(ticks)
+    stop.set()
+    thread.join()
+    assert after - before > 20
 
 
 def test_default_thread_count_is_the_number_of_usable_cpus(python: Callable[..., str]) -> None:
@@ -113,4 +191,57 @@ def test_default_thread_count_is_the_number_of_usable_cpus(python: Callable[...,
             os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
             assert fastema.get_num_threads() == 1
         assert 1 <= fastema.get_num_threads() <= 32
+    """)
+
+
+def test_default_thread_count_is_that_of_pytorch(python: Callable[..., str]) -> None:
+    pytest.importorskip("torch")
+    python("""
+        import threading
+        import torch
+        import fastema
+        from fastema.engine.threads import TEAM
+        from fastema.kernels.run_table import PARALLEL
+        torch.set_num_threads(3)
+        model = torch.nn.Linear(9, 9)
+        ema = fastema.EMA(model)
+        if TEAM[PARALLEL]:
+            for count in (3, 1, 5):
+                torch.set_num_threads(count)
+                assert fastema.get_num_threads() == count
+            found = []
+            other = threading.Thread(target=lambda: found.append(fastema.get_num_threads()))
+            other.start()
+            other.join()
+            assert found == [5]
+        fastema.set_num_threads(2)
+        assert fastema.get_num_threads() == 2
+        ema.update()
+    """)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_does_not_use_the_parents_team(python: Callable[..., str]) -> None:
+    pytest.importorskip("torch")
+    python("""
+        import os, signal
+        import torch
+        import fastema
+        torch.set_num_threads(2)
+        model = torch.nn.Linear(1500, 1500)
+        ema = fastema.EMA(model, decay=0.5)
+        for _ in range(3):
+            ema.update()
+        child = os.fork()
+        if not child:
+            signal.alarm(20)  # ends a child that hangs
+            with torch.no_grad():
+                model.weight.view(-1).numpy()[:] = 1
+            before = ema.shadow["weight"].numpy().copy()
+            ema.update()
+            wanted = before + 0.5 * (1 - before)
+            os._exit(0 if abs(ema.shadow["weight"].numpy() - wanted).max() < 1e-6 else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        ema.update()
+        assert ema.num_updates == 4
     """)

@@ -1,6 +1,7 @@
 """Ctrl-C at any moment: average, weights and counters agree, and no thread keeps working."""
 
 import concurrent.futures.thread
+import ctypes
 import itertools
 import signal
 import sys
@@ -17,6 +18,9 @@ import torch
 
 import fastema
 from fastema.engine import cpu
+from fastema.engine.threads import TEAM
+from fastema.kernels.run_table import PARALLEL
+from fastema.layout.device_context import LaunchArgs
 
 from ..shadow.kinds import KINDS
 from .interrupts import OURS, interrupt_each
@@ -136,9 +140,10 @@ def find_wrong_places(call: Callable[[], object], check: Callable[[], bool]) -> 
 @pytest.mark.usefixtures("eager")
 def test_interrupted_launch_leaves_no_thread_in_the_kernel(threads: Callable[[int], None]) -> None:
     threads(4)
+    TEAM[PARALLEL] = 0  # a pool of our own: nothing interrupts the other native calls
     lock, left, inside, entered = threading.Lock(), 0, 0, 0
 
-    def kernel(*_: object) -> None:
+    def kernel(*_: object) -> int:
         """Take rows slowly, and count the threads inside."""
         nonlocal left, inside, entered
         with lock:
@@ -147,14 +152,18 @@ def test_interrupted_launch_leaves_no_thread_in_the_kernel(threads: Callable[[in
             with lock:
                 if not left:
                     inside -= 1
-                    return
+                    return 0
                 left -= 1
             time.sleep(0.0005)
+
+    compiled = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)(kernel)
+    table, control = np.zeros((16, 16), np.int64), np.zeros(8, np.int64)
+    run = cpu.CpuRun([cpu.Launch(compiled, table, control, 1 << 30)])
 
     def launch() -> None:
         nonlocal left
         left = 16
-        cpu.launch(kernel, 0, 16, 0, 0, 64 * cpu.BYTES_PER_THREAD)
+        run.run(LaunchArgs())
 
     def check() -> bool:
         """Return whether no thread is inside or enters later: queued work was withdrawn."""
@@ -184,3 +193,38 @@ def test_interrupted_update_is_done_or_not(threads: Callable[[int], None]) -> No
 
     update()
     assert find_wrong_places(update, check) == []
+
+
+@pytest.mark.parametrize("begin", [2, 30, 34])
+def test_native_steps_interrupted_at_any_place_are_counted_if_taken(begin: int) -> None:
+    """The first step is Python's; then rules are asked for 32 steps at a time."""
+    w = torch.zeros(5)
+    ema = fastema.EMA([w], 0.5)
+    value, counted = np.float32(0), 0
+
+    def expect(steps: int) -> None:
+        nonlocal value, counted
+        for _ in range(steps):
+            value += np.float32(0.5) * (np.float32(w[0]) - value)
+        counted += steps
+        assert ema.num_updates == counted
+        np.testing.assert_array_equal(ema.shadow["0"], value)
+
+    def prepare() -> None:
+        while (counted - begin) % 32:
+            w.fill_(float(counted % 7))
+            ema.update()
+            expect(1)
+        w.fill_(9.0)
+
+    def call() -> None:
+        for _ in range(4):
+            ema.update()
+
+    def check() -> None:
+        assert 0 <= ema.num_updates - counted <= 4
+        expect(ema.num_updates - counted)
+        prepare()
+
+    prepare()
+    interrupt_each(call, check)

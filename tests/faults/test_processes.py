@@ -10,6 +10,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and 
 
 PREAMBLE = """
 import atexit
+import ctypes
 import os
 import signal
 import sys
@@ -20,8 +21,9 @@ warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, 
 import numpy as np
 import fastema
 from fastema.engine import cpu
+from fastema.layout.device_context import LaunchArgs
 fastema.set_num_threads(3)
-cpu.BYTES_PER_THREAD = 1 << 12  # wake helper threads even for small tensors
+cpu.BYTES_PER_THREAD = cpu.BYTES_PER_HELPER = 1 << 12  # several threads for small tensors
 SIZE = 700_000
 
 def arrays(value):
@@ -128,6 +130,7 @@ begun, forked, well = threading.Event(), threading.Event(), []
 def kernel(*_):
     begun.set()
     forked.wait(20)
+    return 0
 
 def task():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -142,7 +145,10 @@ def fork():
 
 thread = threading.Thread(target=fork)
 thread.start()
-cpu.launch(kernel, 0, 2, 0, 0, 2 * cpu.BYTES_PER_THREAD)
+compiled = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)(kernel)
+table, control = np.zeros((2, 16), np.int64), np.zeros(8, np.int64)
+launch = cpu.Launch(compiled, table, control, 2 * cpu.BYTES_PER_HELPER)
+cpu.CpuRun([launch]).run(LaunchArgs())
 thread.join()
 assert well
 """,

@@ -23,7 +23,7 @@ def count_lines(call: Callable[[], Any]) -> int:
         nonlocal lines
         lines += event == "line"
         if event == "call" and frame.f_code is watch._CompiledWatch._any_moved.__code__:
-            lines += int(frame.f_locals["self"]._task[TENSORS])
+            lines += int(frame.f_locals["self"].tables[0][TENSORS])
         return line
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
