@@ -42,7 +42,7 @@ help:
 	@echo "make test-all     the same, then slow tests, TensorFlow, NumPy alone; seventeen minutes"
 	@echo "make test-full    every combination of test parameters; most of an hour"
 	@echo "make bench-quick  the benchmarks in short, under three minutes"
-	@echo "make bench        the benchmarks in full; forty minutes"
+	@echo "make bench        the benchmarks in full; fifty minutes"
 	@echo "make gpu-check    on a machine with a CUDA GPU: build, test, benchmark; eight minutes"
 	@echo "make compiled ARGS=\"--device cpu\"  CPU kernels for this checkout: no first update compiles; ten minutes"
 	@echo "make wheel-cpu    wheel in dist/ for Linux on x86-64, with compiled kernels of CPUs alone; ten minutes"

@@ -15,6 +15,7 @@ from bench.race import baseline, report
 from bench.race.question import Question, Settings
 
 QUESTIONS = {
+    "loop": "updates in a training loop, right after the optimizer's step",
     "cpu": "updates and swaps of PyTorch models, beside peers and the memory's limit",
     "counts": "modules, operations, allocations, bytes: what no machine changes",
     "first-update": "how long until the first update: imports, compiling, the cache",
@@ -32,7 +33,7 @@ QUESTIONS = {
     "kernels-gpu": "registers and instructions of the GPU kernels, without a GPU",
     "gpu": "on a machine with a CUDA GPU: build, test, benchmark",
 }
-QUICK = ("counts", "cpu", "first-update", "averages", "bridges", "tracking", "drop-in")
+QUICK = ("counts", "loop", "first-update", "averages", "bridges", "tracking", "drop-in")
 """Questions that ``--quick`` runs when none is named."""
 
 ALL = "all"
@@ -58,7 +59,8 @@ def render_page(
 def answer_question(name: str, question: Question, settings: Settings, command: str) -> bool:
     """Measure one question and store the result; return True if nothing failed.
 
-    A quick run of all cases is also compared with the baseline, or written to it.
+    A quick run of all cases is also checked for slow updates and compared with the baseline, or
+    written to it.
     """
     from bench.race import machine
 
@@ -71,6 +73,8 @@ def answer_question(name: str, question: Question, settings: Settings, command: 
     else:
         part = bool(settings.cases and question.cases(settings))
         stem = name + "-quick" * settings.quick + "-part" * part
+    if question.draw is not None:
+        header["picture"] = f"{stem}.png"
     rows: list[report.Row] = []
     for row in question.rows(settings):
         if question.keeps_parts and rows and row.table != rows[-1].table:
@@ -83,6 +87,8 @@ def answer_question(name: str, question: Question, settings: Settings, command: 
         print(f"{name}: {len(failed)} failed, nothing was stored", file=sys.stderr)
         return False
     report.store(settings.out, stem, header, rows, text)
+    if question.draw is not None:
+        question.draw(rows, header, settings.out / header["picture"])
     compared = settings.baseline and settings.quick and not settings.cases
     if compared and settings.baseline == "write":
         baseline.write(name, rows)

@@ -1,10 +1,13 @@
-"""Compare quick benchmarks with a stored baseline: counts must match, times nearly so."""
+"""Compare quick benchmarks with a stored baseline, and speeds with the least that is accepted.
+
+Counts must match the baseline, times nearly so.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +35,24 @@ def figures_of(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
     for row in rows:
         kept = {name: row[name] for name in (*EXACT, *BOUNDED, "ratio") if name in row.figures}
         if kept or row.missing:
-            found[" | ".join(filter(None, (row.table, row.entry, row.column)))] = kept
+            found[_name(row)] = kept
     return found
+
+
+def _name(row: Row) -> str:
+    return " | ".join(filter(None, (row.table, row.entry, row.column)))
+
+
+def find_slow(rows: Iterable[Row]) -> list[str]:
+    """Return messages about rows whose `speed`, relative to a peer's, is below `least_speed`.
+
+    Both were measured in one run, so the speed of the machine does not matter.
+    """
+    return [
+        f"{_name(row)}: {row['speed']:.2f} of the peer's speed, {row['least_speed']} is the least"
+        for row in rows
+        if "least_speed" in row.figures and row["speed"] < row["least_speed"]
+    ]
 
 
 def compare(
@@ -89,15 +108,15 @@ def write(name: str, rows: Iterable[Row], folder: Path = RESULTS) -> None:
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def check(name: str, rows: Iterable[Row], folder: Path = RESULTS) -> bool:
-    """Print how a question's figures differ from the baseline; return True if only times differ.
+def check(name: str, rows: Sequence[Row], folder: Path = RESULTS) -> bool:
+    """Print what is too slow and how a question's figures differ from the baseline.
 
-    Also return True if the baseline has no figures of the question.
+    Return True if nothing is too slow, and only times differ or the baseline has no figures of the
+    question.
     """
     known = read(folder).get(name)
-    if known is None:
-        return True
-    wrong, noisy = compare(figures_of(rows), known)
+    wrong, noisy = ([], []) if known is None else compare(figures_of(rows), known)
+    wrong += find_slow(rows)
     for line in noisy:
         print(f"{name}: warning: {line}", file=sys.stderr)
     for line in wrong:

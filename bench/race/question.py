@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.race.report import RESULTS, Figure, Rows
+from bench.race.report import RESULTS, Figure, Row, Rows
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Question:
         Returns further entries of the result's header.
     result_name
         Returns the name of the result's files, if it differs from the question's name.
+    draw
+        ``draw(rows, header, path)`` draws the picture that the page begins with.
     keeps_parts
         Store incomplete results after each table, and failures: the machine may be taken away.
     """
@@ -77,4 +79,5 @@ class Question:
     figures: Mapping[str, Figure] = field(default_factory=dict)
     header: Callable[[Settings], Mapping[str, Any]] = lambda settings: {}
     result_name: Callable[[Settings], str] | None = None
+    draw: Callable[[Sequence[Row], Mapping[str, Any], Path], object] | None = None
     keeps_parts: bool = False

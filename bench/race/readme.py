@@ -23,6 +23,12 @@ TABLES = (
 )
 """For each table in README.md: title of a case's table -> head of its column."""
 
+README_LOOP = "f32 model, f32 average"
+"""Begins the titles of the tables of the training loop that README shows."""
+
+HOT = "hot: "
+"""Begins the head of a column of repeated calls in a table of the training loop."""
+
 
 def _cell(row: Row) -> str:
     if row.missing:
@@ -41,15 +47,53 @@ def _summary(rows: list[Row], columns: dict[str, str]) -> str:
     return align_table(["median ms (× fastema)", *columns.values()], body)
 
 
+def _loop_table(title: str, rows: list[Row]) -> str:
+    """Return a table of median µs and shares of foreach's speed, by size and contestant."""
+    shown = [row for row in rows if row.table == title]
+    columns = dict.fromkeys(row.column for row in shown if not row.missing)
+    sizes = dict.fromkeys(row.entry for row in shown if not row.missing)
+    cells = {
+        (row.entry, row.column): f"{number(row['us'])} ({row['speed']:.2f})"
+        for row in shown
+        if not row.missing
+    }
+    body = [[size, *(cells[size, column] for column in columns)] for size in sizes]
+    return align_table([f"µs: {title}", *columns], body)
+
+
+def _loop_tables(rows: list[Row], *, readme: bool) -> list[str]:
+    """Return README's tables, of float32 and without repeated calls, or those of the docs."""
+    titles = dict.fromkeys(row.table for row in rows)
+    if readme:
+        rows = [row for row in rows if not row.column.startswith(HOT)]
+        titles = dict.fromkeys(title for title in titles if title.startswith(README_LOOP))
+    return [_loop_table(title, rows) for title in titles]
+
+
+def loop_section(folder: Path = RESULTS) -> str:
+    """Return the tables of updates in a training loop, and their provenance."""
+    header, rows = load(folder / "loop.json")
+    parts = _loop_tables(rows, readme=False)
+    return "\n\n".join([*parts, f"{provenance(header)} Method: `bench/results/loop.md`."])
+
+
 def cpu_section(folder: Path = RESULTS) -> str:
-    """Return the tables of updates and swaps on a CPU, and their provenance."""
+    """Return updates in a float32 training loop, and updates and swaps alone, on a CPU."""
+    loop_header, loop_rows = load(folder / "loop.json")
     header, rows = load(folder / "cpu.json")
-    parts = [_summary(rows, columns) for columns in TABLES]
-    return "\n\n".join([*parts, f"{provenance(header)} All figures: `bench/results/cpu.md`."])
+    parts = [
+        *_loop_tables(loop_rows, readme=True),
+        f"![Time of an update over the size of the model](bench/results/{loop_header['picture']})",
+        f"{provenance(loop_header)} All figures: `bench/results/loop.md`.",
+        *(_summary(rows, columns) for columns in TABLES),
+        f"{provenance(header)} All figures: `bench/results/cpu.md`.",
+    ]
+    return "\n\n".join(parts)
 
 
 SECTIONS: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"bench": cpu_section, "gpu": gpu_figures.readme_section},
+    "docs/benchmarks.md": {"loop": loop_section},
     "docs/gpu.md": {"gpu": gpu_figures.gpu_section},
     "docs/offload.md": {"gpu": gpu_figures.offload_section},
 }

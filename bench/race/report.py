@@ -214,13 +214,14 @@ def render_markdown(
     rows: Rows,
     figures: Mapping[str, Figure] | None = None,
 ) -> str:
-    """Return a result as a page: title, provenance, method, and all tables."""
+    """Return a result as a page: title, provenance, picture if any, method, and all tables."""
     by_table: dict[str, list[Row]] = {}
     for row in rows:
         by_table.setdefault(row.table, []).append(row)
     known = {**FIGURES, **(figures or {})}
     tables = [table(name, those, known) for name, those in by_table.items()]
-    return "\n\n".join([f"# {title}", provenance(header), method, *tables]) + "\n"
+    picture = [f"![{title}]({header['picture']})"] if "picture" in header else []
+    return "\n\n".join([f"# {title}", provenance(header), *picture, method, *tables]) + "\n"
 
 
 def store(folder: Path, name: str, header: Mapping[str, Any], rows: Rows, text: str) -> None:

@@ -43,7 +43,7 @@ DOCUMENTS = {
 def write_documents(folder: Path, results: Path) -> dict[str, str]:
     """Write what is generated of the project's documents, and return their texts."""
     (folder / "docs").mkdir(exist_ok=True)
-    for name in DOCUMENTS:
+    for name in readme.SECTIONS:
         shutil.copy(ROOT / name, folder / name)
     assert readme.main(check=False, root=folder, results=results) == 0
     assert readme.main(check=True, root=folder, results=results) == 0
@@ -65,7 +65,8 @@ def assert_taken_into_documents(
         {**real, "kernels": "torch's functions"},
         {name: value for name, value in real.items() if name != "dry_run"},
     )
-    store(results, "cpu", *load(RESULTS / "cpu.json"), "")
+    for name in ("cpu", "loop"):
+        store(results, name, *load(RESULTS / f"{name}.json"), "")
     store(results, "gpu-dry-run", {**real, "dry_run": True}, rows, "")
     store(results, "gpu-h100-80gb-part", real, rows, "")
     for wrong in refused:
