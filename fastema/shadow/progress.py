@@ -98,7 +98,7 @@ class Progress:
 
     def ask_rules(self, schedule: Schedule, args: _Args) -> bool:
         """Ask the rules for the weights of the next steps. Return False if some are left."""
-        counts, first, run = self._ahead
+        ahead = counts, first, run = self._ahead
         if run is None or run.num_done - first < len(counts) - 1:
             return False
         num_ahead = _AHEAD if all(map(_is_frozen, schedule.rules)) else 1
@@ -107,14 +107,18 @@ class Progress:
             return False
         counts, steps = counts[-1:], []
         for step in range(done + 1, done + 1 + num_ahead):
-            weights, log_decays = schedule.weigh(step, 1, log_decays)
+            try:
+                weights, log_decays = schedule.weigh(step, 1, log_decays)
+            except Exception:  # a step that may never come; if it does, the rule is asked again
+                break
             version += bool(weights)
             counts.append(_Count(step, version, log_decays))
             steps.append(args(step, weights) if weights else None)
         with defer_signals():
-            run.set_steps(steps)
-            self._ahead = _Ahead(counts, run.num_done, run)
-        return True
+            if self._ahead is ahead:  # otherwise a signal handler has updated the average
+                run.set_steps(steps)
+                self._ahead = _Ahead(counts, run.num_done, run)
+        return bool(steps)
 
 
 def _is_frozen(value: Any) -> bool:

@@ -103,6 +103,49 @@ def test_a_rule_that_can_change_is_asked_at_each_step(wrap: Callable[[Any], Any]
     assert native_steps(ema) > 40
 
 
+@dataclass(frozen=True)
+class Table(rules.Rule):
+    decays: tuple[float, ...]
+
+    def decay(self, n: int) -> float:
+        return self.decays[n - 1]
+
+
+def test_a_rule_that_ends_is_asked_up_to_its_end() -> None:
+    model, random = weights(0), np.random.default_rng(1)
+    rule = Table(tuple(np.linspace(0.5, 0.9, COUNT).tolist()))
+    average, python = (fastema.EMA(model, rule) for _ in range(2))
+    for _ in range(COUNT):
+        step(model, random)
+        average.update()
+        python.update(steps=np.int64(1))
+        assert same(content(average), content(python))
+    with pytest.raises(IndexError):
+        average.update()
+    assert same(content(average), content(python))
+
+
+def test_a_signal_handler_updates_while_rules_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = np.zeros(3)
+    ema = fastema.EMA([w], 0.5)
+    for _ in range(33):  # the first by Python, then as many as are asked for at once
+        ema.update()
+    weigh, left = rules.Schedule.weigh, [5]
+
+    def interrupted(*args: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            ema.update()
+        return weigh(*args)
+
+    monkeypatch.setattr(rules.Schedule, "weigh", interrupted)
+    w[:] = 1
+    for _ in range(3):
+        ema.update()
+    assert ema.num_updates == 37
+    np.testing.assert_allclose(ema.shadow["0"], 1 - 0.5**4)
+
+
 def module(*, seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
     return torch.nn.Sequential(
