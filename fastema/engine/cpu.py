@@ -72,6 +72,8 @@ class CpuRun:
         self, launches: Sequence[Launch], num_averages: int = 1, watches: Sequence[int] = ()
     ) -> None:
         self._take_rows: Callable[[int], int] = function("run_launches")
+        # Python needs the GIL, which the calling thread of an OpenMP team would not release.
+        python = is_jit_disabled()
         check = function("check_tensors") if watches else None
         nbytes = sum(launch.nbytes for launch in launches)
         rows = max((len(launch.table) for launch in launches), default=0)
@@ -88,11 +90,11 @@ class CpuRun:
         words[abi.CHECK] = 0 if check is None else _address(check)
         words[abi.SELF] = _address(self._take_rows)
         words[abi.LAUNCHES], words[abi.LAUNCHES_AT] = len(table), table.ctypes.data
-        words[abi.THREADS] = max(min(rows, nbytes // BYTES_PER_THREAD), 1)
+        words[abi.THREADS] = 1 if python else max(min(rows, nbytes // BYTES_PER_THREAD), 1)
         words[abi.POOL_THREADS] = max(min(rows, nbytes // BYTES_PER_HELPER), 1)
         words[abi.STEP_WORDS] = abi.FIRST_NUMBER + num_averages
         words[abi.TEAM] = threads.TEAM.ctypes.data
-        if not is_jit_disabled():
+        if not python:
             words[abi.SAVE] = _address(ctypes.pythonapi.PyEval_SaveThread)
             words[abi.RESTORE] = _address(ctypes.pythonapi.PyEval_RestoreThread)
         self._address = words.ctypes.data

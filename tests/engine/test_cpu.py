@@ -220,6 +220,31 @@ def test_default_thread_count_is_that_of_pytorch(python: Callable[..., str]) -> 
     """)
 
 
+def test_python_mode_does_not_wait_for_threads_that_need_the_gil(
+    python: Callable[..., str],
+) -> None:
+    pytest.importorskip("torch")
+    python(
+        """
+        import faulthandler
+        faulthandler.dump_traceback_later(30, exit=True)
+        import torch
+        import fastema
+        from fastema.engine import cpu
+        cpu.BYTES_PER_THREAD = 1
+        torch.set_num_threads(3)
+        model = [torch.zeros(8) for _ in range(3)]
+        ema = fastema.EMA(model, decay=0.5)
+        for one in model:
+            one += 1
+        for _ in range(3):
+            ema.update()
+        assert all((one == 0.875).all() for one in ema.shadow.values())
+        """,
+        NUMBA_DISABLE_JIT="1",
+    )
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_does_not_use_the_parents_team(python: Callable[..., str]) -> None:
     pytest.importorskip("torch")
