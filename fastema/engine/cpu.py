@@ -129,7 +129,7 @@ class CpuRun:
         Return False if nothing was done: a tensor has moved.
         """
         (bits,) = _INTEGER.unpack(_FLOAT.pack(weight))
-        return self.finish(self._run(self._address, step, bits))
+        return self.finish(self._run(self._address, step, bits), step, bits)
 
     def run(self, args: LaunchArgs) -> None:
         """Run once with these arguments."""
@@ -141,14 +141,20 @@ class CpuRun:
         """Number of steps done so far."""
         return int(self._words[abi.CURSOR])
 
-    def finish(self, code: int) -> bool:
-        """Finish a step, from what :attr:`call` returned. Return whether the step was run."""
+    def finish(self, code: int, step: int = 0, bits: int = 0) -> bool:
+        """Finish a step, from what :attr:`call` returned. Return whether the step was run.
+
+        A repeated step needs its number and the bits of its weight once more.
+        """
         if code == abi.NEEDS_POOL:
             with defer_signals():
-                words = self._words
-                threads.run_on_pool(int(words[abi.LIMIT]), self._take_rows, self._address)
-                words[abi.CURSOR] += words[abi.ADVANCE]
-                return True
+                # Prepare it again: until now a signal handler may have run steps.
+                code = self._run(self._address, step, bits)
+                if code == abi.NEEDS_POOL:
+                    words = self._words
+                    threads.run_on_pool(int(words[abi.LIMIT]), self._take_rows, self._address)
+                    words[abi.CURSOR] += words[abi.ADVANCE]
+                    return True
         return code == abi.DONE
 
 

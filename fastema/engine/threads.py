@@ -52,7 +52,8 @@ class _Pool:
         futures: list[Future[object]] = []
         with self._lock:
             if self._executor is None:
-                self._executor = ThreadPoolExecutor(int(TEAM[abi.POOL]) - 1, "fastema-run")
+                # At least one: another thread may just have lowered the limit to one thread.
+                self._executor = ThreadPoolExecutor(max(int(TEAM[abi.POOL]) - 1, 1), "fastema-run")
             try:
                 for _ in range(helpers):
                     futures.append(self._executor.submit(task, arg))  # noqa: PERF401 (keeps those)

@@ -14,6 +14,7 @@ import pytest
 import fastema
 from fastema.engine import cpu
 from fastema.engine import threads as engine_threads
+from fastema.engine.interrupts import defer_signals
 from fastema.kernels import run_table
 from fastema.layout.device_context import LaunchArgs
 
@@ -130,6 +131,36 @@ def test_steps_are_counted_after_their_last_launch(team: Callable[[int], None]) 
     assert seen == [0] * 4 + [2] * 4
     assert not steps.finish(steps.call())  # none is left
     assert steps.num_done == 3
+
+
+def test_steps_of_a_signal_handler_before_threads_are_woken(
+    threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads(2)
+    monkeypatch.setattr(cpu, "BYTES_PER_HELPER", 1)
+    x = [np.ones(9), np.ones(5, np.float32), np.ones(1 << 17, np.float32)]
+    ema = fastema.EMA(x, 0.5)
+    ema.update()
+    ema.update()
+    engine_threads.TEAM[run_table.PARALLEL] = 0
+    for one in x:
+        one[...] = 2
+    steady = ema._steady
+    assert steady is not None
+    code = steady.call()
+    assert code == run_table.NEEDS_POOL
+    ema.update()  # the handler's
+    assert steady.run.finish(code)
+    assert ema.num_updates == 4
+    assert all((one == 1.75).all() for one in ema.shadow.values())
+
+
+def test_the_limit_is_lowered_while_a_run_begins(threads: Callable[[int], None]) -> None:
+    threads(1)
+    kernel = RecordingKernel()
+    with defer_signals():
+        engine_threads.run_on_pool(4, lambda _: kernel(0, 30, 0, 0), 0)
+    assert kernel.rows() == list(range(30))
 
 
 @pytest.mark.parametrize("started", [0, 1])
