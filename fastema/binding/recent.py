@@ -36,6 +36,9 @@ class _Entry:
         self._tables = tables  # the run stores their addresses
         self.run, self.notify = run, notify
 
+    def is_dead(self) -> bool:
+        return any(one() is None for one in self._tensors)
+
     def is_for(self, tensors: Sequence[Any]) -> bool:
         found = [one() for one in self._tensors]
         return len(found) == len(tensors) and all(map(is_, found, tensors))
@@ -79,6 +82,9 @@ class RecentRuns:
         steady.run.set_steps([LaunchArgs()], repeat=True)
         entry = _Entry(dst + src, steady.run, tables, listeners[0][0])
         with self._lock:
+            # Tables of freed tensors would take as much memory as small tensors do.
+            for key in [key for key, one in self._entries.items() if one.is_dead()]:
+                del self._entries[key]
             self._entries[_key_of(dst, src)] = entry
             if len(self._entries) > _MOST:
                 self._entries.popitem(last=False)

@@ -105,6 +105,18 @@ def test_few_lists_are_remembered() -> None:
     assert entries() <= 16 * len(_recent)
 
 
+def test_freed_lists_are_forgotten() -> None:
+    kept = pair()
+    for _ in range(10):
+        fastema.lerp_(*pair(3), 0.5)
+    fastema.lerp_(*kept, 0.5)
+    gc.collect()
+    fastema.lerp_(*pair(4), 0.5)
+    found = [len(one._tensors) for one in _recent["lerp"]._entries.values() if not one.is_dead()]
+    assert 10 in found
+    assert len(_recent["lerp"]._entries) <= len(found) + 1
+
+
 def test_what_is_not_remembered_works_as_before() -> None:
     arrays = [np.zeros(3)], [np.ones(3)]
     nested = [[torch.zeros(3)]], [[torch.ones(3)]]
