@@ -21,10 +21,15 @@ TABLES = (
         "Swap and back: gpt2-small, bf16 model, f32 average": "bf16, average f32",
     },
 )
-"""For each table in README.md: title of a case's table -> head of its column."""
+"""For each table of the race: title of a case's table -> head of its column."""
 
-README_LOOP = "f32 model, f32 average"
-"""Begins the titles of the tables of the training loop that README shows."""
+README_LOOP = (
+    "f32 model, f32 average, 1 thread",
+    "f32 model, f32 average, 2 threads",
+    "bf16 model, f32 average, 2 threads",
+    "bf16 model, bf16 average, 2 threads",
+)
+"""Titles of the tables of the training loop that README shows."""
 
 HOT = "hot: "
 """Begins the head of a column of repeated calls in a table of the training loop."""
@@ -62,11 +67,11 @@ def _loop_table(title: str, rows: list[Row]) -> str:
 
 
 def _loop_tables(rows: list[Row], *, readme: bool) -> list[str]:
-    """Return README's tables, of float32 and without repeated calls, or those of the docs."""
+    """Return README's tables, without repeated calls, or all tables of the docs."""
     titles = dict.fromkeys(row.table for row in rows)
     if readme:
         rows = [row for row in rows if not row.column.startswith(HOT)]
-        titles = dict.fromkeys(title for title in titles if title.startswith(README_LOOP))
+        titles = dict.fromkeys(title for title in titles if title in README_LOOP)
     return [_loop_table(title, rows) for title in titles]
 
 
@@ -77,23 +82,27 @@ def loop_section(folder: Path = RESULTS) -> str:
     return "\n\n".join([*parts, f"{provenance(header)} Method: `bench/results/loop.md`."])
 
 
-def cpu_section(folder: Path = RESULTS) -> str:
-    """Return updates in a float32 training loop, and updates and swaps alone, on a CPU."""
-    loop_header, loop_rows = load(folder / "loop.json")
-    header, rows = load(folder / "cpu.json")
+def readme_section(folder: Path = RESULTS) -> str:
+    """Return updates in a training loop, in short."""
+    header, rows = load(folder / "loop.json")
     parts = [
-        *_loop_tables(loop_rows, readme=True),
-        f"![Time of an update over the size of the model](bench/results/{loop_header['picture']})",
-        f"{provenance(loop_header)} All figures: `bench/results/loop.md`.",
-        *(_summary(rows, columns) for columns in TABLES),
-        f"{provenance(header)} All figures: `bench/results/cpu.md`.",
+        *_loop_tables(rows, readme=True),
+        f"![Time of an update over the size of the model](bench/results/{header['picture']})",
+        f"{provenance(header)} All figures: `bench/results/loop.md`.",
     ]
     return "\n\n".join(parts)
 
 
+def race_section(folder: Path = RESULTS) -> str:
+    """Return updates and swaps of large models, one call after the other, and their provenance."""
+    header, rows = load(folder / "cpu.json")
+    parts = [_summary(rows, columns) for columns in TABLES]
+    return "\n\n".join([*parts, f"{provenance(header)} All figures: `bench/results/cpu.md`."])
+
+
 SECTIONS: dict[str, dict[str, Callable[[Path], str]]] = {
-    "README.md": {"bench": cpu_section, "gpu": gpu_figures.readme_section},
-    "docs/benchmarks.md": {"loop": loop_section},
+    "README.md": {"bench": readme_section, "gpu": gpu_figures.readme_section},
+    "docs/benchmarks.md": {"loop": loop_section, "race": race_section},
     "docs/gpu.md": {"gpu": gpu_figures.gpu_section},
     "docs/offload.md": {"gpu": gpu_figures.offload_section},
 }
