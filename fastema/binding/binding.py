@@ -23,7 +23,7 @@ from fastema.bridges.registry import (
     bridge_of,
     leaves_of,
     list_iterators,
-    openmp_teams,
+    openmp_of,
     refuse_emptied,
     reshard,
     write_listeners,
@@ -223,11 +223,12 @@ class Binding:
         self, containers: tuple[Any, Any], match: Matcher, leaves: Leaves | None = None
     ) -> _BoundState:
         """Describe the tensors of both sides and pair them."""
-        for team in openmp_teams():
-            use_openmp(*team)
         owned = containers[0] is None
         dst = NO_LEAVES if owned else self._look(containers[0])
         src = self._look(containers[1]) if leaves is None else leaves
+        team = openmp_of(leaf.spec.owner for leaf in src.items)
+        if team is not None:
+            use_openmp(*team)
         found = match(dst, src)
         pairs_by_tag = found.pairs
         refuse_emptied(
@@ -275,7 +276,7 @@ class Binding:
             match,
             pairs_by_tag,
             pairs,
-            Program(pairs_by_tag),
+            Program(pairs_by_tag, on_team=team is not None),
             (sides[0], sides[1]),
             Outline(src.names, src.roles, src.structure, src.moving, fixed),
             self._labels,

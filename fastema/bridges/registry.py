@@ -137,10 +137,12 @@ def versions_of(arrays: Iterable[Any]) -> list[Any]:
     return [kind(members) for kind, members in _by_function(arrays, "Versions")]
 
 
-def openmp_teams() -> list[tuple[int, int]]:
-    """Return the OpenMP functions of the frameworks that are imported, see ``torch_openmp``."""
-    found = [bridge.openmp() for bridge in _imported_bridges() if hasattr(bridge, "openmp")]
-    return [team for team in found if team is not None]
+def openmp_of(arrays: Iterable[Any]) -> tuple[int, int] | None:
+    """Return the OpenMP functions of a framework of these arrays, see ``torch_openmp``, if any."""
+    for openmp, _ in _by_function(arrays, "openmp"):
+        team: tuple[int, int] | None = openmp()
+        return team
+    return None
 
 
 def refuse_emptied(specs: Mapping[str, TensorSpec]) -> None:

@@ -25,9 +25,12 @@ BYTES_PER_THREAD: Final = 1 << 19
 """Minimum work per thread of an OpenMP team that is awake: entering it takes a few microseconds, in
 which a core moves some 100 KB in its cache. Smaller runs stay on the calling thread."""
 
-BYTES_PER_HELPER: Final = 8 << 20
-"""The same for helpers that sleep: waking one takes 20-200 microseconds, in which a core moves 1-8
-MB."""
+BYTES_PER_HELPER: Final = 64 << 20
+"""The same for helpers of the pool, which sleep: waking one takes 20-200 microseconds, and in a
+loop on NumPy arrays a second thread brought nothing below 200 MB on two cores."""
+
+BYTES_ALONE: Final = 8 << 20
+"""The same for a call with nothing around it: in 20-200 microseconds a core moves 1-8 MB."""
 
 
 _FLOAT, _INTEGER = struct.Struct("d"), struct.Struct("q")
@@ -60,6 +63,10 @@ class CpuRun:
     watches : sequence of int
         Addresses of the tasks of compiled checks (:mod:`fastema.kernels.watch_table`). The run does
         nothing if one of them finds a difference.
+    on_team : bool
+        Whether to run on the OpenMP team of a framework, if there is one, which the framework's
+        own operators keep awake. Beside those of another library (NumPy's BLAS), whose threads spin
+        as well, its threads would have to wait for a core.
 
     Attributes
     ----------
@@ -69,7 +76,12 @@ class CpuRun:
     """
 
     def __init__(
-        self, launches: Sequence[Launch], num_averages: int = 1, watches: Sequence[int] = ()
+        self,
+        launches: Sequence[Launch],
+        num_averages: int = 1,
+        watches: Sequence[int] = (),
+        *,
+        on_team: bool = False,
     ) -> None:
         self._take_rows: Callable[[int], int] = function("run_launches")
         # Python needs the GIL, which the calling thread of an OpenMP team would not release.
@@ -90,7 +102,8 @@ class CpuRun:
         words[abi.CHECK] = 0 if check is None else _address(check)
         words[abi.SELF] = _address(self._take_rows)
         words[abi.LAUNCHES], words[abi.LAUNCHES_AT] = len(table), table.ctypes.data
-        words[abi.THREADS] = 1 if python else max(min(rows, nbytes // BYTES_PER_THREAD), 1)
+        most = min(rows, nbytes // BYTES_PER_THREAD) if on_team and not python else 1
+        words[abi.THREADS] = max(most, 1)
         words[abi.POOL_THREADS] = max(min(rows, nbytes // BYTES_PER_HELPER), 1)
         words[abi.STEP_WORDS] = abi.FIRST_NUMBER + num_averages
         words[abi.TEAM] = threads.TEAM.ctypes.data
@@ -162,4 +175,5 @@ def run_kernel(launch: Launch, numbers: int) -> None:
     """Run a kernel whose control block is complete; ``numbers`` is the address that it is given."""
     run = CpuRun([launch])
     run._words[abi.STEPS_AT], run._words[abi.NUMBERS] = 0, numbers
+    run._words[abi.POOL_THREADS] = max(min(len(launch.table), launch.nbytes // BYTES_ALONE), 1)
     run.finish(run.call())

@@ -31,10 +31,12 @@ class Program:
         Checked pairs without duplicate memory, under tags that the caller chooses; a run gives each
         tag its operation. Averages that are updated together follow each other, tensor by tensor.
         A device without kernels raises a DTypeError.
+    on_team : bool
+        Whether CPU runs use the OpenMP team of a framework, see :class:`CpuRun`.
     """
 
-    def __init__(self, pairs: Mapping[str, Sequence[Pair]]) -> None:
-        self._lock = lock()
+    def __init__(self, pairs: Mapping[str, Sequence[Pair]], *, on_team: bool = False) -> None:
+        self._lock, self._on_team = lock(), on_team
         self._pairs = pairs  # keeps the memory that the tables point to
         self._contexts = {
             p.dst.device: p.dst.context for members in pairs.values() for p in members
@@ -91,7 +93,7 @@ class Program:
                 ]
                 launches = self._cpu_launches(operations)
                 if launches:
-                    runs.append(CpuRun(launches, self._num_averages).run)
+                    runs.append(self._cpu_run(launches).run)
             self._runs[key] = runs
         return runs
 
@@ -113,7 +115,10 @@ class Program:
 
         It is one native call without a lock: the caller excludes other runs of this program.
         """
-        return CpuRun(self._cpu_launches(operations), self._num_averages, watches)
+        return self._cpu_run(self._cpu_launches(operations), watches)
+
+    def _cpu_run(self, launches: Sequence[Launch], watches: Sequence[int] = ()) -> CpuRun:
+        return CpuRun(launches, self._num_averages, watches, on_team=self._on_team)
 
     def relocate(
         self, dst: Mapping[str, int] | None = None, src: Mapping[str, int] | None = None

@@ -60,7 +60,7 @@ def launch(kernel: RecordingKernel, rows: int, nbytes: int) -> cpu.Launch:
 
 
 def run(kernel: RecordingKernel, rows: int, nbytes: int = PLENTY) -> None:
-    cpu.CpuRun([launch(kernel, rows, nbytes)]).run(LaunchArgs())
+    cpu.CpuRun([launch(kernel, rows, nbytes)], on_team=True).run(LaunchArgs())
 
 
 @pytest.fixture(params=["pool", "openmp"])
@@ -109,7 +109,7 @@ def test_threads_take_part_only_for_enough_work(share: int, team: Callable[[int]
 def test_several_launches_are_run_by_all_threads(team: Callable[[int], None]) -> None:
     team(3)
     kernels = [RecordingKernel(nap) for _ in range(3)]
-    together = cpu.CpuRun([launch(one, 12, PLENTY) for one in kernels])
+    together = cpu.CpuRun([launch(one, 12, PLENTY) for one in kernels], on_team=True)
     for turn in (1, 2, 3):
         together.run(LaunchArgs())
         assert all(one.entered <= 3 * turn and one.inside == 0 for one in kernels)
@@ -122,7 +122,7 @@ def test_steps_are_counted_after_their_last_launch(team: Callable[[int], None]) 
     team(2)
     seen = []
     kernel = RecordingKernel(lambda row: seen.append(steps.num_done))
-    steps = cpu.CpuRun([launch(kernel, 4, PLENTY)])
+    steps = cpu.CpuRun([launch(kernel, 4, PLENTY)], on_team=True)
     steps.set_steps([LaunchArgs(), None, LaunchArgs()])
     for done in (1, 2, 3):
         kernel.next = itertools.count()
@@ -274,6 +274,24 @@ def test_python_mode_does_not_wait_for_threads_that_need_the_gil(
         """,
         NUMBA_DISABLE_JIT="1",
     )
+
+
+def test_only_averages_of_pytorch_run_on_its_team(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    used = []
+    made = cpu.CpuRun.__init__
+
+    def watch(self: cpu.CpuRun, *args: Any, **options: Any) -> None:
+        used.append(options.get("on_team", False))
+        made(self, *args, **options)
+
+    monkeypatch.setattr(cpu.CpuRun, "__init__", watch)
+    for weights, wanted in (([np.ones(3)], False), ([torch.ones(3)], True)):
+        used.clear()
+        ema = fastema.EMA(weights)
+        ema.update()
+        ema.update()
+        assert used[-1] is wanted
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
