@@ -67,10 +67,7 @@ class _Part:
 
 
 class CudaGroup(Group):
-    """Pairs of one tag and dtype pair on a GPU; up to eight averages of each tensor.
-
-    Frameworks move tensors only in host memory, so ``relocate`` does nothing here.
-    """
+    """Pairs of one tag and dtype pair on a GPU; up to eight averages of each tensor."""
 
     _streams: StreamTracker | None = None
 

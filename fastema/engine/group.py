@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +24,6 @@ class Group:
 
     def __init__(self, tag: str, members: Sequence[Pair]) -> None:
         self.tag, self._members = tag, members
-
-    def relocate(self, dst: Mapping[str, int] | None, src: Mapping[str, int] | None) -> None:
-        """Continue with the same tensors at other addresses, given by pair name."""
 
     def results(self) -> NDArray[np.float64]:
         """Return what the latest counting operation found in each row; empty before the first."""
