@@ -56,7 +56,7 @@ class RecentRuns:
 
     def step(self, dst: Any, src: Any, weight: float) -> bool:
         """Run the operation in one native call; return False if it has not met these lists."""
-        if type(dst) is not list or type(src) is not list or not (dst and src):
+        if not _are_lists(dst, src):
             return False
         with self._lock:
             entry = self._entries.get(_key_of(dst, src))
@@ -70,7 +70,7 @@ class RecentRuns:
 
     def remember(self, dst: Any, src: Any, binding: Binding, operations: Mapping[str, str]) -> None:
         """Remember the lists of a binding, if compiled code alone can check their tensors."""
-        if type(dst) is not list or type(src) is not list or not (dst and src):
+        if not _are_lists(dst, src):
             return
         ours, theirs = binding.watched
         tables, steady = binding.check_tables, binding.begin_steady(operations)
@@ -88,6 +88,10 @@ class RecentRuns:
             self._entries[_key_of(dst, src)] = entry
             if len(self._entries) > _MOST:
                 self._entries.popitem(last=False)
+
+
+def _are_lists(dst: Any, src: Any) -> bool:
+    return type(dst) is list and type(src) is list and bool(dst and src)
 
 
 def _holds(leaves: Leaves, members: Sequence[Any]) -> bool:
