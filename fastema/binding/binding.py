@@ -264,7 +264,9 @@ class Binding:
             elif whole.moving:
                 sides.append(MovingSide(whole, container))
             else:
-                sides.append(WatchedSide(watched, container, trained, transient=not owned))
+                sides.append(
+                    WatchedSide(watched, container, trained, transient=not owned, keep=owned)
+                )
         guard = None
         if dst.moving or src.moving:
             guard = OverlapGuard(

@@ -101,13 +101,20 @@ class OwnedSide:
 class WatchedSide(OwnedSide):
     """Tensors that stay in place until they are replaced (torch, NumPy).
 
-    With ``transient``, non-persistent buffers are watched as well.
+    With ``transient``, non-persistent buffers are watched as well. With ``keep`` the caller keeps
+    the container alive as long as this object.
     """
 
     def __init__(
-        self, leaves: Leaves, container: Any, trained: Sequence[FreezeState], *, transient: bool
+        self,
+        leaves: Leaves,
+        container: Any,
+        trained: Sequence[FreezeState],
+        *,
+        transient: bool,
+        keep: bool,
     ) -> None:
-        self._watch = watch(leaves, transient=transient)
+        self._watch = watch(leaves, transient=transient, keep=keep)
         self._trained = trained
         self.leaves = leaves
         self.tasks, self.tables = self._watch.tasks, self._watch.tables

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fastema.bridges.names import code_of
 from fastema.errors import BridgeError, DTypeError
 from fastema.layout.dtypes import DTYPES, NAME_OF
+from fastema.layout.flat import aligned_empty
 from fastema.layout.spec import TensorSpec
 
 
@@ -78,7 +79,9 @@ def _fingerprint(array: NDArray[Any]) -> object:
 
 def zeros(length: int, code: str, device: str) -> NDArray[Any]:
     """Allocate a flat array of zeros."""
-    return np.zeros(length, native(code))
+    flat: NDArray[Any] = aligned_empty([length], np.dtype(native(code)))
+    flat.fill(0)
+    return flat
 
 
 def transfer(array: NDArray[Any], device: str) -> NDArray[Any]:

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any, ClassVar, Final, cast
 from weakref import finalize, ref
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -31,6 +32,7 @@ from fastema.bridges.torch_ranks import MeshRanks
 from fastema.errors import BridgeError, DeviceError, DTypeError, FastemaError
 from fastema.layout.device_context import DeviceContext
 from fastema.layout.dtypes import NAME_OF
+from fastema.layout.flat import aligned_empty
 from fastema.layout.spec import (
     Attributes,
     Leaf,
@@ -141,7 +143,11 @@ def zeros(length: int, code: str, device: str) -> torch.Tensor:
     if device == "pinned":
         # Only memory of the host can be pinned, whatever torch.set_default_device() says.
         return torch.zeros(length, dtype=native(code), device="cpu", pin_memory=True)
-    return torch.zeros(length, dtype=native(code), device=device)
+    dtype = native(code)
+    if torch.device(device).type != "cpu":
+        return torch.zeros(length, dtype=dtype, device=device)
+    memory = aligned_empty([length * dtype.itemsize], np.dtype(np.uint8))
+    return torch.from_numpy(memory).view(dtype).zero_()
 
 
 def alias(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 from fastema.engine.registry import function
 from fastema.errors import FastemaError
 from fastema.kernels import watch_table as abi
-from fastema.layout.spec import Leaves, TensorContainer, TensorSpec
+from fastema.layout.spec import Attributes, Leaves, TensorContainer, TensorSpec
 
 __all__ = ["Watch", "watch"]
 
@@ -60,7 +60,8 @@ def _members(held: TensorContainer, transient: bool) -> list[Any]:
     """Return the objects that must stay: selected values, keys and values, or elements."""
     container, keys, loose = held
     if keys is not None:
-        return [container.get(key) for key in keys]
+        values = container.values if isinstance(container, Attributes) else container
+        return [*map(values.get, keys)]
     if not isinstance(container, Mapping):
         return list(container)
     if transient or not loose:
@@ -68,6 +69,12 @@ def _members(held: TensorContainer, transient: bool) -> list[Any]:
     return [
         part for key, value in container.items() for part in (key, None if key in loose else value)
     ]
+
+
+def _open(held: TensorContainer) -> TensorContainer:
+    """Return the same container with the attributes of an object in a dict, which keeps them."""
+    container = held.container
+    return held._replace(container=container.values) if isinstance(container, Attributes) else held
 
 
 class _Wrapped:
@@ -173,16 +180,17 @@ def _dict_tables(
 class _CompiledWatch(Watch):
     """Checks all tensors in one compiled loop, with the framework's DLPack exchange function."""
 
-    def __init__(self, leaves: Leaves, transient: bool = True) -> None:
+    def __init__(self, leaves: Leaves, transient: bool = True, keep: bool = False) -> None:
         self._check = function("check_tensors")
-        dicts = [one for one in leaves.held if type(one.container) is dict]
-        others = [one for one in leaves.held if type(one.container) is not dict]
+        held = [_open(one) for one in leaves.held] if keep else leaves.held
+        dicts = [one for one in held if type(one.container) is dict]
+        others = [one for one in held if type(one.container) is not dict]
         wrapped = [leaf.spec for leaf in leaves.items if leaf.spec.unwrap is not None]
         if wrapped:
             others.append(TensorContainer(_Wrapped(wrapped)))
         super().__init__(others, transient)
         rows, entries = _dict_tables(dicts, transient)
-        held = np.array(rows, np.int64).reshape(-1, abi.DICT)
+        dict_rows = np.array(rows, np.int64).reshape(-1, abi.DICT)
         entry = np.array([0 if one is _ANY else id(one) for one in entries], np.int64)
         scratch = np.zeros(abi.SCRATCH_WORDS, np.int64)
         ranks = [len(leaf.spec.shape) for leaf in leaves.items]
@@ -206,21 +214,26 @@ class _CompiledWatch(Watch):
         # A tensor that cannot be described any more has changed: the first check reports it.
         self._check(task.ctypes.data)
         task[abi.RECORD] = 0
-        task[abi.DICTS], task[abi.DICTS_AT] = len(held), held.ctypes.data
-        self.tables, self.tasks = (task, held, entry, tensor, dims, scratch), [task.ctypes.data]
+        task[abi.DICTS], task[abi.DICTS_AT] = len(dict_rows), dict_rows.ctypes.data
+        self.tables = task, dict_rows, entry, tensor, dims, scratch
+        self.tasks = [task.ctypes.data]
 
     def _any_moved(self) -> bool:
         return bool(self._check(self.tasks[0]))
 
 
-def watch(leaves: Leaves, *, transient: bool = True) -> Watch:
+def watch(leaves: Leaves, *, transient: bool = True, keep: bool = False) -> Watch:
     """Start watching the tensors of a container, which ``leaves`` describes.
 
     Pass ``transient=False`` if tensors outside of a module's state dict may change; ``leaves`` must
-    not have them. With an exchange function (torch >= 2.10) a check takes about 50 ns per tensor.
+    not have them. Pass ``keep=True`` if the caller keeps the container alive: then its own
+    attributes are checked in the compiled loop, too. With an exchange function (torch >= 2.10) a
+    check takes about 50 ns per tensor.
     """
     exchanges = {leaf.spec.exchange for leaf in leaves.items}
     # The exchange function does not distinguish a conjugated view from a plain tensor.
     plain = all(leaf.spec.kind.parts == 1 for leaf in leaves.items)
     compiled = plain and len(exchanges) == 1 and 0 not in exchanges
-    return (_CompiledWatch if compiled else _DescribingWatch)(leaves, transient)
+    if compiled:
+        return _CompiledWatch(leaves, transient, keep)
+    return _DescribingWatch(leaves, transient)

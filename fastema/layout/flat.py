@@ -24,6 +24,10 @@ ALIGNMENT: Final = 64
 """Bytes. Every tensor starts on its own cache line, so that threads never share one."""
 
 
+HUGE_PAGE: Final = 1 << 21
+"""Bytes of a huge page on x86 and most ARM systems."""
+
+
 class FlatLayout(NamedTuple):
     """Length of a flat buffer and the offset of each tensor in it, in elements."""
 
@@ -32,10 +36,16 @@ class FlatLayout(NamedTuple):
 
 
 def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return an empty array aligned to :data:`ALIGNMENT`: JAX adopts its memory without a copy."""
+    """Return an empty array aligned to :data:`ALIGNMENT`: JAX adopts its memory without a copy.
+
+    Large ones begin with a huge page. NumPy asks Linux for such pages; with the usual 4 KiB,
+    looking up addresses costs a tenth of an update's time. The bytes before are never touched, so
+    they take up no memory.
+    """
     size = dtype.itemsize * math.prod(shape)
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    first = -raw.ctypes.data % ALIGNMENT
+    alignment = ALIGNMENT if size < 2 * HUGE_PAGE else HUGE_PAGE
+    raw = np.empty(size + alignment, np.uint8)
+    first = -raw.ctypes.data % alignment
     return raw[first : first + size].view(dtype).reshape(shape)
 
 

@@ -258,10 +258,11 @@ class Attributes:
     def __init__(self, owner: Any) -> None:
         self._owner = weakref.ref(owner)
 
-    def get(self, name: str) -> Any:
-        """Return an attribute; None if it is missing or the object is gone."""
+    @property
+    def values(self) -> dict[str, Any]:
+        """The object's ``__dict__``; empty once the object is gone."""
         owner = self._owner()
-        return None if owner is None else vars(owner).get(name)
+        return {} if owner is None else vars(owner)
 
 
 class Ranks(Protocol):

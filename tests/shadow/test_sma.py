@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastema
+from fastema.layout.flat import HUGE_PAGE
 
 from ..support import reference
 from ..support.states import nested
@@ -92,4 +93,5 @@ def test_sma_takes_the_memory_of_window_plus_two_models(window: int) -> None:
     tracemalloc.stop()
     state = nested(sma.state_dict(copy=False))
     assert sum(one.nbytes for part in PARTS for one in state[part][0].values()) == expected
-    assert expected <= held <= most < expected + 0.1 * nbytes
+    # Traced are addresses: the ring begins with a huge page, and what lies before is never touched.
+    assert expected <= held <= most < expected + 0.1 * nbytes + HUGE_PAGE
