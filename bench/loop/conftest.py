@@ -31,7 +31,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make a test for each contestant of each case; a case is a group of the report."""
-    cases = select(metafunc.config.getoption("--quick"), metafunc.config.getoption("--case"))
+    names = metafunc.config.getoption("--case")
+    cases = select(metafunc.config.getoption("--quick"), names)
+    if not cases:
+        raise pytest.UsageError(f"--case: no case is called {' or '.join(map(repr, names))}")
     metafunc.parametrize(
         ("case", "contestant"),
         [
