@@ -71,7 +71,7 @@ test-all: test $(VENV)/.test-all $(ALONE)/.made
 	$(SAY) "pytest, the tests that need TensorFlow"
 	@$(PY) $(PYTEST) -m tensorflow
 	$(SAY) "pytest with NumPy alone"
-	@env -u CI $(ALONE)/bin/python $(PYTEST) tests/bridges tests/shadow tests/test_light_import.py
+	@env -u CI $(ALONE)/bin/python $(PYTEST) tests/bridges tests/average tests/test_light_import.py
 
 test-full: $(VENV)/.test-all $(VENV)/.timm
 	$(SAY) "pytest --full $(ARGS)"

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from fastema import lightning as lightning
     from fastema import tensorflow as tensorflow
     from fastema import transformers as transformers
+    from fastema.average import EMA, SMA, SWA, PowerEMA
     from fastema.engine.threads import get_num_threads, set_num_threads
     from fastema.plan import Plan, copy_, lerp_, mean_between, swap_
-    from fastema.shadow import EMA, SMA, SWA, PowerEMA
     from fastema.torch import update_bn
 
 __version__ = "0.1.0"
@@ -55,11 +55,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "EMA": "fastema.shadow",
-    "SMA": "fastema.shadow",
-    "SWA": "fastema.shadow",
+    "EMA": "fastema.average",
+    "SMA": "fastema.average",
+    "SWA": "fastema.average",
     "Plan": "fastema.plan",
-    "PowerEMA": "fastema.shadow",
+    "PowerEMA": "fastema.average",
     "copy_": "fastema.plan",
     "get_num_threads": "fastema.engine.threads",
     "lerp_": "fastema.plan",

@@ -33,6 +33,9 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from fastema.average.average import Average, check_average
+from fastema.average.options import dtype_of
+from fastema.average.state import select_average, split_state
 from fastema.binding.swap import SPLIT
 from fastema.bridges.memory import Memory, allocate
 from fastema.bridges.registry import bridge_of, describe
@@ -48,9 +51,6 @@ from fastema.plan import Plan
 from fastema.rules.checks import MAX_STEPS, validate_int
 from fastema.rules.posthoc import ExponentialProfile, PowerProfile, Profile, solve
 from fastema.rules.power import Power, gamma_of, sigma_rel_of, validate_gamma
-from fastema.shadow.average import Average, check_average
-from fastema.shadow.options import dtype_of
-from fastema.shadow.state import select_average, split_state
 
 __all__ = ["Snapshot", "Synthesized", "find_snapshots", "save_snapshot", "synthesize"]
 

@@ -28,16 +28,16 @@ SCORES = Path(__file__).with_suffix(".json")
 
 TESTS = {
     "binding": ["tests/binding", "tests/test_plan.py", "tests/compat/test_averager.py"]
-    + [f"tests/shadow/test_{name}.py" for name in ("jax", "moved", "swap")],
+    + [f"tests/average/test_{name}.py" for name in ("jax", "moved", "swap")],
     "bridges": ["tests/bridges"]
     + [f"tests/distributed/test_{name}.py" for name in ("saving", "sharded")]
-    + [f"tests/shadow/test_{name}.py" for name in ("offload", "swap")],
+    + [f"tests/average/test_{name}.py" for name in ("offload", "swap")],
     "checkpoint": [
         *("tests/checkpoint", "tests/distributed/test_consolidate.py"),
-        *("tests/shadow/test_state.py", "tests/test_posthoc.py"),
+        *("tests/average/test_state.py", "tests/test_posthoc.py"),
     ],
     "compat": ["tests/compat", "tests/keras/swap_cases.py"],
-    "distributed": ["tests/distributed", "tests/shadow/test_patterns.py"],
+    "distributed": ["tests/distributed", "tests/average/test_patterns.py"],
     "engine": ["tests/engine", "tests/kernels/test_update.py"],
     "keras": ["tests/test_trainers.py"]
     + [f"tests/keras/{name}_cases.py" for name in ("weights", "evaluation", "swap")]

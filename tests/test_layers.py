@@ -15,7 +15,7 @@ LAYOUT = ".errors .layout"
 BELOW_AVERAGES = f"{LAYOUT} .binding .engine .bridges"
 BELOW_CLI = (
     ".binding .bridges .checkpoint .compat .distributed .engine .errors .keras .layout .lightning"
-    " .plan .posthoc .rules .shadow .tensorflow .torch .tracking .transformers"
+    " .plan .posthoc .rules .average .tensorflow .torch .tracking .transformers"
 )
 FRAMEWORKS = (
     "cupy diffusers ema_pytorch flax jax jaxlib keras lightning pytorch_lightning"
@@ -23,7 +23,7 @@ FRAMEWORKS = (
 )
 COMPILER = "numba numpy llvmlite"
 CALLBACKS = (
-    ".errors .hints .shadow .plan .binding .checkpoint .tracking .rules .bridges .engine.blocks"
+    ".errors .hints .average .plan .binding .checkpoint .tracking .rules .bridges .engine.blocks"
     " .engine.interrupts numpy"
 )
 MOVING = f"{LAYOUT} .bridges.registry .bridges.dlpack .bridges.moving .bridges.names numpy alone"
@@ -81,8 +81,8 @@ TABLE = {
     "bridges.torch_foreach": f"{LAYOUT} .kernels.table .kernels.operations numpy torch alone",
     "binding": f"{LAYOUT} .engine .bridges",
     "plan": f"{BELOW_AVERAGES} .hints",
-    "shadow": f"{BELOW_AVERAGES} .hints .rules numpy lazy:typing_extensions",
-    "shadow.foreign": f"{BELOW_AVERAGES} .hints .rules late:.checkpoint.detection",
+    "average": f"{BELOW_AVERAGES} .hints .rules numpy lazy:typing_extensions",
+    "average.foreign": f"{BELOW_AVERAGES} .hints .rules late:.checkpoint.detection",
     "tracking": ".errors .hints .rules .engine .bridges .lazy numpy",
     "tracking.plots.picture": ".errors .tracking numpy matplotlib",
     "tracking.plots": ".errors .tracking numpy lazy:matplotlib",
@@ -93,24 +93,24 @@ TABLE = {
     "transformers": f"{CALLBACKS} transformers torch",
     "tensorflow": ".errors .hints .plan .binding .bridges .engine.blocks .engine.interrupts numpy"
     " tensorflow",
-    "checkpoint": f"{LAYOUT} .shadow .engine .bridges .rules numpy",
+    "checkpoint": f"{LAYOUT} .average .engine .bridges .rules numpy",
     # Finds the layouts of libraries, which stand above it.
-    "checkpoint.detection": f"{LAYOUT} .shadow .bridges .rules late:.compat",
+    "checkpoint.detection": f"{LAYOUT} .average .bridges .rules late:.compat",
     "checkpoint.layout": f"{LAYOUT} .bridges .rules lazy:torch",
-    "checkpoint.conversion": f"{LAYOUT} .shadow .bridges .rules lazy:torch",
-    "checkpoint.transfer": f"{LAYOUT} .shadow .bridges .rules torch",
+    "checkpoint.conversion": f"{LAYOUT} .average .bridges .rules lazy:torch",
+    "checkpoint.transfer": f"{LAYOUT} .average .bridges .rules torch",
     # Never imports torch: a process without torch.distributed is the only rank.
-    "distributed": f"{LAYOUT} .shadow .binding .checkpoint .bridges .rules numpy",
-    "posthoc": f"{BELOW_AVERAGES} .shadow .checkpoint .plan .rules numpy lazy:rich",
+    "distributed": f"{LAYOUT} .average .binding .checkpoint .bridges .rules numpy",
+    "posthoc": f"{BELOW_AVERAGES} .average .checkpoint .plan .rules numpy lazy:rich",
     # fastema.torch is importable without PyTorch, so its functions import PyTorch.
     "torch": ".errors lazy:torch lazy:rich",
-    "compat": f"{LAYOUT} .shadow .binding .rules .plan .bridges .checkpoint .posthoc .torch"
+    "compat": f"{LAYOUT} .average .binding .rules .plan .bridges .checkpoint .posthoc .torch"
     f" .tensorflow .lightning .engine.blocks .engine.interrupts .lazy numpy {FRAMEWORKS}",
     "compat.installation": ".errors .compat .engine.interrupts .engine.locks",
     "compat.keras": ".errors .keras .plan .binding .engine.interrupts keras",
     "compat.torch_ema": ".errors .compat .checkpoint .rules .lazy",
     "compat.torch_ema.classes": ".errors .compat .engine.blocks .engine.interrupts torch",
-    "compat.ema_pytorch": f"{LAYOUT} .compat .shadow .rules .plan .bridges .checkpoint .posthoc"
+    "compat.ema_pytorch": f"{LAYOUT} .compat .average .rules .plan .bridges .checkpoint .posthoc"
     " .engine.interrupts .lazy numpy torch",
     "compat.averager": f"{LAYOUT} .binding .plan .bridges .engine.blocks torch",
     # test_light_import.py checks that extras are imported only when a command runs.
@@ -241,7 +241,7 @@ def assert_no_cycle(sources: Mapping[str, str]) -> None:
 
 
 def test_modules_import_only_what_the_table_allows_without_cycles() -> None:
-    assert {"engine/cuda.py", "kernels/table.py", "shadow/average.py"} <= SOURCES.keys()
+    assert {"engine/cuda.py", "kernels/table.py", "average/average.py"} <= SOURCES.keys()
     assert violations(SOURCES) == []
     assert_no_cycle(SOURCES)
     typed = "if TYPE_CHECKING:\n    from fastema.layout import group"
@@ -251,13 +251,13 @@ def test_modules_import_only_what_the_table_allows_without_cycles() -> None:
 
 FORBIDDEN = {
     "engine/ops.py": [
-        "from fastema.shadow import average",
+        "from fastema.average import average",
         "from .. import shadow",
         "import fastema",
-        "class C:\n    async def f(self):\n        from ..shadow import average",
-        "if TYPE_CHECKING:\n    from fastema.shadow import average",
+        "class C:\n    async def f(self):\n        from ..average import average",
+        "if TYPE_CHECKING:\n    from fastema.average import average",
         "try:\n    import torch\nexcept ImportError:\n    torch = None",
-        "f = lambda: import_module('..shadow', __package__)",
+        "f = lambda: import_module('..average', __package__)",
         "f = lambda x: import_module(f'fastema.bridges.{x}')",
     ],
     "rules/ema.py": ["from time import perf_counter", "import numpy as np"],

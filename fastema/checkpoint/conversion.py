@@ -10,6 +10,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from fastema.average.reports import describe_schedule
+from fastema.average.state import LOG_DECAYS, pack
 from fastema.checkpoint.detection import known_layouts
 from fastema.checkpoint.files import atomic_write_path, refuse_ending
 from fastema.checkpoint.inspection import verify_files
@@ -21,8 +23,6 @@ from fastema.checkpoint.stored import load
 from fastema.errors import ArgumentError, CheckpointError, StorageError, format_problems
 from fastema.rules import Constant, CumulativeMean, Power, Rule, Schedule, Window
 from fastema.rules.checks import validate_decay
-from fastema.shadow.reports import describe_schedule
-from fastema.shadow.state import LOG_DECAYS, pack
 
 __all__ = ["Conversion", "convert", "writable_libraries"]
 

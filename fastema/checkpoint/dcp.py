@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastema.average.state import HEADER, part_of_key, select_average
 from fastema.checkpoint import pickles, torch_file
 from fastema.checkpoint.files import OpenFile, StoredTensor, check_extents, check_shape, retrying
 from fastema.checkpoint.folder import Block
@@ -18,7 +19,6 @@ from fastema.checkpoint.stretches import Stretches
 from fastema.errors import CheckpointError
 from fastema.layout.dtypes import NAME_OF, dtype
 from fastema.layout.flat import row_major
-from fastema.shadow.state import HEADER, part_of_key, select_average
 
 __all__ = [
     "ChunkedTensor",

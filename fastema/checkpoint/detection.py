@@ -8,12 +8,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, Final
 
-from fastema.checkpoint.content import Content
-from fastema.checkpoint.layout import Layout, StoredContents
-from fastema.checkpoint.source import PROVENANCE, Checkpoint
-from fastema.errors import ArgumentError, CheckpointError
-from fastema.rules import Power, Schedule
-from fastema.shadow.state import (
+from fastema.average.state import (
     HEADER,
     KINDS,
     LOG_DECAYS,
@@ -24,6 +19,11 @@ from fastema.shadow.state import (
     select_average,
     split_tensors,
 )
+from fastema.checkpoint.content import Content
+from fastema.checkpoint.layout import Layout, StoredContents
+from fastema.checkpoint.source import PROVENANCE, Checkpoint
+from fastema.errors import ArgumentError, CheckpointError
+from fastema.rules import Power, Schedule
 
 __all__ = ["detect", "explain_foreign_state", "known_layouts"]
 

@@ -10,6 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fastema.average.average import Average, check_average
+from fastema.average.state import SavedOrMine
 from fastema.checkpoint import files
 from fastema.checkpoint.inspection import verify_files
 from fastema.checkpoint.layout import import_torch
@@ -18,8 +20,6 @@ from fastema.checkpoint.state import read_tensors, write_tensors
 from fastema.checkpoint.stored import load, open_own_file
 from fastema.engine.locks import lock
 from fastema.errors import ArgumentError, CheckpointError
-from fastema.shadow.average import Average, check_average
-from fastema.shadow.state import SavedOrMine
 
 __all__ = ["load_into", "save", "wait"]
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from fastema.average.state import HEADER
 from fastema.bridges.memory import bytes_of, row_major_on_host
 from fastema.bridges.registry import describe, memory_of
 from fastema.checkpoint import files
 from fastema.errors import CheckpointError, DTypeError
-from fastema.shadow.state import HEADER
 
 if TYPE_CHECKING:
     from fastema.checkpoint.source import Checkpoint

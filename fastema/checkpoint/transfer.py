@@ -8,6 +8,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from fastema.average import EMA
+from fastema.average.reports import describe_schedule
+from fastema.average.state import LOG_DECAYS, join_state, split_state
 from fastema.bridges.names import strip_wrapper_prefixes
 from fastema.checkpoint.layout import StoredAverage
 from fastema.checkpoint.source import Checkpoint
@@ -15,9 +18,6 @@ from fastema.checkpoint.state import read_tensors
 from fastema.errors import ArgumentError, CheckpointError, format_problems
 from fastema.rules import Schedule
 from fastema.rules.checks import validate_int
-from fastema.shadow import EMA
-from fastema.shadow.reports import describe_schedule
-from fastema.shadow.state import LOG_DECAYS, join_state, split_state
 
 __all__ = [
     "check_integer",

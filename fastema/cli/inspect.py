@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _lines(found: Description) -> Iterator[tuple[str, str]]:
+    from fastema.average.reports import describe_schedule
     from fastema.cli.sizes import size
-    from fastema.shadow.reports import describe_schedule
 
     average, checkpoint = found.average, found.checkpoint
     what = {

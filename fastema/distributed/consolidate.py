@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from fastema.average.average import Average
 from fastema.checkpoint import dcp
 from fastema.checkpoint.files import StoredTensor
 from fastema.checkpoint.folder import (
@@ -23,7 +24,6 @@ from fastema.distributed import live
 from fastema.distributed.group import RankGroup
 from fastema.errors import ArgumentError, CheckpointError, format_problems
 from fastema.rules.checks import validate_int
-from fastema.shadow.average import Average
 
 __all__ = ["consolidate"]
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from fastema.average.average import Average
+from fastema.average.store import Entry
 from fastema.binding.swap import round_to_weights
 from fastema.bridges.memory import row_major_on_host
 from fastema.bridges.registry import describe, part_of
@@ -16,8 +18,6 @@ from fastema.errors import CheckpointError, FastemaError
 from fastema.layout.dtypes import DType
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
-from fastema.shadow.average import Average
-from fastema.shadow.store import Entry
 
 __all__ = ["LiveAverage", "describe_live"]
 

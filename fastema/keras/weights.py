@@ -13,6 +13,16 @@ from typing import Any, Final, Literal, TypeAlias
 
 import keras
 
+from fastema.average import EMA
+from fastema.average.checkpoints import Checkpoints, choose_checkpoints
+from fastema.average.options import (
+    OnNonFinite,
+    Policy,
+    Rounding,
+    check_ema_options,
+    check_which,
+    select_shared_options,
+)
 from fastema.binding.swap import CallableWay, Swap
 from fastema.bridges.registry import leaves_of
 from fastema.checkpoint import files, state
@@ -30,16 +40,6 @@ from fastema.keras.guards import (
 from fastema.keras.steps import OptimizerSteps, unwrap_optimizers
 from fastema.keras.ways import CopyingSwap, WriteAwareSwap
 from fastema.rules import Rule
-from fastema.shadow import EMA
-from fastema.shadow.checkpoints import Checkpoints, choose_checkpoints
-from fastema.shadow.options import (
-    OnNonFinite,
-    Policy,
-    Rounding,
-    check_ema_options,
-    check_which,
-    select_shared_options,
-)
 
 __all__ = ["EMAWeights"]
 

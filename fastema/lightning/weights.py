@@ -6,14 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Literal
 
-from fastema.bridges.registry import is_divided, state_of
-from fastema.errors import ArgumentError, StateError
-from fastema.hints import check_options
-from fastema.lightning.packages import LIGHTNING_MODULES, Callback, replace_method
-from fastema.rules import Rule
-from fastema.shadow import EMA
-from fastema.shadow.checkpoints import Checkpoints, choose_checkpoints, training_weights
-from fastema.shadow.options import (
+from fastema.average import EMA
+from fastema.average.checkpoints import Checkpoints, choose_checkpoints, training_weights
+from fastema.average.options import (
     OnNonFinite,
     Policy,
     Rounding,
@@ -22,6 +17,11 @@ from fastema.shadow.options import (
     check_which,
     select_shared_options,
 )
+from fastema.bridges.registry import is_divided, state_of
+from fastema.errors import ArgumentError, StateError
+from fastema.hints import check_options
+from fastema.lightning.packages import LIGHTNING_MODULES, Callback, replace_method
+from fastema.rules import Rule
 
 __all__ = ["EMACallback"]
 

@@ -16,16 +16,9 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from fastema.bridges.registry import is_divided
-from fastema.checkpoint import files
-from fastema.checkpoint.state import read_state, read_tensors, write_tensors
-from fastema.checkpoint.stored import AVERAGE_FILE, TRAINING_FILE
-from fastema.errors import ArgumentError, CheckpointError, StateError, format_problems
-from fastema.hints import check_options
-from fastema.rules import Rule
-from fastema.shadow import EMA
-from fastema.shadow.checkpoints import Checkpoints, choose_checkpoints, training_weights
-from fastema.shadow.options import (
+from fastema.average import EMA
+from fastema.average.checkpoints import Checkpoints, choose_checkpoints, training_weights
+from fastema.average.options import (
     OnNonFinite,
     Policy,
     Rounding,
@@ -34,6 +27,13 @@ from fastema.shadow.options import (
     check_which,
     select_shared_options,
 )
+from fastema.bridges.registry import is_divided
+from fastema.checkpoint import files
+from fastema.checkpoint.state import read_state, read_tensors, write_tensors
+from fastema.checkpoint.stored import AVERAGE_FILE, TRAINING_FILE
+from fastema.errors import ArgumentError, CheckpointError, StateError, format_problems
+from fastema.hints import check_options
+from fastema.rules import Rule
 
 __all__ = ["EMACallback"]
 

@@ -21,6 +21,7 @@ from numba import njit, types
 from numpy.typing import NDArray
 
 import fastema
+from fastema.average.schedule_counter import tables_for
 from fastema.engine.step_counter import StepCounter
 from fastema.engine.weight_table import evaluate
 from fastema.kernels import cuda_clock
@@ -41,7 +42,6 @@ from fastema.rules import (
     power,
     warmup,
 )
-from fastema.shadow.schedule_counter import tables_for
 
 from ..support.stub_gpu import StubGpu, compile_clock_on_host, gpu
 

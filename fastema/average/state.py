@@ -13,6 +13,8 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from fastema.average.foreign import explain_foreign_state
+from fastema.average.store import PARTS, Tensors
 from fastema.binding.policies import Rounding
 from fastema.bridges.memory import bytes_of, row_major_on_host
 from fastema.bridges.names import plain_names
@@ -28,8 +30,6 @@ from fastema.layout.spec import TensorSpec
 from fastema.rules import Debiased, Rule, Schedule, Window
 from fastema.rules.checks import MAX_STEPS
 from fastema.rules.rule import LOG_NEGLIGIBLE, to_plain_value
-from fastema.shadow.foreign import explain_foreign_state
-from fastema.shadow.store import PARTS, Tensors
 
 __all__ = [
     "HEADER",

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fastema
+from fastema.average import drift
 from fastema.errors import ArgumentError, StateError
-from fastema.shadow import drift
 
 pytestmark = pytest.mark.torch
 

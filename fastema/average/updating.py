@@ -6,6 +6,18 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic
 
+from fastema.average.binding import SYNC, ShadowBinding, ShadowSwap
+from fastema.average.entries import select
+from fastema.average.following import StepHooks
+from fastema.average.options import (
+    OnNonFinite,
+    dtype_of,
+    parse_settings,
+)
+from fastema.average.progress import Progress
+from fastema.average.reports import describe_rule
+from fastema.average.schedule_counter import ScheduleCounter
+from fastema.average.store import Store
 from fastema.binding.steady import SteadyRun
 from fastema.bridges.registry import leaves_of, list_iterators, ranks_of, reshard, world_of
 from fastema.engine.collector import pause_gc
@@ -18,18 +30,6 @@ from fastema.layout.device_context import LaunchArgs
 from fastema.layout.spec import Leaves
 from fastema.rules import Rule, Schedule
 from fastema.rules.checks import MAX_STEPS, validate_int
-from fastema.shadow.binding import SYNC, ShadowBinding, ShadowSwap
-from fastema.shadow.entries import select
-from fastema.shadow.following import StepHooks
-from fastema.shadow.options import (
-    OnNonFinite,
-    dtype_of,
-    parse_settings,
-)
-from fastema.shadow.progress import Progress
-from fastema.shadow.reports import describe_rule
-from fastema.shadow.schedule_counter import ScheduleCounter
-from fastema.shadow.store import Store
 
 __all__ = ["UpdatableAverage", "Weights"]
 

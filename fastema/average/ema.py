@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from fastema.errors import ArgumentError
-from fastema.hints import check_options
-from fastema.rules import Rule
-from fastema.shadow.average import Average, Weights
-from fastema.shadow.options import (
+from fastema.average.average import Average, Weights
+from fastema.average.options import (
     OnNonFinite,
     Policy,
     Rounding,
     parse_rules,
     select_shared_options,
 )
+from fastema.errors import ArgumentError
+from fastema.hints import check_options
+from fastema.rules import Rule
 
 __all__ = ["EMA"]
 
@@ -131,7 +131,7 @@ class EMA(Average[Weights]):
     """
 
     _on_host: ClassVar[Any] = None
-    """Class that ``offload=True`` builds; set by :mod:`fastema.shadow.offload`."""
+    """Class that ``offload=True`` builds; set by :mod:`fastema.average.offload`."""
 
     @check_options
     def __init__(

@@ -8,6 +8,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any, Final, NamedTuple
 
+from fastema.average.entries import Selection, ShadowFormat, companion
 from fastema.binding.swap import SPLIT
 from fastema.bridges.memory import Memory, allocate
 from fastema.bridges.registry import bridge_of, describe, memory_by, select_part
@@ -16,7 +17,6 @@ from fastema.errors import BridgeError, DTypeError, format_problems
 from fastema.layout.dtypes import DType
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
-from fastema.shadow.entries import Selection, ShadowFormat, companion
 
 __all__ = ["PARTS", "Entry", "Store", "Tensors"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastema.average.average import Average, Weights
+from fastema.average.options import OnNonFinite, Policy, Rounding, select_shared_options
 from fastema.hints import check_options
 from fastema.rules import power
-from fastema.shadow.average import Average, Weights
-from fastema.shadow.options import OnNonFinite, Policy, Rounding, select_shared_options
 
 __all__ = ["PowerEMA"]
 

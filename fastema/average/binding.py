@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from fastema.average.entries import Names
+from fastema.average.matching import refuse_other_model
+from fastema.average.store import Store
 from fastema.binding.binding import Binding, Match
 from fastema.binding.sides import FreezeState
 from fastema.binding.swap import MemorySwap, Swap, WatchedSwap, WriteWatch
@@ -13,9 +16,6 @@ from fastema.errors import FastemaError, LayoutError, format_problems
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_shared_elements
 from fastema.layout.spec import Leaves
-from fastema.shadow.entries import Names
-from fastema.shadow.matching import refuse_other_model
-from fastema.shadow.store import Store
 
 __all__ = ["SYNC", "ShadowBinding", "ShadowSwap"]
 

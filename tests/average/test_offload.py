@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fastema
+from fastema.average.offload import OffloadedEMA
 from fastema.errors import ArgumentError, BridgeError, LayoutError, NonFiniteError, StateError
-from fastema.shadow.offload import OffloadedEMA
 
 from ..support.states import nested
 from .kinds import assert_unchanged, full_state, which

@@ -7,6 +7,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, overload
 
+from fastema.average.binding import ShadowSwap
+from fastema.average.matching import names_of_state, pair_with_model, refuse_other_holder
+from fastema.average.store import Entry
+from fastema.average.updating import UpdatableAverage, Weights
+from fastema.average.views import Shadow
 from fastema.binding.binding import can_be_assigned
 from fastema.binding.swap import copy_applied, round_to_weights, write_averages
 from fastema.bridges.memory import allocate
@@ -17,11 +22,6 @@ from fastema.engine.program import Program
 from fastema.errors import BridgeError, StateError, format_problems
 from fastema.layout.group import check_pair, drop_repeated, refuse_overlap, refuse_unwritable
 from fastema.layout.spec import StateEntry
-from fastema.shadow.binding import ShadowSwap
-from fastema.shadow.matching import names_of_state, pair_with_model, refuse_other_holder
-from fastema.shadow.store import Entry
-from fastema.shadow.updating import UpdatableAverage, Weights
-from fastema.shadow.views import Shadow
 
 __all__ = ["SwappableAverage"]
 

@@ -6,20 +6,20 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from fastema.average.binding import ShadowBinding
+from fastema.average.entries import ShadowFormat
+from fastema.average.evaluation import SwappableAverage
+from fastema.average.options import Rounding, check_literal, format_of, parse_destination
+from fastema.average.schedule_counter import ScheduleCounter, refuse_uneven, tables_for
+from fastema.average.state import SavedOrMine, pack, unpack
+from fastema.average.store import Store, Tensors
+from fastema.average.updating import Weights
 from fastema.binding.swap import AppliedCopy, copy_applied_into
 from fastema.engine.collector import pause_gc
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.streams import keep_for_graphs
 from fastema.errors import ArgumentError, StateError
 from fastema.hints import check_options
-from fastema.shadow.binding import ShadowBinding
-from fastema.shadow.entries import ShadowFormat
-from fastema.shadow.evaluation import SwappableAverage
-from fastema.shadow.options import Rounding, check_literal, format_of, parse_destination
-from fastema.shadow.schedule_counter import ScheduleCounter, refuse_uneven, tables_for
-from fastema.shadow.state import SavedOrMine, pack, unpack
-from fastema.shadow.store import Store, Tensors
-from fastema.shadow.updating import Weights
 
 __all__ = ["SaveableAverage"]
 

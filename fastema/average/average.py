@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fastema.average.drift import Drift, measure
+from fastema.average.reports import describe_rule, report
+from fastema.average.saving import SaveableAverage
+from fastema.average.updating import Weights
 from fastema.errors import ArgumentError
-from fastema.shadow.drift import Drift, measure
-from fastema.shadow.reports import describe_rule, report
-from fastema.shadow.saving import SaveableAverage
-from fastema.shadow.updating import Weights
 
 __all__ = ["Average", "Weights", "check_average"]
 

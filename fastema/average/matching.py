@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastema.average.entries import Names
+from fastema.average.store import Entry
 from fastema.bridges.registry import leaves_of
 from fastema.errors import LayoutError, StateError, format_problems
 from fastema.layout.group import Pair
 from fastema.layout.spec import Leaf, Leaves, Sharding, StateEntry, TensorSpec
-from fastema.shadow.entries import Names
-from fastema.shadow.store import Entry
 
 __all__ = [
     "names_of_state",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from fastema.shadow.average import Average
-from fastema.shadow.options import check_literal
+from fastema.average.average import Average
+from fastema.average.options import check_literal
 
 __all__ = ["Checkpoints", "choose_checkpoints", "training_weights"]
 

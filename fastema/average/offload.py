@@ -12,6 +12,23 @@ from concurrent.futures import wait as futures_wait
 from functools import partial
 from typing import Any, NamedTuple
 
+from fastema.average.drift import Drift
+from fastema.average.ema import EMA
+from fastema.average.entries import select
+from fastema.average.matching import (
+    names_of_state,
+    pair_with_model,
+    refuse_other_holder,
+    refuse_other_model,
+)
+from fastema.average.options import (
+    OnNonFinite,
+    Policy,
+    WhenBehind,
+    check_flag,
+    parse_destination,
+)
+from fastema.average.views import Shadow
 from fastema.binding.binding import Binding, Match
 from fastema.binding.policies import Policies
 from fastema.binding.sides import NO_LEAVES, FreezeState
@@ -32,23 +49,6 @@ from fastema.errors import ArgumentError, BridgeError, LayoutError, format_probl
 from fastema.layout.spec import Leaves, TensorSpec
 from fastema.rules import Rule
 from fastema.rules.checks import MAX_STEPS, validate_int
-from fastema.shadow.drift import Drift
-from fastema.shadow.ema import EMA
-from fastema.shadow.entries import select
-from fastema.shadow.matching import (
-    names_of_state,
-    pair_with_model,
-    refuse_other_holder,
-    refuse_other_model,
-)
-from fastema.shadow.options import (
-    OnNonFinite,
-    Policy,
-    WhenBehind,
-    check_flag,
-    parse_destination,
-)
-from fastema.shadow.views import Shadow
 
 __all__ = ["OffloadStats", "OffloadedEMA"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+from fastema.average.average import Average, Weights
+from fastema.average.options import OnNonFinite, Policy, Rounding, select_shared_options
 from fastema.errors import ArgumentError
 from fastema.hints import check_options
 from fastema.layout.device_context import LaunchArgs
 from fastema.rules import Window
-from fastema.shadow.average import Average, Weights
-from fastema.shadow.options import OnNonFinite, Policy, Rounding, select_shared_options
 
 __all__ = ["SMA"]
 

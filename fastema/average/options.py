@@ -7,6 +7,7 @@ from contextlib import suppress
 from numbers import Integral
 from typing import Any, Final, Literal, NamedTuple
 
+from fastema.average.entries import ShadowFormat
 from fastema.binding.policies import Policies, Policy, Rounding, check_literal
 from fastema.binding.swap import SPLIT
 from fastema.bridges.registry import bridge_of, dtype_code
@@ -14,7 +15,6 @@ from fastema.errors import ArgumentError, BridgeError, DTypeError
 from fastema.layout.device_context import check_seed
 from fastema.layout.dtypes import DType, parse_dtype
 from fastema.rules import Constant, Rule, Schedule, Window, debiased
-from fastema.shadow.entries import ShadowFormat
 
 __all__ = [
     "OnNonFinite",
