@@ -16,7 +16,12 @@ from fastema.engine.program import Program
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["Drift", "measure"]
+__all__ = ["DRIFT_OF_PARTS", "Drift", "measure"]
+
+DRIFT_OF_PARTS: Final = (
+    "drift(): these weights are divided among ranks, and one rank has only its part; measure a "
+    "model that is gathered on one rank"
+)
 
 AT_ONCE: Final = 1 << 21
 """Maximum elements that are compared at once; buffers take at most 64 bytes for each."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastema.binding.policies import Policies, Policy
+from fastema.binding.policies import Policies, Policy, Rounding
 from fastema.binding.swap import SPLIT
 from fastema.errors import DTypeError, LayoutError, format_problems
 from fastema.layout.dtypes import DType, average_of, parse_dtype
@@ -148,6 +148,11 @@ class ShadowFormat(NamedTuple):
     window: int = 0  # slots of the ring; 0 without one
     ring: DType | None = None  # None: the dtype of the weights
     ring_on_host: bool = False
+
+    @property
+    def rounding(self) -> Rounding:
+        """Rounding of 16-bit averages."""
+        return "stochastic" if self.random else "nearest"
 
     def stored(self, weights: DType) -> tuple[DType, str]:
         """Return the dtype and the kernel format of an average of weights with this dtype.

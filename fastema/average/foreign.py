@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, Final
 
-from fastema.average.store import PARTS
+from fastema.average.memory import PARTS
 
 __all__ = ["explain_foreign_state"]
 

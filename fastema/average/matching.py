@@ -6,19 +6,65 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastema.average.entries import Names
-from fastema.average.store import Entry
+from fastema.average.memory import Entry, Owned
+from fastema.binding.binding import Match
+from fastema.binding.sides import FreezeState
 from fastema.bridges.registry import leaves_of
 from fastema.errors import LayoutError, StateError, format_problems
-from fastema.layout.group import Pair
+from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_shared_elements
 from fastema.layout.spec import Leaf, Leaves, Sharding, StateEntry, TensorSpec
 
 __all__ = [
+    "Matcher",
+    "frozen_states",
     "names_of_state",
     "pair_with_model",
     "refuse_divided_otherwise",
     "refuse_other_holder",
     "refuse_other_model",
 ]
+
+
+class Matcher:
+    """Pairs averages with a model's tensors. It holds no reference to the binding: no cycle."""
+
+    def __init__(self, memory: Owned, names: Names) -> None:
+        self._memory, self._names = memory, names
+
+    def match_exactly(self, _: Leaves, model: Leaves) -> Match:
+        """Match a model that must have the tensors of the average, and no others."""
+        return self._match_leaves(model, match_subset=False)
+
+    def match_subset(self, _: Leaves, model: Leaves) -> Match:
+        """Match a model that may have new or unfrozen tensors: to restore its weights."""
+        return self._match_leaves(model, match_subset=True)
+
+    def _match_leaves(self, model: Leaves, *, match_subset: bool) -> Match:
+        memory, names = self._memory, self._names
+        entries = memory.sets[0]
+        refuse_other_model(model, entries, names, match_subset=match_subset)
+        found = {leaf.name: leaf for leaf in model.items}
+        pairs = memory.pairs({name: found[name].spec for name in entries})
+        for pair in pairs:
+            check_pair(pair)
+            refuse_shared_elements(pair.name, pair.src)
+        # A swap writes the weights: writable ones must not overlap.
+        weights = [(pair.name, pair.src) for pair in pairs if not pair.average_index]
+        refuse_overlap([one for one in weights if one[1].writable])
+        by_tag: dict[str, list[Pair]] = {"averaged": [], "copied": []}
+        for pair in pairs:
+            by_tag["averaged" if pair.name in memory.averaged else "copied"].append(pair)
+        watched = model.select_names({*entries, *names.aliases})
+        return Match(by_tag, model, watched, frozen_states(model, names))
+
+
+def frozen_states(model: Leaves, names: Names) -> list[FreezeState]:
+    """Return the parameters without an average because they are frozen, which must stay so."""
+    return [
+        FreezeState(leaf.spec.owner, before=False)
+        for leaf in model.items
+        if leaf.role == "frozen" and names.must_stay_frozen(leaf.name)
+    ]
 
 
 def refuse_other_model(

@@ -12,10 +12,11 @@ from concurrent.futures import wait as futures_wait
 from functools import partial
 from typing import Any, NamedTuple
 
-from fastema.average.drift import Drift
+from fastema.average.drift import DRIFT_OF_PARTS, Drift
 from fastema.average.ema import EMA
 from fastema.average.entries import select
 from fastema.average.matching import (
+    frozen_states,
     names_of_state,
     pair_with_model,
     refuse_other_holder,
@@ -31,7 +32,7 @@ from fastema.average.options import (
 from fastema.average.views import Shadow
 from fastema.binding.binding import Binding, Match
 from fastema.binding.policies import Policies
-from fastema.binding.sides import NO_LEAVES, FreezeState
+from fastema.binding.sides import NO_LEAVES
 from fastema.binding.swap import WriteWatch
 from fastema.bridges.names import describe_named
 from fastema.bridges.registry import (
@@ -175,13 +176,9 @@ class OffloadedEMA(EMA[Any]):
     def _match(self, match_subset: bool, _: Leaves, model: Leaves) -> Match:
         """Check that a model still fits. Pair nothing: no kernel reads the model."""
         names = self._names
-        refuse_other_model(model, self._store.sets[0], names, match_subset=match_subset)
-        frozen = [
-            FreezeState(leaf.spec.owner, before=False)
-            for leaf in model.items
-            if leaf.role == "frozen" and names.must_stay_frozen(leaf.name)
-        ]
-        return Match({}, NO_LEAVES, model.select_names({*self._kept, *names.aliases}), frozen)
+        refuse_other_model(model, self._memory.sets[0], names, match_subset=match_subset)
+        watched = model.select_names({*self._kept, *names.aliases})
+        return Match({}, NO_LEAVES, watched, frozen_states(model, names))
 
     def _leaves(self, model: Any = None, *, write: bool = False, restore: bool = False) -> Leaves:
         """Return the model's tensors; look them up again only if one has moved."""
@@ -216,10 +213,10 @@ class OffloadedEMA(EMA[Any]):
             return
         began = time.perf_counter()
         try:
-            self._pending_steps += job.result()
+            self._clock.pending += job.result()
         except BaseException:
             if job.done():  # the steps skipped before it still count
-                self._pending_steps += self._submitted_pending_steps
+                self._clock.pending += self._submitted_pending_steps
             raise
         finally:
             self._seconds_waited += time.perf_counter() - began
@@ -229,7 +226,7 @@ class OffloadedEMA(EMA[Any]):
     def _drain_and_sync(self) -> None:
         """Wait for the running update. Before start_after, copy the current weights."""
         self._drain()
-        if self._applied is None and self._is_synced():
+        if self._applied is None and self._clock.is_before_start:
             self._link.fetch(self._tensors()).complete()
 
     def _submit(self, steps: int) -> None:
@@ -241,11 +238,11 @@ class OffloadedEMA(EMA[Any]):
             try:
                 fetch.complete()
                 # no lock: other calls hold it and wait for this job
-                return self._update_locked(None, steps)
+                return self._update(None, steps)
             finally:
                 self._target = None
 
-        self._target = self._progress.done + steps
+        self._target = self._clock.done + steps
         try:
             self._job = self._pool.submit(work)
         except BaseException:  # the thread did not start
@@ -263,20 +260,19 @@ class OffloadedEMA(EMA[Any]):
     def _advance(self, model: Any, steps: int) -> None:
         with self._lock:
             self._refuse_applied("update")
-            steps = validate_int(
-                steps, "steps", 1, MAX_STEPS - self.num_updates - self._pending_steps
-            )
+            clock = self._clock
+            steps = validate_int(steps, "steps", 1, MAX_STEPS - self.num_updates - clock.pending)
             if self._skip_when_behind and self._is_behind():
                 self._num_steps_skipped += steps
-                self._pending_steps += steps
+                clock.pending += steps
                 return
             self._drain()
             tensors = self._tensors(model)
             with defer_signals():  # fetched weights must be averaged and counted
                 self._fetch = self._link.fetch(tensors)
-                self._submit(steps + self._pending_steps)
+                self._submit(steps + clock.pending)
                 self._bytes_moved += self._link.nbytes
-                self._pending_steps, self._submitted_pending_steps = 0, self._pending_steps
+                clock.pending, self._submitted_pending_steps = 0, clock.pending
 
     def _is_behind(self) -> bool:
         """Return whether the previous update is still running, here or on any other rank."""
@@ -288,7 +284,7 @@ class OffloadedEMA(EMA[Any]):
     def num_updates(self) -> int:
         """Number of steps averaged so far, including those of the running update."""
         target = self._target
-        return self._progress.done if target is None else target
+        return self._clock.done if target is None else target
 
     @property
     def version(self) -> int:
@@ -302,7 +298,7 @@ class OffloadedEMA(EMA[Any]):
         """Updates skipped because a weight was not finite; waits for the latest update."""
         with self._lock:
             self._drain()
-            return self._num_skipped
+            return super().num_skipped
 
     def update_from_host(self, tensors: Mapping[str, Any]) -> None:
         """Update the average from copies of the weights in host memory.
@@ -332,7 +328,8 @@ class OffloadedEMA(EMA[Any]):
             self._drain()
             self._refuse_applied("update_from_host")
             self._link.fetch(self._check_host_tensors(tensors)).complete()
-            self._pending_steps = self._update_locked(None, 1 + self._pending_steps)
+            clock = self._clock
+            clock.pending = self._update(None, 1 + clock.pending)
 
     def _check_host_tensors(self, tensors: Any) -> dict[str, Any]:
         """Return the tensors of :meth:`update_from_host` that are averaged or copied."""
@@ -422,7 +419,7 @@ class OffloadedEMA(EMA[Any]):
             self._drain_and_sync()
             container = list_iterators(model)
             reshard(container)
-            pairs = pair_with_model(leaves_of(container), self._store.sets[0], self._names)
+            pairs = pair_with_model(leaves_of(container), self._memory.sets[0], self._names)
             tensors = {pair.name: pair.src.owner for pair in pairs}
             link = link_of(tensors)
             super().copy_to(link.staging, which=which)
@@ -436,7 +433,7 @@ class OffloadedEMA(EMA[Any]):
         container = self._module if model is None else list_iterators(model)
         reshard(container)
         found = state_of(container)
-        names = names_of_state(found, self._store.sets[0], self._names)
+        names = names_of_state(found, self._memory.sets[0], self._names)
         theirs = {name: found[key].value for key, name in names.items() if name in self._kept}
         with self._lock:
             self._drain_and_sync()
@@ -476,7 +473,7 @@ class OffloadedEMA(EMA[Any]):
 
     def _measure_drift(self, model: Any, index: int) -> Drift:
         if any(leaf.spec.division is not None for leaf in self._leaves(model).items):
-            self._refuse_parts()
+            raise ArgumentError(DRIFT_OF_PARTS)
         self._drain()
         self._link.fetch(self._tensors(model)).complete()
         return super()._measure_drift(None, index)

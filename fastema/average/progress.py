@@ -12,7 +12,7 @@ from fastema.layout.device_context import LaunchArgs
 from fastema.rules import Rule, Schedule
 from fastema.rules.checks import MAX_STEPS
 
-__all__ = ["Progress"]
+__all__ = ["Count", "Progress"]
 
 _AHEAD: Final = 32
 """Steps that frozen rules are asked for at once: a few dozen microseconds, every so often."""
@@ -21,7 +21,7 @@ _Args = Callable[[int, tuple[float, ...]], LaunchArgs]
 """``args(step, weights)`` returns the launch arguments of a step."""
 
 
-class _Count(NamedTuple):
+class Count(NamedTuple):
     """Steps counted, writes of the averages, and what the rules remember (Schedule.weigh)."""
 
     done: int
@@ -32,7 +32,7 @@ class _Count(NamedTuple):
 class _Ahead(NamedTuple):
     """The counts after each of the next steps of a run, which did ``first`` steps before them."""
 
-    counts: list[_Count]
+    counts: list[Count]
     first: int = 0
     run: CpuRun | None = None
 
@@ -45,47 +45,29 @@ class Progress:
     """
 
     def __init__(self, log_decays: tuple[float, ...]) -> None:
-        self._ahead = _Ahead([_Count(0, 0, log_decays)])
+        self._ahead = _Ahead([Count(0, 0, log_decays)])
 
     # -- what is counted --------------------------------------------------------------------------
 
-    def _now(self) -> _Count:
+    def now(self) -> Count:
+        """Return the count so far."""
         while True:
             counts, first, run = self._ahead
             taken = 0 if run is None else run.num_done - first
             if taken < len(counts):  # otherwise another thread has just asked for more
                 return counts[taken]
 
-    @property
-    def done(self) -> int:
-        """Steps counted so far."""
-        return self._now().done
-
-    @property
-    def version(self) -> int:
-        """Writes of the averages so far."""
-        return self._now().version
-
-    @property
-    def log_decays(self) -> tuple[float, ...]:
-        """What the rules remember, see :meth:`fastema.rules.Schedule.weigh`."""
-        return self._now().log_decays
-
     def set(self, done: int, log_decays: tuple[float, ...], *, written: bool = True) -> None:
         """Continue after ``done`` steps. Native runs do nothing until the next begin."""
         self.pause()
-        self._ahead = _Ahead([_Count(done, self.version + written, log_decays)])
-
-    def count_write(self) -> None:
-        """Count a write of the averages that is not a step."""
-        self.set(self.done, self.log_decays)
+        self._ahead = _Ahead([Count(done, self.now().version + written, log_decays)])
 
     # -- steps in one native call -----------------------------------------------------------------
 
     def begin(self, run: CpuRun) -> None:
         """Let a native run take the next steps, once :meth:`ask_rules` has their weights."""
         with defer_signals():
-            self._ahead = _Ahead([self._now()], run.num_done, run)
+            self._ahead = _Ahead([self.now()], run.num_done, run)
             self.pause()
 
     def pause(self) -> None:
@@ -94,7 +76,7 @@ class Progress:
         if run is not None:
             with defer_signals():
                 run.set_steps([])
-                self._ahead = _Ahead([self._now()], run.num_done, run)
+                self._ahead = _Ahead([self.now()], run.num_done, run)
 
     def ask_rules(self, schedule: Schedule, args: _Args) -> bool:
         """Ask the rules for the weights of the next steps. Return False if some are left."""
@@ -112,7 +94,7 @@ class Progress:
             except Exception:  # a step that may never come; if it does, the rule is asked again
                 break
             version += bool(weights)
-            counts.append(_Count(step, version, log_decays))
+            counts.append(Count(step, version, log_decays))
             steps.append(args(step, weights) if weights else None)
         with defer_signals():
             if self._ahead is ahead:  # otherwise a signal handler has updated the average

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from fastema.average.average import Average, Weights
 from fastema.average.options import OnNonFinite, Policy, Rounding, select_shared_options
 from fastema.errors import ArgumentError
 from fastema.hints import check_options
-from fastema.layout.device_context import LaunchArgs
 from fastema.rules import Window
 
 __all__ = ["SMA"]
@@ -81,8 +80,6 @@ class SMA(Average[Weights]):
     averaging, 2022, https://arxiv.org/abs/2209.14981
     """
 
-    _operation: ClassVar[str] = "window"
-
     @check_options
     def __init__(
         self,
@@ -107,16 +104,10 @@ class SMA(Average[Weights]):
             raise ArgumentError(
                 f"ring_device={ring_device!r}: expected 'cpu', or None for the weights' device"
             )
-        rule = Window(window)
-        ring = window, ring_dtype, ring_device == "cpu"
-        super().__init__(weights, rule, ring=ring, **options)
-
-    def _launch_args(self, step: int, weights: tuple[float, ...]) -> LaunchArgs:
-        schedule = self._schedule
-        (rule,) = schedule.rules
-        assert isinstance(rule, Window)
-        n, every = step - schedule.start_after, schedule.update_every
-        if not n:
-            return LaunchArgs()
-        filled = float(rule.filled(n, every))
-        return LaunchArgs((filled,), self._seed, step, rule.size, rule.slot(n, every), n // every)
+        super().__init__(
+            weights,
+            Window(window),
+            ring_dtype=ring_dtype,
+            ring_on_host=ring_device == "cpu",
+            **options,
+        )

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 import numpy as np
 
 from fastema.average.foreign import explain_foreign_state
-from fastema.average.store import PARTS, Tensors
+from fastema.average.memory import PARTS, Tensors
 from fastema.binding.policies import Rounding
 from fastema.bridges.memory import bytes_of, row_major_on_host
 from fastema.bridges.names import plain_names

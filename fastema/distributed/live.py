@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from fastema.average.average import Average
-from fastema.average.store import Entry
+from fastema.average.memory import Entry
 from fastema.binding.swap import round_to_weights
 from fastema.bridges.memory import row_major_on_host
 from fastema.bridges.registry import describe, part_of

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastema.errors import ArgumentError
 from fastema.rules.checks import decay_error, validate_int, validate_weight
+from fastema.rules.means import Window
 from fastema.rules.rule import Rule, describe_rule, rule_from_dict
 
 __all__ = ["Schedule"]
@@ -61,6 +62,12 @@ class Schedule:
         object.__setattr__(self, "rules", given)
         object.__setattr__(self, "update_every", validate_int(update_every, "update_every", 1))
         object.__setattr__(self, "start_after", validate_int(start_after, "start_after", 0))
+
+    @property
+    def window(self) -> int:
+        """Updates in a windowed mean, the slots of its ring; 0 for other averages."""
+        first = self.rules[0]
+        return first.size if isinstance(first, Window) else 0
 
     @property
     def phase(self) -> int:

@@ -40,7 +40,8 @@ def same(left: list[Any], right: list[Any]) -> bool:
 
 def native_steps(average: Any) -> int:
     """Return how many native calls have taken a step."""
-    return average._steady.run.num_done if average._steady is not None else 0
+    steady = average._clock.steady
+    return steady.run.num_done if steady is not None else 0
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -51,7 +51,7 @@ def test_bfloat16_model_loads_and_swaps_only_the_high_half() -> None:
     ema = fastema.EMA(model, 0.97, shadow_dtype=SPLIT)
     train_(model, range(5), ema)
     ready.load_state_dict(dict(ema.shadow))
-    residuals = {n: e.parts["residual"][0] for n, e in ema._store.sets[0].items() if e.form}
+    residuals = {n: e.parts["residual"][0] for n, e in ema._memory.sets[0].items() if e.form}
     held = snapshot(residuals)
     with assert_unchanged(model, ema), ema.swapped():
         assert_bits(model, snapshot(ready))

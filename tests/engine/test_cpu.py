@@ -145,7 +145,7 @@ def test_steps_of_a_signal_handler_before_threads_are_woken(
     engine_threads.TEAM[run_table.PARALLEL] = 0
     for one in x:
         one[...] = 2
-    steady = ema._steady
+    steady = ema._clock.steady
     assert steady is not None
     code = steady.call()
     assert code == run_table.NEEDS_POOL

@@ -71,7 +71,7 @@ def test_gpu_averages_equal_cpu_averages(
         model = Model(dtype)
         average = kind(model, capturable=capturable and place == 0, **options)
         if case == "ring on the host" and place == 0:
-            ((_, entry),) = [one for one in average._store if one[1].name == "weights.0"]
+            ((_, entry),) = [one for one in average._memory if one[1].name == "weights.0"]
             assert [entry.parts[part][1].device for part in ("ring", "shadow")] == ["cpu", "cuda:0"]
         torch.manual_seed(9)
         for _ in range(12):

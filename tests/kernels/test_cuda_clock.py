@@ -21,7 +21,8 @@ from numba import njit, types
 from numpy.typing import NDArray
 
 import fastema
-from fastema.average.schedule_counter import tables_for
+from fastema.average.clock import launch_args
+from fastema.average.device_clock import tables_for
 from fastema.engine.step_counter import StepCounter
 from fastema.engine.weight_table import evaluate
 from fastema.kernels import cuda_clock
@@ -307,7 +308,7 @@ def test_a_clock_sets_slot_and_turn_of_windowed_means(window: int, every: int, s
                 continue
             number = float(clock.cells[abi.WEIGHTS : abi.WEIGHTS + 1].view(np.float64)[0])
             found = number, int(clock.cells[abi.SLOT]), int(clock.cells[abi.TURN])
-            args = sma._launch_args(step, weights)
+            args = launch_args(schedule, 3, step, weights)
             if step == start:  # a copy
                 assert found == (1.0, 0, 0)
             else:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fastema.average.memory import PARTS
 from fastema.average.state import HEADER, join_state, split_state
-from fastema.average.store import PARTS
 
 
 def nested(state: Mapping[str, Any]) -> dict[str, Any]:

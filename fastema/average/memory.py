@@ -1,4 +1,4 @@
-"""Memory of averages: per tensor the averages, their residuals and rings."""
+"""Memory that an average owns: per tensor the averages, their residuals and rings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastema.layout.dtypes import DType
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["PARTS", "Entry", "Store", "Tensors"]
+__all__ = ["PARTS", "Entry", "Owned", "Tensors"]
 
 PARTS: Final = ("shadow", "residual", "ring")
 """Parts of a tensor's average: the average itself, its residual, the ring of a windowed mean."""
@@ -68,14 +68,24 @@ class Entry(NamedTuple):
         return Pair(self.name, self.spec, weights, self.form, companion, slots, which)
 
 
-class Store:
-    """Averages by name, one mapping per average; all mappings share the copied tensors."""
+class Owned:
+    """Averages in flat buffers of our own, with their residuals and rings.
 
-    def __init__(self, sets: list[dict[str, Entry]]) -> None:
-        self.sets = sets
+    Attributes
+    ----------
+    sets : list of dict of str to Entry
+        The entries of each average by name; all share the copied tensors.
+    format : ShadowFormat
+    averaged : set of str
+        Names of the averaged tensors; all others are copied.
+    """
+
+    def __init__(self, sets: list[dict[str, Entry]], stored_as: ShadowFormat) -> None:
+        self.sets, self.format = sets, stored_as
+        self.averaged = {name for name, entry in sets[0].items() if entry.averaged}
 
     @classmethod
-    def of(cls, selection: Selection, stored_as: ShadowFormat) -> Store:
+    def of(cls, selection: Selection, stored_as: ShadowFormat) -> Owned:
         """Allocate the averages of a selection.
 
         Raises
@@ -102,7 +112,8 @@ class Store:
             [
                 {**_allocate_averages(likes, kinds, stored_as), **held}
                 for _ in range(stored_as.num_averages)
-            ]
+            ],
+            stored_as,
         )
 
     def __iter__(self) -> Iterator[tuple[int, Entry]]:
@@ -142,11 +153,11 @@ class Store:
         """Whether rings are in host memory and their averages on another device."""
         return any(e.ring_on_host for _, e in self)
 
-    def duplicate(self, *, row_major: bool = False) -> Store:
+    def duplicate(self, *, row_major: bool = False) -> Owned:
         """Return a copy in new memory, with the same strides or row-major."""
         return self._copy_from(lambda part, memory: memory[1], self.on_host, row_major)
 
-    def on(self, device: str, *, ring_on_host: bool = False) -> Store:
+    def on(self, device: str, *, ring_on_host: bool = False) -> Owned:
         """Return a copy on a device; with ``ring_on_host`` its rings stay in host memory."""
 
         def there(part: str, memory: Memory) -> TensorSpec:
@@ -162,8 +173,8 @@ class Store:
         source: Callable[[str, Memory], TensorSpec],
         ring_on_host: bool,
         row_major: bool = False,
-    ) -> Store:
-        """Return a store in new memory of the same dtypes, filled from ``source(part, old)``."""
+    ) -> Owned:
+        """Return averages in new memory of the same dtypes, filled from ``source(part, old)``."""
         old = {id(entry): entry for _, entry in self}
         keys = [(key, part) for key, entry in old.items() for part in entry.parts]
         sources = [source(part, old[key].parts[part]) for key, part in keys]
@@ -186,9 +197,11 @@ class Store:
         ]
         Program({"all": copies}).run({"all": "copy"})
         entries = {key: e._replace(parts=made[key]) for key, e in old.items()}
-        return Store([{name: entries[id(e)] for name, e in one.items()} for one in self.sets])
+        return Owned(
+            [{name: entries[id(e)] for name, e in one.items()} for one in self.sets], self.format
+        )
 
-    def cast(self, stored_as: ShadowFormat) -> Store:
+    def cast(self, stored_as: ShadowFormat) -> Owned:
         """Return the averages converted to another format, in new memory."""
         sets = []
         pairs: dict[str, list[Pair]] = {"copy": [], "cast_back": []}
@@ -202,10 +215,10 @@ class Store:
                 pairs[operation] += of_entry
             sets.append({name: made.get(name, e) for name, e in one.items()})
         Program(pairs).run({operation: operation for operation in pairs})
-        return Store(sets)
+        return Owned(sets, stored_as)
 
-    def with_rounding(self, stored_as: ShadowFormat) -> Store:
-        """Return a store of the same memory, with the format's rounding of 16-bit averages."""
+    def with_rounding(self, stored_as: ShadowFormat) -> Owned:
+        """Return averages in the same memory, with the format's rounding of 16-bit averages."""
         as_stored = stored_as._replace(dtype=None)
 
         def entry(old: Entry) -> Entry:
@@ -213,7 +226,7 @@ class Store:
                 return old
             return old._replace(form=as_stored.stored(old.spec.kind)[1])
 
-        return Store([{name: entry(e) for name, e in one.items()} for one in self.sets])
+        return Owned([{name: entry(e) for name, e in one.items()} for one in self.sets], stored_as)
 
     def load(self, tensors: Mapping[str, Iterable[Mapping[str, Any]]]) -> Program:
         """Return a program whose ``{"all": "copy"}`` copies a state's checked tensors here."""
