@@ -16,6 +16,7 @@ from fastema.binding.sides import FreezeState
 from fastema.binding.steady import SteadyRun
 from fastema.bridges.memory import allocate
 from fastema.bridges.registry import leaves_of, list_iterators, reshard
+from fastema.engine.interrupts import defer_signals
 from fastema.engine.locks import rlock
 from fastema.errors import ArgumentError, DTypeError, LayoutError, StateError, format_problems
 from fastema.hints import check_options
@@ -269,7 +270,8 @@ class Plan:
                 binding.notify_write(*((0, 1) if swaps else (0,)))
             steady = None if swaps else binding.begin_steady(_OPERATIONS[operation])
             if steady is not None:
-                steady.run.set_steps([args], repeat=True)
+                with defer_signals():
+                    steady.run.set_steps([args], repeat=True)
                 self._steady[operation] = steady
 
     def step(self, operation: str, x: Any, weight: float) -> bool:

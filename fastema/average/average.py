@@ -276,8 +276,11 @@ class Average(Generic[Weights]):
 
         Return the steps that remain for the next update, see :meth:`Clock.update`.
         """
-        with self._weights.current(model, use=True) as program:
-            return self._clock.update(self._weights, program, steps)
+        weights = self._weights
+        with weights.current(model, use=True) as program:
+            left = self._clock.update(weights, program, steps)
+        weights.forget_replaced()
+        return left
 
     def follow(self, *optimizers: Any, update_if: Callable[[], bool] | None = None) -> None:
         """Update the average automatically after each step of the given optimizers.

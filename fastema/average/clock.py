@@ -79,7 +79,7 @@ class Clock(Protocol):
         """Return the native call that takes the next steps; None if there is none."""
 
     def pause(self) -> None:
-        """Let native calls do nothing until the next update."""
+        """Let native calls do nothing until the next update; call it with signals deferred."""
 
     def check_leaving_out(self) -> None:
         """Raise an ArgumentError if the host cannot decide to leave a step out."""
@@ -139,7 +139,7 @@ class HostClock:
         self.schedule, self.seed, self.pending = schedule, seed, 0
         self._on_nonfinite: Final = on_nonfinite
         self._ranks = ranks
-        self._skipped = 0
+        self._skipped, self._operations = 0, operations_of(schedule)
         self._progress = Progress(schedule.log_decays(0))
         self.steady: SteadyRun | None = None
 
@@ -192,7 +192,8 @@ class HostClock:
         step = now.done + steps
         numbers, log_decays = schedule.weigh(step, steps, now.log_decays)
         if not numbers:
-            self._progress.set(step, log_decays, written=False)
+            with defer_signals():
+                self._progress.set(step, log_decays, written=False)
             return 0
         if self._on_nonfinite != "propagate" and not self._check_finite(weights, step):
             return steps - 1
@@ -201,7 +202,7 @@ class HostClock:
         begins = schedule.window and step <= schedule.start_after
         args = launch_args(schedule, self.seed, step, numbers)
         with defer_signals():
-            program.run(SYNC if begins else operations_of(schedule), args)
+            program.run(SYNC if begins else self._operations, args)
             self._progress.set(step, log_decays)
         return 0
 
@@ -225,13 +226,15 @@ class HostClock:
     def leave_out(self) -> None:
         """See :class:`Clock`."""
         # A windowed mean has an entry per averaged step, whatever was between them.
-        self.pending += not self.schedule.window
-        self.pause()
+        with defer_signals():
+            self.pending += not self.schedule.window
+            self.pause()
 
     def count_write(self) -> None:
         """See :class:`Clock`."""
-        now = self._progress.now()
-        self._progress.set(now.done, now.log_decays)
+        with defer_signals():
+            now = self._progress.now()
+            self._progress.set(now.done, now.log_decays)
 
     # -- steps in one native call -----------------------------------------------------------------
 
@@ -255,9 +258,10 @@ class HostClock:
         """See :class:`Clock`."""
         waits = self.schedule.window and self.is_before_start
         if self._on_nonfinite == "propagate" and not waits:
-            self.steady = weights.begin_steady(operations_of(self.schedule))
+            self.steady = weights.begin_steady(self._operations)
             if self.steady is not None:
-                self._progress.begin(self.steady.run)
+                with defer_signals():
+                    self._progress.begin(self.steady.run)
                 return self.steady.call
         return None
 
@@ -286,4 +290,5 @@ class HostClock:
 
     def retire(self, memory: Any) -> None:
         """See :class:`Clock`."""
-        self.pause()
+        with defer_signals():
+            self.pause()

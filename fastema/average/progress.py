@@ -57,26 +57,27 @@ class Progress:
             if taken < len(counts):  # otherwise another thread has just asked for more
                 return counts[taken]
 
+    # -- to be called with signals deferred, for a handler may update the average -----------------
+
     def set(self, done: int, log_decays: tuple[float, ...], *, written: bool = True) -> None:
         """Continue after ``done`` steps. Native runs do nothing until the next begin."""
+        version = self.now().version + written
         self.pause()
-        self._ahead = _Ahead([Count(done, self.now().version + written, log_decays)])
-
-    # -- steps in one native call -----------------------------------------------------------------
-
-    def begin(self, run: CpuRun) -> None:
-        """Let a native run take the next steps, once :meth:`ask_rules` has their weights."""
-        with defer_signals():
-            self._ahead = _Ahead([self.now()], run.num_done, run)
-            self.pause()
+        self._ahead = _Ahead([Count(done, version, log_decays)])
 
     def pause(self) -> None:
         """Let native runs do nothing until :meth:`ask_rules`."""
         run = self._ahead.run
         if run is not None:
-            with defer_signals():
-                run.set_steps([])
-                self._ahead = _Ahead([self.now()], run.num_done, run)
+            run.set_steps([])
+            self._ahead = _Ahead([self.now()], run.num_done, run)
+
+    def begin(self, run: CpuRun) -> None:
+        """Let a native run take the next steps, once :meth:`ask_rules` has their weights."""
+        run.set_steps([])
+        self._ahead = _Ahead([self.now()], run.num_done, run)
+
+    # -- steps in one native call -----------------------------------------------------------------
 
     def ask_rules(self, schedule: Schedule, args: _Args) -> bool:
         """Ask the rules for the weights of the next steps. Return False if some are left."""

@@ -11,7 +11,7 @@ from fastema.average.matching import Matcher
 from fastema.average.memory import Owned
 from fastema.binding.binding import Binding
 from fastema.binding.steady import SteadyRun
-from fastema.binding.swap import MemorySwap, WatchedSwap, WriteWatch
+from fastema.binding.swap import MemorySwap, WriteWatch
 from fastema.bridges.registry import describe
 from fastema.engine.blocks import BlockSteps
 from fastema.engine.program import Program
@@ -34,12 +34,27 @@ class AppliedSwap:
 
     def __init__(self, index: int, memory: MemorySwap, watch: WriteWatch, container: Any) -> None:
         self.index, self.memory, self.watch, self.container = index, memory, watch, container
-        swap = WatchedSwap(memory, watch)
-        self.apply, self.restore = swap.apply, swap.restore
+
+    def apply(self) -> None:
+        """Put the average into the model and watch for writes; call it with signals deferred."""
+        self.memory.apply()
+        try:
+            self.watch.begin()
+        except BaseException:
+            self.memory.restore()
+            raise
+
+    def restore(self) -> None:
+        """Put the raw weights back; call it with signals deferred."""
+        self.memory.restore()
+        self.watch.end()
 
 
-class InPlace:
-    """Weights in tensors that are written in place, or by assignment, such as PyTorch's.
+class Weights:
+    """A model's tensors, which stay in place, are located at every call, or are replaced.
+
+    The latter are immutable arrays, such as JAX's: those passed last are the model, and none are
+    kept beside them. Another kind of weights is another class with these methods.
 
     Parameters
     ----------
@@ -54,11 +69,17 @@ class InPlace:
     def __init__(self, container: Any, binding: Binding, matcher: Matcher, memory: Owned) -> None:
         self.own, self.binding = container, binding
         self._matcher, self._averaged = matcher, memory.averaged
+        self.forget_replaced()
 
     @property
     def container(self) -> Any:
-        """The model that the average was built from."""
-        return self.own
+        """The model that the average was built from; for immutable arrays, those passed last."""
+        return self.binding.container if self.own is None else self.own
+
+    def forget_replaced(self) -> None:
+        """Forget the average's own model, if the latest one has immutable arrays."""
+        if self.binding.model.fixed:
+            self.own = None
 
     # -- at a call --------------------------------------------------------------------------------
 
@@ -165,8 +186,8 @@ class InPlace:
     def block(
         self, swap: Callable[[], BlockSteps[Any]], averaged: Callable[[], Any]
     ) -> BlockSteps[Any]:
-        """Return what a ``swapped()`` block does: it swaps, or gives a new container."""
-        return swap()
+        """Return what a ``swapped()`` block does: it swaps, or gives new arrays if it must."""
+        return BlockSteps(averaged, lambda: None) if self.binding.model.fixed else swap()
 
     # -- NaN and infinity -------------------------------------------------------------------------
 
@@ -219,31 +240,6 @@ def _find_nonfinite(pairs: list[Pair]) -> list[str]:
     return [pairs[0].name] if len(pairs) == 1 else [n for p in pairs for n in _find_nonfinite([p])]
 
 
-class Replaced(InPlace):
-    """Immutable arrays, such as JAX's, which each step replaces by new ones.
-
-    Those passed last are the model; none are kept beside them.
-    """
-
-    def __init__(self, container: Any, binding: Binding, matcher: Matcher, memory: Owned) -> None:
-        super().__init__(None, binding, matcher, memory)
-
-    @property
-    def container(self) -> Any:
-        """The arrays passed last."""
-        return self.binding.container
-
-    def block(
-        self, swap: Callable[[], BlockSteps[Any]], averaged: Callable[[], Any]
-    ) -> BlockSteps[Any]:
-        """See :class:`InPlace`: the average is in new arrays, and nothing is restored."""
-        return BlockSteps(averaged, lambda: None)
-
-
-Weights = InPlace
-"""Every kind of weights has the methods of :class:`InPlace`."""
-
-
 def weights_of(
     container: Any, memory: Owned, names: Names, leaves: Leaves | None = None
 ) -> Weights:
@@ -253,5 +249,4 @@ def weights_of(
     """
     matcher = Matcher(memory, names)
     binding = Binding(None, container, matcher.match_exactly, leaves=leaves)
-    kind = Replaced if binding.model.fixed else InPlace
-    return kind(container, binding, matcher, memory)
+    return Weights(container, binding, matcher, memory)

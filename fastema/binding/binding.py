@@ -29,6 +29,7 @@ from fastema.bridges.registry import (
     write_listeners,
 )
 from fastema.engine.cuda import refuse_forked
+from fastema.engine.interrupts import defer_signals
 from fastema.engine.program import Program
 from fastema.engine.threads import use_openmp
 from fastema.errors import LayoutError
@@ -162,8 +163,9 @@ class _CurrentBlock:
         if self._once and self._src is None and bound.guard is not None:
             bound.sides[1].refuse_used(bound.located[1], self._once)
         if bound is not self._before:
-            for steady in self._before.steady.values():
-                steady.run.set_steps([])  # the tensors that it checks may be freed
+            with defer_signals():
+                for steady in self._before.steady.values():
+                    steady.run.set_steps([])  # the tensors that it checks may be freed
         binding._bound = bound
         return bound.program
 

@@ -11,6 +11,7 @@ from weakref import ref
 from fastema.binding.binding import Binding
 from fastema.bridges.registry import write_listeners
 from fastema.engine.cpu import CpuRun
+from fastema.engine.interrupts import defer_signals
 from fastema.engine.locks import rlock
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.spec import Leaves
@@ -79,7 +80,8 @@ class RecentRuns:
         listeners = write_listeners(dst + src)
         if len(listeners) != 1:
             return
-        steady.run.set_steps([LaunchArgs()], repeat=True)
+        with defer_signals():
+            steady.run.set_steps([LaunchArgs()], repeat=True)
         entry = _Entry(dst + src, steady.run, tables, listeners[0][0])
         with self._lock:
             # Tables of freed tensors would take as much memory as small tensors do.

@@ -127,7 +127,10 @@ class WatchedSide(OwnedSide):
 
     def find(self, container: Any, *, write: bool) -> Located | None:
         """See :class:`Side`."""
-        return None if not self.is_same_container(container) or self.changed() else UNMOVED
+        same = container is self._container() or self.is_same_container(container)
+        if not same or self._watch.changed() or (self._trained and self._refrozen()):
+            return None
+        return UNMOVED
 
     def is_watching(self, container: Any) -> bool:
         """See :class:`Side`."""
@@ -144,10 +147,6 @@ class WatchedSide(OwnedSide):
             and len(container) == len(elements)
             and all(map(is_, container, elements))
         )
-
-    def changed(self) -> bool:
-        """Return whether a tensor moved or was replaced, or a parameter was frozen or unfrozen."""
-        return self._watch.changed() or self._refrozen()
 
     def _refrozen(self) -> bool:
         return any(owner.requires_grad is not before for owner, before in self._trained)

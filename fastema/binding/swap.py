@@ -38,7 +38,6 @@ __all__ = [
     "CallableWay",
     "MemorySwap",
     "Swap",
-    "WatchedSwap",
     "Way",
     "WriteWatch",
     "copy_applied",
@@ -346,24 +345,3 @@ class WriteWatch:
         if not unmoved:
             for notify, arrays in write_listeners(s.owner for s in self.now.values() if s.writable):
                 notify(arrays)
-
-
-class WatchedSwap(NamedTuple):
-    """Swap in memory, with detection of writes between apply and restore."""
-
-    memory: MemorySwap
-    watch: WriteWatch
-
-    def apply(self) -> None:
-        """See :class:`Way`."""
-        self.memory.apply()
-        try:
-            self.watch.begin()
-        except BaseException:
-            self.memory.restore()
-            raise
-
-    def restore(self) -> None:
-        """See :class:`Way`."""
-        self.memory.restore()
-        self.watch.end()

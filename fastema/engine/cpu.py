@@ -119,7 +119,8 @@ class CpuRun:
     def set_steps(self, steps: Sequence[LaunchArgs | None], *, repeat: bool = False) -> None:
         """Set the arguments of the next calls, None for a call that does nothing.
 
-        All have one seed. With ``repeat`` every call is the first step, see :meth:`repeat`.
+        All have one seed. With ``repeat`` every call is the first step, see :meth:`repeat`. Call it
+        with signals deferred: a handler that updates the average would run half of this.
         """
         words, seed = self._words, 0
         table = np.zeros((len(steps) or 1, int(words[abi.STEP_WORDS])), np.int64)
@@ -129,12 +130,10 @@ class CpuRun:
                 table[row, : abi.FIRST_NUMBER] = 1, args.step, args.window, args.slot, args.turn
                 numbers[row, : len(args.numbers)] = args.numbers
                 seed = args.seed
-        address = table.ctypes.data
-        with defer_signals():  # a handler that updates the average would run half of this
-            self._steps = table
-            words[abi.STEPS], words[abi.STEPS_AT] = len(steps), address
-            words[abi.FIRST], words[abi.ADVANCE] = words[abi.CURSOR], not repeat
-            words[abi.SEED] = seed
+        self._steps = table
+        words[abi.STEPS], words[abi.STEPS_AT] = len(steps), table.ctypes.data
+        words[abi.FIRST], words[abi.ADVANCE] = words[abi.CURSOR], not repeat
+        words[abi.SEED] = seed
 
     def repeat(self, weight: float, step: int) -> bool:
         """Run the repeated step with another weight; random bits depend on ``step``.
@@ -145,7 +144,7 @@ class CpuRun:
         return self.finish(self._run(self._address, step, bits), step, bits)
 
     def run(self, args: LaunchArgs) -> None:
-        """Run once with these arguments."""
+        """Run once with these arguments, with signals deferred; see :meth:`set_steps`."""
         self.set_steps([args])
         self.finish(self.call())
 

@@ -36,7 +36,7 @@ class Watch:
 
     def changed(self) -> bool:
         """Return whether any tensor moved, changed shape or dtype, or was replaced."""
-        return self._replaced() or self._any_moved()
+        raise NotImplementedError
 
     @property
     def checks(self) -> list[Callable[[], bool]]:
@@ -50,10 +50,6 @@ class Watch:
             if len(now) != len(members) or not all(map(is_, now, members)):
                 return True
         return False
-
-    def _any_moved(self) -> bool:
-        """Return whether a tensor moved or was replaced."""
-        raise NotImplementedError
 
 
 def _members(held: TensorContainer, transient: bool) -> list[Any]:
@@ -117,8 +113,9 @@ class _DescribingWatch(Watch):
         """See :class:`Watch`."""
         return [self.changed]
 
-    def _any_moved(self) -> bool:
-        return any(_differs(*one) for one in self._seen)
+    def changed(self) -> bool:
+        """See :class:`Watch`."""
+        return self._replaced() or any(_differs(*one) for one in self._seen)
 
 
 def _c_address(function: Any) -> int:
@@ -218,8 +215,9 @@ class _CompiledWatch(Watch):
         self.tables = task, dict_rows, entry, tensor, dims, scratch
         self.tasks = [task.ctypes.data]
 
-    def _any_moved(self) -> bool:
-        return bool(self._check(self.tasks[0]))
+    def changed(self) -> bool:
+        """See :class:`Watch`."""
+        return bool(self._check(self.tasks[0])) or (bool(self._containers) and self._replaced())
 
 
 def watch(leaves: Leaves, *, transient: bool = True, keep: bool = False) -> Watch:

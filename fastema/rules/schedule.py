@@ -126,13 +126,14 @@ class Schedule:
         m, every = step - self.start_after, self.update_every
         if m < 0 or not step:
             return (), log_decays
-        last = m - (m + self.offset) % every
+        offset = self.offset if every > 1 else 0
+        last = m - (m + offset) % every
         if m < steps and self.start_after:  # averaging began since the previous call
             begun = self.log_decays(self.start_after)
             if last > 0:  # these weights are also the first that are averaged
                 begun = self._weigh_rules(step, last, last, begun)[1]
             return (1.0,) * len(self.rules), begun
-        counted = m + self.offset
+        counted = m + offset
         due = counted // every - (counted - steps) // every
         if not due:
             return (), log_decays
