@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
 from functools import wraps
 from typing import Final, NamedTuple, ParamSpec, TypeVar
@@ -184,14 +184,17 @@ def suggest_name(name: str) -> str:
     return f": {suggestion}" if suggestion else ""
 
 
-def check_options(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+def check_options(
+    function: Callable[_Parameters, _Result], shared: Iterable[str] = ()
+) -> Callable[_Parameters, _Result]:
     """Return a function that raises an OptionError for keyword arguments that it does not have.
 
     The error names the option that is meant, where other libraries have another name for it.
+    ``shared`` names the options that the function takes by ``**options``.
     """
     code = function.__code__
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    known = [name for name in names if name != "self"]
+    known = [*(name for name in names if name != "self"), *shared]
     of_class = function.__qualname__.removesuffix(".__init__")
     called = of_class if function.__name__ == "__init__" else function.__name__
 

@@ -1,14 +1,16 @@
 """Names of other libraries: errors say which option or attribute of fastema is meant."""
 
+import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
 
 import fastema
 from fastema import hints, tracking
+from fastema.average.options import AverageOptions, parse_settings
 from fastema.errors import ArgumentError, DTypeError, FastemaError, OptionError
 
 WEIGHTS = [np.ones(3)]
@@ -115,6 +117,34 @@ def test_load_state_dict_says_that_it_is_always_strict(offload: bool) -> None:
 
 def test_signatures_are_those_of_the_constructors() -> None:
     assert [*inspect.signature(fastema.EMA).parameters][:3] == ["weights", "decay", "zero_debias"]
+
+
+AVERAGES = {
+    "fastema": ["EMA", "SWA", "SMA", "PowerEMA"],
+    "fastema.keras": ["EMAWeights"],
+    "fastema.lightning": ["EMACallback"],
+    "fastema.transformers": ["EMACallback"],
+}
+
+
+@pytest.mark.parametrize("package", AVERAGES)
+def test_shared_options_are_in_every_signature_type_hint_and_docstring(package: str) -> None:
+    if package != "fastema":
+        pytest.importorskip(package.removeprefix("fastema."))
+    shared = get_type_hints(AverageOptions)
+    settings = inspect.signature(parse_settings).parameters
+    assert [*settings] == ["rules", *shared]
+    for name in AVERAGES[package]:
+        average = getattr(importlib.import_module(package), name)
+        parameters = inspect.signature(average).parameters
+        assert [*parameters][-len(shared) :] == [*shared]
+        hints = get_type_hints(average.__init__)
+        assert hints.keys() == {*parameters, "return"}
+        for option, its_type in shared.items():
+            assert parameters[option].default == settings[option].default
+            assert hints[option] == its_type
+            assert average.__doc__.count(f"\n{option} : ") == 1
+        assert "**options" not in average.__doc__
 
 
 def test_no_name_is_listed_twice_for_one_option() -> None:

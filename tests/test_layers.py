@@ -88,9 +88,9 @@ TABLE = {
     "tracking.plots": ".errors .tracking numpy lazy:matplotlib",
     "tracking.tensorboard": ".errors .hints .tracking .rules numpy lazy:tensorboard",
     "tracking.logs.event_files": ".errors .tracking numpy lazy:tensorboard",
-    "keras": f"{CALLBACKS} keras",
-    "lightning": f"{CALLBACKS} lightning pytorch_lightning torch",
-    "transformers": f"{CALLBACKS} transformers torch",
+    "keras": f"{CALLBACKS} keras lazy:typing_extensions",
+    "lightning": f"{CALLBACKS} lightning pytorch_lightning torch lazy:typing_extensions",
+    "transformers": f"{CALLBACKS} transformers torch lazy:typing_extensions",
     "tensorflow": ".errors .hints .plan .binding .bridges .engine.blocks .engine.interrupts numpy"
     " tensorflow",
     "checkpoint": f"{LAYOUT} .average .engine .bridges .rules numpy",

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fastema.average.average import Average, Weights
-from fastema.average.options import (
-    OnNonFinite,
-    Policy,
-    Rounding,
-    parse_rules,
-    select_shared_options,
-)
+from fastema.average.options import AverageOptions, expand_options, parse_rules
 from fastema.errors import ArgumentError
-from fastema.hints import check_options
 from fastema.rules import Rule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["EMA"]
 
 
+@expand_options
 class EMA(Average[Weights]):
     """Exponential moving average (EMA) of model weights, kept in flat buffers, updated in one call.
 
@@ -43,51 +40,13 @@ class EMA(Average[Weights]):
     zero_debias : bool
         Start from zero and correct the bias, as Adam does: the initial weights then have no share
         in the average. By default they have one, which decays.
-    shadow_dtype : dtype or str, optional
-        Dtype of the average, such as ``torch.float32`` or ``"float32"``; by default that of the
-        weights. ``"bf16+16"`` splits a float32 average into two halves: ``shadow`` holds the
-        nearest bfloat16, ready to use or save, and a second buffer the remaining 16 bits.
-    rounding : {"stochastic", "nearest"}, optional
-        Rounding of 16-bit averages, stochastic by default. Rounded to nearest, an average stops
-        moving once ``w * |x - avg|`` is below half of its last place. The random bits are a
-        function of ``seed``, the step, the tensor's name and the element's index in the tensor, so
-        a resumed or resharded run gets the same bits. Wider averages round to nearest even.
-    seed : int
-        Seed for stochastic rounding, from 0 (the default) to 2**63 - 1.
-    update_every : int
-        Average at every k-th call only, >= 1 (the default). The rule's weight for k steps is used,
-        such as ``1 - decay ** k``, so that the horizon in steps does not change.
-    start_after : int
-        Start averaging after this many calls, >= 0 (the default). Until then the average equals
-        the weights.
-    frozen : {"skip", "copy", "average"}
-        What to do with parameters that need no gradient. Skipped ones (the default) cost no memory
-        and no time and are not part of the average; unfreezing one later is an error.
-    buffers : {"copy", "average", "skip"}
-        What to do with buffers, such as BatchNorm statistics: ``copy`` (the default) keeps those of
-        the latest update, ``average`` averages floats. Integers and booleans are always copied
-        exactly. Buffers registered with ``persistent=False`` are always skipped.
-    policy : mapping of str to {"average", "copy", "skip"}, optional
-        What to do with names that match a pattern (:mod:`fnmatch`), such as ``{"*.expert_bias":
-        "average", "visual.*": "skip"}``, instead of ``frozen`` and ``buffers``. The first matching
-        pattern wins. Tensors that match a ``"skip"`` may come and go later, as adapters do.
-    on_nonfinite : {"propagate", "skip", "raise"}
-        What to do with a NaN or an infinity in the weights or in copied floats: average it (the
-        default), skip the whole call and count it in ``num_skipped``, or raise. ``"skip"`` and
-        ``"raise"`` read the tensors once more first, and wait for a GPU. Ranks that share DTensors
-        decide together, by an all-reduce of one number. With ``capturable=True`` the GPU skips
-        updates without waiting, and ``"raise"`` is an error.
-    capturable : bool
-        Count the updates on the GPU, so that :meth:`update` can be captured in a CUDA graph whose
-        replays follow the schedule, warm-ups and random bits included. Costs one small kernel per
-        update; reading :attr:`num_updates` or :attr:`num_skipped` waits for the GPU. Call
-        :meth:`update` once on the capturing stream first, or build the average there. False by
-        default.
     offload : bool or "skip"
         Keep the average in host memory and update it there on a thread, beside the training step;
         for PyTorch models. If the thread falls behind, :meth:`update` waits for it; with ``"skip"``
         it skips updates instead, and the next one counts for their steps too (ranks decide
         together, by an all-reduce of one number). False by default. See ``docs/offload.md``.
+    **options : AverageOptions
+        Options that all averages share; see :class:`fastema.average.AverageOptions`.
 
     Attributes
     ----------
@@ -133,26 +92,15 @@ class EMA(Average[Weights]):
     _on_host: ClassVar[Any] = None
     """Class that ``offload=True`` builds; set by :mod:`fastema.average.offload`."""
 
-    @check_options
     def __init__(
         self,
         weights: Weights,
         decay: float | Rule | Sequence[float | Rule] = 0.999,
         *,
         zero_debias: bool = False,
-        shadow_dtype: Any = None,
-        rounding: Rounding | None = None,
-        seed: int = 0,
-        update_every: int = 1,
-        start_after: int = 0,
-        frozen: Policy = "skip",
-        buffers: Policy = "copy",
-        policy: Mapping[str, Policy] | None = None,
-        on_nonfinite: OnNonFinite = "propagate",
-        capturable: bool = False,
         offload: bool | Literal["skip"] = False,
+        **options: Unpack[AverageOptions],
     ) -> None:
-        options = select_shared_options(locals())
         if offload is not False:
             self._become_offloaded(weights, decay, zero_debias, offload, options)
             return

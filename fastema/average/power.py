@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from fastema.average.average import Average, Weights
-from fastema.average.options import OnNonFinite, Policy, Rounding, select_shared_options
-from fastema.hints import check_options
+from fastema.average.options import AverageOptions, expand_options
 from fastema.rules import power
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["PowerEMA"]
 
 
+@expand_options
 class PowerEMA(Average[Weights]):
     """Power-function averages of model weights, whose width grows in proportion to training.
 
@@ -31,10 +34,8 @@ class PowerEMA(Average[Weights]):
         Width of each average: standard deviation of its profile divided by the steps so far, in
         (0, 0.2887], (0.05, 0.10) by default. Synthesis needs two. One pass over the weights updates
         all of them.
-    shadow_dtype, rounding, seed, update_every, start_after
-        See :class:`fastema.EMA`.
-    frozen, buffers, policy, on_nonfinite, capturable
-        See :class:`fastema.EMA`.
+    **options : AverageOptions
+        Options that all averages share; see :class:`fastema.average.AverageOptions`.
 
     Raises
     ------
@@ -64,23 +65,11 @@ class PowerEMA(Average[Weights]):
     https://arxiv.org/abs/2312.02696, section 3
     """
 
-    @check_options
     def __init__(
         self,
         weights: Weights,
         sigma_rels: float | Sequence[float] = (0.05, 0.10),
-        *,
-        shadow_dtype: Any = None,
-        rounding: Rounding | None = None,
-        seed: int = 0,
-        update_every: int = 1,
-        start_after: int = 0,
-        frozen: Policy = "skip",
-        buffers: Policy = "copy",
-        policy: Mapping[str, Policy] | None = None,
-        on_nonfinite: OnNonFinite = "propagate",
-        capturable: bool = False,
+        **options: Unpack[AverageOptions],
     ) -> None:
-        options = select_shared_options(locals())
         several = sigma_rels if isinstance(sigma_rels, Sequence) else (sigma_rels,)
         super().__init__(weights, [power(sigma) for sigma in several], **options)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastema.average.average import Average, Weights
-from fastema.average.options import OnNonFinite, Policy, Rounding, select_shared_options
+from fastema.average.options import AverageOptions, expand_options
 from fastema.errors import ArgumentError
-from fastema.hints import check_options
 from fastema.rules import Window
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["SMA"]
 
 
+@expand_options
 class SMA(Average[Weights]):
     """Simple moving average: the mean of the weights of the last ``window`` updates.
 
@@ -35,10 +37,8 @@ class SMA(Average[Weights]):
         Keep the ring in host memory, if the GPU has no room for ``window`` copies of the weights.
         The kernel reads and writes one slot per update over the bus. By default the ring is on the
         weights' device. (Torch rounds such memory up to a power of two: 70 GB become 128.)
-    shadow_dtype, rounding, seed, update_every, start_after
-        See :class:`fastema.EMA`.
-    frozen, buffers, policy, on_nonfinite, capturable
-        See :class:`fastema.EMA`.
+    **options : AverageOptions
+        Options that all averages share; see :class:`fastema.average.AverageOptions`.
 
     Raises
     ------
@@ -80,7 +80,6 @@ class SMA(Average[Weights]):
     averaging, 2022, https://arxiv.org/abs/2209.14981
     """
 
-    @check_options
     def __init__(
         self,
         weights: Weights,
@@ -88,18 +87,8 @@ class SMA(Average[Weights]):
         *,
         ring_dtype: Any = None,
         ring_device: Literal["cpu"] | None = None,
-        shadow_dtype: Any = None,
-        rounding: Rounding | None = None,
-        seed: int = 0,
-        update_every: int = 1,
-        start_after: int = 0,
-        frozen: Policy = "skip",
-        buffers: Policy = "copy",
-        policy: Mapping[str, Policy] | None = None,
-        on_nonfinite: OnNonFinite = "propagate",
-        capturable: bool = False,
+        **options: Unpack[AverageOptions],
     ) -> None:
-        options = select_shared_options(locals())
         if ring_device is not None and not (isinstance(ring_device, str) and ring_device == "cpu"):
             raise ArgumentError(
                 f"ring_device={ring_device!r}: expected 'cpu', or None for the weights' device"

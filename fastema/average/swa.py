@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fastema.average.average import Average, Weights
-from fastema.average.options import OnNonFinite, Policy, Rounding, select_shared_options
-from fastema.hints import check_options
+from fastema.average.options import AverageOptions, expand_options
 from fastema.rules import CumulativeMean
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["SWA"]
 
 
+@expand_options
 class SWA(Average[Weights]):
     """Stochastic weight averaging (SWA): the plain mean of the weights of all updates.
 
@@ -23,13 +25,8 @@ class SWA(Average[Weights]):
     ----------
     weights : torch module, array, or list, tuple, dict or iterator of arrays
         The tensors to average; see :class:`fastema.EMA`.
-    shadow_dtype : dtype or str, optional
-        Dtype of the mean, by default that of the weights; see :class:`fastema.EMA`. ``"float64"``
-        keeps long means exact enough for :func:`fastema.mean_between`.
-    rounding, seed, update_every, start_after
-        See :class:`fastema.EMA`.
-    frozen, buffers, policy, on_nonfinite, capturable
-        See :class:`fastema.EMA`.
+    **options : AverageOptions
+        Options that all averages share; see :class:`fastema.average.AverageOptions`.
 
     Raises
     ------
@@ -38,6 +35,8 @@ class SWA(Average[Weights]):
 
     Notes
     -----
+    ``shadow_dtype="float64"`` keeps long means exact enough for :func:`fastema.mean_between`.
+
     The running statistics of BatchNorm do not fit averaged weights. Recompute them with
     ``with swa.swapped(): fastema.update_bn(loader, model)``.
 
@@ -58,21 +57,9 @@ class SWA(Average[Weights]):
     https://arxiv.org/abs/1803.05407
     """
 
-    @check_options
     def __init__(
         self,
         weights: Weights,
-        *,
-        shadow_dtype: Any = None,
-        rounding: Rounding | None = None,
-        seed: int = 0,
-        update_every: int = 1,
-        start_after: int = 0,
-        frozen: Policy = "skip",
-        buffers: Policy = "copy",
-        policy: Mapping[str, Policy] | None = None,
-        on_nonfinite: OnNonFinite = "propagate",
-        capturable: bool = False,
+        **options: Unpack[AverageOptions],
     ) -> None:
-        options = select_shared_options(locals())
         super().__init__(weights, CumulativeMean(), **options)

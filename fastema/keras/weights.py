@@ -9,19 +9,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import keras
 
 from fastema.average import EMA
 from fastema.average.checkpoints import Checkpoints, choose_checkpoints
 from fastema.average.options import (
-    OnNonFinite,
-    Policy,
-    Rounding,
+    AverageOptions,
     check_ema_options,
     check_which,
-    select_shared_options,
+    expand_options,
 )
 from fastema.binding.swap import CallableWay, Swap
 from fastema.bridges.registry import leaves_of
@@ -29,7 +27,6 @@ from fastema.checkpoint import files, state
 from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, CheckpointError, StateError
-from fastema.hints import check_options
 from fastema.keras.guards import (
     ErrorGuard,
     MethodGuard,
@@ -40,6 +37,9 @@ from fastema.keras.guards import (
 from fastema.keras.steps import OptimizerSteps, unwrap_optimizers
 from fastema.keras.ways import CopyingSwap, WriteAwareSwap
 from fastema.rules import Rule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["EMAWeights"]
 
@@ -83,6 +83,7 @@ def _keeps_weights(callback: Any) -> bool:
     )
 
 
+@expand_options
 class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     """Averages a model's weights in ``fit``, and uses the average to validate, test and predict.
 
@@ -108,10 +109,10 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         A ``.weights.h5`` file to which the average is written at the end of training.
     which : int, optional
         With several decays, the index of the average to evaluate and save.
-    zero_debias, shadow_dtype, rounding, seed, update_every, start_after
-        See :class:`fastema.EMA`.
-    frozen, buffers, policy, on_nonfinite, capturable
-        See :class:`fastema.EMA`.
+    zero_debias : bool
+        Start from zero and correct the bias, see :class:`fastema.EMA`.
+    **options : AverageOptions
+        Options that all averages share; see :class:`fastema.average.AverageOptions`.
 
     Raises
     ------
@@ -162,7 +163,6 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     https://doi.org/10.1137/0330046
     """
 
-    @check_options
     def __init__(
         self,
         decay: float | Rule | Sequence[float | Rule] = 0.999,
@@ -172,22 +172,13 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         save_path: str | os.PathLike[str] | None = None,
         which: int | None = None,
         zero_debias: bool = False,
-        shadow_dtype: Any = None,
-        rounding: Rounding | None = None,
-        seed: int = 0,
-        update_every: int = 1,
-        start_after: int = 0,
-        frozen: Policy = "skip",
-        buffers: Policy = "copy",
-        policy: Mapping[str, Policy] | None = None,
-        on_nonfinite: OnNonFinite = "propagate",
-        capturable: bool = False,
+        **options: Unpack[AverageOptions],
     ) -> None:
-        options = select_shared_options(locals()) | {"zero_debias": zero_debias}
         super().__init__()
-        check_ema_options(decay, **options)
+        check_ema_options(decay, zero_debias=zero_debias, **options)
         self._which = check_which(which, decay)
-        self._decay, self._options = decay, options
+        self._decay = decay
+        self._options: dict[str, Any] = {"zero_debias": zero_debias, **options}
         self._checkpoints = choose_checkpoints(checkpoints, True)
         self._has_later_callbacks, self._is_order_checked = True, False
         self._backup = _check_path(backup, "backup", _BACKUP)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from fastema.average import EMA
 from fastema.average.checkpoints import Checkpoints, choose_checkpoints, training_weights
 from fastema.average.options import (
-    OnNonFinite,
-    Policy,
-    Rounding,
+    AverageOptions,
     check_ema_options,
     check_literal,
     check_which,
-    select_shared_options,
+    expand_options,
 )
 from fastema.bridges.registry import is_divided, state_of
 from fastema.errors import ArgumentError, StateError
-from fastema.hints import check_options
 from fastema.lightning.packages import LIGHTNING_MODULES, Callback, replace_method
 from fastema.rules import Rule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["EMACallback"]
 
@@ -33,6 +33,7 @@ _TRAINING_WEIGHTS: Final = "current_model_state"
 _warn: Final = LIGHTNING_MODULES[0].utilities.rank_zero_warn
 
 
+@expand_options
 class EMACallback(Callback):  # type: ignore[misc]
     """Exponential moving average of the weights that a ``Trainer`` trains.
 
@@ -58,10 +59,10 @@ class EMACallback(Callback):  # type: ignore[misc]
     which : int, optional
         With several averages, the index of the one to evaluate, to save as the model and to leave
         in the model.
-    zero_debias, shadow_dtype, rounding, seed, update_every, start_after
-        See :class:`fastema.EMA`.
-    frozen, buffers, policy, on_nonfinite, capturable
-        See :class:`fastema.EMA`.
+    zero_debias : bool
+        Start from zero and correct the bias, see :class:`fastema.EMA`.
+    **options : AverageOptions
+        Options that all averages share; see :class:`fastema.average.AverageOptions`.
 
     Raises
     ------
@@ -103,7 +104,6 @@ class EMACallback(Callback):  # type: ignore[misc]
     >>> callback = EMACallback(rules.warmup(0.999), shadow_dtype="float32")
     """
 
-    @check_options
     def __init__(
         self,
         decay: float | Rule | Sequence[float | Rule] = 0.999,
@@ -113,26 +113,17 @@ class EMACallback(Callback):  # type: ignore[misc]
         checkpoints: Checkpoints | None = None,
         which: int | None = None,
         zero_debias: bool = False,
-        shadow_dtype: Any = None,
-        rounding: Rounding | None = None,
-        seed: int = 0,
-        update_every: int = 1,
-        start_after: int = 0,
-        frozen: Policy = "skip",
-        buffers: Policy = "copy",
-        policy: Mapping[str, Policy] | None = None,
-        on_nonfinite: OnNonFinite = "propagate",
-        capturable: bool = False,
+        **options: Unpack[AverageOptions],
     ) -> None:
-        options = select_shared_options(locals()) | {"zero_debias": zero_debias}
         super().__init__()
         self.at_end: AtEnd = check_literal(at_end, "at_end", AtEnd)
         self._checkpoints = checkpoints
         self._held_by_checkpoints = choose_checkpoints(checkpoints, evaluate_with_average)
-        check_ema_options(decay, **options)
+        check_ema_options(decay, zero_debias=zero_debias, **options)
         self._which = check_which(which, decay)
         self.evaluate_with_average = evaluate_with_average
-        self._decay, self._options = decay, options
+        self._decay = decay
+        self._options: dict[str, Any] = {"zero_debias": zero_debias, **options}
         self._ema: EMA | None = None
         # The state of a checkpoint until training begins.
         self._pending_state: dict[str, Any] | None = None

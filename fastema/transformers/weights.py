@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from transformers import TrainerCallback
@@ -19,21 +19,21 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from fastema.average import EMA
 from fastema.average.checkpoints import Checkpoints, choose_checkpoints, training_weights
 from fastema.average.options import (
-    OnNonFinite,
-    Policy,
-    Rounding,
+    AverageOptions,
     check_ema_options,
     check_literal,
     check_which,
-    select_shared_options,
+    expand_options,
 )
 from fastema.bridges.registry import is_divided
 from fastema.checkpoint import files
 from fastema.checkpoint.state import read_state, read_tensors, write_tensors
 from fastema.checkpoint.stored import AVERAGE_FILE, TRAINING_FILE
 from fastema.errors import ArgumentError, CheckpointError, StateError, format_problems
-from fastema.hints import check_options
 from fastema.rules import Rule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["EMACallback"]
 
@@ -134,6 +134,7 @@ _SHARDED_MESSAGE: Final = (
 )
 
 
+@expand_options
 class EMACallback(TrainerCallback):  # type: ignore[misc]
     """Exponential moving average of the weights that a ``Trainer`` trains.
 
@@ -164,10 +165,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     which : int, optional
         With several averages, the index of the one to evaluate, to save as the model and to leave
         in the model.
-    zero_debias, shadow_dtype, rounding, seed, update_every, start_after
-        See :class:`fastema.EMA`.
-    frozen, buffers, policy, on_nonfinite, capturable
-        See :class:`fastema.EMA`.
+    zero_debias : bool
+        Start from zero and correct the bias, see :class:`fastema.EMA`.
+    **options : AverageOptions
+        Options that all averages share; see :class:`fastema.average.AverageOptions`.
 
     Raises
     ------
@@ -187,7 +188,6 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         weights.
     """
 
-    @check_options
     def __init__(
         self,
         decay: float | Rule | Sequence[float | Rule] = 0.9999,
@@ -198,26 +198,17 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         on_missing: OnMissing = "raise",
         which: int | None = None,
         zero_debias: bool = False,
-        shadow_dtype: Any = None,
-        rounding: Rounding | None = None,
-        seed: int = 0,
-        update_every: int = 1,
-        start_after: int = 0,
-        frozen: Policy = "skip",
-        buffers: Policy = "copy",
-        policy: Mapping[str, Policy] | None = None,
-        on_nonfinite: OnNonFinite = "propagate",
-        capturable: bool = False,
+        **options: Unpack[AverageOptions],
     ) -> None:
-        options = select_shared_options(locals()) | {"zero_debias": zero_debias}
         self.at_end: AtEnd = check_literal(at_end, "at_end", AtEnd)
         self.on_missing: OnMissing = check_literal(on_missing, "on_missing", OnMissing)
         choose_checkpoints(checkpoints, evaluate_with_average)
         self._checkpoints = checkpoints
-        check_ema_options(decay, **options)
+        check_ema_options(decay, zero_debias=zero_debias, **options)
         self._which = check_which(which, decay)
         self.evaluate_with_average = evaluate_with_average
-        self._decay, self._options = decay, options
+        self._decay = decay
+        self._options: dict[str, Any] = {"zero_debias": zero_debias, **options}
 
     _ema: EMA | None = None
     _model: Any = None

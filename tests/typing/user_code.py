@@ -11,6 +11,7 @@ from fastema.compat.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastema.compat.timm import ModelEmaV3
 from fastema.compat.torch_ema import ExponentialMovingAverage
 from fastema.errors import FastemaError, LayoutError
+from fastema.lightning import EMACallback
 from fastema.tracking import MetricSmoother, SimpleMovingAverage
 
 
@@ -56,6 +57,16 @@ def averages(model: Model) -> None:
     fastema.posthoc.save_snapshot(power, "snapshots")
     found = fastema.posthoc.synthesize("snapshots", sigma_rel=0.15, step=7, into=model)
     print(found.error)
+
+
+def wrong_options(model: Model) -> None:
+    """Each comment is an error itself if a type checker does not find the wrong option."""
+    fastema.EMA(model, shadow_dtyp="float32")  # type: ignore[call-arg]
+    fastema.EMA(model, update_every="2")  # type: ignore[arg-type]
+    fastema.SWA(model, frozen="melt")  # type: ignore[arg-type]
+    fastema.SMA(model, 10, capturable=1)  # type: ignore[arg-type]
+    fastema.PowerEMA(model, policy={"*.bias": "melt"})  # type: ignore[dict-item]
+    EMACallback(on_nonfinite="stop")  # type: ignore[arg-type]
 
 
 def arrays_and_files() -> None:
