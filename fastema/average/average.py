@@ -13,8 +13,9 @@ from fastema.average.drift import DRIFT_OF_PARTS, Drift, measure
 from fastema.average.entries import select
 from fastema.average.evaluation import new_container, new_state, write_model
 from fastema.average.following import StepHooks
+from fastema.average.given import check_overwriting, claim
 from fastema.average.matching import names_of_state, refuse_other_holder
-from fastema.average.memory import Entry, Owned, Tensors
+from fastema.average.memory import SYNC, Averages, Entry, Owned, Tensors
 from fastema.average.options import (
     Rounding,
     check_literal,
@@ -26,7 +27,7 @@ from fastema.average.options import (
 from fastema.average.reports import describe_rule, report
 from fastema.average.state import SavedOrMine, pack, unpack
 from fastema.average.views import Shadow
-from fastema.average.weights import SYNC, AppliedSwap, weights_of
+from fastema.average.weights import AppliedSwap, weights_of
 from fastema.binding.swap import AppliedCopy, copy_applied, copy_applied_into
 from fastema.bridges.registry import (
     leaves_of,
@@ -137,6 +138,8 @@ class Average(Generic[Weights]):
         *,
         ring_dtype: Any = None,
         ring_on_host: bool = False,
+        into: Any = None,
+        overwrite: bool = False,
         **options: Any,
     ) -> None:
         settings = parse_settings(rules, **options)
@@ -149,7 +152,16 @@ class Average(Generic[Weights]):
         reshard(container)
         leaves = leaves_of(container)
         chosen = select(leaves, settings.policies)
-        self._names, self._memory = chosen.names, Owned.of(chosen, stored_as)
+        memory: Averages
+        if into is None:
+            memory = Owned.of(chosen, stored_as)
+        else:
+            check_overwriting(settings.schedule, overwrite)
+            memory, chosen = claim(
+                into, leaves, chosen, stored_as, buffers_given="buffers" in options
+            )
+        self._names = chosen.names
+        self._memory: Averages = memory
         self._ranks = ranks_of(leaf.spec.owner for leaf in (*chosen.averaged, *chosen.copied))
         self._on_nonfinite = settings.on_nonfinite
         self._clock: Clock = HostClock(
@@ -162,7 +174,7 @@ class Average(Generic[Weights]):
         self._applied: AppliedSwap | None = None
         self._weights = weights_of(container, self._memory, self._names, leaves)
         with self._weights.current(use=True) as program:
-            program.run(SYNC)
+            memory.begin(program)
         if settings.capturable:
             from fastema.average.device_clock import DeviceClock
 
@@ -280,6 +292,7 @@ class Average(Generic[Weights]):
         with weights.current(model, use=True) as program:
             left = self._clock.update(weights, program, steps)
         weights.forget_replaced()
+        weights.notify()
         return left
 
     def follow(self, *optimizers: Any, update_if: Callable[[], bool] | None = None) -> None:
@@ -412,13 +425,41 @@ class Average(Generic[Weights]):
         lock: AbstractContextManager[Any] = self._lock
         return lock
 
-    # -- before start_after -----------------------------------------------------------------------
+    # -- before reading the average ---------------------------------------------------------------
 
-    def _sync(self) -> None:
-        """Before ``start_after``, copy the current weights into the average."""
-        if self._applied is None and self._clock.is_before_start:
+    def sync(self) -> None:
+        """Copy the weights into the average now; the number of updates does not change.
+
+        Raises
+        ------
+        StateError
+            While the average is applied.
+        LayoutError
+            If the model's tensors no longer match; nothing was written.
+
+        Examples
+        --------
+        >>> import numpy as np, fastema
+        >>> online, target = {"w": np.ones(2)}, {"w": np.zeros(2)}
+        >>> ema = fastema.EMA(online, decay=0.995, into=target)
+        >>> ema.sync()
+        >>> target["w"]
+        array([1., 1.])
+        """
+        with self._lock:
+            self._refuse_applied("sync")
             with self._weights.current() as program:
                 self._sync_by(program)
+
+    def _settle(self) -> None:
+        """Locate the average, and before ``start_after`` copy the current weights into it."""
+        if self._applied is not None:
+            return
+        synced = self._clock.is_before_start
+        if synced or self._memory.moves:
+            with self._weights.current() as program:
+                if synced:
+                    self._sync_by(program)
 
     def _sync_by(self, program: Program) -> None:
         if self._weights.binding.capturing():
@@ -426,8 +467,10 @@ class Average(Generic[Weights]):
                 "until start_after the average is a copy of the weights, and a captured graph "
                 "would repeat the copy at every replay: capture after that, or without the average"
             )
-        program.run(SYNC)
-        self._clock.count_write()
+        with defer_signals():
+            program.run(SYNC)
+            self._clock.count_write()
+        self._weights.notify()
 
     # -- the average in the model -----------------------------------------------------------------
 
@@ -506,6 +549,7 @@ class Average(Generic[Weights]):
                     self._clock.pause()
                     swap.apply()
                     self._applied = swap
+            self._weights.notify()
 
     def restore(self, model: Any = None) -> None:
         """Put the raw weights back into the model, bit for bit, and take the average out of it.
@@ -544,6 +588,7 @@ class Average(Generic[Weights]):
             with defer_signals():
                 swap.restore()
                 self._applied = None
+        self._weights.notify()
         return names
 
     @overload
@@ -642,7 +687,7 @@ class Average(Generic[Weights]):
         with self._lock:
             self._refuse_applied("averaged")
             index = self._average_index(which)
-            self._sync()
+            self._settle()
             return new_container(self._weights, index, self._memory.sets[index], self._names)
 
     def copy_to(self, model: Any, *, which: int | None = None) -> None:
@@ -670,7 +715,7 @@ class Average(Generic[Weights]):
         with self._lock:
             self._refuse_applied("copy_to")
             entries = self._memory.sets[self._average_index(which)]
-            self._sync()
+            self._settle()
             container = list_iterators(model)
             reshard(container)
             write_model(container, entries, self._names)
@@ -724,7 +769,7 @@ class Average(Generic[Weights]):
     ) -> tuple[Mapping[str, Entry], Mapping[str, StateEntry], dict[str, str]]:
         """Return an average's entries, the model's state, and for its keys the entries' names."""
         entries = self._memory.sets[self._average_index(which)]
-        self._sync()
+        self._settle()
         container = self._weights.container if model is None else list_iterators(model)
         reshard(container)
         found = state_of(container)
@@ -749,12 +794,13 @@ class Average(Generic[Weights]):
     def _tensor(self, index: int, name: str) -> Any:
         with self._lock:
             name = self._names.aliases.get(name, name)
+            self._settle()
             entry = self._memory.sets[index][name]
             array, _ = entry.parts["shadow"]
             applied, weights = self._applied, self._weights
             # All averages share the copied tensors, which are swapped with any of them.
             if applied is None or (index != applied.index and entry.averaged):
-                self._sync()
+                pass
             elif weights.is_unmoved(name):  # skip checking all other tensors
                 (array,) = copy_applied([weights.pair(name, index)])
             else:
@@ -901,7 +947,7 @@ class Average(Generic[Weights]):
 
     @pause_gc
     def _collect_tensors(self, copy: bool) -> Tensors:
-        self._sync()
+        self._settle()
         self._wait_for_the_ring()
         swap = self._applied
         if swap is None:
@@ -959,6 +1005,7 @@ class Average(Generic[Weights]):
         check_literal(schedule, "schedule", SavedOrMine)
         with self._lock:
             self._refuse_applied("load_state_dict")
+            self._settle()
             own = self.schedule
             saved = unpack(state, self._kind, own, self._memory.specs(), schedule)
             program = self._memory.load(saved.tensors)
@@ -970,6 +1017,7 @@ class Average(Generic[Weights]):
                 self._memory, self._weights = memory, weights
                 continue_count()  # before the copy: on a device, it waits for pending replays
                 program.run({"all": "copy"})
+            self._weights.notify()
         if saved.schedule != own:
             warnings.warn(
                 "the saved schedule replaces the one this average was built with; "
@@ -977,7 +1025,7 @@ class Average(Generic[Weights]):
                 stacklevel=3,  # past check_options
             )
 
-    def _with_rounding(self, rounding: Rounding) -> tuple[Owned, Any]:
+    def _with_rounding(self, rounding: Rounding) -> tuple[Averages, Any]:
         """Return the same memory and weights, with this rounding of 16-bit averages."""
         memory, weights = self._memory, self._weights
         if memory.format.rounding != rounding:

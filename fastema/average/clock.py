@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
+from fastema.average.memory import SYNC
 from fastema.average.options import OnNonFinite
 from fastema.average.progress import Progress
 from fastema.average.state import Saved
-from fastema.average.weights import SYNC, Weights
+from fastema.average.weights import Weights
 from fastema.binding.steady import SteadyRun
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.program import Program

@@ -45,6 +45,15 @@ class EMA(Average[Weights]):
         for PyTorch models. If the thread falls behind, :meth:`update` waits for it; with ``"skip"``
         it skips updates instead, and the next one counts for their steps too (ranks decide
         together, by an all-reduce of one number). False by default. See ``docs/offload.md``.
+    into : module, list or dict of tensors, optional
+        Tensors of yours that hold the average, such as a target network or a teacher: a second
+        module with the model's names and shapes, in any dtypes, on the same devices. Nothing is
+        written at first: the average begins with what they hold, and :meth:`sync` copies the
+        weights. Tensors that both share are left alone. If there are buffers, ``buffers=`` must be
+        given. See ``docs/targets.md``.
+    overwrite : bool
+        Whether an update may replace what ``into`` holds by the weights, as the first one does with
+        ``zero_debias`` and up to ``start_after``. False by default.
     **options : AverageOptions
         Options that all averages share; see :class:`fastema.average.AverageOptions`.
 
@@ -99,12 +108,17 @@ class EMA(Average[Weights]):
         *,
         zero_debias: bool = False,
         offload: bool | Literal["skip"] = False,
+        into: Any = None,
+        overwrite: bool = False,
         **options: Unpack[AverageOptions],
     ) -> None:
-        if offload is not False:
-            self._become_offloaded(weights, decay, zero_debias, offload, options)
+        rules = parse_rules(decay, zero_debias)
+        if offload is False:
+            super().__init__(weights, rules, into=into, overwrite=overwrite, **options)
             return
-        super().__init__(weights, parse_rules(decay, zero_debias), **options)
+        if into is not None:
+            raise ArgumentError("into= holds the average in your tensors, and offload=True in ours")
+        self._become_offloaded(weights, decay, zero_debias, offload, options)
 
     def _become_offloaded(
         self, weights: Any, decay: Any, zero_debias: bool, offload: Any, options: Any

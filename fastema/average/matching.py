@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastema.average.entries import Names
-from fastema.average.memory import Entry, Owned
+from fastema.average.memory import Averages, Entry
 from fastema.binding.binding import Match
 from fastema.binding.sides import FreezeState
 from fastema.bridges.registry import leaves_of
@@ -28,19 +28,20 @@ __all__ = [
 class Matcher:
     """Pairs averages with a model's tensors. It holds no reference to the binding: no cycle."""
 
-    def __init__(self, memory: Owned, names: Names) -> None:
+    def __init__(self, memory: Averages, names: Names) -> None:
         self._memory, self._names = memory, names
 
-    def match_exactly(self, _: Leaves, model: Leaves) -> Match:
+    def match_exactly(self, averages: Leaves, model: Leaves) -> Match:
         """Match a model that must have the tensors of the average, and no others."""
-        return self._match_leaves(model, match_subset=False)
+        return self._match_leaves(averages, model, match_subset=False)
 
-    def match_subset(self, _: Leaves, model: Leaves) -> Match:
+    def match_subset(self, averages: Leaves, model: Leaves) -> Match:
         """Match a model that may have new or unfrozen tensors: to restore its weights."""
-        return self._match_leaves(model, match_subset=True)
+        return self._match_leaves(averages, model, match_subset=True)
 
-    def _match_leaves(self, model: Leaves, *, match_subset: bool) -> Match:
+    def _match_leaves(self, averages: Leaves, model: Leaves, *, match_subset: bool) -> Match:
         memory, names = self._memory, self._names
+        located = memory.locate(averages)
         entries = memory.sets[0]
         refuse_other_model(model, entries, names, match_subset=match_subset)
         found = {leaf.name: leaf for leaf in model.items}
@@ -55,7 +56,7 @@ class Matcher:
         for pair in pairs:
             by_tag["averaged" if pair.name in memory.averaged else "copied"].append(pair)
         watched = model.select_names({*entries, *names.aliases})
-        return Match(by_tag, model, watched, frozen_states(model, names))
+        return Match(by_tag, located, watched, frozen_states(model, names))
 
 
 def frozen_states(model: Leaves, names: Names) -> list[FreezeState]:

@@ -1,4 +1,4 @@
-"""Memory that an average owns: per tensor the averages, their residuals and rings."""
+"""Where averages lie: per tensor the averages, their residuals and rings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from types import ModuleType
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 from fastema.average.entries import Selection, ShadowFormat, companion
 from fastema.binding.swap import SPLIT
@@ -16,12 +16,15 @@ from fastema.engine.program import Program
 from fastema.errors import BridgeError, DTypeError, format_problems
 from fastema.layout.dtypes import DType
 from fastema.layout.group import Pair
-from fastema.layout.spec import TensorSpec
+from fastema.layout.spec import Leaves, TensorSpec
 
-__all__ = ["PARTS", "Entry", "Owned", "Tensors"]
+__all__ = ["PARTS", "SYNC", "Averages", "Entry", "Owned", "Tensors", "converter"]
 
 PARTS: Final = ("shadow", "residual", "ring")
 """Parts of a tensor's average: the average itself, its residual, the ring of a windowed mean."""
+
+SYNC: Final = {"averaged": "copy", "copied": "copy"}
+"""Kernel operations that copy the weights into all averages and copied tensors."""
 
 Tensors = dict[str, list[dict[str, Any]]]
 """For each part, a list with one mapping per average, from names to arrays or descriptions."""
@@ -68,8 +71,8 @@ class Entry(NamedTuple):
         return Pair(self.name, self.spec, weights, self.form, companion, slots, which)
 
 
-class Owned:
-    """Averages in flat buffers of our own, with their residuals and rings.
+class Averages:
+    """One or more averages of a model's tensors in one kind of memory.
 
     Attributes
     ----------
@@ -78,43 +81,38 @@ class Owned:
     format : ShadowFormat
     averaged : set of str
         Names of the averaged tensors; all others are copied.
+    container : object
+        What holds the averages, if it is not ours.
+    moves : bool
+        Whether the averages may move, so that reading them must locate them first.
     """
+
+    container: Any = None
+    moves: ClassVar[bool] = False
 
     def __init__(self, sets: list[dict[str, Entry]], stored_as: ShadowFormat) -> None:
         self.sets, self.format = sets, stored_as
         self.averaged = {name for name, entry in sets[0].items() if entry.averaged}
 
-    @classmethod
-    def of(cls, selection: Selection, stored_as: ShadowFormat) -> Owned:
-        """Allocate the averages of a selection.
+    def begin(self, program: Program) -> None:
+        """Give the averages their first values; ``program`` has them paired with the weights."""
+        raise NotImplementedError
 
-        Raises
-        ------
-        DTypeError
-            Naming every tensor that cannot be stored in this format.
-        """
-        problems = []
-        kinds = {}
-        for leaf in selection.averaged:
-            try:
-                kinds[leaf.name] = stored_as.stored(leaf.spec.kind)
-            except DTypeError as error:
-                problems.append(f"{leaf.name}: {error}")
-        if problems:
-            raise DTypeError("shadow_dtype does not fit:\n" + format_problems(problems))
-        likes = {leaf.name: leaf.spec for leaf in selection.averaged}
-        copied = {leaf.name: (leaf.spec, leaf.spec.kind) for leaf in selection.copied}
-        held = {
-            name: Entry(name, False, "", _converter(copied[name][0]), {"shadow": memory})
-            for name, memory in zip(copied, allocate(copied.values()), strict=True)
-        }
-        return cls(
-            [
-                {**_allocate_averages(likes, kinds, stored_as), **held}
-                for _ in range(stored_as.num_averages)
-            ],
-            stored_as,
-        )
+    def locate(self, found: Leaves) -> Leaves:
+        """Find the averages among the tensors of :attr:`container`; return those to watch."""
+        return found
+
+    def on(self, device: str, *, ring_on_host: bool = False) -> Averages:
+        """Return a copy on a device; with ``ring_on_host`` its rings stay in host memory."""
+        raise NotImplementedError
+
+    def cast(self, stored_as: ShadowFormat) -> Averages:
+        """Return the averages converted to another format, in new memory."""
+        raise NotImplementedError
+
+    def with_rounding(self, stored_as: ShadowFormat) -> Averages:
+        """Return averages in the same memory, with the format's rounding of 16-bit averages."""
+        raise NotImplementedError
 
     def __iter__(self) -> Iterator[tuple[int, Entry]]:
         """Yield every entry once with the index of its average, tensor by tensor."""
@@ -157,17 +155,6 @@ class Owned:
         """Return a copy in new memory, with the same strides or row-major."""
         return self._copy_from(lambda part, memory: memory[1], self.on_host, row_major)
 
-    def on(self, device: str, *, ring_on_host: bool = False) -> Owned:
-        """Return a copy on a device; with ``ring_on_host`` its rings stay in host memory."""
-
-        def there(part: str, memory: Memory) -> TensorSpec:
-            array, spec = memory
-            if part == "ring" and ring_on_host:
-                return spec
-            return describe(bridge_of(array).transfer(array, device)).sharded_like(spec)
-
-        return self._copy_from(there, ring_on_host)
-
     def _copy_from(
         self,
         source: Callable[[str, Memory], TensorSpec],
@@ -201,8 +188,69 @@ class Owned:
             [{name: entries[id(e)] for name, e in one.items()} for one in self.sets], self.format
         )
 
+    def load(self, tensors: Mapping[str, Iterable[Mapping[str, Any]]]) -> Program:
+        """Return a program whose ``{"all": "copy"}`` copies a state's checked tensors here."""
+        pairs = []
+        for part, of_part in self.specs().items():
+            for specs, arrays in zip(of_part, tensors[part], strict=True):
+                for name, spec in specs.items():
+                    array = _transfer_array(select_part(arrays[name], spec), spec.device)
+                    pairs.append(Pair(name, spec, describe(array)))
+        return Program({"all": pairs})
+
+
+class Owned(Averages):
+    """Averages in flat buffers of our own, with their residuals and rings."""
+
+    @classmethod
+    def of(cls, selection: Selection, stored_as: ShadowFormat) -> Owned:
+        """Allocate the averages of a selection.
+
+        Raises
+        ------
+        DTypeError
+            Naming every tensor that cannot be stored in this format.
+        """
+        problems = []
+        kinds = {}
+        for leaf in selection.averaged:
+            try:
+                kinds[leaf.name] = stored_as.stored(leaf.spec.kind)
+            except DTypeError as error:
+                problems.append(f"{leaf.name}: {error}")
+        if problems:
+            raise DTypeError("shadow_dtype does not fit:\n" + format_problems(problems))
+        likes = {leaf.name: leaf.spec for leaf in selection.averaged}
+        copied = {leaf.name: (leaf.spec, leaf.spec.kind) for leaf in selection.copied}
+        held = {
+            name: Entry(name, False, "", converter(copied[name][0]), {"shadow": memory})
+            for name, memory in zip(copied, allocate(copied.values()), strict=True)
+        }
+        return cls(
+            [
+                {**_allocate_averages(likes, kinds, stored_as), **held}
+                for _ in range(stored_as.num_averages)
+            ],
+            stored_as,
+        )
+
+    def begin(self, program: Program) -> None:
+        """Copy the weights into the new averages; see :meth:`Averages.begin`."""
+        program.run(SYNC)
+
+    def on(self, device: str, *, ring_on_host: bool = False) -> Owned:
+        """See :class:`Averages`."""
+
+        def there(part: str, memory: Memory) -> TensorSpec:
+            array, spec = memory
+            if part == "ring" and ring_on_host:
+                return spec
+            return describe(bridge_of(array).transfer(array, device)).sharded_like(spec)
+
+        return self._copy_from(there, ring_on_host)
+
     def cast(self, stored_as: ShadowFormat) -> Owned:
-        """Return the averages converted to another format, in new memory."""
+        """See :class:`Averages`."""
         sets = []
         pairs: dict[str, list[Pair]] = {"copy": [], "cast_back": []}
         for one in self.sets:
@@ -218,7 +266,7 @@ class Owned:
         return Owned(sets, stored_as)
 
     def with_rounding(self, stored_as: ShadowFormat) -> Owned:
-        """Return averages in the same memory, with the format's rounding of 16-bit averages."""
+        """See :class:`Averages`."""
         as_stored = stored_as._replace(dtype=None)
 
         def entry(old: Entry) -> Entry:
@@ -227,16 +275,6 @@ class Owned:
             return old._replace(form=as_stored.stored(old.spec.kind)[1])
 
         return Owned([{name: entry(e) for name, e in one.items()} for one in self.sets], stored_as)
-
-    def load(self, tensors: Mapping[str, Iterable[Mapping[str, Any]]]) -> Program:
-        """Return a program whose ``{"all": "copy"}`` copies a state's checked tensors here."""
-        pairs = []
-        for part, of_part in self.specs().items():
-            for specs, arrays in zip(of_part, tensors[part], strict=True):
-                for name, spec in specs.items():
-                    array = _transfer_array(select_part(arrays[name], spec), spec.device)
-                    pairs.append(Pair(name, spec, describe(array)))
-        return Program({"all": pairs})
 
 
 def _transfer_array(array: Any, device: str) -> Any:
@@ -281,7 +319,7 @@ def _allocate_averages(
         }
         add("ring", rings, stored_as.window)
     return {
-        name: Entry(name, True, kinds[name][1], _converter(likes[name]), parts[name])
+        name: Entry(name, True, kinds[name][1], converter(likes[name]), parts[name])
         for name in likes
     }
 
@@ -291,7 +329,8 @@ def _tensor_to_save(memory: Memory) -> Any:
     return bridge_of(array).alias(array) if spec.division is None else spec.division.tensor(array)
 
 
-def _converter(like: TensorSpec) -> Callable[[Any], Any]:
+def converter(like: TensorSpec) -> Callable[[Any], Any]:
+    """Return the function that turns our arrays into tensors like a given one."""
     return _converter_by(bridge_of(like.owner)) if like.division is None else like.division.tensor
 
 

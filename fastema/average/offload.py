@@ -159,7 +159,9 @@ class OffloadedEMA(EMA[Any]):
             self._link.staging, decay, policy=exactly, on_nonfinite=on_nonfinite, **options
         )
         self._names = chosen.names  # of the model, not of the staged copies
-        self._model = Binding(None, module, partial(self._match, False), leaves=leaves)
+        self._model = Binding(
+            None, module, partial(self._match, False), leaves=leaves, transient=False
+        )
         _offloaded.add(self)
 
     @property

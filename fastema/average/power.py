@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastema.average.average import Average, Weights
 from fastema.average.options import AverageOptions, expand_options
@@ -34,6 +34,9 @@ class PowerEMA(Average[Weights]):
         Width of each average: standard deviation of its profile divided by the steps so far, in
         (0, 0.2887], (0.05, 0.10) by default. Synthesis needs two. One pass over the weights updates
         all of them.
+    into, overwrite
+        See :class:`fastema.EMA`. ``into`` holds one average, and the first update copies
+        the weights: it needs one width and ``overwrite=True``.
     **options : AverageOptions
         Options that all averages share; see :class:`fastema.average.AverageOptions`.
 
@@ -69,7 +72,11 @@ class PowerEMA(Average[Weights]):
         self,
         weights: Weights,
         sigma_rels: float | Sequence[float] = (0.05, 0.10),
+        *,
+        into: Any = None,
+        overwrite: bool = False,
         **options: Unpack[AverageOptions],
     ) -> None:
         several = sigma_rels if isinstance(sigma_rels, Sequence) else (sigma_rels,)
-        super().__init__(weights, [power(sigma) for sigma in several], **options)
+        rules = [power(sigma) for sigma in several]
+        super().__init__(weights, rules, into=into, overwrite=overwrite, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastema.average.average import Average, Weights
 from fastema.average.options import AverageOptions, expand_options
@@ -25,6 +25,9 @@ class SWA(Average[Weights]):
     ----------
     weights : torch module, array, or list, tuple, dict or iterator of arrays
         The tensors to average; see :class:`fastema.EMA`.
+    into, overwrite
+        See :class:`fastema.EMA`. The first update copies the weights, so ``into`` needs
+        ``overwrite=True``.
     **options : AverageOptions
         Options that all averages share; see :class:`fastema.average.AverageOptions`.
 
@@ -60,6 +63,9 @@ class SWA(Average[Weights]):
     def __init__(
         self,
         weights: Weights,
+        *,
+        into: Any = None,
+        overwrite: bool = False,
         **options: Unpack[AverageOptions],
     ) -> None:
-        super().__init__(weights, CumulativeMean(), **options)
+        super().__init__(weights, CumulativeMean(), into=into, overwrite=overwrite, **options)

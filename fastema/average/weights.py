@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from fastema.average.entries import Names
 from fastema.average.matching import Matcher
-from fastema.average.memory import Owned
+from fastema.average.memory import Averages
 from fastema.binding.binding import Binding
 from fastema.binding.steady import SteadyRun
 from fastema.binding.swap import MemorySwap, WriteWatch
@@ -20,10 +20,7 @@ from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair
 from fastema.layout.spec import Leaves
 
-__all__ = ["SYNC", "AppliedSwap", "Weights", "weights_of"]
-
-SYNC: Final = {"averaged": "copy", "copied": "copy"}
-"""Kernel operations that copy the weights into all averages and copied tensors."""
+__all__ = ["AppliedSwap", "Weights", "weights_of"]
 
 _ONCE: Final = "ema.update(params)"
 """How to pass new immutable arrays; quoted in errors."""
@@ -63,12 +60,14 @@ class Weights:
     binding : Binding
         The model's tensors, paired with the average's memory.
     matcher : Matcher
-    memory : Owned
+    memory : Averages
     """
 
-    def __init__(self, container: Any, binding: Binding, matcher: Matcher, memory: Owned) -> None:
+    def __init__(
+        self, container: Any, binding: Binding, matcher: Matcher, memory: Averages
+    ) -> None:
         self.own, self.binding = container, binding
-        self._matcher, self._averaged = matcher, memory.averaged
+        self._matcher, self._averaged, self._notifies = matcher, memory.averaged, memory.moves
         self.forget_replaced()
 
     @property
@@ -105,7 +104,14 @@ class Weights:
     def begin_steady(self, operations: dict[str, str]) -> SteadyRun | None:
         """Return a native run of these operations over the average's own model, if there can be."""
         binding = self.binding
-        return binding.begin_steady(operations) if binding.is_matched_with(self.own) else None
+        if not binding.is_matched_with(self.own):
+            return None
+        return binding.begin_steady(operations, notifies=self._notifies)
+
+    def notify(self) -> None:
+        """Tell a framework that counts writes that averages in its tensors were written."""
+        if self._notifies:
+            self.binding.notify_write(0)
 
     # -- pairs ------------------------------------------------------------------------------------
 
@@ -241,12 +247,14 @@ def _find_nonfinite(pairs: list[Pair]) -> list[str]:
 
 
 def weights_of(
-    container: Any, memory: Owned, names: Names, leaves: Leaves | None = None
+    container: Any, memory: Averages, names: Names, leaves: Leaves | None = None
 ) -> Weights:
     """Return the weights of a model, paired with the memory of their average.
 
     ``leaves`` are the model's, if the memory was allocated for them just now.
     """
     matcher = Matcher(memory, names)
-    binding = Binding(None, container, matcher.match_exactly, leaves=leaves)
+    binding = Binding(
+        memory.container, container, matcher.match_exactly, leaves=leaves, transient=False
+    )
     return Weights(container, binding, matcher, memory)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -206,6 +205,9 @@ class Binding:
     leaves : Leaves, optional
         The model's leaves, if already known. An average that fastema owns was then allocated for
         them just now, and overlaps nothing.
+    transient : bool
+        Whether tensors outside of a module's state dict are watched, too. False is for a caller
+        that keeps both containers alive as long as this object.
     """
 
     def __init__(
@@ -217,8 +219,10 @@ class Binding:
         labels: tuple[str, str] = ("average of ", ""),
         look: Callable[[Any], Leaves] = leaves_of,
         leaves: Leaves | None = None,
+        transient: bool = True,
     ) -> None:
         self._match, self._labels, self._look = match, labels, look
+        self._transient = transient
         self._bound = self._bind((dst, src), match, leaves)
 
     def _bind(
@@ -266,9 +270,7 @@ class Binding:
             elif whole.moving:
                 sides.append(MovingSide(whole, container))
             else:
-                sides.append(
-                    WatchedSide(watched, container, trained, transient=not owned, keep=owned)
-                )
+                sides.append(WatchedSide(watched, container, trained, transient=self._transient))
         guard = None
         if dst.moving or src.moving:
             guard = OverlapGuard(
@@ -340,10 +342,13 @@ class Binding:
             bound = self._bind((bound.containers[0], container), match)
         raise LayoutError("another thread keeps replacing the tensors of the model")
 
-    def begin_steady(self, operations: Mapping[str, str]) -> SteadyRun | None:
+    def begin_steady(
+        self, operations: Mapping[str, str], *, notifies: bool = False
+    ) -> SteadyRun | None:
         """Return a native run of these operations over the tensors as last matched.
 
-        None if there can be none: with tensors on a GPU, or that move at every step.
+        None if there can be none: with tensors on a GPU, or that move at every step. With
+        ``notifies``, each step also does what ``notify_write(0)`` does.
         """
         bound = self._bound
         if bound.guard is not None or bound.contexts:
@@ -353,7 +358,7 @@ class Binding:
             sides = bound.sides
             run = bound.program.native(operations, [task for one in sides for task in one.tasks])
             checks = [check for one in sides for check in one.checks]
-            bound.steady[key] = SteadyRun(run, checks)
+            bound.steady[key] = SteadyRun(run, checks, self._write_listeners(0) if notifies else ())
         return bound.steady[key]
 
     def is_present(self, steady: SteadyRun) -> bool:
@@ -458,11 +463,14 @@ class Binding:
     def notify_write(self, *sides: int) -> None:
         """Notify frameworks that count writes; side 0 is the average, side 1 the model."""
         for side in sides:
-            for notify, arrays in self.cached(("listeners", side), partial(self._listeners, side)):
+            for notify, arrays in self._write_listeners(side):
                 notify(arrays)
 
-    def _listeners(self, side: int) -> list[Any]:
-        return write_listeners((pair.dst, pair.src)[side].owner for pair in self._bound.pairs)
+    def _write_listeners(self, side: int) -> list[Any]:
+        return self.cached(
+            ("listeners", side),
+            lambda: write_listeners((pair.dst, pair.src)[side].owner for pair in self._bound.pairs),
+        )
 
     def capturing(self) -> bool:
         """Return whether a weights' device is capturing its work into a graph."""

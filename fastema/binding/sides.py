@@ -101,8 +101,8 @@ class OwnedSide:
 class WatchedSide(OwnedSide):
     """Tensors that stay in place until they are replaced (torch, NumPy).
 
-    With ``transient``, non-persistent buffers are watched as well. With ``keep`` the caller keeps
-    the container alive as long as this object.
+    With ``transient``, non-persistent buffers are watched as well. Without it, the caller keeps the
+    container alive as long as this object.
     """
 
     def __init__(
@@ -112,9 +112,8 @@ class WatchedSide(OwnedSide):
         trained: Sequence[FreezeState],
         *,
         transient: bool,
-        keep: bool,
     ) -> None:
-        self._watch = watch(leaves, transient=transient, keep=keep)
+        self._watch = watch(leaves, transient=transient, keep=not transient)
         self._trained = trained
         self.leaves = leaves
         self.tasks, self.tables = self._watch.tasks, self._watch.tables

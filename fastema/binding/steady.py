@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
-from fastema.engine.cpu import MOVED, CpuRun
+from fastema.engine.cpu import DONE, MOVED, CpuRun
 
 __all__ = ["SteadyRun"]
 
@@ -18,6 +19,8 @@ class SteadyRun:
     run : CpuRun
     checks : sequence of callable
         The checks that are left to Python: each returns True if a tensor has moved.
+    listeners : sequence of (callable, arrays)
+        Each is called with its arrays after a step.
 
     Attributes
     ----------
@@ -25,14 +28,31 @@ class SteadyRun:
         :attr:`CpuRun.call`, after these checks.
     """
 
-    def __init__(self, run: CpuRun, checks: Sequence[Callable[[], bool]]) -> None:
+    def __init__(
+        self,
+        run: CpuRun,
+        checks: Sequence[Callable[[], bool]],
+        listeners: Sequence[tuple[Callable[[Any], None], Any]] = (),
+    ) -> None:
         self.run, self._checks = run, checks
         # No bound method where there are no checks: a function more, and a cycle.
         self.call = partial(_call_unless_moved, checks, run.call) if checks else run.call
+        if listeners:
+            self.call = partial(_call_and_notify, self.call, listeners)
 
     def has_moved(self) -> bool:
         """Return whether the checks that are left to Python find that a tensor has moved."""
         return any(check() for check in self._checks)
+
+
+def _call_and_notify(
+    call: Callable[[], int], listeners: Sequence[tuple[Callable[[Any], None], Any]]
+) -> int:
+    code = call()
+    if code == DONE:
+        for notify, arrays in listeners:
+            notify(arrays)
+    return code
 
 
 def _call_unless_moved(checks: Sequence[Callable[[], bool]], call: Callable[[], int]) -> int:

@@ -16,10 +16,10 @@ from fastema.engine.interrupts import defer_signals
 from fastema.engine.native import is_jit_disabled
 from fastema.engine.registry import Kernel, function
 from fastema.kernels import run_table as abi
-from fastema.kernels.run_table import MOVED, NO_STEP
+from fastema.kernels.run_table import DONE, MOVED, NO_STEP
 from fastema.layout.device_context import LaunchArgs
 
-__all__ = ["MOVED", "NO_STEP", "CpuRun", "Launch", "run_kernel"]
+__all__ = ["DONE", "MOVED", "NO_STEP", "CpuRun", "Launch", "run_kernel"]
 
 BYTES_PER_THREAD: Final = 1 << 19
 """Minimum work per thread of an OpenMP team that is awake: entering it takes a few microseconds, in
