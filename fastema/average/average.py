@@ -453,13 +453,11 @@ class Average(Generic[Weights]):
 
     def _settle(self) -> None:
         """Locate the average, and before ``start_after`` copy the current weights into it."""
-        if self._applied is not None:
-            return
-        synced = self._clock.is_before_start
-        if synced or self._memory.moves:
+        if self._applied is None and self._clock.is_before_start:
             with self._weights.current() as program:
-                if synced:
-                    self._sync_by(program)
+                self._sync_by(program)
+        elif self._memory.moves:
+            self._weights.locate_averages()
 
     def _sync_by(self, program: Program) -> None:
         if self._weights.binding.capturing():

@@ -31,6 +31,7 @@ class Names:
     aliases: dict[str, str]  # further name of a tied weight: the name it is averaged under
     policies: Policies  # the user's
     parameters: list[str] | None = None  # of a torch module, in order, skipped ones too
+    shared: frozenset[str] = frozenset()  # skipped: the average's container has the model's own
 
     def may_appear(self, name: str) -> bool:
         """Return whether a pattern skips a new tensor, for example an adapter added later."""
@@ -38,9 +39,8 @@ class Names:
 
     def must_stay_frozen(self, name: str) -> bool:
         """Return whether a parameter has no average because it is frozen."""
-        return (name in self.skipped or name in self.frozen) and self.policies.by_pattern(
-            name
-        ) is None
+        held_back = name in self.frozen or (name in self.skipped and name not in self.shared)
+        return held_back and self.policies.by_pattern(name) is None
 
 
 class Selection(NamedTuple):

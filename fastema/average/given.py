@@ -28,14 +28,20 @@ class Given(Averages):
     moves: ClassVar[bool] = True
 
     def __init__(
-        self, container: Any, leaves: Leaves, averaged: dict[str, bool], stored_as: ShadowFormat
+        self,
+        container: Any,
+        leaves: Leaves,
+        averaged: dict[str, bool],
+        shared: frozenset[str],
+        stored_as: ShadowFormat,
     ) -> None:
-        self.container, self._averaged, self.format = container, averaged, stored_as
+        self.container, self.format = container, stored_as
+        self._averaged, self._shared = averaged, shared
         self.locate(leaves)
         super().__init__(self.sets, stored_as)
 
-    def locate(self, found: Leaves) -> Leaves:
-        """See :class:`Averages`; raise a LayoutError if tensors are missing."""
+    def locate(self, found: Leaves, model: Leaves | None = None) -> Leaves:
+        """See :class:`Averages`; raise a LayoutError if tensors are missing or shared no more."""
         leaves = {leaf.name: leaf for leaf in found.items}
         for one in found.opaque:
             if one.name in self._averaged:
@@ -46,8 +52,20 @@ class Given(Averages):
                 f"into= does not match the model:\n{format_problems(missing)}\nLeave such tensors "
                 "out by policy={'name': 'skip'}."
             )
+        if model is not None:
+            own = {leaf.name: leaf.spec for leaf in model.items}
+            parted = [
+                f"{name!r} was the model's own tensor and no longer is"
+                for name in sorted(self._shared)
+                if name in own and (name not in leaves or leaves[name].spec != own[name])
+            ]
+            if parted:
+                raise LayoutError(
+                    f"into= shares other tensors with the model now:\n{format_problems(parted)}\n"
+                    "Build a new average."
+                )
         self.sets = [{name: self._entry(leaves[name]) for name in self._averaged}]
-        return found.select_names(self._averaged)
+        return found.select_names({*self._averaged, *self._shared})
 
     def _entry(self, leaf: Leaf) -> Entry:
         spec, averaged = leaf.spec, self._averaged[leaf.name]
@@ -73,7 +91,8 @@ class Given(Averages):
 
     def with_rounding(self, stored_as: ShadowFormat) -> Given:
         """See :class:`Averages`."""
-        return Given(self.container, leaves_of(self.container), self._averaged, stored_as)
+        leaves = leaves_of(self.container)
+        return Given(self.container, leaves, self._averaged, self._shared, stored_as)
 
 
 def check_overwriting(schedule: Schedule, overwrite: Any) -> None:
@@ -137,11 +156,11 @@ def claim(
             "NumPy's; JAX's arrays, and variables of TensorFlow and of Keras on TensorFlow or JAX, "
             "are replaced or moved by their framework"
         )
-    shared = {
+    shared = frozenset(
         name
         for name, leaf in theirs.items()
         if name in own and leaf.spec.size and leaf.spec == own[name].spec
-    }
+    )
     held = [leaf for leaf in (*chosen.averaged, *chosen.copied) if leaf.name not in shared]
     if not any(leaf.name not in shared for leaf in chosen.averaged):
         raise ArgumentError(
@@ -159,11 +178,11 @@ def claim(
             "eval mode), 'average' averages them, 'skip' leaves them alone (a teacher in train "
             "mode keeps its own BatchNorm statistics)."
         )
-    names = replace(chosen.names, skipped=chosen.names.skipped | shared)
+    names = replace(chosen.names, skipped=chosen.names.skipped | shared, shared=shared)
     averaged = [leaf for leaf in chosen.averaged if leaf.name not in shared]
     copied = [leaf for leaf in chosen.copied if leaf.name not in shared]
     kinds = {leaf.name: True for leaf in averaged} | {leaf.name: False for leaf in copied}
-    memory = Given(container, leaves, kinds, stored_as)
+    memory = Given(container, leaves, kinds, shared, stored_as)
     return memory, Selection(averaged, copied, names)
 
 
@@ -188,7 +207,7 @@ def _check_names(policies: Policies, own: dict[str, Leaf], theirs: dict[str, Lea
         )
 
 
-def _check_ties(aliases: dict[str, str], theirs: dict[str, Leaf], shared: set[str]) -> None:
+def _check_ties(aliases: dict[str, str], theirs: dict[str, Leaf], shared: frozenset[str]) -> None:
     """Refuse a container that does not tie the tensors that the model ties."""
     problems = [
         f"{name!r} is not tied to {kept!r}"

@@ -41,7 +41,7 @@ class Matcher:
 
     def _match_leaves(self, averages: Leaves, model: Leaves, *, match_subset: bool) -> Match:
         memory, names = self._memory, self._names
-        located = memory.locate(averages)
+        located = memory.locate(averages, model)
         entries = memory.sets[0]
         refuse_other_model(model, entries, names, match_subset=match_subset)
         found = {leaf.name: leaf for leaf in model.items}
@@ -55,7 +55,7 @@ class Matcher:
         by_tag: dict[str, list[Pair]] = {"averaged": [], "copied": []}
         for pair in pairs:
             by_tag["averaged" if pair.name in memory.averaged else "copied"].append(pair)
-        watched = model.select_names({*entries, *names.aliases})
+        watched = model.select_names({*entries, *names.aliases, *names.shared})
         return Match(by_tag, located, watched, frozen_states(model, names))
 
 

@@ -98,8 +98,11 @@ class Averages:
         """Give the averages their first values; ``program`` has them paired with the weights."""
         raise NotImplementedError
 
-    def locate(self, found: Leaves) -> Leaves:
-        """Find the averages among the tensors of :attr:`container`; return those to watch."""
+    def locate(self, found: Leaves, model: Leaves | None = None) -> Leaves:
+        """Find the averages among the tensors of :attr:`container`; return those to watch.
+
+        Check what must hold between them and the model's tensors, if these are given.
+        """
         return found
 
     def on(self, device: str, *, ring_on_host: bool = False) -> Averages:

@@ -12,7 +12,7 @@ from fastema.average.memory import Averages
 from fastema.binding.binding import Binding
 from fastema.binding.steady import SteadyRun
 from fastema.binding.swap import MemorySwap, WriteWatch
-from fastema.bridges.registry import describe
+from fastema.bridges.registry import describe, leaves_of
 from fastema.engine.blocks import BlockSteps
 from fastema.engine.program import Program
 from fastema.errors import FastemaError, LayoutError, StateError, format_problems
@@ -67,7 +67,7 @@ class Weights:
         self, container: Any, binding: Binding, matcher: Matcher, memory: Averages
     ) -> None:
         self.own, self.binding = container, binding
-        self._matcher, self._averaged, self._notifies = matcher, memory.averaged, memory.moves
+        self._matcher, self._averaged, self._memory = matcher, memory.averaged, memory
         self.forget_replaced()
 
     @property
@@ -106,12 +106,17 @@ class Weights:
         binding = self.binding
         if not binding.is_matched_with(self.own):
             return None
-        return binding.begin_steady(operations, notifies=self._notifies)
+        return binding.begin_steady(operations, notifies=self._memory.moves)
 
     def notify(self) -> None:
         """Tell a framework that counts writes that averages in its tensors were written."""
-        if self._notifies:
+        if self._memory.moves:
             self.binding.notify_write(0)
+
+    def locate_averages(self) -> None:
+        """Find averages in tensors of their owner again if they have moved; read no weights."""
+        if self.binding.have_averages_moved():
+            self._memory.locate(leaves_of(self._memory.container))
 
     # -- pairs ------------------------------------------------------------------------------------
 

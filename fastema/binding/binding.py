@@ -396,6 +396,11 @@ class Binding:
         dst, src = self._bound.sides
         return dst.tables, src.tables
 
+    def have_averages_moved(self) -> bool:
+        """Return whether tensors of the average have moved or were replaced."""
+        bound = self._bound
+        return bound.sides[0].find(bound.containers[0], write=False) is None
+
     def has_moved(self, src: Any) -> bool:
         """Return whether tensors have moved or were replaced."""
         return self._bound.find(src, write=False) is None

@@ -1,5 +1,6 @@
 """Averages of every kind, for tests that must hold for all of them."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,13 @@ Kind = Callable[..., Any]
 
 build_three = partial(fastema.EMA, decay=(0.5, 0.75, 0.875))
 
+
+def build_into(weights: Any, **options: Any) -> Any:
+    """Return an average in a copy of the weights, which the test does not keep."""
+    options = {"buffers": "copy", "overwrite": True, **options}
+    return fastema.EMA(weights, decay=0.75, into=copy.deepcopy(weights), **options)
+
+
 KINDS: dict[str, Kind] = {
     "EMA": partial(fastema.EMA, decay=0.75),
     "three": build_three,
@@ -25,9 +33,10 @@ KINDS: dict[str, Kind] = {
     "split": partial(fastema.EMA, decay=0.75, shadow_dtype="bf16+16"),
     "three split": partial(build_three, shadow_dtype="bf16+16"),
     "random": partial(fastema.EMA, decay=0.75, shadow_dtype="bfloat16"),
+    "into": build_into,
 }
 
-VARIED = ("three", "SMA", "split", "three split", "random")
+VARIED = ("three", "SMA", "split", "three split", "random", "into")
 """Kinds that differ in memory layout; the others are an EMA with another rule."""
 
 

@@ -97,7 +97,7 @@ BYTES = {
 }
 
 
-OF_DTYPES = [(kind, {}, BYTES[kind]) for kind in KINDS]
+OF_DTYPES = [(kind, {}, expected) for kind, expected in BYTES.items()]
 OF_DTYPES += [("EMA", {"shadow_dtype": d}, {"shadow": d.itemsize}) for d in FLOATS.values()]
 
 
@@ -130,7 +130,7 @@ IN_PLACE += [("bf16", kind) for kind in KINDS if "split" not in kind]
 @pytest.mark.parametrize(("model_dtype", "kind"), IN_PLACE)
 def test_update_and_swap_allocate_no_tensor(model_dtype: str, kind: str) -> None:
     params = [torch.randn(300, dtype=FLOATS[model_dtype]) for _ in range(5)]
-    wide = kind not in ("random", "split", "three split")
+    wide = kind not in ("random", "split", "three split", "into")
     average = KINDS[kind](params, **({"shadow_dtype": torch.float32} if wide else {}))
     average.update()
     with torch.profiler.profile(

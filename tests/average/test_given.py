@@ -1,0 +1,408 @@
+"""Averages in tensors of the user's own: `into=`."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastema
+from fastema.errors import (
+    ArgumentError,
+    BridgeError,
+    CheckpointError,
+    DTypeError,
+    LayoutError,
+    StateError,
+)
+
+from .truth import Loops, arithmetic_of
+from .weights import (
+    BUFFERS,
+    FLOATS,
+    assert_bits,
+    assert_same,
+    bits,
+    net,
+    refresh_,
+    snapshot,
+    train_,
+    values,
+)
+
+pytestmark = pytest.mark.torch
+
+
+def layers(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
+    """Return a module without buffers."""
+    model = nn.Sequential(nn.Linear(5, 17), nn.Linear(17, 3)).to(dtype)
+    refresh_(model, seed)
+    return model
+
+
+def arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    return {name: one.double().numpy() for name, one in values(model).items()}
+
+
+# -- updates -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", FLOATS)
+@pytest.mark.parametrize("weights", FLOATS)
+def test_given_average_equals_a_float64_loop(weights: str, stored: str) -> None:
+    model, target = layers(FLOATS[weights]), layers(FLOATS[stored], seed=1)
+    raw = snapshot(target)
+    ema = fastema.EMA(model, decay=0.75, into=target)
+    assert_bits(target, raw)  # construction writes nothing
+    loops = Loops(arrays(target), stored, arithmetic_of(weights, stored), stored in ("f16", "bf16"))
+    for seed in range(2, 42):
+        train_(model, [seed], ema)
+        loops.step(arrays(model), 0.25)
+        loops.check(arrays(target))
+    assert ema.num_updates == 40
+    assert_same({name: bits(one) for name, one in ema.shadow.items()}, snapshot(target))
+
+
+@pytest.mark.parametrize("make", [list, tuple, lambda one: dict(enumerate(one))], ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_lists_and_dicts_of_arrays_hold_averages(make: Callable[[Any], Any], dtype: Any) -> None:
+    random = np.random.default_rng(1)
+    x, y = ([random.standard_normal((3, 7)).astype(dtype) for _ in range(2)] for _ in range(2))
+    ema = fastema.EMA(make(x), decay=0.5, into=make(y))
+    expected = [one + (other - one) / 2 for one, other in zip(y, x, strict=True)]
+    ema.update()
+    for one, wanted in zip(y, expected, strict=True):
+        np.testing.assert_allclose(one, wanted, rtol=1e-6)
+
+
+def test_given_and_owned_averages_have_the_same_bits() -> None:
+    model = layers(torch.bfloat16)
+    target = copy.deepcopy(model)
+    options: dict[str, Any] = {"decay": 0.9, "seed": 7, "update_every": 2}
+    given, owned = fastema.EMA(model, into=target, **options), fastema.EMA(model, **options)
+    train_(model, range(1, 50), given, owned)
+    assert_same(snapshot(target), {name: bits(one) for name, one in owned.shadow.items()})
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average", "skip"])
+def test_buffers_are_what_was_asked_for(buffers: Any) -> None:
+    model, target = net(0), net(1)
+    old = values(target)
+    fastema.EMA(model, decay=0.5, into=target, buffers=buffers).update()
+    new, now = values(model), values(target)
+    for name in BUFFERS:
+        if buffers == "skip":
+            expected = old[name]
+        elif buffers == "average" and new[name].is_floating_point():
+            expected = (old[name] + new[name]) / 2
+        else:
+            expected = new[name]
+        torch.testing.assert_close(now[name], expected)
+
+
+def test_buffers_must_be_asked_for() -> None:
+    with pytest.raises(ArgumentError, match=r"(?s)'norm.running_mean'.*buffers='copy'.*'skip'"):
+        fastema.EMA(net(0), into=net(1))
+    fastema.EMA(layers(), into=layers())
+
+
+def test_sync_copies_the_weights_and_counts_no_update() -> None:
+    model, target = layers(), layers(torch.bfloat16, seed=1)
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    before = ema.version
+    ema.sync()
+    assert_bits(target, snapshot(copy.deepcopy(model).bfloat16()))
+    assert (ema.num_updates, ema.version) == (0, before + 1)
+
+
+def test_followed_optimizer_updates_a_given_average() -> None:
+    model, target = layers(), layers(seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    ema.follow(optimizer)
+    old = values(target)
+    model(torch.ones(2, 5)).square().sum().backward()
+    optimizer.step()
+    for name, one in values(target).items():
+        torch.testing.assert_close(one, (old[name] + values(model)[name]) / 2)
+
+
+def test_every_write_counts_for_autograd() -> None:
+    model, target = layers(), layers(seed=1)
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    count = [one._version for one in target.parameters()]
+    calls: list[Callable[[], None]] = [ema.update, ema.update, ema.update, ema.sync]
+    calls += [ema.apply_shadow, ema.restore, lambda: ema.load_state_dict(ema.state_dict())]
+    for call in calls:
+        call()
+        now = [one._version for one in target.parameters()]
+        assert all(new > old for new, old in zip(now, count, strict=True))
+        count = now
+    loss = target(torch.ones(1, 5)).sum()
+    ema.update()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_means_overwrite_only_if_asked_to() -> None:
+    model = layers()
+    for build in (fastema.SWA, lambda *a, **o: fastema.PowerEMA(*a, 0.1, **o)):
+        target = layers(seed=1)
+        with pytest.raises(ArgumentError, match="overwrite=True"):
+            build(model, into=target)
+        build(model, into=target, overwrite=True).update()
+        assert_bits(target, snapshot(model))
+    for options in ({"zero_debias": True}, {"start_after": 3}):
+        with pytest.raises(ArgumentError, match="overwrite=True"):
+            fastema.EMA(model, into=layers(), **options)  # type: ignore[arg-type]
+
+
+# -- swaps ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", FLOATS)
+@pytest.mark.parametrize("weights", FLOATS)
+def test_swapped_model_holds_the_average_and_gets_its_weights_back(
+    weights: str, stored: str
+) -> None:
+    model, target = layers(FLOATS[weights]), layers(FLOATS[stored], seed=1)
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    train_(model, range(2, 5), ema)
+    raw, average, held = snapshot(model), snapshot(target), values(target)
+    with pytest.raises(ZeroDivisionError), ema.swapped():  # noqa: PT012
+        for name, one in values(model).items():
+            torch.testing.assert_close(
+                one, held[name].to(one.dtype), atol=0, rtol=torch.finfo(one.dtype).eps
+            )
+        assert_same({name: bits(one) for name, one in ema.shadow.items()}, average)
+        with pytest.raises(StateError, match="applied"):
+            ema.update()
+        raise ZeroDivisionError
+    assert_bits(model, raw)
+    assert_bits(target, average)
+
+
+def test_weights_replaced_in_the_block_are_restored() -> None:
+    model, target = layers(), layers(seed=1)
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    raw, average = snapshot(model), snapshot(target)
+    with ema.swapped():
+        for module in (model, target):
+            for one in module.parameters():
+                one.data = one.data.clone()
+    assert_bits(model, raw)
+    assert_bits(target, average)
+
+
+# -- tensors that move ---------------------------------------------------------------------------
+
+
+def _assign(target: nn.Module) -> None:
+    target.load_state_dict(values(target), assign=True)
+
+
+def _replace(target: nn.Module) -> None:
+    target[0].weight = nn.Parameter(target[0].weight.detach().clone())  # type: ignore[index]
+
+
+MOVES: dict[str, Callable[[nn.Module], object]] = {
+    "cast": lambda target: target.double(),
+    "data": lambda target: [setattr(p, "data", p.data.clone()) for p in target.parameters()],
+    "assigned": _assign,
+    "replaced": _replace,
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("updates", [0, 1, 5])
+def test_moved_tensors_are_found_again(move: str, updates: int) -> None:
+    model, target = layers(), layers(seed=1)
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    train_(model, range(2, 2 + updates), ema)
+    MOVES[move](target)
+    old = values(target)
+    assert_same({name: bits(one) for name, one in ema.shadow.items()}, snapshot(target))
+    assert list(ema.state_dict())[1:] == [f"shadow.0.{name}" for name in old]
+    train_(model, [9], ema)
+    for name, one in values(target).items():
+        torch.testing.assert_close(one, (old[name] + values(model)[name].to(one.dtype)) / 2)
+
+
+def test_target_that_no_longer_fits_is_refused_and_nothing_written() -> None:
+    model, target = layers(), layers(seed=1)
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    ema.update()
+    target[0].weight = nn.Parameter(torch.ones(2, 5))
+    raw = snapshot(target)
+    with pytest.raises(LayoutError, match=r"0\.weight"):
+        ema.update()
+    assert_bits(target, raw)
+    del target[0].bias
+    target[0].register_parameter("bias", None)
+    with pytest.raises(LayoutError, match=r"'0\.bias' is missing"):
+        ema.update()
+    assert ema.num_updates == 1
+
+
+# -- what is shared, and what is refused ---------------------------------------------------------
+
+
+def test_shared_tensors_are_left_alone_and_reported() -> None:
+    model, target = layers(), layers(seed=1)
+    target[0] = model[0]
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    assert ema.skipped_names == {"0.weight", "0.bias"}
+    assert ema.averaged_names == {"1.weight", "1.bias"}
+    old, new = values(target[1]), values(model[1])
+    ema.update()
+    for name, one in values(target[1]).items():
+        torch.testing.assert_close(one, (old[name] + new[name]) / 2)
+
+
+@pytest.mark.parametrize("side", ["model", "target"])
+def test_tensors_that_are_shared_no_more_are_an_error(side: str) -> None:
+    model, target = layers(), layers(seed=1)
+    target[0] = model[0]
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    ema.update()
+    {"model": model, "target": target}[side][0] = nn.Linear(5, 17)
+    raw = snapshot(target)
+    with pytest.raises(LayoutError, match=r"'0\.weight' was the model's own"):
+        ema.update()
+    assert_bits(target, raw)
+
+
+def test_ties_of_the_model_must_be_ties_of_the_target() -> None:
+    def tied(tie: bool) -> nn.ModuleDict:
+        model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+        if tie:
+            model["b"].weight = model["a"].weight  # type: ignore[assignment]
+        return model
+
+    with pytest.raises(LayoutError, match=r"'b\.weight' is not tied to 'a\.weight'"):
+        fastema.EMA(tied(True), into=tied(False))
+    with pytest.raises(LayoutError, match="overlap"):
+        fastema.EMA(tied(False), into=tied(True))
+    model, target = tied(True), tied(True)
+    expected = (target["a"].weight + model["a"].weight) / 2  # type: ignore[operator]
+    fastema.EMA(model, decay=0.5, into=target).update()
+    torch.testing.assert_close(target["b"].weight, expected)
+
+
+def _overlapping() -> tuple[Any, Any]:
+    whole = torch.zeros(10)
+    return [whole[:6]], [whole[3:9]]
+
+
+def test_partial_overlap_is_refused() -> None:
+    model, target = _overlapping()
+    with pytest.raises(LayoutError, match="overlap"):
+        fastema.EMA(model, into=target)
+
+
+def test_model_itself_is_refused() -> None:
+    model = layers()
+    for target in (model, list(model.parameters())):
+        with pytest.raises((ArgumentError, LayoutError), match=r"model itself|not in the model"):
+            fastema.EMA(model, into=target)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"decay": (0.5, 0.9)}, ArgumentError, "one decay"),
+        ({"shadow_dtype": "float32"}, ArgumentError, "shadow_dtype"),
+        ({"offload": True}, ArgumentError, "offload"),
+        ({"overwrite": 1}, ArgumentError, "True or False"),
+    ],
+)
+def test_options_of_owned_memory_are_refused(
+    options: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        fastema.EMA(layers(), into=layers(), **options)
+
+
+def test_containers_that_do_not_fit_are_refused() -> None:
+    model = layers()
+    other = nn.Sequential(nn.Linear(5, 17), nn.Linear(17, 4))
+    with pytest.raises(LayoutError, match=r"'1\.weight' is \[4, 17\], in the model \[3, 17\]"):
+        fastema.EMA(model, into=other)
+    with pytest.raises(LayoutError, match=r"'2\.weight' is not in the model"):
+        fastema.EMA(model, into=nn.Sequential(*layers(), nn.Linear(3, 3)))
+    with pytest.raises(LayoutError, match=r"'1\.weight' is missing"):
+        fastema.EMA(model, into=nn.Sequential(nn.Linear(5, 17)))
+    with pytest.raises(DTypeError, match="i64"):
+        fastema.EMA([torch.zeros(3)], into=[torch.zeros(3, dtype=torch.int64)])
+    read_only = np.zeros(3)
+    read_only.flags.writeable = False
+    with pytest.raises(BridgeError, match="stay in place"):
+        fastema.EMA([np.zeros(3)], into=[read_only])
+
+
+def test_names_that_a_policy_skips_may_be_missing_or_differ() -> None:
+    model = nn.Sequential(*layers(), nn.Linear(3, 9))
+    target = nn.Sequential(*layers(seed=1), nn.Linear(3, 4))
+    ema = fastema.EMA(model, decay=0.5, into=target, policy={"2.*": "skip"})
+    old = values(target)
+    ema.update()
+    assert torch.equal(target[2].weight, old["2.weight"])
+    assert not torch.equal(target[0].weight, old["0.weight"])
+
+
+def test_given_tensors_are_moved_by_their_owner() -> None:
+    ema = fastema.EMA(layers(), into=layers())
+    with pytest.raises(ArgumentError, match="your own"):
+        ema.to(torch.float64)
+    with pytest.raises(ArgumentError, match="your own"):
+        ema.to("cpu")
+
+
+# -- states --------------------------------------------------------------------------------------
+
+
+def test_state_continues_to_the_bit_in_given_and_owned_memory() -> None:
+    model = layers(torch.bfloat16)
+    target = copy.deepcopy(model)
+    ema = fastema.EMA(model, decay=0.9, seed=3, into=target)
+    train_(model, range(1, 8), ema)
+    state = ema.state_dict()
+    raw = snapshot(model)
+    train_(model, range(8, 20), ema)
+    expected = snapshot(target)
+    fresh = layers(torch.bfloat16, seed=5)
+    for other in (
+        fastema.EMA(model, decay=0.9, into=fresh),
+        fastema.EMA(model, decay=0.9, rounding="nearest"),
+    ):
+        other.load_state_dict(state)
+        assert other.num_updates == 7
+        train_(model, range(8, 20), other)
+        assert_same({name: bits(one) for name, one in other.shadow.items()}, expected)
+    assert any(not torch.equal(raw[name], one) for name, one in snapshot(model).items())
+
+
+def test_state_that_does_not_fit_changes_nothing() -> None:
+    target = layers(seed=1)
+    ema = fastema.EMA(layers(), into=target)
+    raw = snapshot(target)
+    with pytest.raises(CheckpointError):
+        ema.load_state_dict(fastema.EMA([torch.ones(3)]).state_dict())
+    assert_bits(target, raw)
+
+
+def test_copies_of_a_given_average_are_new_tensors() -> None:
+    model, target = layers(), layers(seed=1)
+    ema = fastema.EMA(model, into=target)
+    state = ema.model_state_dict()
+    other = layers(seed=2)
+    ema.copy_to(other)
+    assert_bits(other, snapshot(target))
+    for name, one in state.items():
+        assert torch.equal(one, values(target)[name])
+        assert one.data_ptr() != dict(target.named_parameters())[name].data_ptr()
+    with pytest.raises(LayoutError, match="overlap"):
+        ema.copy_to(target)
