@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import fastema
 from fastema.errors import ArgumentError, DTypeError
 
-from .shadow.truth import Loops
+from .average.truth import Loops
 from .support import reference
 from .support.mixed import (
     PAIRS,

@@ -456,7 +456,7 @@ class Average(Generic[Weights]):
         if self._applied is None and self._clock.is_before_start:
             with self._weights.current() as program:
                 self._sync_by(program)
-        elif self._memory.moves:
+        else:
             self._weights.locate_averages()
 
     def _sync_by(self, program: Program) -> None:
@@ -1003,7 +1003,7 @@ class Average(Generic[Weights]):
         check_literal(schedule, "schedule", SavedOrMine)
         with self._lock:
             self._refuse_applied("load_state_dict")
-            self._settle()
+            self._weights.locate_averages()
             own = self.schedule
             saved = unpack(state, self._kind, own, self._memory.specs(), schedule)
             program = self._memory.load(saved.tensors)

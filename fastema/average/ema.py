@@ -50,7 +50,7 @@ class EMA(Average[Weights]):
         module with the model's names and shapes, in any dtypes, on the same devices. Nothing is
         written at first: the average begins with what they hold, and :meth:`sync` copies the
         weights. Tensors that both share are left alone. If there are buffers, ``buffers=`` must be
-        given. See ``docs/targets.md``.
+        given. See ``docs/teachers.md``.
     overwrite : bool
         Whether an update may replace what ``into`` holds by the weights, as the first one does with
         ``zero_debias`` and up to ``start_after``. False by default.

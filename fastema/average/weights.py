@@ -115,7 +115,7 @@ class Weights:
 
     def locate_averages(self) -> None:
         """Find averages in tensors of their owner again if they have moved; read no weights."""
-        if self.binding.have_averages_moved():
+        if self._memory.moves and self.binding.have_averages_moved():
             self._memory.locate(leaves_of(self._memory.container))
 
     # -- pairs ------------------------------------------------------------------------------------

@@ -147,7 +147,8 @@ def zeros(length: int, code: str, device: str) -> torch.Tensor:
     if torch.device(device).type != "cpu":
         return torch.zeros(length, dtype=dtype, device=device)
     memory = aligned_empty([length * dtype.itemsize], np.dtype(np.uint8))
-    return torch.from_numpy(memory).view(dtype).zero_()
+    memory.fill(0)
+    return torch.from_numpy(memory).view(dtype)
 
 
 def alias(tensor: torch.Tensor) -> torch.Tensor:

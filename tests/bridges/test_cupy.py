@@ -9,7 +9,7 @@ import fastema
 from fastema.bridges import registry
 from fastema.errors import BridgeError, DTypeError, StateError
 
-from ..shadow.truth import Loop
+from ..average.truth import Loop
 from ..support.mixed import CODES, draw_arrays
 from ..support.stub_cupy import Device, Stream, array, cupy, ndarray
 from ..support.stub_gpu import StubDriver

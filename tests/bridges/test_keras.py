@@ -13,7 +13,7 @@ import fastema
 from fastema.bridges import registry
 from fastema.errors import BridgeError, LayoutError, StateError
 
-from ..shadow.truth import Loop
+from ..average.truth import Loop
 from ..support.process import run_python
 from ..support.requirements import require_packages
 

@@ -108,7 +108,7 @@ def test_doctor_reports_the_setup_and_detects_wrong_kernels(
 
     def spoilt(self: Any, model: Any) -> Any:
         found = restore(self, model)
-        self._container.weight.data[0, 0] += 1
+        self._weights.container.weight.data[0, 0] += 1
         return found
 
     with monkeypatch.context() as patch:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ..shadow.truth import Loop, arithmetic_of
+from ..average.truth import Loop, arithmetic_of
 from ..support.peers import is_float, named_tensors
 
 CODES = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}

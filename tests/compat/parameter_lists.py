@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..shadow.truth import Loop
+from ..average.truth import Loop
 from .network import CODES, array, make_generator
 
 Parameters = list[Any]

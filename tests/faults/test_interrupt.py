@@ -22,7 +22,7 @@ from fastema.engine.threads import TEAM
 from fastema.kernels.run_table import PARALLEL
 from fastema.layout.device_context import LaunchArgs
 
-from ..shadow.kinds import KINDS
+from ..average.kinds import KINDS
 from .interrupts import OURS, interrupt_each
 from .trials import OPS, Op, PeerSide, Side, bits_of, describe_change, peer_block
 

@@ -31,8 +31,8 @@ from fastema import checkpoint
 from fastema.distributed import consolidate
 from fastema.errors import FastemaError
 
-from ..shadow.kinds import KINDS, full_state, which
-from ..shadow.weights import net, refresh_, tensors_of
+from ..average.kinds import KINDS, full_state, which
+from ..average.weights import net, refresh_, tensors_of
 from ..support.peers import PEERS
 from ..support.states import flat, nested
 from .interrupts import interrupt, interrupt_after

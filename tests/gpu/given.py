@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastema.kernels.table import CHUNK
 
-from ..shadow.stored import code_of, indices, stored
+from ..average.stored import code_of, indices, stored
 from ..support import reference
 
 ON = os.environ.get("FASTEMA_GPU_TESTS_ON", "cuda")

@@ -9,8 +9,8 @@ import torch
 import fastema
 from fastema.kernels.table import CHUNK
 
-from ..shadow.stored import exact
-from ..shadow.truth import Loop, arithmetic_of
+from ..average.stored import exact
+from ..average.truth import Loop, arithmetic_of
 from ..support import reference
 from .given import (
     FLOATS,
