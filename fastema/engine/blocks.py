@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import ContextDecorator
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fastema.engine.interrupts import defer_signals
@@ -34,8 +35,18 @@ class BlockSteps(Generic[Value]):
     verify: Callable[[], object] = _check_nothing
 
 
+class _CallableProperty(property):
+    """A property that :class:`contextlib.ExitStack` can use: it calls ``type(block).__exit__``."""
+
+    def __call__(self, block: Any, *raised: Any) -> object:
+        return block.__exit__(*raised)
+
+
 class RestoringBlock(ContextDecorator, Generic[Value]):
     """A ``with`` block that undoes its effect on exit, also after an exception or an interrupt.
+
+    It restores wherever a signal handler raises. Signals that arrive during ``apply`` or
+    ``restore`` wait; see :class:`~fastema.engine.interrupts.defer_signals`.
 
     Parameters
     ----------
@@ -47,30 +58,15 @@ class RestoringBlock(ContextDecorator, Generic[Value]):
     ------
     RuntimeError
         If the block is entered twice.
-
-    Notes
-    -----
-    Python runs signal handlers when a function begins, after a call returns and at the end of a
-    loop iteration, and a handler may raise there. That leaves two gaps around a ``with`` block:
-
-    - ``__exit__`` may be interrupted before its first instruction, when no ``try`` is in force
-      yet. This holds for every ``__exit__`` written in Python, and so for
-      ``contextlib.contextmanager``. C functions have no such gap. Here ``__exit__`` is
-      ``min(..., key=generator.send)``, a C function that takes any arguments: it resumes a
-      generator, which is inside its own ``try`` when the first handler can run.
-    - A call of ``restore`` may be interrupted as it begins. Nothing was restored then, so it is
-      called again, and the exception propagates afterwards. Three calls survive three signals in
-      a row.
-
-    ``__enter__`` is written in Python, with a ``try`` around everything after ``prepare``. Signals
-    that arrive during ``apply`` or ``restore`` wait; see
-    :class:`~fastema.engine.interrupts.defer_signals`.
     """
 
     def __init__(self, prepare: Callable[[], BlockSteps[Value]]) -> None:
         self._prepare = prepare
         self._run = _run(prepare)
+        self._exit = partial(min, "", key=self._run.send)
         self._entered = False
+        self.close: Callable[[], None] = self._run.close
+        """Exit a block that was entered by hand. May be called again."""
 
     def _recreate_cm(self) -> RestoringBlock[Value]:
         """Return a new block for each call of a decorated function."""
@@ -85,26 +81,18 @@ class RestoringBlock(ContextDecorator, Generic[Value]):
             value: Value = next(self._run)
             return value  # inside the try: a signal after the call is caught too
         except BaseException:
-            self._run.close()
+            self.close()
             raise
-
-    def close(self) -> None:
-        """Exit a block that was entered by hand. May be called again, also after an interrupt."""
-        self._run.close()
 
     if TYPE_CHECKING:
 
         def __exit__(self, *_: object) -> None: ...
 
     else:
-
-        class _Exit:
-            def __get__(self, block, owner=None):
-                if block is None:  # looked up on the class, as contextlib.ExitStack does
-                    return lambda self, *raised: self.__exit__(*raised)
-                return partial(min, "", key=block._run.send)
-
-        __exit__ = _Exit()
+        # A signal handler may raise before the first instruction of a Python function, even of
+        # __exit__. Hence __exit__ is min, a C function that takes any arguments: as its key, it
+        # resumes a generator, which is inside its own try by then.
+        __exit__ = _CallableProperty(attrgetter("_exit"))
 
 
 def _run(prepare: Callable[[], BlockSteps[Value]]) -> Generator[Any, Any, None]:
@@ -119,9 +107,9 @@ def _run(prepare: Callable[[], BlockSteps[Value]]) -> Generator[Any, Any, None]:
 
     def restore() -> None:
         with defer_signals():
-            if due:
-                due.pop()()
+            due.pop()()
 
+    # A call of restore() may be interrupted as it begins: three calls survive three signals.
     try:
         try:
             try:
@@ -130,13 +118,16 @@ def _run(prepare: Callable[[], BlockSteps[Value]]) -> Generator[Any, Any, None]:
                     value = steps.apply()
                 yield value
             finally:
-                restore()
+                if due:
+                    restore()
         finally:
-            restore()
+            if due:
+                restore()
     finally:
-        restore()
+        if due:
+            restore()
     if (yield 0) is None:
         steps.verify()
-    del steps, value  # a block that stays alive must not keep their tensors alive
+    del steps, value, restore  # a block that stays alive must not keep their tensors alive
     while True:
         yield 0

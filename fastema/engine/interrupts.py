@@ -24,16 +24,16 @@ _SIGNALS: Final = tuple(
 _in_c: Any = sys.modules.get("_signal", signal)
 _set, _get = _in_c.signal, _in_c.getsignal
 
-_active: list[defer_signals] = []
-"""The outermost :class:`defer_signals` of the main thread, while there is one."""
+_outermost: defer_signals | None = None
+"""The block that records the main thread's signals, if there is one."""
 
 _handlers: dict[int, Any] = {}
 """Handlers, by signal, that :func:`_record_signal` replaces now or replaced before."""
 
 
 def _record_signal(number: int, frame: FrameType | None) -> None:
-    if _active:
-        _active[0].pending.append((number, frame))
+    if _outermost is not None:
+        _outermost.pending.append((number, frame))
     else:  # reinstalled after the block, by code that saved it inside
         _handlers[number](number, frame)
 
@@ -51,49 +51,42 @@ class defer_signals:
     same signal, and ``signal.siginterrupt(..., False)``.
     """
 
-    __slots__ = ("_deferred", "pending")
+    __slots__ = ("pending",)
 
-    _deferred: list[int]
     pending: list[tuple[int, FrameType | None]]
 
     def __enter__(self) -> None:
         """Start deferring signals."""
-        if _active or get_ident() != main_thread().ident:
+        global _outermost
+        if _outermost is not None or get_ident() != main_thread().ident:
             return
-        self._deferred, self.pending = [], []
+        self.pending = []
         try:
-            _active.append(self)
+            _outermost = self
             for number in _SIGNALS:
                 handler = _get(number)
-                if handler is _record_signal:  # reinstalled by code that saved it inside a block
-                    self._deferred.append(number)
-                elif callable(handler):
-                    _handlers[number] = handler
-                    self._deferred.append(number)
-                    before = _set(number, _record_signal)
-                    if before is not handler:  # a signal came, and its handler installed another
-                        _handlers[number] = before
+                if callable(handler) and handler is not _record_signal:
+                    _handlers[number] = handler  # known even if the next line is interrupted
+                    _handlers[number] = _set(number, _record_signal)
         except BaseException:
-            # No call before this one: a second signal's handler could raise as it begins, and a
-            # block that stays in the list defers signals forever.
-            _active.remove(self)
+            # No call before this: a second signal's handler could raise as it begins, and signals
+            # would be deferred forever.
+            _outermost = None
             self._release()
             raise
 
     def __exit__(self, *_: object) -> None:
         """Stop deferring, and call the handlers of the recorded signals."""
-        if self in _active:
-            _active.remove(self)
+        if _outermost is self:
             self._release()
 
-    def _restore_handlers(self) -> None:
-        for number in self._deferred:
-            if _get(number) is _record_signal:  # not a handler that was set inside
-                _set(number, _handlers[number])
-
     def _release(self) -> None:
+        global _outermost
         try:
-            self._restore_handlers()
+            _outermost = None
+            for number in [*_handlers]:
+                if _get(number) is _record_signal:  # not a handler that was set inside
+                    _set(number, _handlers[number])
             while self.pending:
                 number, frame = self.pending[0]
                 handler = _get(number)
@@ -106,11 +99,12 @@ class defer_signals:
             raise
 
 
-def _restore_handlers_in_child() -> None:
-    # In a child that another thread forked, these blocks never end.
-    while _active:
-        _active.pop()._restore_handlers()
+def _release_in_child() -> None:
+    # In a child that another thread forked, the block never ends; its signals were the parent's.
+    if _outermost is not None:
+        _outermost.pending.clear()
+        _outermost._release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_restore_handlers_in_child)
+    os.register_at_fork(after_in_child=_release_in_child)

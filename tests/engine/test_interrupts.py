@@ -1,6 +1,8 @@
 """Signals that arrive during writes are all handled afterwards, and handlers stay installed."""
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -9,7 +11,10 @@ import numpy as np
 import pytest
 
 import fastema
+from fastema.engine import interrupts
 from fastema.engine.interrupts import defer_signals
+
+from ..faults.interrupts import interrupt_everywhere
 
 if not hasattr(signal, "SIGUSR1"):
     pytest.skip("no signals of the user's own here", allow_module_level=True)
@@ -108,3 +113,95 @@ def test_a_handler_that_was_saved_inside_a_block_and_set_after_it_still_works(
         assert calls == [ONE]
     assert calls == [ONE, ONE]
     assert signal.getsignal(ONE) is recorder
+
+
+def test_recorded_signals_are_handled_wherever_another_handler_raises(
+    calls: list[int], recorder: Handler
+) -> None:
+    """Also while the handlers are put back."""
+
+    def block() -> None:
+        with defer_signals():
+            entered.append(True)
+            signal.raise_signal(ONE)
+
+    entered: list[bool] = []
+    handlers = {number: signal.getsignal(number) for number in (ONE, signal.SIGTERM)}
+
+    def check() -> None:
+        assert len(calls) == len(entered)
+        assert {number: signal.getsignal(number) for number in handlers} == handlers
+        calls.clear()
+        entered.clear()
+
+    interrupt_everywhere(block, check)
+
+
+def test_handler_that_another_signal_installs_as_a_block_begins_stays(
+    calls: list[int], recorder: Handler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def set_after_signal(number: int, handler: Any) -> Any:
+        if number == ONE and not installed:
+            installed.append(True)
+            signal.signal(ONE, other)  # as its own handler may: signal.signal() runs handlers first
+        return signal.signal(number, handler)
+
+    def other(number: int, frame: FrameType | None) -> None:
+        calls.append(-number)
+
+    installed: list[bool] = []
+    monkeypatch.setattr(interrupts, "_set", set_after_signal)
+    with defer_signals():
+        signal.raise_signal(ONE)
+    assert calls == [-ONE]
+    assert signal.getsignal(ONE) is other
+
+
+def test_signals_are_not_deferred_in_a_child_that_another_thread_forked(
+    calls: list[int], recorder: Handler
+) -> None:
+    children: list[int] = []
+
+    def fork() -> None:
+        child = os.fork()
+        if child:
+            children.append(child)
+            return
+        signal.raise_signal(ONE)
+        os._exit(0 if calls == [ONE] and signal.getsignal(ONE) is recorder else 1)
+
+    with defer_signals():
+        thread = threading.Thread(target=fork)
+        thread.start()
+        thread.join()
+    assert os.waitpid(children[0], 0)[1] == 0
+    assert calls == []
+    assert signal.getsignal(ONE) is recorder
+
+
+def test_nested_blocks_and_other_threads_defer_to_the_outermost(
+    calls: list[int], recorder: Handler
+) -> None:
+    def block() -> None:
+        with defer_signals():
+            pass
+
+    with defer_signals():
+        thread = threading.Thread(target=block)
+        with defer_signals():
+            signal.raise_signal(ONE)
+            thread.start()
+            thread.join()
+        assert calls == []
+    assert calls == [ONE]
+
+
+def test_handler_that_is_set_inside_a_block_stays(calls: list[int], recorder: Handler) -> None:
+    def other(number: int, frame: FrameType | None) -> None:
+        calls.append(-number)
+
+    with defer_signals():
+        signal.raise_signal(ONE)
+        signal.signal(ONE, other)
+    assert calls == [-ONE]
+    assert signal.getsignal(ONE) is other

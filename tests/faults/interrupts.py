@@ -24,6 +24,8 @@ CHECKED_AFTER = ("CALL", "RESUME")
 NEAR_THE_ENDS = 25
 """Try all of this many places at either end of a call; --full tries NEAR_IN_FULL."""
 NEAR_IN_FULL = 200
+LAST: list[KeyboardInterrupt] = []
+"""The last interrupt: as in an ``except`` clause, it keeps alive what its traceback refers to."""
 
 
 @functools.cache
@@ -81,8 +83,8 @@ def interrupt(k: int, call: Callable[[], object], times: int = 1) -> int:
     sys.settrace(tracer)
     try:
         call()
-    except KeyboardInterrupt:
-        pass
+    except KeyboardInterrupt as error:
+        LAST[:] = [error]
     finally:
         sys.settrace(before)
         signal.signal(signal.SIGINT, handler)
@@ -99,6 +101,18 @@ def interrupt_each(call: Callable[[], object], check: Callable[[], object], time
         if k < NEAR_THE_ENDS or k > many - NEAR_THE_ENDS or k % apart == 0:
             interrupt(k, call, times)
             check()
+
+
+def interrupt_everywhere(
+    call: Callable[[], object], check: Callable[[], object], times: int = 1
+) -> None:
+    """Interrupt a short call at every place."""
+    many = -interrupt(0, call)
+    check()
+    assert many > 20
+    for k in range(1, many + 1):
+        interrupt(k, call, times)
+        check()
 
 
 def interrupt_after(seconds: float, call: Callable[[], object]) -> bool:
