@@ -109,7 +109,7 @@ def _run(prepare: Callable[[], BlockSteps[Value]]) -> Generator[Any, Any, None]:
         with defer_signals():
             due.pop()()
 
-    # A call of restore() may be interrupted as it begins: three calls survive three signals.
+    # A call may be interrupted as it begins. Three calls survive two signals that arrive together.
     try:
         try:
             try:

@@ -2,6 +2,7 @@
 
 import gc
 import signal
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -59,10 +60,10 @@ def close_by_hand(swapped: Swapped) -> None:
         block.close()
 
 
-@pytest.mark.parametrize("times", [1, 2, 3])
+@pytest.mark.parametrize("others", [(), (signal.SIGTERM,)], ids=["Ctrl-C", "Ctrl-C and SIGTERM"])
 @pytest.mark.parametrize("use", [enter_and_exit, raise_inside, close_by_hand])
 def test_block_restores_once_when_signals_arrive_at_any_place(
-    use: Callable[[Swapped], None], times: int
+    use: Callable[[Swapped], None], others: tuple[int, ...]
 ) -> None:
     swapped = Swapped()
 
@@ -72,7 +73,7 @@ def test_block_restores_once_when_signals_arrive_at_any_place(
         assert swapped.calls[2:] in ([], ["verify"])
         swapped.calls.clear()
 
-    interrupt_everywhere(lambda: use(swapped), check, times)
+    interrupt_everywhere(lambda: use(swapped), check, others)
 
 
 def test_signals_during_restore_are_handled_after_it() -> None:
@@ -150,6 +151,21 @@ def test_block_cannot_be_entered_twice() -> None:
     with pytest.raises(RuntimeError, match="already entered"), block:
         pass
     assert swapped.calls == ["apply", "restore", "verify"]
+
+
+def test_block_that_is_kept_does_not_keep_what_it_restored() -> None:
+    raw: list[weakref.ref[Swapped]] = []
+
+    def prepare() -> BlockSteps[Swapped]:
+        swapped = Swapped()
+        raw.append(weakref.ref(swapped))
+        return BlockSteps(lambda: swapped, lambda: swapped)
+
+    block = RestoringBlock(prepare)
+    with block:
+        assert raw[0]() is not None
+    gc.collect()
+    assert raw[0]() is None
 
 
 def test_block_works_in_an_exit_stack_and_as_a_decorator() -> None:

@@ -137,6 +137,26 @@ def test_recorded_signals_are_handled_wherever_another_handler_raises(
     interrupt_everywhere(block, check)
 
 
+def test_handlers_are_put_back_wherever_two_of_them_raise(recorder: Handler) -> None:
+    """At the latest by the next block."""
+
+    def block() -> None:
+        with defer_signals():
+            pass
+
+    def check() -> None:
+        block()
+        assert signal.getsignal(ONE) is recorder
+        assert {number: signal.getsignal(number) for number in before} == before
+
+    def first_block() -> None:
+        interrupts._handlers.clear()
+        block()
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    interrupt_everywhere(first_block, check, [signal.SIGTERM])
+
+
 def test_handler_that_another_signal_installs_as_a_block_begins_stays(
     calls: list[int], recorder: Handler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,11 +191,12 @@ def test_signals_are_not_deferred_in_a_child_that_another_thread_forked(
         os._exit(0 if calls == [ONE] and signal.getsignal(ONE) is recorder else 1)
 
     with defer_signals():
+        signal.raise_signal(ONE)  # for the parent alone
         thread = threading.Thread(target=fork)
         thread.start()
         thread.join()
     assert os.waitpid(children[0], 0)[1] == 0
-    assert calls == []
+    assert calls == [ONE]
     assert signal.getsignal(ONE) is recorder
 
 

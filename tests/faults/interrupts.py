@@ -4,6 +4,7 @@ Python runs signal handlers only at certain instructions: at the start of a func
 and at the end of a loop iteration.
 """
 
+import _thread
 import contextlib
 import dis
 import functools
@@ -11,7 +12,7 @@ import gc
 import itertools
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -54,10 +55,10 @@ def _handler(code: CodeType, offset: int) -> int | None:
 
 
 class At:
-    """A tracer that sends SIGINT at the k-th place it reaches and at ``times - 1`` more."""
+    """A tracer that sends SIGINT at the k-th place it reaches, after other signals."""
 
-    def __init__(self, k: int, times: int) -> None:
-        self.left, self.times = k, times
+    def __init__(self, k: int, others: Sequence[int]) -> None:
+        self.left, self.others = k, others
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
         name = frame.f_code.co_filename
@@ -66,32 +67,44 @@ class At:
         frame.f_trace_opcodes = True
         if event == "opcode" and frame.f_lasti in find_places(frame.f_code):
             self.left -= 1
-            if -self.times < self.left <= 0:
+            if not self.left:
+                # Only note them: their handlers raise one by one, after that of SIGINT.
+                [*map(_thread.interrupt_main, self.others)]
                 signal.raise_signal(signal.SIGINT)
         return self
 
 
-def interrupt(k: int, call: Callable[[], object], times: int = 1) -> int:
+def interrupt(k: int, call: Callable[[], object], others: Sequence[int] = ()) -> int:
     """Interrupt a call at its k-th place; return ``k`` minus the number of places reached.
 
-    With ``k = 0``, do not interrupt it, and return the number of places, negated.
+    With ``k = 0``, do not interrupt it, and return the number of places, negated. ``others`` are
+    signals that arrive together with SIGINT; their handlers raise too.
     """
+    armed = True
+
+    def fail(number: int, frame: FrameType | None) -> None:
+        if armed:
+            raise KeyboardInterrupt
+
     before = sys.gettrace()
-    tracer = At(k, times)
+    tracer = At(k, others)
     # A shell makes background processes ignore SIGINT.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    handlers = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    handlers |= {number: signal.signal(number, fail) for number in others}
     sys.settrace(tracer)
     try:
         call()
     except KeyboardInterrupt as error:
+        armed = False
         LAST[:] = [error]
     finally:
         sys.settrace(before)
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return tracer.left
 
 
-def interrupt_each(call: Callable[[], object], check: Callable[[], object], times: int = 1) -> None:
+def interrupt_each(call: Callable[[], object], check: Callable[[], object]) -> None:
     """Interrupt a call at every place, but at most about 100 in the middle of a long call."""
     many = -interrupt(0, call)
     check()
@@ -99,19 +112,19 @@ def interrupt_each(call: Callable[[], object], check: Callable[[], object], time
     apart = max(20, many // 100)
     for k in range(1, many + 1):
         if k < NEAR_THE_ENDS or k > many - NEAR_THE_ENDS or k % apart == 0:
-            interrupt(k, call, times)
+            interrupt(k, call)
             check()
 
 
 def interrupt_everywhere(
-    call: Callable[[], object], check: Callable[[], object], times: int = 1
+    call: Callable[[], object], check: Callable[[], object], others: Sequence[int] = ()
 ) -> None:
-    """Interrupt a short call at every place."""
+    """Interrupt a short call at every place, see :func:`interrupt`."""
     many = -interrupt(0, call)
     check()
     assert many > 20
     for k in range(1, many + 1):
-        interrupt(k, call, times)
+        interrupt(k, call, others)
         check()
 
 
