@@ -45,8 +45,8 @@ class _CallableProperty(property):
 class RestoringBlock(ContextDecorator, Generic[Value]):
     """A ``with`` block that undoes its effect on exit, also after an exception or an interrupt.
 
-    It restores wherever a signal handler raises. Signals that arrive during ``apply`` or
-    ``restore`` wait; see :class:`~fastema.engine.interrupts.defer_signals`.
+    It restores wherever a signal handler raises, even as ``__exit__`` begins. Signals that arrive
+    during ``apply`` or ``restore`` wait; see :class:`~fastema.engine.interrupts.defer_signals`.
 
     Parameters
     ----------
@@ -89,9 +89,9 @@ class RestoringBlock(ContextDecorator, Generic[Value]):
         def __exit__(self, *_: object) -> None: ...
 
     else:
-        # A signal handler may raise before the first instruction of a Python function, even of
-        # __exit__. Hence __exit__ is min, a C function that takes any arguments: as its key, it
-        # resumes a generator, which is inside its own try by then.
+        # A signal handler may raise before the first instruction of any Python function, also of
+        # __exit__. Hence __exit__ is a C function that takes any arguments: min. Its key resumes
+        # a generator, which is inside a try already.
         __exit__ = _CallableProperty(attrgetter("_exit"))
 
 

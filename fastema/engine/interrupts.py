@@ -46,9 +46,9 @@ class defer_signals:
     on exit: all of them, even if one raises. It costs about a microsecond in the main thread, next
     to nothing in other threads or inside another block.
 
-    Signals without a handler in Python are left alone. For the others ``signal.signal`` is called,
-    which removes what was set in C besides: a ``faulthandler.register(..., chain=True)`` of the
-    same signal, and ``signal.siginterrupt(..., False)``.
+    Signals without a handler in Python are left alone. The others are set with ``signal.signal``,
+    which also removes settings made in C: ``faulthandler.register(..., chain=True)`` of the same
+    signal, and ``signal.siginterrupt(..., False)``.
     """
 
     __slots__ = ("pending",)
@@ -100,7 +100,7 @@ class defer_signals:
 
 
 def _release_in_child() -> None:
-    # In a child that another thread forked, the block never ends; its signals were the parent's.
+    # If another thread forked, the block never ends in the child. Its signals are the parent's.
     if _outermost is not None:
         _outermost.pending.clear()
         _outermost._release()

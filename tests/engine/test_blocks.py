@@ -12,7 +12,7 @@ import pytest
 from fastema.engine.blocks import BlockSteps, RestoringBlock
 from fastema.engine.collector import pause_gc
 
-from ..faults.interrupts import interrupt_everywhere
+from ..faults.interrupts import TOGETHER, interrupt_everywhere
 
 
 class Swapped:
@@ -60,10 +60,16 @@ def close_by_hand(swapped: Swapped) -> None:
         block.close()
 
 
-@pytest.mark.parametrize("others", [(), (signal.SIGTERM,)], ids=["Ctrl-C", "Ctrl-C and SIGTERM"])
+@pytest.mark.parametrize(
+    "others",
+    [
+        pytest.param([], id="Ctrl-C"),
+        pytest.param([signal.SIGTERM], id="and SIGTERM", marks=TOGETHER),
+    ],
+)
 @pytest.mark.parametrize("use", [enter_and_exit, raise_inside, close_by_hand])
 def test_block_restores_once_when_signals_arrive_at_any_place(
-    use: Callable[[Swapped], None], others: tuple[int, ...]
+    use: Callable[[Swapped], None], others: list[int]
 ) -> None:
     swapped = Swapped()
 

@@ -14,7 +14,7 @@ import fastema
 from fastema.engine import interrupts
 from fastema.engine.interrupts import defer_signals
 
-from ..faults.interrupts import interrupt_everywhere
+from ..faults.interrupts import TOGETHER, interrupt_everywhere
 
 if not hasattr(signal, "SIGUSR1"):
     pytest.skip("no signals of the user's own here", allow_module_level=True)
@@ -137,6 +137,7 @@ def test_recorded_signals_are_handled_wherever_another_handler_raises(
     interrupt_everywhere(block, check)
 
 
+@TOGETHER
 def test_handlers_are_put_back_wherever_two_of_them_raise(recorder: Handler) -> None:
     """At the latest by the next block."""
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+import pytest
+
 import fastema
 
 OURS = str(Path(fastema.__file__).parent)
@@ -25,6 +27,9 @@ CHECKED_AFTER = ("CALL", "RESUME")
 NEAR_THE_ENDS = 25
 """Try all of this many places at either end of a call; --full tries NEAR_IN_FULL."""
 NEAR_IN_FULL = 200
+TOGETHER = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="Python 3.10 also runs handlers before an except clause"
+)
 LAST: list[KeyboardInterrupt] = []
 """The last interrupt: as in an ``except`` clause, it keeps alive what its traceback refers to."""
 
@@ -93,9 +98,11 @@ def interrupt(k: int, call: Callable[[], object], others: Sequence[int] = ()) ->
     handlers |= {number: signal.signal(number, fail) for number in others}
     sys.settrace(tracer)
     try:
-        call()
+        try:
+            call()
+        finally:  # in Python 3.10 another handler may raise before the next line
+            armed = False
     except KeyboardInterrupt as error:
-        armed = False
         LAST[:] = [error]
     finally:
         sys.settrace(before)
