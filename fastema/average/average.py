@@ -18,6 +18,7 @@ from fastema.average.matching import names_of_state, refuse_other_holder
 from fastema.average.memory import SYNC, Averages, Entry, Owned, Tensors
 from fastema.average.options import (
     Rounding,
+    check_flag,
     check_literal,
     dtype_of,
     format_of,
@@ -25,7 +26,7 @@ from fastema.average.options import (
     parse_settings,
 )
 from fastema.average.reports import describe_rule, report
-from fastema.average.state import SavedOrMine, pack, unpack
+from fastema.average.state import SavedOrMine, complete_state, pack, unpack
 from fastema.average.views import Shadow
 from fastema.average.weights import AppliedSwap, weights_of
 from fastema.binding.swap import AppliedCopy, copy_applied, copy_applied_into
@@ -892,7 +893,7 @@ class Average(Generic[Weights]):
         if self._memory.on_host:
             self._weights.binding.wait()
 
-    def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
+    def state_dict(self, *, copy: bool = True, tensors: bool = True) -> dict[str, Any]:
         """Return the state needed to resume the run: counters, schedule and averages by name.
 
         It consists of tensors by name, as :func:`safetensors.torch.save_file`, :func:`torch.save`
@@ -906,6 +907,10 @@ class Average(Generic[Weights]):
             True by default: row-major copies. False saves their memory and returns the average's
             own tensors, with the strides of the weights: write them out before calling anything
             else. (While an average is applied, the tensors are always copies.)
+        tensors : bool
+            False leaves the averages out, if they lie in tensors of your own (``into=``) that you
+            save yourself: the state holds their digest, and loading it checks that they are back.
+            True by default.
 
         Returns
         -------
@@ -920,6 +925,8 @@ class Average(Generic[Weights]):
         ------
         LayoutError
             If ranks that share DTensors disagree about the settings.
+        ArgumentError
+            For ``tensors=False`` with averages in fastema's memory, or divided among ranks.
 
         Examples
         --------
@@ -930,6 +937,13 @@ class Average(Generic[Weights]):
         (['fastema', 'shadow.0.w'], array([1.]))
         """
         with self._lock:
+            if not check_flag(tensors, "tensors") and (
+                self._ranks is not None or not self._memory.moves
+            ):
+                raise ArgumentError(
+                    "tensors=False leaves out averages in tensors of your own (into=), on one "
+                    "rank; those of this average must be in its state"
+                )
             if self._ranks is not None:
                 self._ranks.compare(self._common_settings())
             clock = self._clock
@@ -939,8 +953,9 @@ class Average(Generic[Weights]):
                 clock.schedule,
                 clock.log_decays,
                 self._memory.format.rounding,
-                self._collect_tensors(copy),
+                self._collect_tensors(copy and tensors),
                 self._names.parameters,
+                whole=tensors,
             )
 
     @pause_gc
@@ -1005,6 +1020,8 @@ class Average(Generic[Weights]):
             self._refuse_applied("load_state_dict")
             self._weights.locate_averages()
             own = self.schedule
+            mine = self._memory.tensors() if self._memory.moves else None
+            state = complete_state(state, mine)
             saved = unpack(state, self._kind, own, self._memory.specs(), schedule)
             program = self._memory.load(saved.tensors)
             continue_count = self._clock.prepare_load(saved)

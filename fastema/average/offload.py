@@ -480,11 +480,11 @@ class OffloadedEMA(EMA[Any]):
         self._link.fetch(self._tensors(model)).complete()
         return super()._measure_drift(None, index)
 
-    def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
+    def state_dict(self, *, copy: bool = True, tensors: bool = True) -> dict[str, Any]:
         """Return the state needed to resume the run; see :meth:`fastema.EMA.state_dict`."""
         with self._lock:
             self._drain_and_sync()
-            return super().state_dict(copy=copy)
+            return super().state_dict(copy=copy, tensors=tensors)
 
     def load_state_dict(self, state: Mapping[str, Any], **options: Any) -> None:
         """Load a saved average; see :meth:`fastema.EMA.load_state_dict`."""

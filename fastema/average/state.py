@@ -6,6 +6,7 @@ average; ``fastema`` is the header, JSON in bytes: docs/reference/formats.md.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from fastema.rules.checks import MAX_STEPS
 from fastema.rules.rule import LOG_NEGLIGIBLE, to_plain_value
 
 __all__ = [
+    "FINGERPRINT",
     "HEADER",
     "KINDS",
     "LOG_DECAYS",
@@ -39,6 +41,8 @@ __all__ = [
     "Saved",
     "SavedOrMine",
     "check_version",
+    "complete_state",
+    "fingerprint",
     "join_state",
     "pack",
     "parse_header",
@@ -82,6 +86,9 @@ COUNTERS: Final = ("num_updates", "num_skipped", "seed")
 PARAMETERS: Final = "parameters"
 """Entry of a header that tells a torch module's parameters from its buffers, and their order."""
 
+FINGERPRINT: Final = "fingerprint"
+"""Entry of a header without averages, which lie in tensors of the user's own: their digest."""
+
 LOG_DECAYS: Final = "log_decays"
 """Entry of a header with bias correction: per average, the log of the initial weights' share."""
 
@@ -94,11 +101,14 @@ def pack(
     rounding: Rounding,
     tensors: Tensors,
     parameters: Sequence[str] | None = None,
+    *,
+    whole: bool = True,
 ) -> dict[str, Any]:
     """Return a state dict, which consists of tensors alone.
 
     ``parameters`` are the names of ``model.parameters()`` in order, if they are known: libraries
-    that store an average as a list need them.
+    that store an average as a list need them. Unless it is the ``whole`` state, a fingerprint
+    takes the place of the averages.
     """
     header: dict[str, Any] = {"version": VERSION, "kind": kind, **counters}
     header |= {"schedule": schedule.to_dict(), "rounding": rounding}
@@ -106,17 +116,36 @@ def pack(
         header[PARAMETERS] = list(parameters)
     if _is_debiased(schedule):
         header[LOG_DECAYS] = list(log_decays)
-    return join_state(header, tensors)
+    if whole:
+        return join_state(header, tensors)
+    header[FINGERPRINT] = fingerprint(tensors)
+    return {HEADER: join_state(header, tensors)[HEADER]}
 
 
-def join_state(header: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
-    """Return the state dict with this header and these tensors."""
-    state = {
+def fingerprint(tensors: Tensors) -> str:
+    """Return a digest of the names, dtypes, shapes and bits of averages."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key, one in join_keys(tensors).items():
+        array = row_major_on_host(one)
+        spec = describe(array)
+        digest.update(f"{key} {spec.dtype} {spec.shape}".encode())
+        digest.update(bytes_of(array))
+    return digest.hexdigest()
+
+
+def join_keys(tensors: Tensors) -> dict[str, Any]:
+    """Return averages under the keys that they have in a state dict."""
+    return {
         f"{part}.{i}.{name}": one
         for part, of_part in tensors.items()
         for i, named in enumerate(of_part)
         for name, one in named.items()
     }
+
+
+def join_state(header: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
+    """Return the state dict with this header and these tensors."""
+    state = join_keys(tensors)
     text = json.dumps(header).encode()
     # torch.distributed.checkpoint loads in place: the size must not depend on counters and decays.
     names = len(json.dumps(header.get(PARAMETERS)))
@@ -178,6 +207,30 @@ def split_tensors(state: Mapping[Any, Any]) -> dict[str, dict[int, dict[str, Any
         elif key != HEADER:
             raise CheckpointError(f"{key!r} is unexpected: a state has no such entry")
     return parts
+
+
+def complete_state(state: Any, averages: Tensors | None) -> Any:
+    """Return a state with the averages that it left to the user, after checking that they fit.
+
+    ``averages`` are those in the user's own tensors; None if there are none. Raise a
+    CheckpointError if the state was saved beside others.
+    """
+    if not isinstance(state, Mapping) or set(state) != {HEADER}:
+        return state
+    header, _ = split_state(state)
+    if FINGERPRINT not in header:
+        return state
+    if averages is None:
+        raise CheckpointError(
+            "the saved state has no averages: state_dict(tensors=False) of an average with into= "
+            "left them out; load it into one with into="
+        )
+    if header[FINGERPRINT] != fingerprint(averages):
+        raise CheckpointError(
+            "the saved state belongs to other tensors than into= holds: load the target that was "
+            "saved with it first"
+        )
+    return {**state, **join_keys(averages)}
 
 
 def _is_debiased(schedule: Schedule) -> bool:

@@ -385,6 +385,37 @@ def test_state_continues_to_the_bit_in_given_and_owned_memory() -> None:
     assert any(not torch.equal(raw[name], one) for name, one in snapshot(model).items())
 
 
+@pytest.mark.parametrize("applied", [False, True])
+def test_state_without_tensors_needs_the_same_target(applied: bool) -> None:
+    model, target = layers(torch.bfloat16), layers(torch.bfloat16, seed=1)
+    ema = fastema.EMA(model, decay=0.9, seed=3, into=target)
+    train_(model, range(2, 8), ema)
+    saved = copy.deepcopy(target.state_dict())
+    if applied:
+        with ema.swapped():
+            state = ema.state_dict(tensors=False)
+    else:
+        state = ema.state_dict(tensors=False)
+    assert list(state) == ["fastema"]
+    train_(model, range(8, 12), ema)
+    expected = snapshot(target)
+    with pytest.raises(CheckpointError, match="other tensors than into= holds"):
+        ema.load_state_dict(state)
+    assert_bits(target, expected)
+    fresh = layers(torch.bfloat16, seed=5)
+    fresh.load_state_dict(saved)
+    resumed = fastema.EMA(model, decay=0.9, into=fresh)
+    resumed.load_state_dict(state)
+    train_(model, range(8, 12), resumed)
+    assert_bits(fresh, expected)
+    assert resumed.num_updates == 10
+    owned = fastema.EMA(model)
+    with pytest.raises(CheckpointError, match="has no averages"):
+        owned.load_state_dict(state)
+    with pytest.raises(ArgumentError, match="tensors=False"):
+        owned.state_dict(tensors=False)
+
+
 def test_state_that_does_not_fit_changes_nothing() -> None:
     target = layers(seed=1)
     ema = fastema.EMA(layers(), into=target)
