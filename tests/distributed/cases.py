@@ -76,6 +76,31 @@ def check_updates(layout: str, kind: str) -> None:
     assert_equal(gather_averages(ema), gather_averages(train_average(kind, build_net())))
 
 
+def check_given(layout: str) -> None:
+    """Check that averages in tensors of the user's own, sharded alike, are those in ours."""
+    if not is_member(layout):
+        return
+    model = build(layout)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    target = {name: one.detach().clone() for name, one in named}
+    given = fastema.EMA(model, decay=0.9, seed=3, into=target, buffers="copy")
+    owned = fastema.EMA(model, decay=0.9, seed=3)
+    for step in range(4):
+        set_weights(model, weights(step))
+        given.update()
+        owned.update()
+    assert_equal([{name: gather(target[name]) for name in owned.shadow}], gather_averages(owned))
+    assert_equal(gather_averages(given), gather_averages(owned))
+    raw = {name: gather(one).clone() for name, one in model.named_parameters()}
+    with given.swapped():
+        held = gather_averages(owned)[0]
+        for name, one in model.named_parameters():
+            assert torch.equal(gather(one), held[name]), name
+    for name, one in model.named_parameters():
+        assert torch.equal(gather(one), raw[name]), name
+    assert_equal([{name: gather(target[name]) for name in owned.shadow}], gather_averages(owned))
+
+
 def check_swap(layout: str, kind: str) -> None:
     """Check that a swapped model computes like a single process and is restored to the bit."""
     if not is_member(layout):

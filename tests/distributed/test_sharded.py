@@ -94,6 +94,11 @@ def test_unsupported_tensors_and_calls_are_refused(run: Run, tmp_path: Path) -> 
         assert "'scale' is S(0) over (4,), its average whole on this rank" in other
 
 
+@pytest.mark.parametrize("layout", ["fsdp 2", "fsdp on tp"])
+def test_given_averages_equal_owned_ones(run: Run, layout: str) -> None:
+    run(cases.check_given, layout)
+
+
 @pytest.mark.parametrize("kind", ["plain", "foreach", "fused", "local"])
 def test_writes_to_swapped_weights_are_detected(run: Run, kind: str) -> None:
     run(cases.check_writes, kind)

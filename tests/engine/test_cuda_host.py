@@ -1,5 +1,6 @@
 """The host side of CUDA launches, against a driver that records its calls."""
 
+import copy
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, NoReturn
@@ -32,6 +33,10 @@ class Model(torch.nn.Module):
         self.register_buffer("count", torch.tensor(3))
 
 
+def build_into(model: Model, **options: Any) -> fastema.EMA[Any]:
+    return fastema.EMA(model, into=copy.deepcopy(model), buffers="copy", **options)
+
+
 POWERS = [power(0.02 + 0.02 * k) if k % 2 else 1 - 0.5**k for k in range(11)]
 AVERAGES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "plain": (fastema.EMA, {}),
@@ -45,6 +50,7 @@ AVERAGES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "debiased": (fastema.EMA, {"zero_debias": True}),
     "window": (fastema.SMA, {"window": 4}),
     "late window": (fastema.SMA, {"window": 4, "start_after": 3, "update_every": 2}),
+    "into": (build_into, {"decay": 0.9, "update_every": 2}),
 }
 SLOW = ("nearest", "debiased", "window", "late window")
 

@@ -178,6 +178,7 @@ def test_handler_that_another_signal_installs_as_a_block_begins_stays(
     assert signal.getsignal(ONE) is other
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # of JAX, if it was imported
 def test_signals_are_not_deferred_in_a_child_that_another_thread_forked(
     calls: list[int], recorder: Handler
 ) -> None:

@@ -22,7 +22,7 @@ def count_lines(call: Callable[[], Any]) -> int:
     def line(frame: FrameType, event: str, arg: Any) -> Any:
         nonlocal lines
         lines += event == "line"
-        if event == "call" and frame.f_code is watch._CompiledWatch._any_moved.__code__:
+        if event == "call" and frame.f_code is watch._CompiledWatch.changed.__code__:
             lines += int(frame.f_locals["self"].tables[0][TENSORS])
         return line
 
