@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Final
 
 from fastema.average.entries import Names
@@ -155,7 +156,7 @@ class Weights:
                 + format_problems(repr(name) for name in binding.model.fixed)
             )
         key = "swap", index
-        swap: AppliedSwap = binding.cached(key, lambda: self._build_swap(index))
+        swap: AppliedSwap = binding.cached(key, partial(self._build_swap, index))
         if swap.memory.has_copies or binding.model.moving:
             binding.forget(key)
         swap.container = binding.container
