@@ -225,6 +225,7 @@ class Plan:
     """
 
     _container_labels: ClassVar = ("the first", "the second")
+    _keeps_model: ClassVar = True
 
     @check_options
     def __init__(
@@ -252,6 +253,7 @@ class Plan:
             _PairSelection(policy, _MARKS[rounding], self._container_labels),
             labels=("avg ", "x "),
             look=_resharded_leaves,
+            keep=self._keeps_model,
         )
 
     def _run(
@@ -268,21 +270,25 @@ class Plan:
                 program.run(_OPERATIONS[operation], args)
                 self._calls += 1
                 binding.notify_write(*((0, 1) if swaps else (0,)))
-            steady = None if swaps else binding.begin_steady(_OPERATIONS[operation])
+            steady = None
+            if not swaps:
+                steady = binding.begin_steady(_OPERATIONS[operation], notifies=True)
             if steady is not None:
                 with defer_signals():
                     steady.run.set_steps([args], repeat=True)
                 self._steady[operation] = steady
 
     def step(self, operation: str, x: Any, weight: float) -> bool:
-        """Run an operation in one native call, if no tensor has moved; return whether it did."""
+        """Run an operation in one native call, if no tensor has moved; return whether it did.
+
+        Call it with :attr:`lock` held.
+        """
         steady = self._steady.get(operation)
         if steady is None or not self.binding.accepts(x):
             return False
-        if steady.has_moved() or not steady.run.repeat(weight, self._calls):
+        if not steady.repeat(weight, self._calls):
             return False
         self._calls += 1
-        self.binding.notify_write(0)
         return True
 
     @property

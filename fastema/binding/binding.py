@@ -206,8 +206,9 @@ class Binding:
         The model's leaves, if already known. An average that fastema owns was then allocated for
         them just now, and overlaps nothing.
     transient : bool
-        Whether tensors outside of a module's state dict are watched, too. False is for a caller
-        that keeps both containers alive as long as this object.
+        Whether tensors outside of a module's state dict are watched, too.
+    keep : bool
+        False if :meth:`forget_container` is called: then nothing of the model may be kept alive.
     """
 
     def __init__(
@@ -220,9 +221,10 @@ class Binding:
         look: Callable[[Any], Leaves] = leaves_of,
         leaves: Leaves | None = None,
         transient: bool = True,
+        keep: bool = True,
     ) -> None:
         self._match, self._labels, self._look = match, labels, look
-        self._transient = transient
+        self._transient, self._keep = transient, keep
         self._bound = self._bind((dst, src), match, leaves)
 
     def _bind(
@@ -261,16 +263,18 @@ class Binding:
         if not owned or leaves is None:
             _check_overlap(pairs, self._labels)
         sides: list[Side] = []
-        for container, whole, watched, trained in (
-            (containers[0], dst, found.dst, ()),
-            (containers[1], src, found.src, found.trained),
+        for container, whole, watched, trained, keep in (
+            (containers[0], dst, found.dst, (), True),
+            (containers[1], src, found.src, found.trained, self._keep),
         ):
             if whole is NO_LEAVES:
                 sides.append(OwnedSide())
             elif whole.moving:
                 sides.append(MovingSide(whole, container))
             else:
-                sides.append(WatchedSide(watched, container, trained, transient=self._transient))
+                sides.append(
+                    WatchedSide(watched, container, trained, transient=self._transient, keep=keep)
+                )
         guard = None
         if dst.moving or src.moving:
             guard = OverlapGuard(
@@ -348,7 +352,7 @@ class Binding:
         """Return a native run of these operations over the tensors as last matched.
 
         None if there can be none: with tensors on a GPU, or that move at every step. With
-        ``notifies``, each step also does what ``notify_write(0)`` does.
+        ``notifies``, its :attr:`SteadyRun.call` also does what ``notify_write(0)`` does.
         """
         bound = self._bound
         if bound.guard is not None or bound.contexts:

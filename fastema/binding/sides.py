@@ -101,8 +101,8 @@ class OwnedSide:
 class WatchedSide(OwnedSide):
     """Tensors that stay in place until they are replaced (torch, NumPy).
 
-    With ``transient``, non-persistent buffers are watched as well. Without it, the caller keeps the
-    container alive as long as this object.
+    With ``transient``, non-persistent buffers are watched as well. With ``keep`` the caller keeps
+    the container alive as long as this object.
     """
 
     def __init__(
@@ -112,8 +112,9 @@ class WatchedSide(OwnedSide):
         trained: Sequence[FreezeState],
         *,
         transient: bool,
+        keep: bool,
     ) -> None:
-        self._watch = watch(leaves, transient=transient, keep=not transient)
+        self._watch = watch(leaves, transient=transient, keep=keep)
         self._trained = trained
         self.leaves = leaves
         self.tasks, self.tables = self._watch.tasks, self._watch.tables
@@ -126,8 +127,11 @@ class WatchedSide(OwnedSide):
 
     def find(self, container: Any, *, write: bool) -> Located | None:
         """See :class:`Side`."""
-        same = container is self._container() or self.is_same_container(container)
-        if not same or self._watch.changed() or (self._trained and self._refrozen()):
+        if (
+            not self.is_same_container(container)
+            or self._watch.changed()
+            or (self._trained and self._refrozen())
+        ):
             return None
         return UNMOVED
 
@@ -137,7 +141,7 @@ class WatchedSide(OwnedSide):
 
     def is_same_container(self, container: Any) -> bool:
         """See :class:`Side`."""
-        if self.is_watching(container):
+        if container is self._container():
             return True
         elements = self._elements
         return (

@@ -34,15 +34,22 @@ class SteadyRun:
         checks: Sequence[Callable[[], bool]],
         listeners: Sequence[tuple[Callable[[Any], None], Any]] = (),
     ) -> None:
-        self.run, self._checks = run, checks
+        self.run, self._checks, self._listeners = run, checks, listeners
         # No bound method where there are no checks: a function more, and a cycle.
         self.call = partial(_call_unless_moved, checks, run.call) if checks else run.call
         if listeners:
             self.call = partial(_call_and_notify, self.call, listeners)
 
-    def has_moved(self) -> bool:
-        """Return whether the checks that are left to Python find that a tensor has moved."""
-        return any(check() for check in self._checks)
+    def repeat(self, weight: float, step: int) -> bool:
+        """Run the repeated step and notify the listeners; see :meth:`CpuRun.repeat`."""
+        for check in self._checks:
+            if check():
+                return False
+        if not self.run.repeat(weight, step):
+            return False
+        for notify, arrays in self._listeners:
+            notify(arrays)
+        return True
 
 
 def _call_and_notify(

@@ -50,11 +50,18 @@ class _Plan(Plan):
     """Plan with a function as its policy, which also decides for integers without any floats."""
 
     _container_labels: ClassVar = ("the average", "the model")
+    _keeps_model: ClassVar = False
 
     def __init__(
         self, avg: Any, x: Any, policy: PolicyOf, *, rounding: str = "nearest", seed: int = 0
     ) -> None:
         self._bind(avg, x, policy, rounding, seed)
+
+    def step_at(self, step: int, x: Any, weight: float) -> bool:
+        """Run :meth:`lerp_` as the call with this number; see :meth:`step`."""
+        with self.lock:
+            self._calls = step
+            return self.step("lerp", x, weight)
 
 
 # -- averages on other devices --------------------------------------------------------------------
@@ -262,17 +269,19 @@ class ModelAverager:
 
         An error names the tensors that do not match; nothing is written then.
         """
+        plan = self._plan
+        if (
+            plan is not None
+            and self._stage is None
+            and self._active_swap is None
+            and plan.step_at(step, model, weight)
+        ):
+            return
 
         def lerp(plan: _Plan, weights: Any) -> None:
             plan.calls = step
             plan.lerp_(weight, weights)
 
-        plan = self._plan
-        if plan is not None and self._stage is None and self._active_swap is None:
-            with plan.lock:
-                plan.calls = step
-                if plan.step("lerp", model, weight):
-                    return
         self._refuse_swapped("update()")
         self._call_with_plan(list_iterators(model), lerp)
 

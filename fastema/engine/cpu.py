@@ -141,7 +141,8 @@ class CpuRun:
         Return False if nothing was done: a tensor has moved.
         """
         (bits,) = _INTEGER.unpack(_FLOAT.pack(weight))
-        return self.finish(self._run(self._address, step, bits), step, bits)
+        code = self._run(self._address, step, bits)
+        return code == abi.DONE or self.finish(code, step, bits)
 
     def run(self, args: LaunchArgs) -> None:
         """Run once with these arguments, with signals deferred; see :meth:`set_steps`."""
