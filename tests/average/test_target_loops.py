@@ -1,4 +1,4 @@
-"""The loops that repositories have for targets and teachers, and what docs/teachers.md says."""
+"""Loops and classes that repositories copy, and what the docs write in their place."""
 
 import copy
 from collections.abc import Callable
@@ -134,3 +134,73 @@ def test_one_line_does_what_the_loop_does(loop: str, frozen: bool) -> None:
         ours(n)
         for name, one in values(own).items():
             torch.testing.assert_close(one, values(target)[name], msg=f"step {n}: {name}")
+
+
+class Copied:
+    """A class in the form that many repositories have."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay = model, decay
+        self.shadow: dict[str, Any] = {}
+        self.backup: dict[str, Any] = {}
+
+    def register(self) -> None:
+        for name, one in self.model.named_parameters():
+            if one.requires_grad:
+                self.shadow[name] = one.data.clone()
+
+    def update(self) -> None:
+        for name, old in self.shadow.items():
+            new = dict(self.model.named_parameters())[name].data
+            self.shadow[name] = (1.0 - self.decay) * new + self.decay * old
+
+    def apply_shadow(self) -> None:
+        for name, one in self.model.named_parameters():
+            if name in self.shadow:
+                self.backup[name] = one.data
+                one.data = self.shadow[name]
+
+    def restore(self) -> None:
+        for name, one in self.model.named_parameters():
+            if name in self.backup:
+                one.data = self.backup[name]
+
+
+def test_an_average_takes_the_calls_of_a_copied_class() -> None:
+    model = net(0)
+    model.conv.requires_grad_(False)
+    theirs, ours = Copied(model, 0.9), fastema.EMA(model, 0.9, buffers="skip")
+    theirs.register()
+    for seed in range(5):
+        refresh_(model, seed)
+        theirs.update()
+        ours.update()
+    found = []
+    for one in (theirs, ours):
+        raw = values(model)
+        one.apply_shadow()
+        found.append(values(model))
+        one.restore()
+        assert all(torch.equal(raw[name], tensor) for name, tensor in values(model).items())
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor)
+
+
+@pytest.mark.parametrize("copies_buffers", [False, True])
+def test_an_average_takes_the_place_of_a_copied_model(copies_buffers: bool) -> None:
+    model, copied = net(0), net(0).requires_grad_(False)
+    own = copy.deepcopy(copied)
+    buffers: Any = "copy" if copies_buffers else "average"
+    ema = fastema.EMA(model, 0.9, into=own, frozen="average", buffers=buffers)
+    names = {name for name, _ in model.named_buffers()} if copies_buffers else set()
+    for seed in range(5):
+        refresh_(model, seed)
+        ema.update()
+        state = model.state_dict()
+        for name, one in copied.state_dict().items():
+            if one.is_floating_point() and name not in names:
+                one.mul_(0.9).add_(state[name], alpha=1 - 0.9)
+            else:
+                one.copy_(state[name])
+    for name, one in own.state_dict().items():
+        torch.testing.assert_close(one, copied.state_dict()[name])
