@@ -126,6 +126,11 @@ _OPTIONS: Final = (
         "device cpu_offload offload_to_cpu cpu on_cpu store_on_cpu host",
         "True keeps the average in host memory; ema.to(device) moves it",
     ),
+    _Option(
+        "into",
+        "target teacher target_model target_network teacher_model ema_model averaged_model dst out",
+        "a module, list or dict of your own that holds the average",
+    ),
     _Option("capturable", "cuda_graph cuda_graphs graph use_graph", "True, for CUDA graphs"),
     _Option(
         "on_nonfinite",

@@ -32,6 +32,7 @@ WEIGHTS = [np.ones(3)]
         ({"exclude": ["bias"]}, r"use policy, .*policy=\{'visual\.\*': 'skip'\}"),
         ({"strict": False}, r"use policy, .*policy=\{'adapter\.\*': 'skip'\}"),
         ({"device": "cpu"}, "use offload"),
+        ({"target": WEIGHTS}, "use into, a module, list or dict of your own"),
         ({"model": WEIGHTS}, "use weights, the first argument"),
         ({"foreach": True}, "leave foreach out"),
         ({"drift": True}, r"call ema\.drift\(\): leave drift out"),
