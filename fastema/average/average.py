@@ -282,6 +282,7 @@ class Average(Generic[Weights]):
             usual = steps is _ONE and (model is None or model is weights.own)
             if not (usual and clock.step(weights)):
                 clock.pending = self._update(model, clock.check_steps(steps))
+                self._native = _no_step  # first: the old run may be freed, and signals handled
                 self._native = clock.begin_native(weights) or _no_step
 
     def _update(self, model: Any, steps: int) -> int:
@@ -434,7 +435,7 @@ class Average(Generic[Weights]):
         Raises
         ------
         StateError
-            While the average is applied.
+            While the average is applied; for a windowed mean, which its next entries would correct.
         LayoutError
             If the model's tensors no longer match; nothing was written.
 
@@ -449,6 +450,10 @@ class Average(Generic[Weights]):
         """
         with self._lock:
             self._refuse_applied("sync")
+            if self.schedule.window:
+                raise StateError(
+                    "sync(): a windowed mean is that of its entries; build another one"
+                )
             with self._weights.current() as program:
                 self._sync_by(program)
 
@@ -713,8 +718,9 @@ class Average(Generic[Weights]):
         """
         with self._lock:
             self._refuse_applied("copy_to")
-            entries = self._memory.sets[self._average_index(which)]
+            index = self._average_index(which)
             self._settle()
+            entries = self._memory.sets[index]
             container = list_iterators(model)
             reshard(container)
             write_model(container, entries, self._names)
@@ -767,8 +773,9 @@ class Average(Generic[Weights]):
         self, model: Any, which: int | None
     ) -> tuple[Mapping[str, Entry], Mapping[str, StateEntry], dict[str, str]]:
         """Return an average's entries, the model's state, and for its keys the entries' names."""
-        entries = self._memory.sets[self._average_index(which)]
+        index = self._average_index(which)
         self._settle()
+        entries = self._memory.sets[index]
         container = self._weights.container if model is None else list_iterators(model)
         reshard(container)
         found = state_of(container)
@@ -869,7 +876,8 @@ class Average(Generic[Weights]):
         dtype('float64')
         """
         device, dtype = parse_destination(target, device, dtype)
-        with self._lock:
+        # A signal handler may update the average: not between the copy of its memory and its use.
+        with self._lock, defer_signals():
             self._refuse_applied("to")
             memory, stored_as = self._memory, self._memory.format
             self._wait_for_the_ring()
@@ -947,16 +955,17 @@ class Average(Generic[Weights]):
             if self._ranks is not None:
                 self._ranks.compare(self._common_settings())
             clock = self._clock
-            return pack(
-                self._kind,
-                {"num_updates": clock.done, "num_skipped": clock.skipped, "seed": clock.seed},
-                clock.schedule,
-                clock.log_decays,
-                self._memory.format.rounding,
-                self._collect_tensors(copy and tensors),
-                self._names.parameters,
-                whole=tensors,
-            )
+            with defer_signals():  # a handler may update: the count must be that of the tensors
+                return pack(
+                    self._kind,
+                    {"num_updates": clock.done, "num_skipped": clock.skipped, "seed": clock.seed},
+                    clock.schedule,
+                    clock.log_decays,
+                    self._memory.format.rounding,
+                    self._collect_tensors(copy and tensors),
+                    self._names.parameters,
+                    whole=tensors,
+                )
 
     @pause_gc
     def _collect_tensors(self, copy: bool) -> Tensors:
@@ -1018,7 +1027,7 @@ class Average(Generic[Weights]):
         check_literal(schedule, "schedule", SavedOrMine)
         with self._lock:
             self._refuse_applied("load_state_dict")
-            self._weights.locate_averages()
+            self._weights.prepare_to_load()
             own = self.schedule
             mine = self._memory.tensors() if self._memory.moves else None
             state = complete_state(state, mine)

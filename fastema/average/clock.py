@@ -189,23 +189,27 @@ class HostClock:
                 "update() while the stream is captured: every replay would use the current step "
                 "and decay; build the average with capturable=True"
             )
-        now, schedule = self._progress.now(), self.schedule
-        step = now.done + steps
-        numbers, log_decays = schedule.weigh(step, steps, now.log_decays)
-        if not numbers:
-            with defer_signals():
-                self._progress.set(step, log_decays, written=False)
-            return 0
-        if self._on_nonfinite != "propagate" and not self._check_finite(weights, step):
-            return steps - 1
-        # Until start_after, update with weight 1: averages on devices do, and rounding must agree.
-        # A windowed mean has no slot yet, so copy.
-        begins = schedule.window and step <= schedule.start_after
-        args = launch_args(schedule, self.seed, step, numbers)
+        if self._on_nonfinite != "propagate":
+            step, numbers, _ = self._next(steps)
+            if numbers and not self._check_finite(weights, step):
+                return steps - 1
+        schedule = self.schedule
         with defer_signals():
-            program.run(SYNC if begins else self._operations, args)
-            self._progress.set(step, log_decays)
+            step, numbers, log_decays = self._next(steps)  # now: a handler may have updated
+            if numbers:
+                # Until start_after, update with weight 1: averages on devices do, and rounding must
+                # agree. A windowed mean has no slot yet, so copy.
+                begins = schedule.window and step <= schedule.start_after
+                args = launch_args(schedule, self.seed, step, numbers)
+                program.run(SYNC if begins else self._operations, args)
+            self._progress.set(step, log_decays, written=bool(numbers))
         return 0
+
+    def _next(self, steps: int) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+        """Return the count after these steps, their weights, and what the rules remember then."""
+        now = self._progress.now()
+        step = now.done + steps
+        return step, *self.schedule.weigh(step, steps, now.log_decays)
 
     def _check_finite(self, weights: Weights, step: int) -> bool:
         """Return whether all weights are finite; otherwise follow ``on_nonfinite``."""
@@ -244,12 +248,12 @@ class HostClock:
         steady = self.steady
         if steady is None or self.pending:
             return False
-        if steady.run.finish(steady.call()):
+        if steady.step():
             return True
         return (
             weights.binding.is_present(steady)
             and self._progress.ask_rules(self.schedule, self._args)
-            and steady.run.finish(steady.call())
+            and steady.step()
         )
 
     def _args(self, step: int, numbers: tuple[float, ...]) -> LaunchArgs:
@@ -259,11 +263,12 @@ class HostClock:
         """See :class:`Clock`."""
         waits = self.schedule.window and self.is_before_start
         if self._on_nonfinite == "propagate" and not waits:
-            self.steady = weights.begin_steady(self._operations)
-            if self.steady is not None:
-                with defer_signals():
-                    self._progress.begin(self.steady.run)
-                return self.steady.call
+            steady = weights.begin_steady(self._operations)
+            with defer_signals():  # a new run has a step, which must not be taken
+                if steady is not None:
+                    self._progress.begin(steady.run)
+                self.steady = steady
+            return None if steady is None else steady.call
         return None
 
     def pause(self) -> None:

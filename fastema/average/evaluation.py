@@ -43,7 +43,8 @@ def new_container(weights: Weights, index: int, entries: Mapping[str, Entry], na
     structure = weights.binding.model.structure
     if structure is None:
         raise BridgeError("cannot make a new module: use swapped(), or copy_to(other_module)")
-    pairs = weights.of(index)
+    # The entries know where the averages are now, which the pairs were told at the latest update.
+    pairs = [entries[p.name].pair(p.src, p.average_index) for p in weights.of(index)]
     shown = {
         pair.name: entries[pair.name].to_framework(array)
         for pair, array in zip(pairs, round_to_weights(pairs), strict=True)

@@ -37,6 +37,9 @@ class Given(Averages):
     ) -> None:
         self.container, self.format = container, stored_as
         self._averaged, self._shared = averaged, shared
+        self._shapes = {
+            leaf.name: leaf.spec.full_shape for leaf in leaves.items if leaf.name in averaged
+        }
         self.locate(leaves)
         super().__init__(self.sets, stored_as)
 
@@ -46,10 +49,15 @@ class Given(Averages):
         for one in found.opaque:
             if one.name in self._averaged:
                 raise one.error
-        missing = [f"{name!r} is missing" for name in self._averaged if name not in leaves]
-        if missing:
+        problems = [f"{name!r} is missing" for name in self._averaged if name not in leaves]
+        problems += [
+            f"{name!r} is {list(leaves[name].spec.full_shape)}, was {list(shape)}"
+            for name, shape in self._shapes.items()
+            if name in leaves and leaves[name].spec.full_shape != shape
+        ]
+        if problems:
             raise LayoutError(
-                f"into= does not match the model:\n{format_problems(missing)}\nLeave such tensors "
+                f"into= does not match the model:\n{format_problems(problems)}\nLeave such tensors "
                 "out by policy={'name': 'skip'}."
             )
         if model is not None:
@@ -65,7 +73,8 @@ class Given(Averages):
                     "Build a new average."
                 )
         self.sets = [{name: self._entry(leaves[name]) for name in self._averaged}]
-        return found.select_names({*self._averaged, *self._shared})
+        self.located = found.select_names({*self._averaged, *self._shared})
+        return self.located
 
     def _entry(self, leaf: Leaf) -> Entry:
         spec, averaged = leaf.spec, self._averaged[leaf.name]

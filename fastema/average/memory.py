@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, ClassVar, Final, NamedTuple
 
 from fastema.average.entries import Selection, ShadowFormat, companion
+from fastema.binding.sides import NO_LEAVES
 from fastema.binding.swap import SPLIT
 from fastema.bridges.memory import Memory, allocate
 from fastema.bridges.registry import bridge_of, describe, memory_by, select_part
@@ -85,10 +86,13 @@ class Averages:
         What holds the averages, if it is not ours.
     moves : bool
         Whether the averages may move, so that reading them must locate them first.
+    located : Leaves
+        The latest result of :meth:`locate`.
     """
 
     container: Any = None
     moves: ClassVar[bool] = False
+    located: Leaves = NO_LEAVES
 
     def __init__(self, sets: list[dict[str, Entry]], stored_as: ShadowFormat) -> None:
         self.sets, self.format = sets, stored_as

@@ -357,6 +357,14 @@ class OffloadedEMA(EMA[Any]):
         self._link.check(found, f"{call}: the tensors do not match the model")
         return found
 
+    def sync(self) -> None:
+        """Copy the weights into the average now; see :meth:`fastema.EMA.sync`."""
+        with self._lock:
+            self._drain()
+            self._refuse_applied("sync")
+            self._link.fetch(self._tensors()).complete()
+            super().sync()
+
     # -- evaluation -------------------------------------------------------------------------------
 
     def apply_shadow(self, model: Any = None, *, which: int | None = None) -> None:

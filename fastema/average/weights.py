@@ -116,8 +116,19 @@ class Weights:
 
     def locate_averages(self) -> None:
         """Find averages in tensors of their owner again if they have moved; read no weights."""
-        if self._memory.moves and self.binding.have_averages_moved():
-            self._memory.locate(leaves_of(self._memory.container))
+        binding, memory = self.binding, self._memory
+        if not memory.moves:
+            return
+        if binding.have_averages_moved():
+            memory.locate(leaves_of(memory.container))
+        elif memory.located is not binding.watched[0]:  # they were elsewhere in the meantime
+            memory.locate(binding.watched[0])
+
+    def prepare_to_load(self) -> None:
+        """Find averages that their owner moves; raise a LayoutError if they overlap the weights."""
+        if self._memory.moves:
+            with self.current():
+                self.locate_averages()
 
     # -- pairs ------------------------------------------------------------------------------------
 
@@ -137,7 +148,12 @@ class Weights:
         return [p for p in pairs if p.name not in averaged or p.average_index == index]
 
     def is_unmoved(self, name: str) -> bool:
-        """Return whether a weight is at its recorded address; False if its framework moves it."""
+        """Return whether a weight and the averages that move are at their recorded addresses.
+
+        False if the weight's framework moves it.
+        """
+        if self._memory.moves and self.binding.have_averages_moved():
+            return False
         spec = self.binding.weights[name]
         try:
             return not self.binding.model.moving and describe(spec.owner) == spec

@@ -161,11 +161,7 @@ class _CurrentBlock:
         bound = binding._locate(self._src, self._write, self._match)
         if self._once and self._src is None and bound.guard is not None:
             bound.sides[1].refuse_used(bound.located[1], self._once)
-        if bound is not self._before:
-            with defer_signals():
-                for steady in self._before.steady.values():
-                    steady.run.set_steps([])  # the tensors that it checks may be freed
-        binding._bound = bound
+        binding._use(bound)
         return bound.program
 
     def __exit__(
@@ -177,7 +173,7 @@ class _CurrentBlock:
         binding = self._binding
         bound = binding._bound
         if kind is not None:  # the next call continues with the previous tensors
-            binding._bound = self._before
+            binding._use(self._before)
         if bound.guard is not None:
             if kind is None and self._once:
                 bound.sides[1].record_used(bound.located[1])
@@ -345,6 +341,15 @@ class Binding:
                 return bound
             bound = self._bind((bound.containers[0], container), match)
         raise LayoutError("another thread keeps replacing the tensors of the model")
+
+    def _use(self, bound: _BoundState) -> None:
+        """Make these the tensors as last matched."""
+        if bound is not self._bound:
+            # A signal handler may have matched others since this call began.
+            with defer_signals():
+                for steady in self._bound.steady.values():
+                    steady.run.set_steps([])  # the tensors that it checks may be freed
+                self._bound = bound
 
     def begin_steady(
         self, operations: Mapping[str, str], *, notifies: bool = False

@@ -40,6 +40,14 @@ class SteadyRun:
         if listeners:
             self.call = partial(_call_and_notify, self.call, listeners)
 
+    def step(self) -> bool:
+        """Take the next step, on threads of our own if it needs them; return whether it was run."""
+        code = self.call()
+        was_run = self.run.finish(code)
+        if was_run and code != DONE:
+            _notify(self._listeners)
+        return was_run
+
     def repeat(self, weight: float, step: int) -> bool:
         """Run the repeated step and notify the listeners; see :meth:`CpuRun.repeat`."""
         for check in self._checks:
@@ -47,8 +55,7 @@ class SteadyRun:
                 return False
         if not self.run.repeat(weight, step):
             return False
-        for notify, arrays in self._listeners:
-            notify(arrays)
+        _notify(self._listeners)
         return True
 
 
@@ -57,9 +64,13 @@ def _call_and_notify(
 ) -> int:
     code = call()
     if code == DONE:
-        for notify, arrays in listeners:
-            notify(arrays)
+        _notify(listeners)
     return code
+
+
+def _notify(listeners: Sequence[tuple[Callable[[Any], None], Any]]) -> None:
+    for notify, arrays in listeners:
+        notify(arrays)
 
 
 def _call_unless_moved(checks: Sequence[Callable[[], bool]], call: Callable[[], int]) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fastema
+from fastema.engine.threads import TEAM
 from fastema.errors import (
     ArgumentError,
     BridgeError,
@@ -18,6 +19,7 @@ from fastema.errors import (
     LayoutError,
     StateError,
 )
+from fastema.kernels.run_table import PARALLEL
 
 from .truth import Loops, arithmetic_of
 from .weights import (
@@ -231,14 +233,108 @@ def test_moved_tensors_are_found_again(move: str, updates: int) -> None:
         torch.testing.assert_close(one, (old[name] + values(model)[name].to(one.dtype)) / 2)
 
 
+def test_tensors_replaced_and_put_back_are_read_and_loaded() -> None:
+    model, target = layers(), layers(seed=1)
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    ema.update()
+    old = target[0].weight
+    target[0].weight = nn.Parameter(torch.zeros_like(old))
+    assert not ema.shadow["0.weight"].any()
+    target[0].weight = old
+    assert ema.shadow["0.weight"].data_ptr() == old.data_ptr()
+    state = ema.state_dict()
+    assert_same(
+        {k.removeprefix("shadow.0."): bits(v) for k, v in state.items() if k != "fastema"},
+        snapshot(target),
+    )
+    state["shadow.0.0.weight"].fill_(7)
+    ema.load_state_dict(state)
+    assert (old == 7).all()
+
+
+def test_tensors_that_a_refused_update_found_are_forgotten() -> None:
+    model, target = layers(), layers(seed=1)
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    ema.update()
+    old, trained = target[0].weight, model[1].weight
+    target[0].weight = nn.Parameter(torch.zeros_like(old))
+    model[1].weight = nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(LayoutError, match=r"1\.weight"):
+        ema.update()
+    target[0].weight, model[1].weight = old, trained
+    assert ema.shadow["0.weight"].data_ptr() == old.data_ptr()
+
+
+def test_every_reader_finds_moved_tensors() -> None:
+    model, target = layers(), layers(seed=1)
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    ema.update()
+    other = layers(seed=2)
+
+    def copied() -> dict[str, torch.Tensor]:
+        ema.copy_to(other)
+        return values(other)
+
+    readers: list[Callable[[], dict[str, torch.Tensor]]]
+    readers = [copied, ema.model_state_dict, lambda: dict(ema.shadow)]
+    for value, read in enumerate(readers):
+        filled = {name: torch.full_like(one, value) for name, one in values(target).items()}
+        target.load_state_dict(filled, assign=True)
+        assert all((one == value).all() for one in read().values())
+    x, y = [torch.zeros(3)], [torch.ones(3)]
+    ema = fastema.EMA(x, decay=0.5, into=y)
+    y[0] = torch.full((3,), 5.0)
+    assert (ema.averaged()[0] == 5).all()
+
+
+@pytest.mark.parametrize("weights", ["bf16", "f16", "f32"])
+def test_average_whose_tensors_move_while_it_is_applied_can_be_read(weights: str) -> None:
+    model, target = layers(FLOATS[weights]), layers(seed=1)
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    ema.update()
+    expected = {name: bits(one) for name, one in ema.shadow.items()}
+    with ema.swapped():
+        for one in target.parameters():
+            old, one.data = one.data, one.data.clone()
+            old.fill_(9)
+        assert_same({name: bits(one) for name, one in ema.shadow.items()}, expected)
+
+
+def test_state_is_not_loaded_into_the_model() -> None:
+    model, target = layers(), layers(seed=1)
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    state, raw = ema.state_dict(), snapshot(model)
+    target.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    with pytest.raises(LayoutError, match="overlap"):
+        ema.load_state_dict(state)
+    assert_bits(model, raw)
+
+
+def test_steps_on_threads_of_our_own_count_for_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastema.engine.cpu.BYTES_PER_HELPER", 1)
+    model, target = [torch.zeros(50_000) for _ in range(4)], [torch.ones(50_000) for _ in range(4)]
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    threads = TEAM.copy()
+    fastema.set_num_threads(2)
+    TEAM[PARALLEL] = 0
+    try:
+        for _ in range(4):
+            count = target[0]._version
+            ema.update()
+            assert target[0]._version > count
+    finally:
+        TEAM[:] = threads
+
+
 def test_target_that_no_longer_fits_is_refused_and_nothing_written() -> None:
     model, target = layers(), layers(seed=1)
     ema = fastema.EMA(model, decay=0.5, into=target)
     ema.update()
     target[0].weight = nn.Parameter(torch.ones(2, 5))
     raw = snapshot(target)
-    with pytest.raises(LayoutError, match=r"0\.weight"):
-        ema.update()
+    for call in (ema.update, ema.state_dict, lambda: ema.shadow["0.weight"]):
+        with pytest.raises(LayoutError, match=r"(?s)into=.*'0\.weight' is \[2, 5\], was \[17, 5\]"):
+            call()
     assert_bits(target, raw)
     del target[0].bias
     target[0].register_parameter("bias", None)

@@ -16,7 +16,17 @@ from fastema.errors import ArgumentError, BridgeError, LayoutError, NonFiniteErr
 
 from ..support.states import nested
 from .kinds import assert_unchanged, full_state, which
-from .weights import BUFFERS, Net, assert_bits, net, refresh_, snapshot, tensors_of
+from .weights import (
+    BUFFERS,
+    Net,
+    assert_bits,
+    assert_same,
+    bits,
+    net,
+    refresh_,
+    snapshot,
+    tensors_of,
+)
 
 pytestmark = pytest.mark.torch
 
@@ -78,6 +88,17 @@ def test_offloaded_average_equals_an_ordinary_one_to_the_bit(options: dict[str, 
             assert_bits(model, wanted)
     train(model, offloaded, ema, 2)
     assert full_state(offloaded) == full_state(ema)
+
+
+def test_sync_copies_the_current_weights() -> None:
+    model = net()
+    ema = fastema.EMA(model, decay=0.5, offload=True)
+    ema.update()
+    refresh_(model, 1)
+    ema.sync()
+    assert_same({name: bits(one) for name, one in ema.shadow.items()}, snapshot(model))
+    with ema.swapped(), pytest.raises(StateError, match="sync"):
+        ema.sync()
 
 
 def test_update_returns_before_the_copy_and_the_next_step_waits_for_it() -> None:

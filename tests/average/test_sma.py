@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastema
+from fastema.errors import StateError
 from fastema.layout.flat import HUGE_PAGE
 
 from ..support import reference
@@ -95,3 +96,10 @@ def test_sma_takes_the_memory_of_window_plus_two_models(window: int) -> None:
     assert sum(one.nbytes for part in PARTS for one in state[part][0].values()) == expected
     # Traced are addresses: the ring begins with a huge page, and what lies before is never touched.
     assert expected <= held <= most < expected + 0.1 * nbytes + HUGE_PAGE
+
+
+def test_sync_is_refused() -> None:
+    sma = fastema.SMA([np.zeros(2)], window=3)
+    sma.update()
+    with pytest.raises(StateError, match="windowed mean"):
+        sma.sync()

@@ -94,7 +94,7 @@ def test_drop_in_interrupted_at_any_place_is_done_or_not(tmp_path: Path) -> None
 
 
 class InterruptAt:
-    """A profiler that sends SIGINT at the n-th place where CPython checks for signals.
+    """A profiler that sends a signal at the n-th place where CPython checks for signals.
 
     Those are the start of a Python function and the return from a C function. It skips
     threading.py, where an interrupt can leave a condition locked forever: a flaw of Python's.
@@ -102,8 +102,8 @@ class InterruptAt:
 
     files = (OURS, concurrent.futures.thread.__file__, concurrent.futures._base.__file__)
 
-    def __init__(self, n: int) -> None:
-        self.left, self.place = n, ""
+    def __init__(self, n: int, number: int = signal.SIGINT) -> None:
+        self.left, self.place, self.number = n, "", number
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         file = frame.f_code.co_filename
@@ -111,7 +111,7 @@ class InterruptAt:
             self.left -= 1
             if not self.left:
                 self.place = f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(self.number)
 
 
 def find_wrong_places(call: Callable[[], object], check: Callable[[], bool]) -> list[str]:
@@ -228,3 +228,51 @@ def test_native_steps_interrupted_at_any_place_are_counted_if_taken(begin: int) 
 
     prepare()
     interrupt_each(call, check)
+
+
+def _move(model: dict[str, torch.Tensor]) -> None:
+    for tensor in model.values():
+        tensor.data = tensor.data.clone()
+
+
+CALLS: dict[str, Callable[[Any, dict[str, torch.Tensor]], object]] = {
+    "update": lambda ema, _: ema.update(),
+    "update of moved tensors": lambda ema, model: (_move(model), ema.update()),
+    "to": lambda ema, _: ema.to(torch.float64),
+    "state_dict": lambda ema, _: ema.load_state_dict(ema.state_dict()),
+}
+
+
+@pytest.mark.parametrize("updates", [0, 34])
+@pytest.mark.parametrize("name", CALLS)
+def test_handler_that_updates_at_any_place_keeps_count_and_average_together(
+    name: str, updates: int
+) -> None:
+    def check() -> None:
+        assert ema.shadow["w"].item() == 0.5**ema.num_updates, interrupt.place
+
+    def update_thrice(number: int, frame: FrameType | None) -> None:
+        for _ in range(3):
+            ema.update()
+
+    before = signal.signal(signal.SIGUSR1, update_thrice)
+    try:
+        for n in itertools.count(1):
+            model = {"w": torch.ones(1)}
+            ema = fastema.EMA(model, decay=0.5)
+            model["w"].zero_()
+            for _ in range(updates):
+                ema.update()
+            interrupt = InterruptAt(n, signal.SIGUSR1)
+            sys.setprofile(interrupt)
+            try:
+                CALLS[name](ema, model)
+            finally:
+                sys.setprofile(None)
+            for _ in range(2):
+                check()
+                ema.update()
+            if interrupt.left > 0:
+                return
+    finally:
+        signal.signal(signal.SIGUSR1, before)
