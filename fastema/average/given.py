@@ -12,6 +12,7 @@ from fastema.binding.policies import Policies
 from fastema.bridges.registry import leaves_of, list_iterators
 from fastema.engine.program import Program
 from fastema.errors import ArgumentError, BridgeError, LayoutError, format_problems
+from fastema.layout.group import refuse_unwritable
 from fastema.layout.spec import Leaf, Leaves
 from fastema.rules import Schedule
 
@@ -44,7 +45,10 @@ class Given(Averages):
         super().__init__(self.sets, stored_as)
 
     def locate(self, found: Leaves, model: Leaves | None = None) -> Leaves:
-        """See :class:`Averages`; raise a LayoutError if tensors are missing or shared no more."""
+        """See :class:`Averages`.
+
+        Raise a LayoutError for tensors that are missing, cannot be written or are shared no more.
+        """
         leaves = {leaf.name: leaf for leaf in found.items}
         for one in found.opaque:
             if one.name in self._averaged:
@@ -60,6 +64,8 @@ class Given(Averages):
                 f"into= does not match the model:\n{format_problems(problems)}\nLeave such tensors "
                 "out by policy={'name': 'skip'}."
             )
+        for name in self._averaged:
+            refuse_unwritable(f"into= {name}", leaves[name].spec)
         if model is not None:
             own = {leaf.name: leaf.spec for leaf in model.items}
             parted = [

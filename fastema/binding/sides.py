@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import is_
 from typing import Any, Final, NamedTuple, Protocol
 from weakref import ref
@@ -115,7 +116,8 @@ class WatchedSide(OwnedSide):
         keep: bool,
     ) -> None:
         self._watch = watch(leaves, transient=transient, keep=keep)
-        self._trained = trained
+        # No bound method: that would be a cycle, which keeps the tensors.
+        self._refrozen = partial(_is_refrozen, trained)
         self.leaves = leaves
         self.tasks, self.tables = self._watch.tasks, self._watch.tables
         self.checks = [*self._watch.checks, *([self._refrozen] if trained else [])]
@@ -127,11 +129,7 @@ class WatchedSide(OwnedSide):
 
     def find(self, container: Any, *, write: bool) -> Located | None:
         """See :class:`Side`."""
-        if (
-            not self.is_same_container(container)
-            or self._watch.changed()
-            or (self._trained and self._refrozen())
-        ):
+        if not self.is_same_container(container) or self._watch.changed() or self._refrozen():
             return None
         return UNMOVED
 
@@ -151,8 +149,9 @@ class WatchedSide(OwnedSide):
             and all(map(is_, container, elements))
         )
 
-    def _refrozen(self) -> bool:
-        return any(owner.requires_grad is not before for owner, before in self._trained)
+
+def _is_refrozen(trained: Sequence[FreezeState]) -> bool:
+    return any(owner.requires_grad is not before for owner, before in trained)
 
 
 class MovingSide(OwnedSide):

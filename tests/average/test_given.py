@@ -1,6 +1,8 @@
 """Averages in tensors of the user's own: `into=`."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -437,6 +439,49 @@ def test_containers_that_do_not_fit_are_refused() -> None:
     read_only.flags.writeable = False
     with pytest.raises(BridgeError, match="stay in place"):
         fastema.EMA([np.zeros(3)], into=[read_only])
+
+
+def test_tensors_that_share_elements_are_refused() -> None:
+    for target in (torch.zeros(4).expand(3, 4), torch.zeros(6).as_strided((3, 4), (1, 1))):
+        with pytest.raises(LayoutError, match=r"into= 0: .*share one element"):
+            fastema.EMA([torch.ones(3, 4)], into=[target])
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_arrays_that_become_read_only_are_refused(replaced: bool) -> None:
+    model, target = [np.zeros(3)], [np.ones(3)]
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    ema.update()
+    ema.update()
+    state = ema.state_dict()
+    if replaced:
+        target[0] = np.ones(3)
+    target[0].flags.writeable = False
+    raw = target[0].copy()
+    for call in (ema.update, ema.sync, lambda: ema.load_state_dict(state)):
+        with pytest.raises(LayoutError, match=r"into= 0: .*read-only"):
+            call()
+    assert (target[0] == raw).all()
+    assert ema.num_updates == 2
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_average_model_and_target_are_freed_without_the_collector(frozen: bool) -> None:
+    model = layers()
+    model[0].weight.requires_grad_(not frozen)
+    target = copy.deepcopy(model)
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    train_(model, range(3), ema)
+    with ema.swapped():
+        dict(ema.shadow)
+    gone = [weakref.ref(one) for one in (ema, *model.parameters(), *target.parameters())]
+    gc.collect()
+    gc.disable()
+    try:
+        del ema, model, target
+        assert not any(one() is not None for one in gone)
+    finally:
+        gc.enable()
 
 
 def test_names_that_a_policy_skips_may_be_missing_or_differ() -> None:
