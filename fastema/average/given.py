@@ -34,10 +34,11 @@ class Given(Averages):
         leaves: Leaves,
         averaged: dict[str, bool],
         shared: frozenset[str],
+        aliases: dict[str, str],
         stored_as: ShadowFormat,
     ) -> None:
         self.container, self.format = container, stored_as
-        self._averaged, self._shared = averaged, shared
+        self._averaged, self._shared, self._aliases = averaged, shared, aliases
         self._shapes = {
             leaf.name: leaf.spec.full_shape for leaf in leaves.items if leaf.name in averaged
         }
@@ -47,7 +48,8 @@ class Given(Averages):
     def locate(self, found: Leaves, model: Leaves | None = None) -> Leaves:
         """See :class:`Averages`.
 
-        Raise a LayoutError for tensors that are missing, cannot be written or are shared no more.
+        Raise a LayoutError for tensors that are missing, cannot be written, or are no longer tied
+        or shared.
         """
         leaves = {leaf.name: leaf for leaf in found.items}
         for one in found.opaque:
@@ -64,6 +66,15 @@ class Given(Averages):
                 f"into= does not match the model:\n{format_problems(problems)}\nLeave such tensors "
                 "out by policy={'name': 'skip'}."
             )
+        untied = [
+            f"{name!r} is not tied to {kept!r}"
+            for name, kept in self._aliases.items()
+            if name in leaves and kept in leaves and leaves[name].spec != leaves[kept].spec
+        ]
+        if untied:
+            raise LayoutError(
+                f"into= does not tie the weights that the model ties:\n{format_problems(untied)}"
+            )
         for name in self._averaged:
             refuse_unwritable(f"into= {name}", leaves[name].spec)
         if model is not None:
@@ -79,7 +90,7 @@ class Given(Averages):
                     "Build a new average."
                 )
         self.sets = [{name: self._entry(leaves[name]) for name in self._averaged}]
-        self.located = found.select_names({*self._averaged, *self._shared})
+        self.located = found.select_names({*self._averaged, *self._aliases, *self._shared})
         return self.located
 
     def _entry(self, leaf: Leaf) -> Entry:
@@ -107,7 +118,7 @@ class Given(Averages):
     def with_rounding(self, stored_as: ShadowFormat) -> Given:
         """See :class:`Averages`."""
         leaves = leaves_of(self.container)
-        return Given(self.container, leaves, self._averaged, self._shared, stored_as)
+        return Given(self.container, leaves, self._averaged, self._shared, self._aliases, stored_as)
 
 
 def check_overwriting(schedule: Schedule, overwrite: Any) -> None:
@@ -183,7 +194,6 @@ def claim(
             "copy.deepcopy(model)"
         )
     _check_names(chosen.names.policies, own, theirs)
-    _check_ties(chosen.names.aliases, theirs, shared)
     statistics = [leaf.name for leaf in held if leaf.role == "buffer" and leaf.name in theirs]
     if statistics and not buffers_given:
         raise ArgumentError(
@@ -197,7 +207,8 @@ def claim(
     averaged = [leaf for leaf in chosen.averaged if leaf.name not in shared]
     copied = [leaf for leaf in chosen.copied if leaf.name not in shared]
     kinds = {leaf.name: True for leaf in averaged} | {leaf.name: False for leaf in copied}
-    memory = Given(container, leaves, kinds, shared, stored_as)
+    aliases = {name: kept for name, kept in names.aliases.items() if name not in shared}
+    memory = Given(container, leaves, kinds, shared, aliases, stored_as)
     return memory, Selection(averaged, copied, names)
 
 
@@ -219,18 +230,4 @@ def _check_names(policies: Policies, own: dict[str, Leaf], theirs: dict[str, Lea
         raise LayoutError(
             f"into= does not match the model:\n{format_problems(problems)}\nLeave such tensors out "
             "by policy={'name': 'skip'}."
-        )
-
-
-def _check_ties(aliases: dict[str, str], theirs: dict[str, Leaf], shared: frozenset[str]) -> None:
-    """Refuse a container that does not tie the tensors that the model ties."""
-    problems = [
-        f"{name!r} is not tied to {kept!r}"
-        for name, kept in aliases.items()
-        if name in theirs and kept in theirs and name not in shared
-        if theirs[name].spec != theirs[kept].spec
-    ]
-    if problems:
-        raise LayoutError(
-            f"into= does not tie the weights that the model ties:\n{format_problems(problems)}"
         )

@@ -373,13 +373,14 @@ def test_tensors_that_are_shared_no_more_are_an_error(side: str) -> None:
     assert_bits(target, raw)
 
 
-def test_ties_of_the_model_must_be_ties_of_the_target() -> None:
-    def tied(tie: bool) -> nn.ModuleDict:
-        model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
-        if tie:
-            model["b"].weight = model["a"].weight  # type: ignore[assignment]
-        return model
+def tied(tie: bool = True) -> nn.ModuleDict:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    if tie:
+        model["b"].weight = model["a"].weight  # type: ignore[assignment]
+    return model
 
+
+def test_ties_of_the_model_must_be_ties_of_the_target() -> None:
     with pytest.raises(LayoutError, match=r"'b\.weight' is not tied to 'a\.weight'"):
         fastema.EMA(tied(True), into=tied(False))
     with pytest.raises(LayoutError, match="overlap"):
@@ -388,6 +389,19 @@ def test_ties_of_the_model_must_be_ties_of_the_target() -> None:
     expected = (target["a"].weight + model["a"].weight) / 2  # type: ignore[operator]
     fastema.EMA(model, decay=0.5, into=target).update()
     torch.testing.assert_close(target["b"].weight, expected)
+
+
+@pytest.mark.parametrize("updates", [0, 1, 4])
+def test_target_that_is_no_longer_tied_is_refused(updates: int) -> None:
+    model, target = tied(), tied()
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    train_(model, range(updates), ema)
+    target["b"].weight = nn.Parameter(target["b"].weight.detach().clone())  # type: ignore[arg-type]
+    raw = snapshot(target)
+    for call in (ema.update, ema.sync, ema.state_dict, lambda: ema.shadow["b.weight"]):
+        with pytest.raises(LayoutError, match=r"'b\.weight' is not tied to 'a\.weight'"):
+            call()
+    assert_bits(target, raw)
 
 
 def _overlapping() -> tuple[Any, Any]:
