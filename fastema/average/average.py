@@ -553,7 +553,6 @@ class Average(Generic[Weights]):
                     self._clock.pause()
                     swap.apply()
                     self._applied = swap
-            self._weights.notify()
 
     def restore(self, model: Any = None) -> None:
         """Put the raw weights back into the model, bit for bit, and take the average out of it.
@@ -572,15 +571,16 @@ class Average(Generic[Weights]):
             changed since. Also, after restoring the weights, if averaged PyTorch tensors were
             written while the average was applied, for example by an optimizer or
             ``load_state_dict``: the average now holds the written values. (Writing copied buffers
-            is allowed, as :func:`fastema.update_bn` does.)
+            is allowed, as :func:`fastema.update_bn` does.) The same if the tensors of ``into=`` were
+            written, which held the raw weights.
         LayoutError
             If the model's tensors no longer match the average.
         """
         with self._lock:
-            _refuse_written(self._restore(model))
+            _refuse_written(*self._restore(model))
 
-    def _restore(self, model: Any) -> list[str]:
-        """Put the raw weights back; return the names of averaged tensors written since the swap."""
+    def _restore(self, model: Any) -> tuple[list[str], list[str]]:
+        """Put the raw weights back; return what was written since, :meth:`AppliedSwap.written`."""
         swap = self._applied
         if swap is None:
             raise StateError("restore() without apply_shadow(): the model holds its own weights")
@@ -588,12 +588,11 @@ class Average(Generic[Weights]):
             refuse_other_holder(list_iterators(model), swap.container, swap.watch.weights)
         reshard(swap.container, interrupted=True)
         with self._weights.holding(swap):
-            names = swap.watch.written()
+            written = swap.written()
             with defer_signals():
                 swap.restore()
                 self._applied = None
-        self._weights.notify()
-        return names
+        return written
 
     @overload
     def swapped(self, model: None = None, *, which: int | None = None) -> RestoringBlock[Weights]:
@@ -642,7 +641,7 @@ class Average(Generic[Weights]):
 
     def _swap_steps(self, model: Any, which: int | None) -> BlockSteps[Any]:
         own: list[AppliedSwap | None] = []
-        written: list[str] = []
+        written: list[tuple[list[str], list[str]]] = []
 
         def apply() -> Any:
             self.apply_shadow(model, which=which)
@@ -652,9 +651,13 @@ class Average(Generic[Weights]):
         def restore() -> None:
             with self._lock:  # leave an average that an outer block applied
                 if self._applied is not None and self._applied in own:
-                    written.extend(self._restore(model))
+                    written.append(self._restore(model))
 
-        return BlockSteps(apply, restore, lambda: _refuse_written(written))
+        def verify() -> None:
+            for averages, weights in written:
+                _refuse_written(averages, weights)
+
+        return BlockSteps(apply, restore, verify)
 
     def averaged(self, *, which: int | None = None) -> Any:
         """Return the average as new arrays, in a container like that of the weights.
@@ -1142,7 +1145,15 @@ class Average(Generic[Weights]):
                 raise AttributeError(f"{error}{suggest_name(name)}", name=name, obj=self) from None
 
 
-def _refuse_written(names: Sequence[str]) -> None:
+def _refuse_written(names: Sequence[str], lost: Sequence[str]) -> None:
+    if lost:
+        raise StateError(
+            "tensors of into= were written while they held the raw weights. These are lost, the "
+            "model now holds the written values:\n"
+            + format_problems(repr(name) for name in lost)
+            + "\nLoad the model from a checkpoint. Call restore(), or leave the swapped() block, "
+            "before writing to the target or running it in train mode."
+        )
     if names:
         raise StateError(
             "weights were written while the model held the average. The raw weights are restored; "

@@ -394,7 +394,7 @@ class OffloadedEMA(EMA[Any]):
     def _write_watch(self, leaves: Leaves) -> WriteWatch:
         return WriteWatch(self._specs(leaves), self.averaged_names)
 
-    def _restore(self, model: Any) -> list[str]:
+    def _restore(self, model: Any) -> tuple[list[str], list[str]]:
         if self._applied is None or self._writes is None:
             return super()._restore(None)
         writes = self._writes
@@ -412,7 +412,7 @@ class OffloadedEMA(EMA[Any]):
             writes.end()
             self._writes = None
         self._bytes_moved += self._link.nbytes
-        return written
+        return written, []
 
     def _swap_steps(self, model: Any, which: int | None) -> BlockSteps[Any]:
         steps: BlockSteps[Any] = super()._swap_steps(model, which)

@@ -12,7 +12,7 @@ from fastema.average.matching import Matcher
 from fastema.average.memory import Averages
 from fastema.binding.binding import Binding
 from fastema.binding.steady import SteadyRun
-from fastema.binding.swap import MemorySwap, WriteWatch
+from fastema.binding.swap import MemorySwap, WriteWatch, way_of
 from fastema.bridges.registry import describe, leaves_of
 from fastema.engine.blocks import BlockSteps
 from fastema.engine.program import Program
@@ -28,16 +28,29 @@ _ONCE: Final = "ema.update(params)"
 
 
 class AppliedSwap:
-    """The average with number ``index``, while ``container`` holds it in place of its weights."""
+    """The average with number ``index``, while ``container`` holds it in place of its weights.
 
-    def __init__(self, index: int, memory: MemorySwap, watch: WriteWatch, container: Any) -> None:
-        self.index, self.memory, self.watch, self.container = index, memory, watch, container
+    ``watch`` is for the model, ``held`` for given tensors that hold the raw weights meanwhile.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        memory: MemorySwap,
+        watch: WriteWatch,
+        held: WriteWatch | None,
+        container: Any,
+    ) -> None:
+        self.index, self.memory, self.watch = index, memory, watch
+        self.held, self.container = held, container
 
     def apply(self) -> None:
         """Put the average into the model and watch for writes; call it with signals deferred."""
         self.memory.apply()
         try:
             self.watch.begin()
+            if self.held is not None:
+                self.held.begin()
         except BaseException:
             self.memory.restore()
             raise
@@ -46,6 +59,12 @@ class AppliedSwap:
         """Put the raw weights back; call it with signals deferred."""
         self.memory.restore()
         self.watch.end()
+        if self.held is not None:
+            self.held.end()
+
+    def written(self) -> tuple[list[str], list[str]]:
+        """Return the names of averages, and of raw weights, that were written since the swap."""
+        return self.watch.written(), [] if self.held is None else self.held.written()
 
 
 class Weights:
@@ -183,7 +202,12 @@ class Weights:
         roles = binding.model.roles
         trained = {name for name in self._averaged if roles[name] != "buffer"}
         watch = binding.cached("watch", lambda: WriteWatch(binding.weights, trained))
-        return AppliedSwap(index, MemorySwap(self.of(index)), watch, binding.container)
+        held = binding.cached("held", self._watch_averages) if self._memory.moves else None
+        return AppliedSwap(index, MemorySwap(self.of(index)), watch, held, binding.container)
+
+    def _watch_averages(self) -> WriteWatch:
+        specs = {p.name: p.dst for p in self.binding.pairs if way_of(p) in ("bits", "park")}
+        return WriteWatch(specs, {*specs})
 
     @contextmanager
     def holding(self, swap: AppliedSwap) -> Iterator[None]:
@@ -209,6 +233,9 @@ class Weights:
                     )
                 swap.memory.relocate(self.of(swap.index))
                 watch.now = now
+                if swap.held is not None:
+                    averages = {pair.name: pair.dst for pair in self.of(swap.index)}
+                    swap.held.now = {name: averages[name] for name in swap.held.weights}
             yield
 
     def block(

@@ -139,12 +139,16 @@ def test_every_write_counts_for_autograd() -> None:
     ema = fastema.EMA(model, decay=0.5, into=target)
     count = [one._version for one in target.parameters()]
     calls: list[Callable[[], None]] = [ema.update, ema.update, ema.update, ema.sync]
-    calls += [ema.apply_shadow, ema.restore, lambda: ema.load_state_dict(ema.state_dict())]
+    calls += [lambda: ema.load_state_dict(ema.state_dict()), ema.apply_shadow]
+    before = [0]
     for call in calls:
+        before = count
         call()
         now = [one._version for one in target.parameters()]
         assert all(new > old for new, old in zip(now, count, strict=True))
         count = now
+    ema.restore()  # a graph recorded before the swap stays valid
+    assert [one._version for one in target.parameters()] == before
     loss = target(torch.ones(1, 5)).sum()
     ema.update()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -187,6 +191,33 @@ def test_swapped_model_holds_the_average_and_gets_its_weights_back(
         raise ZeroDivisionError
     assert_bits(model, raw)
     assert_bits(target, average)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_raw_weights_that_are_written_in_the_target_are_reported(dtype: torch.dtype) -> None:
+    model, target = layers(dtype), layers(seed=1)
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    for _ in range(2):
+        with (
+            pytest.raises(StateError, match=r"(?s)raw weights.*are lost.*'0\.bias'"),
+            ema.swapped(),
+            torch.no_grad(),
+        ):
+            target[0].bias.zero_()
+        assert not ema.applied
+        with ema.swapped():
+            for one in target.parameters():
+                one.data = one.data.clone()
+
+
+def test_averages_that_hold_no_raw_weights_may_be_written_while_applied() -> None:
+    model, target = layers(torch.float16), layers(seed=1)
+    ema = fastema.EMA(model, decay=0.5, into=target)
+    raw = snapshot(model)
+    with ema.swapped(), torch.no_grad():
+        target[0].bias.fill_(7)
+    assert_bits(model, raw)
+    assert (target[0].bias == 7).all()
 
 
 def test_weights_replaced_in_the_block_are_restored() -> None:
