@@ -468,8 +468,8 @@ class Average(Generic[Weights]):
     def _sync_by(self, program: Program) -> None:
         if self._weights.binding.capturing():
             raise StateError(
-                "until start_after the average is a copy of the weights, and a captured graph "
-                "would repeat the copy at every replay: capture after that, or without the average"
+                "a captured graph would repeat the copy of the weights into the average at every "
+                "replay: call sync() outside of it, and read the average there until start_after"
             )
         with defer_signals():
             program.run(SYNC)
@@ -571,8 +571,8 @@ class Average(Generic[Weights]):
             changed since. Also, after restoring the weights, if averaged PyTorch tensors were
             written while the average was applied, for example by an optimizer or
             ``load_state_dict``: the average now holds the written values. (Writing copied buffers
-            is allowed, as :func:`fastema.update_bn` does.) The same if the tensors of ``into=`` were
-            written, which held the raw weights.
+            is allowed, as :func:`fastema.update_bn` does.) The same if tensors of ``into=`` were
+            written, which held the raw weights: those are lost.
         LayoutError
             If the model's tensors no longer match the average.
         """
