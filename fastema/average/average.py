@@ -154,10 +154,10 @@ class Average(Generic[Weights]):
         leaves = leaves_of(container)
         chosen = select(leaves, settings.policies)
         memory: Averages
+        check_overwriting(settings.schedule, into, overwrite)
         if into is None:
             memory = Owned.of(chosen, stored_as)
         else:
-            check_overwriting(settings.schedule, overwrite)
             memory, chosen = claim(
                 into, leaves, chosen, stored_as, buffers_given="buffers" in options
             )

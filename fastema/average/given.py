@@ -121,14 +121,19 @@ class Given(Averages):
         return Given(self.container, leaves, self._averaged, self._shared, self._aliases, stored_as)
 
 
-def check_overwriting(schedule: Schedule, overwrite: Any) -> None:
+def check_overwriting(schedule: Schedule, into: Any, overwrite: Any) -> None:
     """Raise an ArgumentError if an update replaces the given average without having been asked to.
 
     Means do so first, and so do averages with bias correction and those that start later.
     """
+    may_overwrite = check_flag(overwrite, "overwrite")
+    if into is None:
+        if may_overwrite:
+            raise ArgumentError("overwrite=True is about tensors of yours: pass into= as well")
+        return
     if schedule.window:
         raise ArgumentError("into= has no room for the ring of a windowed mean")
-    if not check_flag(overwrite, "overwrite") and schedule.discards(0):
+    if not may_overwrite and schedule.discards(0):
         raise ArgumentError(
             f"the first update by {schedule} replaces what into= holds by the weights: pass "
             "overwrite=True if that is meant"

@@ -70,7 +70,9 @@ def test_given_average_equals_a_float64_loop(weights: str, stored: str) -> None:
     assert_same({name: bits(one) for name, one in ema.shadow.items()}, snapshot(target))
 
 
-@pytest.mark.parametrize("make", [list, tuple, lambda one: dict(enumerate(one))], ids=str)
+@pytest.mark.parametrize(
+    "make", [list, tuple, lambda one: dict(enumerate(one))], ids=["list", "tuple", "dict"]
+)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_lists_and_dicts_of_arrays_hold_averages(make: Callable[[Any], Any], dtype: Any) -> None:
     random = np.random.default_rng(1)
@@ -460,13 +462,14 @@ def test_model_itself_is_refused() -> None:
         ({"shadow_dtype": "float32"}, ArgumentError, "shadow_dtype"),
         ({"offload": True}, ArgumentError, "offload"),
         ({"overwrite": 1}, ArgumentError, "True or False"),
+        ({"into": None, "overwrite": True}, ArgumentError, "pass into= as well"),
     ],
 )
 def test_options_of_owned_memory_are_refused(
     options: dict[str, Any], error: type[Exception], match: str
 ) -> None:
     with pytest.raises(error, match=match):
-        fastema.EMA(layers(), into=layers(), **options)
+        fastema.EMA(layers(), **{"into": layers(), **options})
 
 
 def test_containers_that_do_not_fit_are_refused() -> None:
