@@ -131,6 +131,10 @@ class Average(Generic[Weights]):
     _native: Callable[[], int] = staticmethod(_no_step)
     """Takes the next step in one native call; returns 0 if it did."""
 
+    _root: Any = None
+    _root_dict: Any = None
+    """The model, if it is an object, and the attributes that the native call checks for it."""
+
     @pause_gc
     def __init__(
         self,
@@ -268,6 +272,7 @@ class Average(Generic[Weights]):
                 steps is _ONE
                 and (model is None or model is self._weights.own)
                 and self._follower is None
+                and getattr(self._root, "__dict__", None) is self._root_dict
                 and not self._native()
             ):
                 return
@@ -283,7 +288,10 @@ class Average(Generic[Weights]):
             if not (usual and clock.step(weights)):
                 clock.pending = self._update(model, clock.check_steps(steps))
                 self._native = _no_step  # first: the old run may be freed, and signals handled
-                self._native = clock.begin_native(weights) or _no_step
+                steady = clock.begin_native(weights)
+                if steady is not None:
+                    self._root, self._root_dict = next(iter(steady.roots), (None, None))
+                    self._native = steady.native
 
     def _update(self, model: Any, steps: int) -> int:
         """Update the average; the caller must exclude concurrent calls.

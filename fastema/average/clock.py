@@ -76,8 +76,8 @@ class Clock(Protocol):
     def step(self, weights: Weights) -> bool:
         """Take one step in a native call; return False if anything is left to Python."""
 
-    def begin_native(self, weights: Weights) -> Callable[[], int] | None:
-        """Return the native call that takes the next steps; None if there is none."""
+    def begin_native(self, weights: Weights) -> SteadyRun | None:
+        """Return the native run that takes the next steps; None if there is none."""
 
     def pause(self) -> None:
         """Let native calls do nothing until the next update; call it with signals deferred."""
@@ -259,7 +259,7 @@ class HostClock:
     def _args(self, step: int, numbers: tuple[float, ...]) -> LaunchArgs:
         return launch_args(self.schedule, self.seed, step, numbers)
 
-    def begin_native(self, weights: Weights) -> Callable[[], int] | None:
+    def begin_native(self, weights: Weights) -> SteadyRun | None:
         """See :class:`Clock`."""
         waits = self.schedule.window and self.is_before_start
         if self._on_nonfinite == "propagate" and not waits:
@@ -268,7 +268,7 @@ class HostClock:
                 if steady is not None:
                     self._progress.begin(steady.run)
                 self.steady = steady
-            return None if steady is None else steady.call
+            return steady
         return None
 
     def pause(self) -> None:

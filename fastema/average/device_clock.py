@@ -190,7 +190,7 @@ class DeviceClock:
         """Return False: the launches of a GPU are left to Python."""
         return False
 
-    def begin_native(self, weights: Weights) -> Callable[[], int] | None:
+    def begin_native(self, weights: Weights) -> None:
         """Return None; see :meth:`step`."""
         return None
 

@@ -357,7 +357,7 @@ class Binding:
         """Return a native run of these operations over the tensors as last matched.
 
         None if there can be none: with tensors on a GPU, or that move at every step. With
-        ``notifies``, its :attr:`SteadyRun.call` also does what ``notify_write(0)`` does.
+        ``notifies``, each step also does what ``notify_write(0)`` does.
         """
         bound = self._bound
         if bound.guard is not None or bound.contexts:
@@ -367,7 +367,9 @@ class Binding:
             sides = bound.sides
             run = bound.program.native(operations, [task for one in sides for task in one.tasks])
             checks = [check for one in sides for check in one.checks]
-            bound.steady[key] = SteadyRun(run, checks, self._write_listeners(0) if notifies else ())
+            roots = [root for one in sides for root in one.roots]
+            listeners = self._write_listeners(0) if notifies else ()
+            bound.steady[key] = SteadyRun(run, checks, listeners, roots)
         return bound.steady[key]
 
     def is_present(self, steady: SteadyRun) -> bool:

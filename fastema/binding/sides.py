@@ -71,6 +71,10 @@ class Side(Protocol):
     def checks(self) -> Sequence[Callable[[], bool]]:
         """Further checks, which return True if a tensor moved."""
 
+    @property
+    def roots(self) -> Sequence[tuple[Any, Any]]:
+        """Objects and the attributes that they must still have, see :class:`Watch`."""
+
 
 class OwnedSide:
     """Tensors in fastema's own memory, which never move. Using them again is always fine."""
@@ -79,6 +83,7 @@ class OwnedSide:
     tasks: Sequence[int] = ()
     tables: Any = None
     checks: Sequence[Callable[[], bool]] = ()
+    roots: Sequence[tuple[Any, Any]] = ()
 
     def find(self, container: Any, *, write: bool) -> Located | None:
         """Return :data:`UNMOVED`."""
@@ -118,7 +123,7 @@ class WatchedSide(OwnedSide):
         self._watch = watch(leaves, transient=transient, keep=keep)
         # No bound method: that would be a cycle, which keeps the tensors.
         self._refrozen = partial(_is_refrozen, trained)
-        self.leaves = leaves
+        self.leaves, self.roots = leaves, self._watch.roots
         self.tasks, self.tables = self._watch.tasks, self._watch.tables
         self.checks = [*self._watch.checks, *([self._refrozen] if trained else [])]
         self._elements = [*container] if isinstance(container, list) else None

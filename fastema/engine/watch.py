@@ -27,6 +27,9 @@ class Watch:
     tasks: Sequence[int] = ()
     """Addresses of the tasks of compiled checks (:mod:`fastema.kernels.watch_table`)."""
 
+    roots: Sequence[tuple[Any, Any]] = ()
+    """Objects, with the ``__dict__`` that compiled checks read in their place: both must agree."""
+
     tables: Any = None
     """What the tasks point to, without the tensors' objects, which they know by address."""
 
@@ -180,6 +183,11 @@ class _CompiledWatch(Watch):
     def __init__(self, leaves: Leaves, transient: bool = True, keep: bool = False) -> None:
         self._check = function("check_tensors")
         held = [_open(one) for one in leaves.held] if keep else leaves.held
+        self.roots = [
+            (one.container.owner, other.container)
+            for one, other in zip(leaves.held, held, strict=True)
+            if one is not other
+        ]
         dicts = [one for one in held if type(one.container) is dict]
         others = [one for one in held if type(one.container) is not dict]
         wrapped = [leaf.spec for leaf in leaves.items if leaf.spec.unwrap is not None]
@@ -217,6 +225,9 @@ class _CompiledWatch(Watch):
 
     def changed(self) -> bool:
         """See :class:`Watch`."""
+        for root, attributes in self.roots:
+            if root.__dict__ is not attributes:
+                return True
         return bool(self._check(self.tasks[0])) or (bool(self._containers) and self._replaced())
 
 

@@ -93,7 +93,7 @@ class TensorSpec:
     exchange : address of the DLPack exchange function of the tensor's class; 0 if it has none
     context : context of the device; None for the host
     fingerprint : ``owner -> object`` that changes with any of the above; cheaper than describing
-    wrapped : ``owner -> tensor`` with the memory, if the owner is only a wrapper
+    unwrap : ``owner -> tensor`` with the memory, if the owner is only a wrapper
     division : how the tensor is sharded over processes, even if this process holds all of it
     """
 
@@ -257,6 +257,11 @@ class Attributes:
 
     def __init__(self, owner: Any) -> None:
         self._owner = weakref.ref(owner)
+
+    @property
+    def owner(self) -> Any:
+        """The object; None once it is gone."""
+        return self._owner()
 
     @property
     def values(self) -> dict[str, Any]:

@@ -201,3 +201,43 @@ def test_parameter_added_while_applied_is_refused_afterwards() -> None:
             ema.update()
     del model.head.scale
     ema.update()
+
+
+def exchange_attributes(module: nn.Module) -> None:
+    """Give a module the attributes of another one, in another dict."""
+    module.__dict__ = dict(vars(net(9)))
+
+
+@pytest.mark.parametrize("updates", [0, 1, 4])
+@pytest.mark.parametrize("kind", ["module", "list", "into"])
+def test_exchanged_attributes_of_a_model_are_noticed(kind: str, updates: int) -> None:
+    model = net(0)
+    other = nn.Linear(3, 2)
+    weights = [model, other] if kind == "list" else model
+    options = {"into": net(1), "buffers": "copy"} if kind == "into" else {}
+    ema = fastema.EMA(weights, decay=0.5, **options)
+    train_(model, range(1, 1 + updates), ema)
+    old = ema.shadow["scale"].clone()
+    exchange_attributes(model)
+    ema.update()
+    torch.testing.assert_close(ema.shadow["scale"], (old + model.scale.detach()) / 2)
+    old = ema.shadow["scale"].clone()
+    ema.update()
+    torch.testing.assert_close(ema.shadow["scale"], (old + model.scale.detach()) / 2)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 4])
+def test_exchanged_attributes_of_a_target_and_of_plans_are_noticed(calls: int) -> None:
+    model, target = net(0), net(1)
+    ema = fastema.EMA(model, decay=0.5, into=target, buffers="copy")
+    plan = fastema.Plan(target, model)
+    lerps: list[Callable[[], None]] = [ema.update, lambda: plan.lerp_(0.5)]
+    for lerp in lerps:
+        for _ in range(calls):
+            lerp()
+        for module in (target, model):
+            exchange_attributes(module)
+            train_(model, [7])
+            old = target.scale.detach().clone()
+            lerp()
+            torch.testing.assert_close(target.scale.detach(), (old + model.scale.detach()) / 2)
