@@ -192,14 +192,17 @@ def claim(
         for name, leaf in theirs.items()
         if name in own and leaf.spec.size and leaf.spec == own[name].spec
     )
-    held = [leaf for leaf in (*chosen.averaged, *chosen.copied) if leaf.name not in shared]
-    if not any(leaf.name not in shared for leaf in chosen.averaged):
+    averaged = [leaf for leaf in chosen.averaged if leaf.name not in shared]
+    copied = [leaf for leaf in chosen.copied if leaf.name not in shared]
+    if not averaged:
         raise ArgumentError(
             "into= is the model itself, or shares all its averaged tensors; pass a copy, such as "
             "copy.deepcopy(model)"
         )
     _check_names(chosen.names.policies, own, theirs)
-    statistics = [leaf.name for leaf in held if leaf.role == "buffer" and leaf.name in theirs]
+    statistics = [
+        leaf.name for leaf in (*averaged, *copied) if leaf.role == "buffer" and leaf.name in theirs
+    ]
     if statistics and not buffers_given:
         raise ArgumentError(
             "into= has buffers:\n"
@@ -209,8 +212,6 @@ def claim(
             "mode keeps its own BatchNorm statistics)."
         )
     names = replace(chosen.names, skipped=chosen.names.skipped | shared, shared=shared)
-    averaged = [leaf for leaf in chosen.averaged if leaf.name not in shared]
-    copied = [leaf for leaf in chosen.copied if leaf.name not in shared]
     kinds = {leaf.name: True for leaf in averaged} | {leaf.name: False for leaf in copied}
     aliases = {name: kept for name, kept in names.aliases.items() if name not in shared}
     memory = Given(container, leaves, kinds, shared, aliases, stored_as)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
@@ -72,7 +73,7 @@ class Entry(NamedTuple):
         return Pair(self.name, self.spec, weights, self.form, companion, slots, which)
 
 
-class Averages:
+class Averages(ABC):
     """One or more averages of a model's tensors in one kind of memory.
 
     Attributes
@@ -98,9 +99,9 @@ class Averages:
         self.sets, self.format = sets, stored_as
         self.averaged = {name for name, entry in sets[0].items() if entry.averaged}
 
+    @abstractmethod
     def begin(self, program: Program) -> None:
         """Give the averages their first values; ``program`` has them paired with the weights."""
-        raise NotImplementedError
 
     def locate(self, found: Leaves, model: Leaves | None = None) -> Leaves:
         """Find the averages among the tensors of :attr:`container`; return those to watch.
@@ -109,17 +110,17 @@ class Averages:
         """
         return found
 
+    @abstractmethod
     def on(self, device: str, *, ring_on_host: bool = False) -> Averages:
         """Return a copy on a device; with ``ring_on_host`` its rings stay in host memory."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cast(self, stored_as: ShadowFormat) -> Averages:
         """Return the averages converted to another format, in new memory."""
-        raise NotImplementedError
 
+    @abstractmethod
     def with_rounding(self, stored_as: ShadowFormat) -> Averages:
         """Return averages in the same memory, with the format's rounding of 16-bit averages."""
-        raise NotImplementedError
 
     def __iter__(self) -> Iterator[tuple[int, Entry]]:
         """Yield every entry once with the index of its average, tensor by tensor."""

@@ -116,7 +116,7 @@ class Weights:
         write : bool
             Whether the model is about to be written.
         use : bool
-            Whether an update uses up immutable arrays, each of which counts once.
+            True for an update. A second one of the same immutable arrays is an error.
         """
         model = self.own if model is None else model
         return self.binding.current(model, write=write, once=_ONCE if use else "")

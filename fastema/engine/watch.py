@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from operator import is_
@@ -18,7 +19,7 @@ from fastema.layout.spec import Attributes, Leaves, TensorContainer, TensorSpec
 __all__ = ["Watch", "watch"]
 
 
-class Watch:
+class Watch(ABC):
     """Remembers the tensors of a container and where they are in memory.
 
     :meth:`changed` is what the compiled checks of :attr:`tasks` and :attr:`checks` find together.
@@ -37,9 +38,9 @@ class Watch:
         self._transient = transient
         self._containers = [(one, _members(one, transient)) for one in held]
 
+    @abstractmethod
     def changed(self) -> bool:
         """Return whether any tensor moved, changed shape or dtype, or was replaced."""
-        raise NotImplementedError
 
     @property
     def checks(self) -> list[Callable[[], bool]]:

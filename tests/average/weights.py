@@ -36,6 +36,13 @@ def net(seed: int = 0, dtype: torch.dtype | None = None) -> Net:
     return model
 
 
+def layers(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
+    """Return a module without buffers."""
+    model = nn.Sequential(nn.Linear(5, 17), nn.Linear(17, 3)).to(dtype)
+    refresh_(model, seed)
+    return model
+
+
 def tensors_of(weights: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters and buffers of a module, or the entries of a dict or a list."""
     if isinstance(weights, nn.Module):
